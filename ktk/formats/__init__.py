@@ -1,0 +1,23 @@
+"""How a matrix is coded. One file and one line here per format; tests and benches loop over FORMATS."""
+
+from __future__ import annotations
+
+from ktk.formats.base import QuantFormat
+from ktk.formats.bf16 import BF16
+from ktk.formats.fp32 import FP32
+from ktk.formats.int4 import INT4
+from ktk.formats.int8 import INT8
+
+# Ordered by bits per weight, fewest first.
+FORMATS: dict[str, QuantFormat] = {f.name: f for f in (INT4, INT8, BF16, FP32)}
+
+
+def get_format(name: str) -> QuantFormat:
+    """The format called ``name``; ValueError lists the known ones."""
+    try:
+        return FORMATS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"weight_format={name!r}: must be one of {', '.join(FORMATS)}") from None
+
+
+__all__ = ["FORMATS", "QuantFormat", "get_format"]

@@ -1,0 +1,153 @@
+"""The operator in NumPy: once exactly as the kernels compute it, once in float64 as an oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ktk.formats import get_format
+from ktk.layout import MatrixLayout
+from ktk.reference.activation import activate
+from ktk.reference.fma import fma
+from ktk.reference.linear import linear_float, linear_integer, quantise_activations
+from ktk.reference.pack import read_panels
+from ktk.types import Activation, ExpertWeights, MoESpec, Packed
+
+F = np.float32
+
+
+class ExactExperts:
+    """Exact integer model of one layer's experts: what every kernel's output is compared with."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.spec = packed.spec
+        self.data = packed.data
+        self.layout = packed.spec.layout
+        self.format = get_format(packed.spec.weight_format)
+
+    def panels(self, expert: int, projection: str) -> np.ndarray:
+        """One projection's panels, uint8 (num_panels, panel_bytes); a view. gate, up or down."""
+        if projection == "down":
+            matrix, start, step = self.layout.down, self.layout.down_offset, 1
+        else:
+            matrix, start, step = self.layout.gate_up, 0, 2 if self.spec.has_gate else 1
+        end = start + step * matrix.num_panels * matrix.panel_bytes
+        panels = self.data[expert, start:end].reshape(-1, matrix.panel_bytes)
+        return panels[(1 if projection == "up" and self.spec.has_gate else 0) :: step]
+
+    def bias(self, expert: int, projection: str) -> np.ndarray | None:
+        """float32 (out_features,) or None."""
+        if not self.spec.has_bias:
+            return None
+        start = getattr(self.layout, f"{projection}_bias_offset")
+        size = self.matrix(projection).out_features
+        return self.data[expert, start : start + 4 * size].view(F)
+
+    def matrix(self, projection: str) -> MatrixLayout:
+        return self.layout.down if projection == "down" else self.layout.gate_up
+
+    def linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
+        """float32 (rows, in_features) to float32 (rows, out_features), bias not added."""
+        matrix = self.matrix(projection)
+        codes, scales = read_panels(self.panels(expert, projection), matrix, self.format)
+        if self.format.is_integer:
+            act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
+            y = linear_integer(codes, scales, act, matrix, self.format.zero_point)
+        else:
+            y = linear_float(codes[:, : x.shape[1]], x)
+        return y[:, : matrix.out_features]
+
+    def dequantised(self, expert: int) -> ExpertWeights:
+        """The expert's weights as the codes say, float32, unpadded."""
+        matrices: list[np.ndarray | None] = []
+        for projection in ("gate", "up", "down"):
+            if projection == "gate" and not self.spec.has_gate:
+                matrices.append(None)
+                continue
+            matrix = self.matrix(projection)
+            w, scales = read_panels(self.panels(expert, projection), matrix, self.format)
+            if self.format.is_integer:
+                spread = np.repeat(scales, matrix.group_size, axis=1)[:, : matrix.padded_in]
+                w = (w.astype(F) - F(self.format.zero_point)) * spread
+            matrices.append(w[: matrix.out_features, : matrix.in_features])
+        gate, up, down = matrices
+        assert up is not None and down is not None
+        biases = (
+            self.bias(expert, p) if p != "gate" or self.spec.has_gate else None
+            for p in ("gate", "up", "down")
+        )
+        return ExpertWeights(gate, up, down, *biases)
+
+    def expert(self, expert: int, x: np.ndarray) -> np.ndarray:
+        """One expert on float32 (rows, hidden_size): float32 (rows, hidden_size), down bias added."""
+        up = _add(self.linear(expert, "up", x), self.bias(expert, "up"))
+        gate = None
+        if self.spec.has_gate:
+            gate = _add(self.linear(expert, "gate", x), self.bias(expert, "gate"))
+        h = activate(gate, up, self.spec.activation)  # (rows, intermediate_size)
+        return _add(self.linear(expert, "down", h), self.bias(expert, "down"))
+
+    def forward(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None = None,
+        add: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """float32 (tokens, hidden_size); slots summed in top-k order, ``add`` last."""
+        tokens, top_k = topk_ids.shape
+        live = (topk_ids >= 0) & (topk_ids < self.spec.num_experts)
+        if skip is not None:
+            live &= ~skip.astype(bool)[np.where(live, topk_ids, 0)]
+        y = np.zeros((tokens, top_k, self.spec.hidden_size), F)
+        for e in np.unique(topk_ids[live]):
+            token, slot = np.nonzero(live & (topk_ids == e))
+            y[token, slot] = self.expert(int(e), hidden[token])
+        out = np.zeros((tokens, self.spec.hidden_size), F)
+        for j in range(top_k):
+            out = np.where(live[:, j, None], fma(topk_weights[:, j, None], y[:, j], out), out)
+        return out if add is None else out + add
+
+
+def _add(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    return y if bias is None else y + bias
+
+
+def oracle_activation(gate: np.ndarray | None, up: np.ndarray, act: Activation) -> np.ndarray:
+    """The activation in float64, written from its definition."""
+    x = up if gate is None else np.clip(gate, act.gate_min, act.gate_max)
+    if act.kind == "sigmoid_glu":
+        h = x / (1.0 + np.exp(-act.alpha * x))
+    elif act.kind == "gelu_tanh":
+        x = up if gate is None else gate
+        h = 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+    else:
+        h = np.maximum(up if gate is None else gate, 0.0) ** 2
+    return h if gate is None else h * (np.clip(up, act.up_min, act.up_max) + act.up_offset)
+
+
+def oracle_forward(
+    experts: list[ExpertWeights],
+    spec: MoESpec,
+    hidden: np.ndarray,
+    topk_ids: np.ndarray,
+    topk_weights: np.ndarray,
+) -> np.ndarray:
+    """float64 (tokens, hidden_size) of float experts, nothing quantised."""
+    out = np.zeros((len(hidden), spec.hidden_size))
+    x = hidden.astype(np.float64)
+    for e, w in enumerate(experts):
+        for j in range(topk_ids.shape[1]):
+            t = np.nonzero(topk_ids[:, j] == e)[0]
+            if not len(t):
+                continue
+            up = x[t] @ w.up.astype(np.float64).T + (0.0 if w.up_bias is None else w.up_bias)
+            gate = None
+            if w.gate is not None:
+                gate = x[t] @ w.gate.astype(np.float64).T + (
+                    0.0 if w.gate_bias is None else w.gate_bias
+                )
+            h = oracle_activation(gate, up, spec.activation)
+            y = h @ w.down.astype(np.float64).T + (0.0 if w.down_bias is None else w.down_bias)
+            out[t] += topk_weights[t, j, None].astype(np.float64) * y
+    return out

@@ -1,0 +1,206 @@
+"""Value types every layer of ktk shares: the activation, the MoE spec, packed experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ktk.layout import ExpertLayout
+
+# Order is the C enum `ktk_activation_kind`.
+ACTIVATION_KINDS = ("sigmoid_glu", "gelu_tanh", "relu2")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The elementwise function between the gate|up and the down projection.
+
+    ``sigmoid_glu``: ``g = clamp(gate, gate_min, gate_max)``, ``u = clamp(up, up_min, up_max)``,
+    result ``g * sigmoid(alpha * g) * (u + up_offset)``. It covers SiLU, clamped SiLU and the
+    gpt-oss / MiniMax-M3 variants. ``gelu_tanh`` and ``relu2`` apply to the gate and multiply by up.
+    Without a gate projection (``MoESpec.has_gate`` False) the function applies to up alone.
+    """
+
+    kind: str = "sigmoid_glu"
+    alpha: float = 1.0
+    gate_min: float = -math.inf
+    gate_max: float = math.inf
+    up_min: float = -math.inf
+    up_max: float = math.inf
+    up_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATION_KINDS:
+            raise ValueError(f"activation kind={self.kind!r}: must be one of {ACTIVATION_KINDS}")
+        if math.isnan(self.alpha) or math.isinf(self.alpha):
+            raise ValueError(f"activation alpha={self.alpha}: must be finite")
+        for name in ("gate_min", "gate_max", "up_min", "up_max", "up_offset"):
+            if math.isnan(getattr(self, name)):
+                raise ValueError(f"activation {name} is NaN: give a number or +-inf")
+
+    @classmethod
+    def silu(cls, limit: float = 0.0) -> Activation:
+        """SiLU(gate) * up; ``limit`` > 0 clamps gate from above and up on both sides first."""
+        if limit <= 0:
+            return cls()
+        return cls(gate_max=limit, up_min=-limit, up_max=limit)
+
+    @classmethod
+    def swigluoai(
+        cls, alpha: float = 1.702, limit: float = 7.0, gate_floor: bool = False
+    ) -> Activation:
+        """gate * sigmoid(alpha * gate) * (up + 1) with both clamped by ``limit`` if it is > 0.
+
+        ``gate_floor`` also clamps the gate from below: KT-Kernel's rule; gpt-oss clamps it from
+        above only.
+        """
+        bound = limit if limit > 0 else math.inf
+        return cls(
+            alpha=alpha,
+            gate_min=-bound if gate_floor else -math.inf,
+            gate_max=bound,
+            up_min=-bound,
+            up_max=bound,
+            up_offset=1.0,
+        )
+
+    @classmethod
+    def gelu_tanh(cls) -> Activation:
+        """GELU in its tanh form, times up."""
+        return cls(kind="gelu_tanh")
+
+    @classmethod
+    def relu2(cls) -> Activation:
+        """max(x, 0) ** 2."""
+        return cls(kind="relu2")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able dict; infinities become None (JSON has none)."""
+        fields = dataclasses.asdict(self)
+        return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Activation:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = set(fields) - known
+        if unknown:
+            raise ValueError(
+                f"activation has unknown fields {sorted(unknown)}; known: {sorted(known)}"
+            )
+        return cls(**{k: v for k, v in fields.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """Shape and coding of one layer's experts.
+
+    num_experts, hidden_size, intermediate_size : positive ints.
+    weight_format : a name of ``ktk.formats.FORMATS``.
+    group_size : weights along in_features that share a scale; 0 = one scale per output channel;
+        None = the format's default.
+    activation_group : activations along in_features that share a scale (32, 64 or 128);
+        0 for float formats, whose activations stay fp32; None = the format's default.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    weight_format: str = "int4"
+    group_size: int | None = None
+    activation_group: int | None = None
+    has_gate: bool = True
+    has_bias: bool = False
+    activation: Activation = Activation()
+
+    def __post_init__(self) -> None:
+        from ktk.formats import get_format
+
+        for name in ("num_experts", "hidden_size", "intermediate_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{name}={value!r}: must be a positive int")
+            if value > 2**24:
+                raise ValueError(f"{name}={value}: must be at most {2**24}")
+        if not isinstance(self.activation, Activation):
+            raise TypeError(f"activation={self.activation!r}: must be a ktk.Activation")
+        fmt = get_format(self.weight_format)
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", fmt.default_group)
+        if self.activation_group is None:
+            object.__setattr__(self, "activation_group", fmt.default_activation_group)
+        fmt.check(self)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of one expert (biases not counted)."""
+        return (3 if self.has_gate else 2) * self.hidden_size * self.intermediate_size
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Where an expert's panels lie; see ``ktk.layout``."""
+        from ktk.layout import expert_layout
+
+        return expert_layout(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "activation": self.activation.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> MoESpec:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = set(fields) - known
+        missing = {"num_experts", "hidden_size", "intermediate_size"} - set(fields)
+        if unknown or missing:
+            raise ValueError(
+                f"MoE spec: unknown fields {sorted(unknown)}, missing {sorted(missing)}"
+            )
+        fields = dict(fields)
+        if "activation" in fields:
+            fields["activation"] = Activation.from_json(fields["activation"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One layer's experts in panel16 layout, ready for every kernel.
+
+    data : uint8 (num_experts, layout.expert_bytes), C-contiguous, 64-byte aligned at least.
+    """
+
+    spec: MoESpec
+    data: np.ndarray
+
+    def __post_init__(self) -> None:
+        layout = self.spec.layout
+        want = (self.spec.num_experts, layout.expert_bytes)
+        if self.data.dtype != np.uint8 or self.data.shape != want:
+            raise ValueError(
+                f"packed data is {self.data.dtype} {self.data.shape}: must be uint8 {want}"
+            )
+        if not self.data.flags.c_contiguous or self.data.ctypes.data % 64:
+            raise ValueError("packed data must be C-contiguous and 64-byte aligned")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits at rest per weight, scales, padding and biases included."""
+        return self.spec.layout.expert_bytes * 8 / self.spec.num_weights
+
+
+class ExpertWeights(NamedTuple):
+    """One expert's matrices as a checkpoint has them, dequantised.
+
+    gate, up : float32, or uint16 holding bf16 bits, (intermediate_size, hidden_size); gate None without one.
+    down : likewise (hidden_size, intermediate_size). Biases : float32 (out_features,) or None.
+    """
+
+    gate: np.ndarray | None
+    up: np.ndarray
+    down: np.ndarray
+    gate_bias: np.ndarray | None = None
+    up_bias: np.ndarray | None = None
+    down_bias: np.ndarray | None = None
