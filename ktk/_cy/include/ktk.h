@@ -1,0 +1,105 @@
+/* The C side of ktk: shapes of a layer, the kernel table of an ISA row, the operator and the thread pool.
+ * Plain C11, no Python.h. Layout of panels: see ktk/layout.py. */
+#ifndef KTK_H
+#define KTK_H
+
+#include <stdint.h>
+
+enum { KTK_PANEL = 16, KTK_BLOCK = 128 }; /* output channels of a panel; columns of a gate|up task */
+
+enum ktk_format { KTK_INT4, KTK_INT8, KTK_BF16, KTK_FP32 };
+enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16 };
+enum ktk_activation_kind { KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2 };
+
+/* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with each
+ * four k ordered 0 2 1 3; or fp32 as they are. */
+enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32 };
+
+typedef struct {
+    int32_t format;
+    int32_t padded_in;        /* multiple of 32 */
+    int32_t num_panels;       /* of one projection */
+    int32_t group_size;       /* k per weight scale; padded_in = per channel */
+    int32_t activation_group; /* k per activation scale */
+    int32_t scales_are_bf16;
+    int64_t code_bytes;  /* of one panel */
+    int64_t panel_bytes; /* codes and scales */
+} ktk_matrix;
+
+typedef struct {
+    int32_t kind, has_gate;
+    float alpha, gate_min, gate_max, up_min, up_max, up_offset;
+} ktk_activation;
+
+typedef struct {
+    int32_t num_experts, hidden_size, intermediate_size;
+    ktk_matrix gate_up, down;
+    ktk_activation activation;
+    int64_t expert_bytes, down_offset;
+    int64_t gate_bias_offset, up_bias_offset, down_bias_offset; /* -1: none */
+    const uint8_t *data;
+} ktk_layer;
+
+/* Rows of quantised activations; for float formats codes holds float and the rest is unused. */
+typedef struct {
+    uint8_t *codes;
+    float *scales;       /* [rows][scale_stride] */
+    int32_t *correction; /* [rows][correction_stride]: -zero_point * sum of codes, per fine group */
+    int64_t code_stride; /* bytes */
+    int64_t scale_stride, correction_stride;
+} ktk_rows;
+
+/* out[i*out_stride + 16*p + n] for row index rows[i], panels p at panels + p*panel_bytes. */
+typedef void ktk_gemm_fn(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,
+                         const int32_t *rows, int num_rows, float *out, int64_t out_stride);
+
+/* One ISA row's kernels. */
+typedef struct {
+    const char *name;
+    ktk_gemm_fn *gemm[4];  /* by ktk_format */
+    int32_t codes_kind[4]; /* ktk_codes each wants, by ktk_format */
+    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group. */
+    void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
+                     uint8_t *codes, float *scales, int32_t *correction);
+    /* v: columns in panels of 16, gate and up alternating (up alone without a gate) -> h, 16*panels floats.
+     */
+    void (*activate)(const ktk_activation *act, float *v, int num_panels, const float *gate_bias,
+                     const float *up_bias, float *h);
+    void (*load)(int dtype, const void *src, int64_t n, float *dst);
+    void (*store)(int dtype, const float *src, int64_t n, void *dst);
+    void (*add_scaled)(float *acc, const float *y, float weight, int64_t n); /* acc = fma(y, weight, acc) */
+    void (*add)(float *acc, const float *y, int64_t n);
+    /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is written.
+     * Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
+    int (*pack_panel)(const ktk_matrix *w, int in_features, const void *const *src, int src_is_bf16,
+                      const float *ladder, int num_ladder, int refits, float *work, uint8_t *panel);
+} ktk_kernels;
+
+extern const ktk_kernels ktk_kernels_avx2, ktk_kernels_avx512, ktk_kernels_avx512vnni;
+
+/* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread) for every task,
+ * dynamically. Workers spin for a moment after a run, then sleep. The pool also owns the operator's scratch
+ * memory. */
+typedef struct ktk_pool ktk_pool;
+typedef void ktk_task_fn(void *context, int64_t task, int thread);
+ktk_pool *ktk_pool_new(int num_threads); /* NULL: no memory or no threads */
+void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, int64_t num_tasks);
+int ktk_pool_num_threads(const ktk_pool *pool);
+void ktk_pool_lock(ktk_pool *pool); /* one operator at a time */
+void ktk_pool_unlock(ktk_pool *pool);
+void *ktk_pool_scratch(ktk_pool *pool, int64_t size); /* while locked; NULL: no memory */
+void ktk_pool_free(ktk_pool *pool);
+
+/* The operator (see moe.c). 0, or 1 when scratch memory cannot be had.
+ * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip (num_experts) or
+ * NULL; add float (num_tokens, hidden_size) or NULL. */
+int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
+                    int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
+                    const uint8_t *skip, const float *add, void *out);
+
+/* One projection of given experts, no bias: x float (rows, in) -> y float (rows, out); gate_up gives gate,
+ * then up. */
+int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
+                   int64_t num_rows, const float *x, const int64_t *ids, float *y);
+
+#endif

@@ -1,0 +1,47 @@
+"""Table of ISA rows: each compiles the same kernel sources once, with its own flags.
+
+Read by setup.py without importing ktk. A new row is one line here and its features in ``ktk.cpu.ISA_LEVELS``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class IsaRow(NamedTuple):
+    name: str
+    flags: tuple[str, ...]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (
+    *_AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mprefer-vector-width=512",
+)
+
+# Slowest first.
+ISA_ROWS = (
+    IsaRow("avx2", _AVX2),
+    IsaRow("avx512", _AVX512),
+    IsaRow("avx512vnni", (*_AVX512, "-mavx512vnni")),
+)
+
+# Compiled once per row.
+ROW_SOURCES = ("gemm.c", "quantise.c", "rows.c")
+# Compiled once, with baseline flags: they run before the CPU is known, or on any.
+BASE_SOURCES = ("moe.c", "pool.c", "probe.c")
+# -ffp-contract=off: FMA only where written. No -ffast-math: sums keep their stated order.
+COMMON_FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-lto",
+    "-Wall",
+    "-Wextra",
+)

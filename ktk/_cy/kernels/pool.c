@@ -1,0 +1,163 @@
+/* Thread pool: one run at a time, tasks handed out by an atomic counter, spin then sleep.
+ *
+ * ticket = epoch << 32 | OPEN | workers inside. A worker enters an open run by raising the count with a
+ * compare-and-swap, so a run never waits for workers that have not woken; closing it and seeing zero ends it.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "ktk.h"
+
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() ((void)0)
+#endif
+
+static const uint64_t OPEN = UINT64_C(1) << 31, COUNT = (UINT64_C(1) << 31) - 1;
+enum { SPINS = 2000 }; /* about 40 us: longer than the gap between two phases of an operator */
+
+typedef struct {
+    ktk_pool *pool;
+    int index;
+} worker;
+
+struct ktk_pool {
+    _Alignas(64) _Atomic uint64_t ticket;
+    _Alignas(64) _Atomic int64_t next;
+    _Alignas(64) ktk_task_fn *fn;
+    void *context;
+    int64_t num_tasks;
+    _Atomic int sleepers, stop;
+    pthread_mutex_t sleep_lock, operator_lock;
+    pthread_cond_t wake;
+    int num_threads;
+    pthread_t *threads;
+    worker *workers;
+    void *scratch;
+    int64_t scratch_size;
+};
+
+static void run_tasks(ktk_pool *pool, int thread) {
+    for (;;) {
+        int64_t task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
+        if (task >= pool->num_tasks) return;
+        pool->fn(pool->context, task, thread);
+    }
+}
+
+static int is_open_for(uint64_t ticket, uint64_t seen) { return (ticket & OPEN) && ticket >> 32 != seen; }
+
+static void *work(void *argument) {
+    worker *self = argument;
+    ktk_pool *pool = self->pool;
+    uint64_t seen = 0;
+    int spins = 0;
+    while (!atomic_load(&pool->stop)) {
+        uint64_t ticket = atomic_load(&pool->ticket);
+        if (is_open_for(ticket, seen)) {
+            if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1)) continue;
+            seen = ticket >> 32;
+            run_tasks(pool, self->index);
+            atomic_fetch_sub(&pool->ticket, 1);
+            spins = 0;
+        } else if (++spins < SPINS) {
+            PAUSE();
+        } else {
+            pthread_mutex_lock(&pool->sleep_lock);
+            atomic_fetch_add(&pool->sleepers, 1);
+            while (!atomic_load(&pool->stop) && !is_open_for(atomic_load(&pool->ticket), seen))
+                pthread_cond_wait(&pool->wake, &pool->sleep_lock);
+            atomic_fetch_sub(&pool->sleepers, 1);
+            pthread_mutex_unlock(&pool->sleep_lock);
+            spins = 0;
+        }
+    }
+    return NULL;
+}
+
+static void wake_all(ktk_pool *pool) {
+    if (atomic_load(&pool->sleepers) == 0) return;
+    pthread_mutex_lock(&pool->sleep_lock);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->sleep_lock);
+}
+
+ktk_pool *ktk_pool_new(int num_threads) {
+    ktk_pool *pool = aligned_alloc(64, (sizeof(ktk_pool) + 63) / 64 * 64);
+    if (!pool) return NULL;
+    *pool = (ktk_pool){.num_threads = 1};
+    pthread_mutex_init(&pool->sleep_lock, NULL);
+    pthread_mutex_init(&pool->operator_lock, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pool->threads = calloc((size_t)num_threads, sizeof(pthread_t));
+    pool->workers = calloc((size_t)num_threads, sizeof(worker));
+    if (!pool->threads || !pool->workers) {
+        ktk_pool_free(pool);
+        return NULL;
+    }
+    for (int i = 1; i < num_threads; i++) {
+        pool->workers[i] = (worker){pool, i};
+        if (pthread_create(&pool->threads[i], NULL, work, &pool->workers[i])) {
+            ktk_pool_free(pool);
+            return NULL;
+        }
+        pool->num_threads = i + 1;
+    }
+    return pool;
+}
+
+void ktk_pool_free(ktk_pool *pool) {
+    atomic_store(&pool->stop, 1);
+    pthread_mutex_lock(&pool->sleep_lock);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->sleep_lock);
+    for (int i = 1; i < pool->num_threads; i++) pthread_join(pool->threads[i], NULL);
+    pthread_mutex_destroy(&pool->sleep_lock);
+    pthread_mutex_destroy(&pool->operator_lock);
+    pthread_cond_destroy(&pool->wake);
+    free(pool->threads);
+    free(pool->workers);
+    free(pool->scratch);
+    free(pool);
+}
+
+int ktk_pool_num_threads(const ktk_pool *pool) { return pool->num_threads; }
+
+void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, int64_t num_tasks) {
+    if (num_tasks == 1 || pool->num_threads == 1) {
+        for (int64_t task = 0; task < num_tasks; task++) fn(context, task, 0);
+        return;
+    }
+    pool->fn = fn;
+    pool->context = context;
+    pool->num_tasks = num_tasks;
+    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    uint64_t epoch = (atomic_load(&pool->ticket) >> 32) + 1;
+    if ((uint32_t)epoch == 0) epoch = 1; /* 0 is what a new worker has seen */
+    atomic_store(&pool->ticket, epoch << 32 | OPEN);
+    wake_all(pool);
+    run_tasks(pool, 0);
+    atomic_fetch_and(&pool->ticket, ~OPEN);
+    for (int spins = 0; atomic_load(&pool->ticket) & COUNT; spins++) {
+        if (spins < SPINS)
+            PAUSE();
+        else
+            sched_yield();
+    }
+}
+
+void ktk_pool_lock(ktk_pool *pool) { pthread_mutex_lock(&pool->operator_lock); }
+void ktk_pool_unlock(ktk_pool *pool) { pthread_mutex_unlock(&pool->operator_lock); }
+
+void *ktk_pool_scratch(ktk_pool *pool, int64_t size) {
+    if (size > pool->scratch_size) {
+        free(pool->scratch);
+        pool->scratch = aligned_alloc(4096, ((size_t)size + 4095) / 4096 * 4096);
+        pool->scratch_size = pool->scratch ? size : 0;
+    }
+    return pool->scratch;
+}

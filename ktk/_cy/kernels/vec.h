@@ -1,0 +1,83 @@
+/* One spelling for both vector widths: VI and VF are zmm with AVX-512, ymm without; PV of them make a panel
+ * row. */
+#ifndef KTK_VEC_H
+#define KTK_VEC_H
+
+#include <immintrin.h>
+
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#ifdef __AVX512F__
+enum { PV = 1, LANES = 16 }; /* vectors per panel row, fp32 lanes */
+typedef __m512i VI;
+typedef __m512 VF;
+#define VI_LOAD(p) _mm512_loadu_si512((const void *)(p))
+#define VI_AND _mm512_and_si512
+#define VI_SET8(x) _mm512_set1_epi8(x)
+#define VI_SET16(x) _mm512_set1_epi16(x)
+#define VI_SET32(x) _mm512_set1_epi32(x)
+#define VI_SRL16 _mm512_srli_epi16
+#define VI_SLL32 _mm512_slli_epi32
+#define VI_ADD32 _mm512_add_epi32
+#define VI_ADD16 _mm512_add_epi16
+#define VI_MADD _mm512_madd_epi16
+#define VI_MADDUBS _mm512_maddubs_epi16
+#define VI_ZERO _mm512_setzero_si512
+#define VF_CVT _mm512_cvtepi32_ps
+#define VF_LOAD(p) _mm512_loadu_ps((const float *)(p))
+#define VF_STORE(p, v) _mm512_storeu_ps(p, v)
+#define VF_SET _mm512_set1_ps
+#define VF_ZERO _mm512_setzero_ps
+#define VF_FMA _mm512_fmadd_ps
+#define VF_BITS _mm512_castsi512_ps
+#define VI_BITS _mm512_castps_si512
+#define VF_ADD _mm512_add_ps
+#define VF_SUB _mm512_sub_ps
+#define VF_MUL _mm512_mul_ps
+#define VF_DIV _mm512_div_ps
+#define VF_MIN _mm512_min_ps
+#define VF_MAX _mm512_max_ps
+#define VF_WHERE_LT(a, b, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes)
+#define VF_WHERE_0(a, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, VF_ZERO(), _CMP_EQ_OQ), yes)
+#define VI_SRL32 _mm512_srli_epi32
+#define VI_BF16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
+#else
+enum { PV = 2, LANES = 8 };
+typedef __m256i VI;
+typedef __m256 VF;
+#define VI_LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
+#define VI_AND _mm256_and_si256
+#define VI_SET8(x) _mm256_set1_epi8(x)
+#define VI_SET16(x) _mm256_set1_epi16(x)
+#define VI_SET32(x) _mm256_set1_epi32(x)
+#define VI_SRL16 _mm256_srli_epi16
+#define VI_SLL32 _mm256_slli_epi32
+#define VI_ADD32 _mm256_add_epi32
+#define VI_ADD16 _mm256_add_epi16
+#define VI_MADD _mm256_madd_epi16
+#define VI_MADDUBS _mm256_maddubs_epi16
+#define VI_ZERO _mm256_setzero_si256
+#define VF_CVT _mm256_cvtepi32_ps
+#define VF_LOAD(p) _mm256_loadu_ps((const float *)(p))
+#define VF_STORE(p, v) _mm256_storeu_ps(p, v)
+#define VF_SET _mm256_set1_ps
+#define VF_ZERO _mm256_setzero_ps
+#define VF_FMA _mm256_fmadd_ps
+#define VF_BITS _mm256_castsi256_ps
+#define VI_BITS _mm256_castps_si256
+#define VF_ADD _mm256_add_ps
+#define VF_SUB _mm256_sub_ps
+#define VF_MUL _mm256_mul_ps
+#define VF_DIV _mm256_div_ps
+#define VF_MIN _mm256_min_ps
+#define VF_MAX _mm256_max_ps
+#define VF_WHERE_LT(a, b, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ))
+#define VF_WHERE_0(a, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, VF_ZERO(), _CMP_EQ_OQ))
+#define VI_SRL32 _mm256_srli_epi32
+#define VI_BF16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#endif
+
+#endif

@@ -1,0 +1,267 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True
+"""Thin wrapper over the C kernels: checks buffers, drops the GIL, maps codes to exceptions. No arithmetic."""
+
+import os
+import weakref
+
+import numpy as np
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+
+
+cdef extern from "ktk_probe.h" nogil:
+    uint64_t ktk_probe_features()
+    const char *ktk_probe_feature_name(int index)
+    int ktk_probe_num_features()
+
+
+cdef extern from "ktk.h" nogil:
+    ctypedef struct ktk_matrix:
+        int32_t format
+        int32_t padded_in
+        int32_t num_panels
+        int32_t group_size
+        int32_t activation_group
+        int32_t scales_are_bf16
+        int64_t code_bytes
+        int64_t panel_bytes
+
+    ctypedef struct ktk_activation:
+        int32_t kind
+        int32_t has_gate
+        float alpha
+        float gate_min
+        float gate_max
+        float up_min
+        float up_max
+        float up_offset
+
+    ctypedef struct ktk_layer:
+        int32_t num_experts
+        int32_t hidden_size
+        int32_t intermediate_size
+        ktk_matrix gate_up
+        ktk_matrix down
+        ktk_activation activation
+        int64_t expert_bytes
+        int64_t down_offset
+        int64_t gate_bias_offset
+        int64_t up_bias_offset
+        int64_t down_bias_offset
+        const uint8_t *data
+
+    ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *, int, int, float *,
+                                  uint8_t *) noexcept nogil
+
+    ctypedef struct ktk_kernels:
+        const char *name
+        pack_panel_fn pack_panel
+
+    const ktk_kernels ktk_kernels_avx2, ktk_kernels_avx512, ktk_kernels_avx512vnni
+
+    ctypedef struct ktk_pool:
+        pass
+    ktk_pool *ktk_pool_new(int num_threads)
+    void ktk_pool_free(ktk_pool *pool)
+    int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
+                        int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
+                        const uint8_t *skip, const float *add, void *out)
+    int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
+                       int64_t num_rows, const float *x, const int64_t *ids, float *y)
+
+
+# Order of the C enums.
+_FORMATS = {"int4": 0, "int8": 1, "bf16": 2, "fp32": 3}
+_ACTIVATIONS = {"sigmoid_glu": 0, "gelu_tanh": 1, "relu2": 2}
+_DTYPES = {"float32": 0, "float16": 1, "uint16": 2}
+
+
+cdef const ktk_kernels *_kernels(str isa) except NULL:
+    if isa == "avx2":
+        return &ktk_kernels_avx2
+    if isa == "avx512":
+        return &ktk_kernels_avx512
+    if isa == "avx512vnni":
+        return &ktk_kernels_avx512vnni
+    raise ValueError(f"isa={isa!r}: this build has {', '.join(isa_rows())}")
+
+
+def isa_rows():
+    """Names of the ISA rows this build holds, slowest first."""
+    return ("avx2", "avx512", "avx512vnni")
+
+
+def probe_features():
+    """CPU features that this CPU and OS support, list of str; see ktk_probe.h."""
+    cdef uint64_t found = ktk_probe_features()
+    return [ktk_probe_feature_name(i).decode() for i in range(ktk_probe_num_features()) if found >> i & 1]
+
+
+cdef class _Pool:
+    """A C thread pool; shared by every Experts that asks for the same number of threads."""
+
+    cdef ktk_pool *pool
+    cdef object pid
+    cdef object __weakref__
+
+    def __cinit__(self, int num_threads):
+        self.pid = os.getpid()
+        self.pool = ktk_pool_new(num_threads)
+        if self.pool == NULL:
+            raise MemoryError(f"cannot start {num_threads} threads")
+
+    def __dealloc__(self):
+        # After a fork the threads exist in the parent only: nothing to join, the memory is left alone.
+        if self.pool != NULL and self.pid == os.getpid():
+            ktk_pool_free(self.pool)
+
+
+_pools = weakref.WeakValueDictionary()
+
+
+def _pool_of(int num_threads):
+    key = (os.getpid(), num_threads)
+    pool = _pools.get(key)
+    if pool is None:
+        pool = _pools[key] = _Pool(num_threads)
+    return pool
+
+
+cdef void _fill_matrix(ktk_matrix *m, layout, str weight_format):
+    m.format = _FORMATS[weight_format]
+    m.padded_in = layout.padded_in
+    m.num_panels = layout.num_panels
+    m.group_size = layout.group_size
+    m.activation_group = layout.activation_group
+    m.scales_are_bf16 = layout.scales_are_bf16
+    m.code_bytes = layout.code_bytes
+    m.panel_bytes = layout.panel_bytes
+
+
+cdef uintptr_t _address(array):
+    return array.__array_interface__["data"][0]
+
+
+cdef class Experts:
+    """One layer's packed experts with the kernels of one ISA row. The caller has checked shapes and dtypes."""
+
+    cdef ktk_layer layer
+    cdef const ktk_kernels *kernels
+    cdef _Pool pool
+    cdef int num_threads
+    cdef object data
+    cdef int pid
+
+    def __init__(self, spec, layout, data, str isa, int num_threads):
+        self.kernels = _kernels(isa)
+        self.data = data
+        self.num_threads = num_threads
+        self.pool = _pool_of(num_threads)
+        self.pid = os.getpid()
+        cdef ktk_layer *layer = &self.layer
+        layer.num_experts = spec.num_experts
+        layer.hidden_size = spec.hidden_size
+        layer.intermediate_size = spec.intermediate_size
+        _fill_matrix(&layer.gate_up, layout.gate_up, spec.weight_format)
+        _fill_matrix(&layer.down, layout.down, spec.weight_format)
+        act = spec.activation
+        layer.activation.kind = _ACTIVATIONS[act.kind]
+        layer.activation.has_gate = spec.has_gate
+        layer.activation.alpha = act.alpha
+        layer.activation.gate_min = act.gate_min
+        layer.activation.gate_max = act.gate_max
+        layer.activation.up_min = act.up_min
+        layer.activation.up_max = act.up_max
+        layer.activation.up_offset = act.up_offset
+        layer.expert_bytes = layout.expert_bytes
+        layer.down_offset = layout.down_offset
+        layer.gate_bias_offset = layout.gate_bias_offset
+        layer.up_bias_offset = layout.up_bias_offset
+        layer.down_bias_offset = layout.down_bias_offset
+        layer.data = <const uint8_t *>_address(data)
+
+    cdef int _after_fork(self) except -1:
+        if self.pid != os.getpid():
+            self.pool = _pool_of(self.num_threads)
+            self.pid = os.getpid()
+        return 0
+
+    def forward(self, hidden, topk_ids, topk_weights, skip, out, add):
+        """See ktk.backends.base.Runner.forward."""
+        self._after_fork()
+        cdef int64_t num_tokens = topk_ids.shape[0]
+        cdef int top_k = topk_ids.shape[1]
+        cdef int dtype = _DTYPES[hidden.dtype.name]
+        cdef const void *x = <const void *>_address(hidden)
+        cdef const int64_t *ids = <const int64_t *>_address(topk_ids)
+        cdef const float *weights = <const float *>_address(topk_weights)
+        cdef const uint8_t *mask = NULL
+        cdef const float *partial = NULL
+        if skip is not None:
+            mask = <const uint8_t *>_address(skip)
+        if add is not None:
+            partial = <const float *>_address(add)
+        cdef void *y = <void *>_address(out)
+        cdef int status
+        with nogil:
+            status = ktk_moe_forward(&self.layer, self.kernels, self.pool.pool, num_tokens, top_k, dtype, x, ids,
+                                     weights, mask, partial, y)
+        if status:
+            raise MemoryError(f"no scratch memory for {num_tokens} tokens x top_k {top_k}: pass fewer tokens a call")
+
+    def linear(self, str projection, x, expert_ids):
+        """See ktk.backends.base.Runner.linear."""
+        self._after_fork()
+        cdef int is_down = projection == "down"
+        cdef int64_t num_rows = x.shape[0]
+        cdef int64_t width = self.layer.hidden_size
+        if not is_down:
+            width = self.layer.intermediate_size * (2 if self.layer.activation.has_gate else 1)
+        result = np.empty((num_rows, width), np.float32)
+        cdef const float *rows = <const float *>_address(x)
+        cdef const int64_t *ids = <const int64_t *>_address(expert_ids)
+        cdef float *y = <float *>_address(result)
+        cdef int status
+        with nogil:
+            status = ktk_moe_linear(&self.layer, self.kernels, self.pool.pool, is_down, num_rows, rows, ids, y)
+        if status:
+            raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
+        return result
+
+
+def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panels):
+    """Quantise float32 or bf16-bit rows (out, in) into panels, uint8 (num_panels, panel_bytes) with any row stride.
+
+    ValueError if a weight is NaN or inf.
+    """
+    cdef ktk_matrix m
+    _fill_matrix(&m, layout, weight_format)
+    cdef const ktk_kernels *kernels = _kernels(isa)
+    w = np.ascontiguousarray(w)
+    cdef int is_bf16 = w.dtype == np.uint16
+    cdef int64_t num_rows = w.shape[0], row_bytes = w.strides[0]
+    cdef int in_features = w.shape[1]
+    cdef const uint8_t *first = <const uint8_t *>_address(w)
+    cdef uint8_t *panel = <uint8_t *>_address(panels)
+    cdef int64_t panel_stride = panels.strides[0]
+    cdef const float *steps = <const float *>_address(ladder)
+    cdef int num_steps = ladder.shape[0]
+    cdef const void *rows[16]
+    cdef int64_t p, n, row
+    cdef int status = 0
+    cdef float *work = <float *>malloc(<size_t>m.padded_in * 16 * 4 * 2)
+    if work == NULL:
+        raise MemoryError("no memory to quantise a panel")
+    with nogil:
+        for p in range(m.num_panels):
+            for n in range(16):
+                row = p * 16 + n
+                rows[n] = <const void *>(first + row * row_bytes) if row < num_rows else NULL
+            status = kernels.pack_panel(&m, in_features, rows, is_bf16, steps, num_steps, refits, work,
+                                        panel + p * panel_stride)
+            if status:
+                break
+        free(work)
+    if status:
+        raise ValueError("weights hold NaN or inf: they cannot be quantised")

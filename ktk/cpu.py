@@ -1,0 +1,234 @@
+"""What this CPU, this OS and this process may use: features, ISA levels, cores, NUMA nodes, memory.
+
+Features come from cpuid, xcr0 and the AMX tile permission where the extension is built, else from
+/proc/cpuinfo, else from py-cpuinfo (slow, so last), minus KTK_DISABLE_CPU_FEATURES. Nothing is read on import.
+Functions take ``root`` so that tests can show them another machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ktk import env
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+# Lowest first; each level includes those before it. Names are those of ktk/_cy/isa.py.
+ISA_LEVELS: dict[str, tuple[str, ...]] = {
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512vnni": (*_AVX512, "avx512vnni"),
+    "amx": (*_AVX512, "avx512vnni", "amx_tile", "amx_int8"),
+}
+FEATURES = (*ISA_LEVELS["amx"], "avx_vnni", "avx512vbmi", "avx512bf16", "amx_bf16")
+# What stops working when a feature is switched off.
+_NEEDS = {
+    **{name: ("avx512f", "avx2") for name in FEATURES if name.startswith("avx512")},
+    **{name: ("amx_tile",) for name in FEATURES if name.startswith("amx_")},
+    "avx_vnni": ("avx2",),
+}
+
+
+@dataclass(frozen=True)
+class CpuFeatures:
+    """names : features of FEATURES this process may use. source : who said so. disabled : by the environment."""
+
+    names: frozenset[str]
+    source: str
+    disabled: frozenset[str] = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    """One NUMA node: its id, its CPUs and its memory in bytes (0 if unknown)."""
+
+    id: int
+    cpus: tuple[int, ...]
+    memory_bytes: int
+
+
+def _canonical(name: str) -> str:
+    """The feature a name means, underscores or not: avx512_vnni, amx-tile, avx512bf16 ..."""
+    key = re.sub("[_-]", "", name.lower())
+    return next((f for f in FEATURES if f.replace("_", "") == key), name)
+
+
+@cache
+def _probe() -> tuple[frozenset[str], str]:
+    try:
+        native = importlib.import_module("ktk._cy.native")
+    except ImportError:
+        return _from_cpuinfo(Path("/"))
+    return frozenset(native.probe_features()), "cpuid"
+
+
+def _from_cpuinfo(root: Path) -> tuple[frozenset[str], str]:
+    if os.uname().machine not in ("x86_64", "amd64") if hasattr(os, "uname") else False:
+        return frozenset(), "not x86-64"
+    try:
+        text = (root / "proc/cpuinfo").read_text()
+        flags = next(
+            line.partition(":")[2].split() for line in text.splitlines() if line.startswith("flags")
+        )
+        source = "/proc/cpuinfo"
+    except (OSError, StopIteration):
+        import cpuinfo
+
+        flags, source = cpuinfo.get_cpu_info().get("flags", []), "py-cpuinfo"
+    # Neither knows whether this process may use AMX tiles: the extension would have to ask for them.
+    names = {_canonical(flag) for flag in flags} & set(FEATURES)
+    return frozenset(n for n in names if not n.startswith("amx")), source
+
+
+def detect() -> CpuFeatures:
+    """Features this process may use. ValueError if KTK_DISABLE_CPU_FEATURES names an unknown one."""
+    return _without(*_probe(), env.disabled_cpu_features())
+
+
+@cache
+def _without(names: frozenset[str], source: str, disabled: tuple[str, ...]) -> CpuFeatures:
+    off: set[str] = set()
+    for name in disabled:
+        feature = _canonical(name)
+        if feature in FEATURES:
+            off.add(feature)
+        elif (
+            name in ISA_LEVELS
+        ):  # the level and those above it: what the level adds to the one below
+            below = next((v for k, v in _pairs() if k == name), ())
+            off |= set(ISA_LEVELS[name]) - set(below)
+        else:
+            raise ValueError(
+                f"KTK_DISABLE_CPU_FEATURES names {name!r}: known are the features {', '.join(FEATURES)} "
+                f"and the levels {', '.join(ISA_LEVELS)}"
+            )
+    off |= {name for name, needs in _NEEDS.items() if off & set(needs)}
+    return CpuFeatures(names - off, source, frozenset(off & names))
+
+
+def _pairs() -> list[tuple[str, tuple[str, ...]]]:
+    """Each level with the features of the level below it."""
+    names = list(ISA_LEVELS)
+    return [(name, ISA_LEVELS[names[i - 1]] if i else ()) for i, name in enumerate(names)]
+
+
+def missing(level: str, features: CpuFeatures) -> list[str]:
+    """What ``features`` lacks for an ISA level, in the level's order; empty = it runs."""
+    return [name for name in ISA_LEVELS[level] if name not in features]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cpu_list(text: str) -> list[int]:
+    """ "0-3,8" -> [0, 1, 2, 3, 8]."""
+    cpus: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cpus += range(int(first), int(last or first) + 1)
+    return cpus
+
+
+def allowed_cpus() -> list[int]:
+    """CPUs in this process's affinity mask."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def cpu_quota(root: Path | str = "/") -> float | None:
+    """CPUs' worth of time the cgroup allows (v2 cpu.max, v1 cfs quota), the tightest on the way up; None = no limit."""
+    base = Path(root) / "sys/fs/cgroup"
+    own = _read(Path(root) / "proc/self/cgroup")
+    paths = {line.rpartition(":")[2] for line in own.splitlines()} or {"/"}
+    found: list[float] = []
+    for name in paths:
+        here = Path(name.lstrip("/"))
+        for part in (here, *here.parents):
+            v2 = _read(base / part / "cpu.max").split()
+            if len(v2) == 2 and v2[0].isdecimal():
+                found.append(int(v2[0]) / int(v2[1]))
+            quota = _read(base / "cpu" / part / "cpu.cfs_quota_us")
+            period = _read(base / "cpu" / part / "cpu.cfs_period_us")
+            if quota.isdecimal() and period.isdecimal() and int(period):
+                found.append(int(quota) / int(period))
+    return min(found, default=None)
+
+
+def num_physical_cores(root: Path | str = "/", allowed: list[int] | None = None) -> int:
+    """Physical cores this process may use: affinity, SMT siblings counted once, cgroup quota; at least 1."""
+    cpus = allowed_cpus() if allowed is None else allowed
+    cores = set()
+    for cpu in cpus:
+        topology = Path(root) / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        siblings = _read(topology / "thread_siblings_list") or _read(topology / "core_cpus_list")
+        cores.add(tuple(_cpu_list(siblings)) if siblings else (cpu,))
+    quota = cpu_quota(root)
+    limit = len(cores) if quota is None else min(len(cores), max(1, int(quota)))
+    return max(1, limit)
+
+
+def numa_nodes(root: Path | str = "/") -> list[NumaNode]:
+    """Online NUMA nodes; one node 0 with every allowed CPU where the OS tells none."""
+    base = Path(root) / "sys/devices/system/node"
+    nodes = []
+    for node in _cpu_list(_read(base / "online")):
+        total = re.search(r"MemTotal:\s+(\d+) kB", _read(base / f"node{node}/meminfo"))
+        cpus = tuple(_cpu_list(_read(base / f"node{node}/cpulist")))
+        nodes.append(NumaNode(node, cpus, int(total[1]) * 1024 if total else 0))
+    return nodes or [NumaNode(0, tuple(allowed_cpus()), 0)]
+
+
+def memory(root: Path | str = "/") -> tuple[int, int]:
+    """(total, available) bytes, capped by the cgroup's limit; zeros if unknown."""
+    text = _read(Path(root) / "proc/meminfo")
+    sizes = {k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    total, available = sizes.get("MemTotal", 0), sizes.get("MemAvailable", 0)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        cap = _read(Path(root) / "sys/fs/cgroup" / limit)
+        if cap.isdecimal() and int(cap) < total:
+            use = _read(Path(root) / "sys/fs/cgroup" / used)
+            total = int(cap)
+            available = min(available, total - (int(use) if use.isdecimal() else 0))
+    return total, available
+
+
+def huge_pages(root: Path | str = "/") -> dict[str, str]:
+    """Transparent huge pages: mode and defrag as the kernel names them ("" if unknown); reserved pages."""
+    base = Path(root) / "sys/kernel/mm"
+    chosen = {
+        name: re.search(r"\[(\w+)\]", _read(base / "transparent_hugepage" / name))
+        for name in ("enabled", "defrag")
+    }
+    modes = {name: match[1] if match else "" for name, match in chosen.items()}
+    modes["reserved_2MiB"] = _read(base / "hugepages/hugepages-2048kB/nr_hugepages")
+    return modes
+
+
+def brand(root: Path | str = "/") -> str:
+    """The CPU's name; py-cpuinfo (slow) where /proc/cpuinfo has none."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(Path(root) / "proc/cpuinfo"), re.MULTILINE)
+    if match:
+        return match[1].strip()
+    try:
+        import cpuinfo
+
+        return str(cpuinfo.get_cpu_info().get("brand_raw", sys.platform))
+    except Exception:  # a name to show is not worth a failure
+        return sys.platform

@@ -1,0 +1,163 @@
+"""Float experts to panels, by the fastest quantiser present: C, else Numba. NumPy is their oracle.
+
+All three find the same codes (``ktk.reference.pack``), so what is written does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import mmap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ktk import cpu
+from ktk.formats import get_format
+from ktk.formats.floats import bf16_to_f32
+from ktk.layout import PANEL, MatrixLayout
+from ktk.reference.pack import REFITS, lay_float_panels, lay_panels, search_ladder
+from ktk.types import ExpertWeights, MoESpec, Packed
+
+F = np.float32
+HUGE_PAGE = 2 << 20
+
+
+def aligned_buffer(num_bytes: int) -> np.ndarray:
+    """Zeroed uint8 (num_bytes,), page aligned, huge-page advised where the OS has them."""
+    memory = mmap.mmap(-1, max(num_bytes + HUGE_PAGE - num_bytes % HUGE_PAGE, HUGE_PAGE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, count=num_bytes)
+
+
+def check_expert(spec: MoESpec, weights: ExpertWeights) -> None:
+    """ValueError / TypeError unless shapes and dtypes are what the spec says."""
+    i, h = spec.intermediate_size, spec.hidden_size
+    wanted: dict[str, tuple[int, ...] | None] = {
+        "gate": (i, h) if spec.has_gate else None,
+        "up": (i, h),
+        "down": (h, i),
+        "gate_bias": (i,) if spec.has_bias and spec.has_gate else None,
+        "up_bias": (i,) if spec.has_bias else None,
+        "down_bias": (h,) if spec.has_bias else None,
+    }
+    for name, shape in wanted.items():
+        array = getattr(weights, name)
+        if array is None and shape is None:
+            continue
+        if array is None or shape is None:
+            have = "missing" if array is None else "given"
+            raise ValueError(
+                f"{name} is {have}, but the spec has has_gate={spec.has_gate}, has_bias={spec.has_bias}"
+            )
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}: must be {shape}")
+        allowed = (np.float32,) if name.endswith("bias") else (np.float32, np.uint16)
+        if array.dtype not in allowed:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}: must be float32"
+                + " or uint16 bf16 bits" * (len(allowed) - 1)
+            )
+        if name.endswith("bias") and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or inf")
+
+
+def _to_f32(w: np.ndarray) -> np.ndarray:
+    return bf16_to_f32(w) if w.dtype == np.uint16 else np.asarray(w, F)
+
+
+def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+    from ktk._pack_numba import quantise_panel
+
+    fmt = get_format(spec.weight_format)
+    ladder = search_ladder(fmt, layout.scales_are_bf16)
+    one = dataclasses.replace(layout, num_panels=1, out_features=PANEL)
+    codes = np.empty((layout.padded_in, PANEL), F)
+    scales = np.empty((layout.num_groups, PANEL), F)
+    for p in range(layout.num_panels):
+        rows = _to_f32(w[p * PANEL : (p + 1) * PANEL])
+        x = np.zeros((layout.padded_in, PANEL), F)
+        x[: layout.in_features, : len(rows)] = rows.T
+        if not np.isfinite(x).all():
+            raise ValueError("weights hold NaN or inf: they cannot be quantised")
+        quantise_panel(
+            x, layout.group_size, ladder, REFITS, F(fmt.code_min), F(fmt.code_max), layout.scales_are_bf16, codes, scales
+        )  # fmt: skip
+        unsigned = (codes.T.astype(np.int32) + fmt.zero_point).astype(np.uint8)
+        panels[p] = lay_panels(unsigned, np.ascontiguousarray(scales.T), one, fmt)[0]
+
+
+def pack_matrix(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+    """Quantise (out, in) float32 or bf16 bits into ``panels``, uint8 (num_panels, panel_bytes), a view."""
+    fmt = get_format(spec.weight_format)
+    if not fmt.is_integer:
+        panels[:] = lay_float_panels(w, layout, fmt)
+        return
+    native, isa = native_module(), best_isa()
+    if native is None or isa is None:
+        _pack_numba(w, layout, spec, panels)
+    else:
+        ladder = search_ladder(fmt, layout.scales_are_bf16)
+        native.pack_matrix(w, layout, spec.weight_format, isa, ladder, REFITS, panels)
+
+
+@cache
+def native_module() -> Any:
+    """The compiled extension, or None where it was not built."""
+    try:
+        return importlib.import_module("ktk._cy.native")
+    except ImportError:
+        return None
+
+
+def best_isa() -> str | None:
+    """The fastest ISA row of this build that this CPU runs, or None."""
+    native = native_module()
+    rows = reversed(native.isa_rows()) if native else ()
+    return next((row for row in rows if not cpu.missing(row, cpu.detect())), None)
+
+
+def pack_expert(spec: MoESpec, weights: ExpertWeights, out: np.ndarray) -> None:
+    """Quantise one expert and lay its panels and biases into ``out``.
+
+    out : uint8 (spec.layout.expert_bytes,), writable; every byte is written. Runs mostly without the GIL.
+    Raises ValueError / TypeError if a shape, dtype or value does not fit.
+    """
+    check_expert(spec, weights)
+    layout = spec.layout
+    out[:] = 0
+    step = 2 if spec.has_gate else 1
+    gate_up = out[: layout.down_offset].reshape(-1, layout.gate_up.panel_bytes)
+    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
+    down = out[layout.down_offset : down_end].reshape(-1, layout.down.panel_bytes)
+    if weights.gate is not None:
+        pack_matrix(weights.gate, layout.gate_up, spec, gate_up[0::2])
+    pack_matrix(weights.up, layout.gate_up, spec, gate_up[step - 1 :: step])
+    pack_matrix(weights.down, layout.down, spec, down)
+    for name in ("gate", "up", "down"):
+        bias = getattr(weights, f"{name}_bias")
+        if bias is not None:
+            start = getattr(layout, f"{name}_bias_offset")
+            out[start : start + 4 * len(bias)] = np.ascontiguousarray(bias, F).view(np.uint8)
+
+
+def pack_experts(
+    spec: MoESpec, read: Callable[[int], ExpertWeights], num_threads: int | None = None
+) -> Packed:
+    """Pack ``read(0) .. read(num_experts - 1)``; at most ``num_threads`` experts are unpacked at a time."""
+    data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
+    data = data.reshape(spec.num_experts, spec.layout.expert_bytes)
+
+    def work(expert: int) -> None:
+        try:
+            pack_expert(spec, read(expert), data[expert])
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"expert {expert}: {error}") from None
+
+    with ThreadPoolExecutor(num_threads or cpu.num_physical_cores()) as pool:
+        list(pool.map(work, range(spec.num_experts)))
+    return Packed(spec, data)

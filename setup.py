@@ -1,0 +1,60 @@
+"""Builds ktk._cy.native: each kernel source once per ISA row, linked into one extension.
+
+Without a C compiler, or on another architecture, the package installs without it: Numba and NumPy run then.
+"""
+
+import platform
+import runpy
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CY = Path("ktk/_cy")
+ISA = runpy.run_path(str(CY / "isa.py"))
+
+
+class BuildKernels(build_ext):
+    """build_ext that compiles the ISA rows first and hands their objects to the linker."""
+
+    def build_extension(self, ext):
+        build = Path(self.build_temp)
+        common = {"include_dirs": ext.include_dirs, "debug": self.debug}
+
+        def compile_row(sources, folder, flags):
+            return self.compiler.compile(
+                [str(CY / "kernels" / s) for s in sources],
+                output_dir=str(build / folder),
+                extra_postargs=[*ISA["COMMON_FLAGS"], *flags],
+                **common,
+            )
+
+        objects = compile_row(ISA["BASE_SOURCES"], "base", [])
+        for row in ISA["ISA_ROWS"]:
+            objects += compile_row(
+                ISA["ROW_SOURCES"], row.name, [f"-DKTK_ISA={row.name}", *row.flags]
+            )
+        ext.extra_objects = objects
+        super().build_extension(ext)
+
+
+def extensions():
+    if platform.machine().lower() not in ("x86_64", "amd64") or sys.platform == "win32":
+        return []
+    from Cython.Build import cythonize
+
+    depends = [str(p) for folder in ("include", "kernels") for p in sorted((CY / folder).iterdir())]
+    ext = Extension(
+        "ktk._cy.native",
+        [str(CY / "native.pyx")],
+        include_dirs=[str(CY / "include")],
+        depends=[*depends, "setup.py", str(CY / "isa.py")],
+        extra_compile_args=["-O2", "-fno-lto"],
+        extra_link_args=["-pthread"],
+        optional=True,
+    )
+    return cythonize([ext], language_level=3)
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
