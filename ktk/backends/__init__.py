@@ -1,0 +1,166 @@
+"""The registry: which backends exist, which run here, and what a ``method=`` means.
+
+A backend refuses with a reason (``why_not``), never with a crash; selection takes the first that runs.
+Other packages add backends through the entry-point group ``ktk.backends`` (an instance or a class).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+from ktk import env
+from ktk.backends.base import Backend, Runner
+from ktk.errors import BackendError
+from ktk.types import MoESpec
+
+log = logging.getLogger("ktk")
+
+# Fastest first: selection takes the first that runs.
+_BUILT_IN = (
+    "ktk.backends.amx_int4:AmxInt4Backend",
+    "ktk.backends.amx_int8:AmxInt8Backend",
+    "ktk.backends.avx512:Avx512Backend",
+    "ktk.backends.avx2:Avx2Backend",
+    "ktk.backends.numba_jit:NumbaBackend",
+    "ktk.backends.numpy_ref:NumpyBackend",
+)
+
+# Methods that name a weight format rather than a backend; any backend may run them.
+_FORMAT_METHODS = {"INT4": "int4", "INT8": "int8", "BF16": "bf16", "FP32": "fp32"}
+# Backends whose packed weights run elsewhere too: the next best runs them, with one warning.
+_PORTABLE = {"AMXINT4": "int4", "AMXINT8": "int8"}
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Report:
+    """One backend's state: ``reason`` is None if it runs; ``kernel`` is what would run then."""
+
+    name: str
+    reason: str | None
+    kernel: str
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """All backends by name, fastest first, third-party ones behind the built-in."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, Backend] = {}
+    for target in _BUILT_IN:
+        module, _, attribute = target.partition(":")
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        found[backend.name] = backend
+    for entry in entry_points(group="ktk.backends"):
+        try:
+            loaded = entry.load()
+            backend = loaded() if isinstance(loaded, type) else loaded
+        except Exception as error:  # a broken plug-in must not take the others down
+            log.warning("backend plug-in %s does not load: %s", entry.name, error)
+            continue
+        if backend.name in found:
+            log.warning(
+                "backend plug-in %s: the name %s is taken, ignored", entry.name, backend.name
+            )
+        else:
+            found[backend.name] = backend
+    return found
+
+
+def methods() -> tuple[str, ...]:
+    """Every value ``method=`` takes, "auto" first."""
+    return ("auto", *backends(), *_FORMAT_METHODS)
+
+
+def method_format(method: str) -> str | None:
+    """The weight format a method stands for, or None if it names only a backend (or "auto")."""
+    key = check_method(method)
+    return _PORTABLE.get(key) or _FORMAT_METHODS.get(key)
+
+
+def check_method(method: str) -> str:
+    """The method in its canonical spelling; ValueError lists the known ones and why each would not run."""
+    if isinstance(method, str):
+        if method.lower() == "auto":
+            return "auto"
+        if method.upper() in methods():
+            return method.upper()
+    lines = "\n".join(f"  {r.name}: {r.reason or 'runs'}" for r in report())
+    formats = ", ".join(_FORMAT_METHODS)
+    raise ValueError(
+        f"method={method!r} is unknown: use auto, a format ({formats}) or a backend:\n{lines}"
+    )
+
+
+def report(spec: MoESpec | None = None) -> list[Report]:
+    """Every backend with the reason it would not run (``spec``), fastest first."""
+    rows = []
+    for backend in backends().values():
+        reason = backend.why_not(spec)
+        kernel = backend.kernel(spec or MoESpec(1, 32, 32)) if reason is None else ""
+        rows.append(Report(backend.name, reason, kernel if spec else kernel.split(" ")[0]))
+    return rows
+
+
+def _reasons(spec: MoESpec) -> str:
+    return "\n".join(f"  {r.name}: {r.reason or 'runs'}" for r in report(spec))
+
+
+def select(method: str, spec: MoESpec) -> Backend:
+    """The backend that will run ``spec``.
+
+    method : "auto" (KTK_BACKEND or the fastest), a backend's name, or a format's name.
+    Raises ValueError for an unknown method or one for other weights, BackendError if it cannot run here.
+    """
+    key = check_method(method)
+    wanted = method_format(key)
+    if wanted is not None and wanted != spec.weight_format:
+        raise ValueError(
+            f"method={method!r} runs {wanted} weights, these are {spec.weight_format}: "
+            f"use method='auto', or convert with --quant-method {wanted}"
+        )
+    if key in _FORMAT_METHODS:
+        key = "auto"
+    if key == "auto":
+        named = env.backend()
+        key = "auto" if named is None else check_method(named)
+        if key in _FORMAT_METHODS:
+            raise ValueError(f"KTK_BACKEND={named}: must name a backend ({', '.join(backends())})")
+    if key != "auto":
+        backend = backends()[key]
+        reason = backend.why_not(spec)
+        if reason is None:
+            return backend
+        if key not in _PORTABLE or env.strict_backend():
+            raise BackendError(f"{key} cannot run here: {reason}. Backends:\n{_reasons(spec)}")
+        stand_in = _first(spec)
+        if key not in _warned:
+            _warned.add(key)
+            log.warning(
+                "%s does not run here (%s); %s runs its weights", key, reason, stand_in.kernel(spec)
+            )
+        return stand_in
+    return _first(spec)
+
+
+def _first(spec: MoESpec) -> Backend:
+    for backend in backends().values():
+        if backend.why_not(spec) is None:
+            return backend
+    raise BackendError(f"no backend runs {spec}:\n{_reasons(spec)}")
+
+
+__all__ = [
+    "Backend",
+    "Report",
+    "Runner",
+    "backends",
+    "check_method",
+    "method_format",
+    "methods",
+    "report",
+    "select",
+]

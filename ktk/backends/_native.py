@@ -1,0 +1,71 @@
+"""What the compiled backends share: one runner over the C operator, told apart by ISA row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ktk import cpu
+from ktk.backends.base import Backend, Runner, describe
+from ktk.pack import native_module
+from ktk.types import MoESpec, Packed
+
+
+class NativeRunner(Runner):
+    def __init__(self, packed: Packed, isa: str, num_threads: int) -> None:
+        native: Any = native_module()
+        self.experts = native.Experts(
+            packed.spec, packed.spec.layout, packed.data, isa, num_threads
+        )
+
+    def forward(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None,
+    ) -> None:
+        self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
+
+    def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+        result: np.ndarray = self.experts.linear(projection, x, expert_ids)
+        return result
+
+
+class NativeBackend(Backend):
+    """A compiled backend: ``isa_rows`` lists its rows of ``ktk._cy.isa``, best first."""
+
+    isa_rows: tuple[str, ...]
+
+    def isa(self) -> str | None:
+        """The best of its rows that this CPU and this build run, or None."""
+        native = native_module()
+        if native is None:
+            return None
+        features = cpu.detect()
+        for row in self.isa_rows:
+            if row in native.isa_rows() and not cpu.missing(row, features):
+                return row
+        return None
+
+    def why_not(self, spec: MoESpec | None = None) -> str | None:
+        lowest = self.isa_rows[-1]
+        lacking = cpu.missing(lowest, cpu.detect())
+        if lacking:
+            return f"CPU lacks {', '.join(lacking)}"
+        if native_module() is None:
+            return "the compiled extension is not built (pip install . with a C compiler)"
+        if self.isa() is None:
+            return f"this build has none of {', '.join(self.isa_rows)}"
+        return None
+
+    def kernel(self, spec: MoESpec) -> str:
+        return f"{self.isa()} {describe(spec)}"
+
+    def load(self, packed: Packed, num_threads: int) -> Runner:
+        isa = self.isa()
+        assert isa is not None  # select() asked why_not first
+        return NativeRunner(packed, isa, num_threads)

@@ -1,0 +1,62 @@
+"""What a backend is, and the shapes its runners take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from ktk.types import MoESpec, Packed
+
+
+class Runner(ABC):
+    """One layer's experts, loaded by a backend."""
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None,
+    ) -> None:
+        """out = sum over slots of weight * expert(hidden), plus ``add``.
+
+        hidden, out : C-contiguous (tokens, hidden_size): float32, float16, or uint16 holding bf16 bits.
+        topk_ids : int64 (tokens, top_k); ids outside 0..num_experts-1 or with skip[id] add exactly zero.
+        topk_weights : float32 (tokens, top_k). skip : bool (num_experts,) or None.
+        add : float32 (tokens, hidden_size) or None.
+        """
+
+    @abstractmethod
+    def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+        """One projection without its bias, for activations ktk does not know.
+
+        projection : "gate_up" (columns gate then up) or "down". x : float32 (rows, in_features).
+        expert_ids : int64 (rows,), all valid. Returns float32 (rows, out_features).
+        """
+
+
+class Backend(ABC):
+    """Kernels for one kind of CPU."""
+
+    name: str
+
+    @abstractmethod
+    def why_not(self, spec: MoESpec | None = None) -> str | None:
+        """None if it runs here (and runs ``spec``, if given), else the reason."""
+
+    @abstractmethod
+    def kernel(self, spec: MoESpec) -> str:
+        """What will really run, e.g. ``avx512vnni int4 g32``."""
+
+    @abstractmethod
+    def load(self, packed: Packed, num_threads: int) -> Runner:
+        """A runner over ``packed``, which is shared, not copied."""
+
+
+def describe(spec: MoESpec) -> str:
+    """``int4 g32``: the format part of a kernel's name."""
+    return spec.weight_format + (f" g{spec.group_size}" if spec.group_size else "")

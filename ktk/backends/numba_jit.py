@@ -1,0 +1,141 @@
+"""NUMBA: compiled at first use, on any CPU that LLVM knows. Same bits as the C kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ktk.backends.base import Backend, Runner, describe
+from ktk.backends.numpy_ref import load_rows, store_rows
+from ktk.formats.floats import bf16_to_f32
+from ktk.layout import PANEL
+from ktk.reference.linear import quantise_activations
+from ktk.reference.moe import ExactExperts
+from ktk.types import ACTIVATION_KINDS, MoESpec, Packed
+
+F = np.float32
+
+
+class NumbaRunner(Runner):
+    """Experts are tasks of a thread pool; within one, NumPy lays out and Numba computes."""
+
+    def __init__(self, packed: Packed, num_threads: int) -> None:
+        from ktk.backends import _numba_kernels
+
+        self.kernels: Any = _numba_kernels
+        self.view = ExactExperts(packed)
+        self.spec = packed.spec
+        self.num_threads = num_threads
+
+    def _linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
+        """float32 (rows, in_features) to (rows, out_features), bias added."""
+        matrix, fmt = self.view.matrix(projection), self.view.format
+        panels = np.ascontiguousarray(self.view.panels(expert, projection))
+        out = np.empty((len(x), matrix.num_panels, PANEL), F)
+        if fmt.is_integer:
+            act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
+            starts = np.arange(0, matrix.padded_in, matrix.fine_group)
+            sums = np.add.reduceat(act.codes.astype(np.int32), starts, axis=1)
+            correction = (-fmt.zero_point * sums).astype(np.int32)
+            width = matrix.num_groups * PANEL * (2 if matrix.scales_are_bf16 else 4)
+            raw = np.ascontiguousarray(panels[:, matrix.code_bytes : matrix.code_bytes + width])
+            scales = bf16_to_f32(raw.view(np.uint16)) if matrix.scales_are_bf16 else raw.view(F)
+            self.kernels.gemm_integer(
+                panels, fmt.bits, scales.reshape(len(panels), -1, PANEL), act.codes, act.scales,
+                correction, matrix.group_size, matrix.activation_group, out,
+            )  # fmt: skip
+        else:
+            padded = np.zeros((len(x), matrix.padded_in), F)
+            padded[:, : x.shape[1]] = x
+            raw = np.ascontiguousarray(panels[:, : matrix.code_bytes])
+            if fmt.bits == 16:
+                pairs = bf16_to_f32(raw.view(np.uint16)).reshape(len(panels), -1, PANEL, 2)
+                weights = np.ascontiguousarray(pairs.transpose(0, 1, 3, 2)).reshape(
+                    len(panels), -1, PANEL
+                )
+            else:
+                weights = raw.view(F).reshape(len(panels), -1, PANEL)
+            self.kernels.gemm_float(weights, padded, out)
+        return out.reshape(len(x), -1)[:, : matrix.out_features]
+
+    def _biased(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
+        y = self._linear(expert, projection, x)
+        bias = self.view.bias(expert, projection)
+        return np.ascontiguousarray(y if bias is None else y + bias)
+
+    def _expert(self, expert: int, x: np.ndarray) -> np.ndarray:
+        a = self.spec.activation
+        up = self._biased(expert, "up", x)
+        gate = self._biased(expert, "gate", x) if self.spec.has_gate else up
+        h = np.empty_like(up)
+        with np.errstate(all="ignore"):
+            self.kernels.activate(
+                gate, up, ACTIVATION_KINDS.index(a.kind), self.spec.has_gate, F(a.alpha), F(a.gate_min), F(a.gate_max),
+                F(a.up_min), F(a.up_max), F(a.up_offset), h,
+            )  # fmt: skip
+        return self._biased(expert, "down", h)
+
+    def forward(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None,
+    ) -> None:
+        x = load_rows(hidden)
+        tokens, top_k = topk_ids.shape
+        live = (topk_ids >= 0) & (topk_ids < self.spec.num_experts)
+        if skip is not None:
+            live &= ~skip[np.where(live, topk_ids, 0)]
+        y = np.zeros((tokens, top_k, self.spec.hidden_size), F)
+
+        def work(expert: int) -> None:
+            token, slot = np.nonzero(live & (topk_ids == expert))
+            y[token, slot] = self._expert(expert, x[token])
+
+        self._each(work, np.unique(topk_ids[live]))
+        acc = np.zeros((tokens, self.spec.hidden_size), F)
+        for t, j in np.argwhere(live):  # slots in top-k order
+            self.kernels.add_scaled(acc[t], y[t, j], topk_weights[t, j])
+        store_rows(acc if add is None else acc + add, out)
+
+    def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+        names = (
+            ("down",) if projection == "down" else ("gate", "up") if self.spec.has_gate else ("up",)
+        )
+        y = np.empty((len(x), sum(self.view.matrix(n).out_features for n in names)), F)
+
+        def work(expert: int) -> None:
+            rows = np.nonzero(expert_ids == expert)[0]
+            y[rows] = np.concatenate([self._linear(expert, n, x[rows]) for n in names], axis=1)
+
+        self._each(work, np.unique(expert_ids))
+        return y
+
+    def _each(self, work: Any, experts: np.ndarray) -> None:
+        if len(experts) <= 1 or self.num_threads == 1:
+            for e in experts:
+                work(int(e))
+            return
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            list(pool.map(work, map(int, experts)))
+
+
+class NumbaBackend(Backend):
+    name = "NUMBA"
+
+    def why_not(self, spec: MoESpec | None = None) -> str | None:
+        if importlib.util.find_spec("numba") is None:
+            return "numba is not installed (pip install numba)"
+        return None
+
+    def kernel(self, spec: MoESpec) -> str:
+        return f"numba {describe(spec)}"
+
+    def load(self, packed: Packed, num_threads: int) -> Runner:
+        return NumbaRunner(packed, num_threads)

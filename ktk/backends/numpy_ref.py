@@ -1,0 +1,62 @@
+"""NUMPY: the exact reference as a backend. Runs everywhere, for tests and as the last resort."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ktk.backends.base import Backend, Runner, describe
+from ktk.formats.floats import bf16_to_f32, f32_to_bf16
+from ktk.reference.moe import ExactExperts
+from ktk.types import MoESpec, Packed
+
+
+def load_rows(x: np.ndarray) -> np.ndarray:
+    """float32, float16 or bf16 bits (rows, n) to float32 (rows, n)."""
+    return bf16_to_f32(x) if x.dtype == np.uint16 else np.asarray(x, np.float32)
+
+
+def store_rows(y: np.ndarray, out: np.ndarray) -> None:
+    """float32 (rows, n) into float32, float16 or bf16 bits, rounded once."""
+    with np.errstate(over="ignore"):
+        out[:] = f32_to_bf16(y) if out.dtype == np.uint16 else y.astype(out.dtype)
+
+
+class NumpyRunner(Runner):
+    def __init__(self, packed: Packed) -> None:
+        self.experts = ExactExperts(packed)
+
+    def forward(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None,
+    ) -> None:
+        store_rows(self.experts.forward(load_rows(hidden), topk_ids, topk_weights, skip, add), out)
+
+    def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+        spec = self.experts.spec
+        names = ("down",) if projection == "down" else ("gate", "up") if spec.has_gate else ("up",)
+        width = sum(self.experts.matrix(name).out_features for name in names)
+        y = np.empty((len(x), width), np.float32)
+        for e in np.unique(expert_ids):
+            rows = np.nonzero(expert_ids == e)[0]
+            y[rows] = np.concatenate(
+                [self.experts.linear(int(e), n, x[rows]) for n in names], axis=1
+            )
+        return y
+
+
+class NumpyBackend(Backend):
+    name = "NUMPY"
+
+    def why_not(self, spec: MoESpec | None = None) -> str | None:
+        return None
+
+    def kernel(self, spec: MoESpec) -> str:
+        return f"numpy {describe(spec)}"
+
+    def load(self, packed: Packed, num_threads: int) -> Runner:
+        return NumpyRunner(packed)
