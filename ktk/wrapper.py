@@ -1,0 +1,846 @@
+"""KTMoEWrapper: the KT-Kernel-compatible face of ``ktk.MoE``. Same arguments, same calls, checked.
+
+What it adds to the operator: experts kept on a GPU (a mask, updated in place), submit_forward and
+sync_forward around one process-wide worker, staging buffers, deferred experts, prefill in chunks.
+
+Deferral: output(n) = immediate experts of layer n + deferred experts of layer n-1, added in float32
+before the one rounding. A deferred result is used once, by the very next submit of the same thread,
+if that is layer_idx + 1 with as many tokens of the same width; else it is dropped, as KT-Kernel drops
+it when a dense layer lies between. So what an abandoned sequence left behind is never added to
+another, and the last MoE layer should have max_deferred_experts_per_token=0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ktk import backends
+from ktk.moe import MoE, as_hidden, as_routing, as_weights, is_bf16, to_numpy
+from ktk.pack import aligned_buffer, pack_experts
+from ktk.runtime import engine, fifo
+from ktk.types import Activation, ExpertWeights, MoESpec, Packed
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_BIASES = ("gate_bias", "up_bias", "down_bias")
+
+
+class KTMoEWrapper:
+    """One MoE layer's CPU experts.
+
+    Parameters
+    ----------
+    layer_idx : int
+        Which layer's weights to load; also the order that deferral goes by.
+    num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size : int
+        Shapes of the whole layer, whatever the thread pools.
+    gpu_experts_mask : bool (num_experts,) tensor, array or list, or int, or None
+        True = runs on the GPU, skipped here. Copied; update ``wrapper.gpu_experts_mask`` in place (or
+        assign to it) and the next submit_forward sees it. An int n means the first n experts.
+    cpuinfer_threads, threadpool_count, numa_nodes : int, int, sequence of int, or None
+        Layout of the process-wide engine; None takes what is there.
+    weight_path : str, path or None
+        A packed directory (``ktk convert``) or an ordinary Hugging Face one, quantised at load.
+    chunked_prefill_size : int
+        Tokens that run at a time; more are run in chunks, with the same results.
+    cpu_save : bool
+        Also write what was quantised as a packed layer under ``weight_path``.
+    max_deferred_experts_per_token : int or None
+        See the module's text and ``select_deferred_experts``. None or 0: off.
+    method : str
+        One of ``ktk.backends.methods()``.
+    mode : str
+        "inference". "sft" and its arguments (lora_rank ... full_weight_grad) are refused in this version.
+    num_gpu_experts : int or None
+        The old form of the mask: the first n experts.
+    swiglu_limit, swiglu_alpha : float
+        limit > 0 clamps gate from above and up on both sides; alpha > 0 is the swigluoai activation,
+        gate clamped on both sides too. Both 0: what the weights' own directory says, else SiLU.
+    group_size, weight_format, activation_group : int, str, int or None
+        ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has it.
+
+    Raises
+    ------
+    ValueError / TypeError naming the argument, EngineError for a thread layout that conflicts.
+
+    ``forward`` may be called from several threads; submit_forward and sync_forward of one wrapper from
+    one at a time.
+    """
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gpu_experts_mask: Any = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: Any = None,
+        chunked_prefill_size: int = 4096,
+        cpu_save: bool = False,
+        max_deferred_experts_per_token: int | None = None,
+        method: str = "AMXINT4",
+        numa_nodes: Sequence[int] | None = None,
+        mode: str = "inference",
+        num_gpu_experts: int | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float | None = None,
+        max_cache_depth: int | None = None,
+        group_size: int | None = None,
+        zero_point: bool | None = None,
+        full_weight_grad: bool | None = None,
+        swiglu_limit: float = 0.0,
+        swiglu_alpha: float = 0.0,
+        *,
+        weight_format: str | None = None,
+        activation_group: int | None = None,
+    ) -> None:
+        sft_only = {
+            "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "max_cache_depth": max_cache_depth,
+            "zero_point": zero_point,
+            "full_weight_grad": full_weight_grad,
+        }
+        _check_mode(mode, [name for name, value in sft_only.items() if value is not None])
+        self.layer_idx = _int("layer_idx", layer_idx, least=0)
+        self.num_experts = _int("num_experts", num_experts)
+        self.num_experts_per_tok = _int("num_experts_per_tok", num_experts_per_tok)
+        self.hidden_size = _int("hidden_size", hidden_size)
+        self.moe_intermediate_size = _int("moe_intermediate_size", moe_intermediate_size)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={num_experts_per_tok}: must be at most num_experts={num_experts}"
+            )
+        self.chunked_prefill_size = _int("chunked_prefill_size", chunked_prefill_size)
+        deferred = max_deferred_experts_per_token
+        self.max_deferred_experts_per_token = _int(
+            "max_deferred_experts_per_token", 0 if deferred is None else deferred, least=0
+        )
+        self.method = backends.check_method(method)
+        self.weight_path = None if weight_path is None else Path(weight_path)
+        self.cpu_save = bool(cpu_save)
+        self._activation = _swiglu(swiglu_limit, swiglu_alpha)
+        self._weight_format = weight_format or backends.method_format(self.method)
+        self._group_size = group_size
+        self._activation_group = activation_group
+        if self._weight_format is not None:
+            backends.select(self.method, self._spec())  # refuse now rather than after the long part
+        self._mask = _mask_of(gpu_experts_mask, num_gpu_experts, self.num_experts)
+        self._moe: MoE | None = None
+        self._submitted: _Submitted | None = None
+        # Tasks nobody waits for; the next sync raises their exceptions.
+        self._unseen: deque[fifo.Ticket] = deque()
+        nodes = None if numa_nodes is None else tuple(_int("numa_nodes", n, 0) for n in numa_nodes)
+        if nodes is not None and threadpool_count is not None and len(nodes) != threadpool_count:
+            raise ValueError(
+                f"numa_nodes={list(nodes)} has {len(nodes)} entries: "
+                f"must be one per thread pool, threadpool_count={threadpool_count}"
+            )
+        layout = engine.acquire(self, cpuinfer_threads, threadpool_count, nodes)
+        self.cpuinfer_threads = layout.num_threads
+        self.threadpool_count = layout.threadpool_count
+        self.numa_nodes = layout.numa_nodes
+
+    # -- what it holds -------------------------------------------------------------------------
+
+    @property
+    def gpu_experts_mask(self) -> Any:
+        """The mask itself, a CPU bool tensor (num_experts,): change it in place, or assign a new value."""
+        return self._mask
+
+    @gpu_experts_mask.setter
+    def gpu_experts_mask(self, mask: Any) -> None:
+        self._mask.copy_(_mask_of(mask, None, self.num_experts))
+
+    @property
+    def num_gpu_experts(self) -> int:
+        """Experts the mask names."""
+        return int(self._mask.sum())
+
+    @property
+    def moe(self) -> MoE:
+        """The operator. RuntimeError before the weights are loaded."""
+        if self._moe is None:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has no weights yet: call load_weights() or load_weights_from_tensors() first"
+            )
+        return self._moe
+
+    def __repr__(self) -> str:
+        state = "no weights" if self._moe is None else repr(self._moe)
+        return f"KTMoEWrapper(layer {self.layer_idx}, {self.num_gpu_experts} GPU experts, {state})"
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def load_weights(
+        self, physical_to_logical_map: Any = None, *, physical_to_logical_map_cpu: Any = None
+    ) -> None:
+        """Load the layer from ``weight_path``: packed experts as they are, others quantised on the way.
+
+        physical_to_logical_map : int64 (num_experts,), CPU, or None for the identity; slot p gets the
+            weights of logical expert map[p]. (KT-Kernel's keyword with ``_cpu`` is the same argument.)
+        Raises CheckpointError for a bad directory, ValueError if it holds another shape or format.
+        """
+        if physical_to_logical_map is None:
+            physical_to_logical_map = physical_to_logical_map_cpu
+        order = self._order(physical_to_logical_map)
+        path = self.weight_path
+        if path is None:
+            raise ValueError(
+                "weight_path is None: name a directory at construction, or call load_weights_from_tensors()"
+            )
+        from ktk.checkpoint.packed import layer_path, read_layer
+
+        if layer_path(path, self.layer_idx).exists():
+            packed = read_layer(path, self.layer_idx)
+            spec = self._check_packed(packed.spec, path)
+            packed = packed if spec == packed.spec else Packed(spec, packed.data)
+        else:
+            packed = self._quantise_checkpoint(path)
+        self._use(_reorder(packed, order))
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        physical_to_logical_map_cpu: Any = None,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+    ) -> None:
+        """Quantise and pack experts given as tensors or arrays; they are not kept.
+
+        gate_proj, up_proj : float32, float16 or bfloat16 (num_experts, moe_intermediate_size, hidden_size);
+        down_proj : (num_experts, hidden_size, moe_intermediate_size). Biases : (num_experts, out_features).
+        physical_to_logical_map_cpu : checked, then taken as the identity, as KT-Kernel does here: row e of
+            the tensors is expert e.
+        Raises ValueError / TypeError naming the argument that does not fit.
+        """
+        self._order(physical_to_logical_map_cpu)
+        given = dict(
+            zip(
+                (*_PROJECTIONS, *_BIASES),
+                (gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias),
+                strict=True,
+            )
+        )
+        biases = [name for name in _BIASES if given[name] is not None]
+        if biases and len(biases) < 3:
+            raise ValueError(f"only {', '.join(biases)} given: give all three biases or none")
+        e, i, h = self.num_experts, self.moe_intermediate_size, self.hidden_size
+        shapes = ((e, i, h), (e, i, h), (e, h, i), (e, i), (e, i), (e, h))
+        for (name, x), shape in zip(given.items(), shapes, strict=True):
+            if x is None and name in _BIASES:
+                continue
+            array = to_numpy(x, name)
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(array.shape)}: must be {shape}")
+            as_weights(x[:0], name)  # dtype
+
+        def read(expert: int) -> ExpertWeights:
+            matrices = (np.ascontiguousarray(as_weights(given[n][expert], n)) for n in _PROJECTIONS)
+            return ExpertWeights(*matrices, *(_bias(given[n], expert, n) for n in _BIASES))
+
+        spec = self._spec(has_bias=bool(biases))
+        backends.select(self.method, spec)
+        packed = pack_experts(spec, read, self.cpuinfer_threads)
+        self._save(packed)
+        self._use(packed)
+
+    def _spec(self, **fields: Any) -> MoESpec:
+        """The spec the constructor asked for; ``fields`` come from the weights."""
+        fields = {"activation": self._activation or Activation(), **fields}
+        return MoESpec(
+            self.num_experts,
+            self.hidden_size,
+            self.moe_intermediate_size,
+            self._weight_format or "int4",
+            self._group_size,
+            self._activation_group,
+            **fields,
+        )
+
+    def _order(self, physical_to_logical_map: Any) -> np.ndarray | None:
+        """The checked map, int64 (num_experts,); None if it is the identity."""
+        if physical_to_logical_map is None:
+            return None
+        order = to_numpy(physical_to_logical_map, "physical_to_logical_map")
+        if order.dtype != np.int64 or is_bf16(physical_to_logical_map):
+            raise TypeError(f"physical_to_logical_map has dtype {order.dtype}: must be int64")
+        if order.shape != (self.num_experts,):
+            raise ValueError(
+                f"physical_to_logical_map has shape {tuple(order.shape)}: must be ({self.num_experts},)"
+            )
+        if order.min() < 0 or order.max() >= self.num_experts:
+            raise ValueError(
+                f"physical_to_logical_map goes from {order.min()} to {order.max()}: "
+                f"must stay in 0..{self.num_experts - 1}"
+            )
+        return None if np.array_equal(order, np.arange(self.num_experts)) else order
+
+    def _check_shapes(self, fields: dict[str, Any], source: str) -> None:
+        for name, own in (
+            ("num_experts", self.num_experts),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.moe_intermediate_size),
+        ):
+            if fields[name] != own:
+                raise ValueError(
+                    f"{source} has {name}={fields[name]}, the wrapper was made for {own}"
+                )
+
+    def _check_packed(self, spec: MoESpec, path: Path) -> MoESpec:
+        """The file's spec with this wrapper's activation_group; ValueError if they do not fit."""
+        source = f"{path}, layer {self.layer_idx},"
+        self._check_shapes(dataclasses.asdict(spec), source)
+        if self._weight_format not in (None, spec.weight_format):
+            raise ValueError(
+                f"{source} holds {spec.weight_format} weights, the wrapper (method={self.method!r}) "
+                f"asks for {self._weight_format}: use method='auto', or convert again"
+            )
+        if self._group_size not in (None, spec.group_size):
+            raise ValueError(
+                f"{source} has group_size={spec.group_size}, the wrapper asks for {self._group_size}"
+            )
+        if self._activation not in (None, spec.activation):
+            raise ValueError(
+                f"{source} records {spec.activation}, swiglu_limit and swiglu_alpha ask for "
+                f"{self._activation}: leave them 0 to take the file's"
+            )
+        if self._activation_group is None:
+            return spec
+        return dataclasses.replace(spec, activation_group=self._activation_group)
+
+    def _quantise_checkpoint(self, path: Path) -> Packed:
+        """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""
+        from ktk.checkpoint import Checkpoint, list_layers
+        from ktk.errors import CheckpointError
+        from ktk.models import find_experts
+
+        layer = self.layer_idx
+        with contextlib.ExitStack() as stack:
+            try:
+                experts = find_experts(stack.enter_context(Checkpoint.open(path)))
+                if layer not in experts.layers:
+                    raise CheckpointError(
+                        f"{path}: no experts in layer {layer}, but in {experts.layers}"
+                    )
+            except CheckpointError as error:
+                if not path.is_dir() or not list_layers(path):
+                    raise
+                raise CheckpointError(
+                    f"{path}: its packed layers are {list_layers(path)}, layer {layer} is not among them; "
+                    f"nor can it be quantised: {error}"
+                ) from error
+            fields = experts.spec_fields(layer)
+            self._check_shapes(fields, f"{path}, layer {layer},")
+            recorded = fields["activation"]
+            if self._activation is not None and recorded not in (Activation(), self._activation):
+                raise ValueError(
+                    f"{path} says {recorded}, swiglu_limit and swiglu_alpha ask for {self._activation}: "
+                    f"leave them 0 to take the checkpoint's"
+                )
+            spec = self._spec(
+                has_gate=fields["has_gate"],
+                has_bias=fields["has_bias"],
+                activation=self._activation or recorded,
+            )
+            backends.select(self.method, spec)
+            packed = pack_experts(spec, partial(experts.read, layer), self.cpuinfer_threads)
+        self._save(packed)
+        return packed
+
+    def _save(self, packed: Packed) -> None:
+        if self.cpu_save and self.weight_path is not None:
+            from ktk.checkpoint import write_layer
+
+            self.weight_path.mkdir(parents=True, exist_ok=True)
+            write_layer(self.weight_path, packed.spec, self.layer_idx, packed.data)
+
+    def _use(self, packed: Packed) -> None:
+        self._moe = MoE(packed, method=self.method, num_threads=self.cpuinfer_threads)
+
+    # -- running -------------------------------------------------------------------------------
+
+    def submit_forward(
+        self, hidden_states: Any, topk_ids: Any, topk_weights: Any, cuda_stream: Any = None
+    ) -> None:
+        """Queue one forward pass and return; its arguments may be overwritten at once.
+
+        hidden_states : (..., hidden_size) float32, float16 or bfloat16; tensor on any device, or array.
+        topk_ids : (num_tokens, num_experts_per_tok), any integer type; ids outside 0..num_experts-1 and those
+            of the mask add exactly zero. topk_weights : likewise, any float type.
+        cuda_stream : CUDA stream handle the inputs were made on, or None / 0.
+        A second submit before sync_forward replaces the first, as KT-Kernel overwrites its slot.
+        Raises RuntimeError before the weights are loaded, TypeError / ValueError naming the argument.
+        """
+        if self._submitted is not None:
+            self._unseen.extend(t for t in self._submitted[:2] if t is not None)
+        self._submitted = None
+        self._submitted = self._enqueue(
+            fifo.submit, hidden_states, topk_ids, topk_weights, cuda_stream
+        )
+
+    def sync_forward(self, hidden_states: Any, cuda_stream: Any = None) -> Any:
+        """Wait for the last submit_forward; only deferred experts may still run afterwards.
+
+        hidden_states : what was submitted, or another of its shape.
+        Returns a new (num_tokens, hidden_size) tensor or array of the submitted kind, dtype and device.
+        Raises RuntimeError without a submit_forward, else the first exception one of its tasks raised.
+        """
+        submitted = self._submitted
+        if submitted is None:
+            raise RuntimeError("sync_forward without submit_forward: nothing is under way")
+        if _num_tokens(hidden_states, self.hidden_size) != submitted.num_tokens:
+            raise ValueError(
+                f"sync_forward's hidden_states has shape {getattr(hidden_states, 'shape', None)}, "
+                f"but {submitted.num_tokens} tokens of {self.hidden_size} were submitted"
+            )
+        self._submitted = None
+        return self._finish(submitted, cuda_stream)
+
+    def forward(
+        self, hidden_states: Any, topk_ids: Any, topk_weights: Any, cuda_stream: Any = None
+    ) -> Any:
+        """submit_forward and sync_forward in one, without a thread switch if the queue is empty.
+
+        It leaves another submitted pass of this wrapper alone.
+        """
+        submitted = self._enqueue(fifo.run, hidden_states, topk_ids, topk_weights, cuda_stream)
+        return self._finish(submitted, cuda_stream)
+
+    __call__ = forward
+
+    def _inputs(
+        self, hidden_states: Any, topk_ids: Any, topk_weights: Any
+    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """Checked and on the host: hidden of the caller's kind, its bits, int64 ids, float32 weights."""
+        hidden = _on_host(hidden_states)
+        if _num_tokens(hidden, self.hidden_size) is not None:
+            hidden = hidden.reshape(-1, self.hidden_size)  # (num_tokens, hidden_size)
+        bits = as_hidden(hidden, self.hidden_size)
+        ids, weights = as_routing(_on_host(topk_ids), _on_host(topk_weights), len(bits))
+        if ids.shape[1] != self.num_experts_per_tok:
+            raise ValueError(
+                f"topk_ids has {ids.shape[1]} experts per token: the wrapper was made for "
+                f"num_experts_per_tok={self.num_experts_per_tok}; fill unused slots with id -1"
+            )
+        return hidden, bits, ids, weights
+
+    def _enqueue(
+        self,
+        start: Callable[[Callable[[], Any]], fifo.Ticket],
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        stream: Any,
+    ) -> _Submitted:
+        moe = self.moe
+        before, _sequence.deferred = _sequence.deferred, None  # gone if anything below raises
+        device = _device(hidden_states)
+        with _on_stream(device, stream):
+            hidden, bits, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
+        here = (self.layer_idx, *bits.shape)
+        pending = before.ticket if before is not None and before.meant_for == here else None
+        deferred_ids: np.ndarray | None = None
+        if self.max_deferred_experts_per_token:
+            protected = self.num_experts_per_tok - self.max_deferred_experts_per_token
+            ids, deferred_ids = _split(ids, weights, protected)
+            deferred_ids = deferred_ids if (deferred_ids != -1).any() else None
+        key = (*bits.shape, ids.shape[1], str(hidden.dtype), device)
+        staging = _buffers.take(key, bits, ids, weights)
+        mask = self._mask.numpy()
+        run = partial(
+            _run, moe, self.chunked_prefill_size, skip=mask.copy() if mask.any() else None
+        )
+        dtype = hidden.dtype
+        like = _torch_tensor if _is_tensor(hidden) else _array
+
+        def immediate_task() -> Any:
+            try:
+                add = None if pending is None else pending.take()
+                return run(like(staging.hidden, dtype), staging.ids, staging.weights, add=add)
+            finally:
+                if deferred_ids is None:
+                    _buffers.give_back(staging)
+
+        def deferred_task() -> Any:
+            try:
+                # float32 in, float32 out: it is rounded once, with the next layer's sum
+                assert deferred_ids is not None
+                return run(_to_f32(staging.hidden), deferred_ids, staging.weights)
+            finally:
+                _buffers.give_back(staging)
+
+        ticket, deferred = start(immediate_task), None
+        if deferred_ids is not None:
+            deferred = fifo.submit(deferred_task)
+            _sequence.deferred = _Deferred((self.layer_idx + 1, *bits.shape), deferred)
+        return _Submitted(ticket, deferred, len(bits), device)
+
+    def _finish(self, submitted: _Submitted, stream: Any) -> Any:
+        try:
+            submitted.ticket.wait()
+            self._raise_unseen()
+            result = submitted.ticket.take()
+        except BaseException:
+            _sequence.deferred = None  # this sequence ends here
+            raise
+        finally:
+            if submitted.deferred is not None:  # only now: its errors belong to a later sync
+                self._unseen.append(submitted.deferred)
+        if submitted.device in ("cpu", "numpy"):
+            return result
+        with _on_stream(submitted.device, stream):
+            return result.to(submitted.device)
+
+    def _raise_unseen(self) -> None:
+        """The first exception of a task nobody waited for: replaced, or deferred and dropped."""
+        for _ in range(len(self._unseen)):
+            ticket = self._unseen.popleft()
+            if not ticket.is_done:
+                self._unseen.append(ticket)
+            elif ticket.error is not None and not ticket.was_raised:
+                ticket.take()
+
+    @staticmethod
+    def select_deferred_experts(expert_ids: Any, scores: Any, protected_k: int) -> tuple[Any, Any]:
+        """Split each token's experts into those to run now and those to run with the next layer.
+
+        expert_ids : any integer type (num_tokens, top_k); scores : any float type, likewise.
+        The protected_k best scores of every token are collected over the whole batch: an expert that one
+        token protects runs now for all of them. So a token defers at most top_k - protected_k experts, often
+        fewer in a bigger batch. The GPU mask is not looked at; an id of -1 stays -1 in both.
+        Returns (immediate_ids, deferred_ids), int64 (num_tokens, top_k), -1 where the other has the expert.
+        """
+        device = _device(expert_ids)
+        host = _on_host(expert_ids)
+        rows = host.shape[0] if getattr(host, "ndim", 0) else 0
+        ids, weights = as_routing(host, _on_host(scores), rows)
+        pair = _split(ids, weights, protected_k)
+        if device == "numpy":
+            return pair
+        torch = sys.modules["torch"]
+        return torch.from_numpy(pair[0]).to(device), torch.from_numpy(pair[1]).to(device)
+
+    # -- buffers -------------------------------------------------------------------------------
+
+    @staticmethod
+    def set_capture_batch_sizes(capture_bs: Iterable[int]) -> None:
+        """Batch sizes whose staging buffers are kept; all others share one."""
+        _buffers.captured = tuple(_int("capture batch size", size) for size in capture_bs)
+
+    @staticmethod
+    def get_capture_batch_sizes() -> list[int]:
+        return list(_buffers.captured)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        """Free the staging buffers not in use and drop this thread's pending deferred experts."""
+        _buffers.clear()
+        _sequence.deferred = None
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _int(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}={value!r}: must be an int")
+    if value < least:
+        raise ValueError(f"{name}={value}: must be at least {least}")
+    return int(value)
+
+
+def _check_mode(mode: str, given: list[str]) -> None:
+    if mode == "sft":
+        raise NotImplementedError(
+            "mode='sft': fine-tuning is not in this version of ktk; use mode='inference'"
+        )
+    if mode != "inference":
+        raise ValueError(
+            f"mode={mode!r}: must be 'inference' (or 'sft', which is not in this version)"
+        )
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: only with mode='sft', which is not in this version of ktk"
+        )
+
+
+def _swiglu(limit: float, alpha: float) -> Activation | None:
+    """KT-Kernel's swiglu_limit and swiglu_alpha; None if both are 0."""
+    for name, value in (("swiglu_limit", limit), ("swiglu_alpha", alpha)):
+        if not isinstance(value, (int, float, np.floating)) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: must be a float")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name}={value}: must be finite and not negative; 0 turns it off")
+    if alpha > 0:
+        return Activation.swigluoai(float(alpha), float(limit), gate_floor=True)
+    return Activation.silu(float(limit)) if limit > 0 else None
+
+
+def _mask_of(mask: Any, count: int | None, num_experts: int) -> Any:
+    """A new CPU bool tensor (num_experts,) from a mask, a count (the first n) or both, if they agree."""
+    import torch
+
+    if isinstance(mask, (int, np.integer)):  # the argument's old meaning in this place
+        mask, old = None, _int("num_gpu_experts", mask, least=0)
+        if count is not None and count != old:
+            raise ValueError(
+                f"gpu_experts_mask={old} and num_gpu_experts={count}: give one of them"
+            )
+        count = old
+    first = None
+    if count is not None:
+        count = _int("num_gpu_experts", count, least=0)
+        if count > num_experts:
+            raise ValueError(f"num_gpu_experts={count}: must be at most num_experts={num_experts}")
+        first = np.arange(num_experts) < count
+    if mask is None:
+        mask = np.zeros(num_experts, bool) if first is None else first
+    array = np.array(
+        mask if isinstance(mask, (list, tuple)) else to_numpy(_on_host(mask), "gpu_experts_mask")
+    )
+    if array.shape != (num_experts,):
+        raise ValueError(
+            f"gpu_experts_mask has shape {tuple(array.shape)}: must be ({num_experts},), one bool per expert"
+        )
+    if array.dtype.kind not in "biu" or is_bf16(mask):
+        raise TypeError(
+            f"gpu_experts_mask has dtype {getattr(mask, 'dtype', array.dtype)}: must be bool"
+        )
+    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+        raise ValueError(
+            "gpu_experts_mask holds other values than 0 and 1: it is one flag per expert, not a list of ids"
+        )
+    if first is not None and not np.array_equal(first, array.astype(bool)):
+        raise ValueError(
+            f"num_gpu_experts={count} means the first {count} experts, gpu_experts_mask names others: "
+            f"give one of them"
+        )
+    with torch.inference_mode(False):  # else it could not be updated outside of that mode
+        return torch.from_numpy(array.astype(bool))
+
+
+def _bias(x: Any, expert: int, name: str) -> np.ndarray | None:
+    if x is None:
+        return None
+    row = as_weights(x[expert], name)
+    return _to_f32(row) if is_bf16(x) else row
+
+
+def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
+    """Slot p gets span order[p]: the data itself is moved, and copied only if a span is needed twice."""
+    if order is None:
+        return packed
+    data = packed.data
+    if len(np.unique(order)) < len(order):
+        copy = aligned_buffer(data.size).reshape(data.shape)
+        for slot, source in enumerate(order):
+            copy[slot] = data[source]
+        return Packed(packed.spec, copy)
+    moved = order == np.arange(len(order))
+    for start in np.nonzero(~moved)[0].tolist():
+        if moved[start]:
+            continue
+        first, slot = data[start].copy(), start  # follow the cycle that begins here
+        while order[slot] != start:
+            data[slot] = data[order[slot]]
+            moved[slot] = True
+            slot = int(order[slot])
+        data[slot] = first
+        moved[slot] = True
+    return Packed(packed.spec, data)
+
+
+# -- devices and kinds -----------------------------------------------------------------------------
+
+
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _device(x: Any) -> str:
+    return str(x.device) if _is_tensor(x) else "numpy"
+
+
+def _on_host(x: Any) -> Any:
+    return x.detach().cpu() if _is_tensor(x) and x.device.type != "cpu" else x
+
+
+def _on_stream(device: str, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    """Order copies from and to ``device`` behind the caller's work on that CUDA stream."""
+    handle = getattr(stream, "cuda_stream", stream) or 0
+    if not isinstance(handle, int):
+        raise TypeError(f"cuda_stream={stream!r}: must be a CUDA stream handle, or None")
+    if not handle:
+        return contextlib.nullcontext()
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        raise ValueError(f"cuda_stream={handle}: this process has no CUDA; pass None or 0")
+    if not device.startswith("cuda"):
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = torch.cuda.stream(
+        torch.cuda.ExternalStream(handle, device=torch.device(device))
+    )
+    return context
+
+
+def _num_tokens(x: Any, hidden_size: int) -> int | None:
+    """Rows of (..., hidden_size); None if it has no such shape."""
+    shape = tuple(getattr(x, "shape", ()))
+    return math.prod(shape[:-1]) if shape and shape[-1] == hidden_size else None
+
+
+def _to_f32(x: np.ndarray) -> np.ndarray:
+    """float32 of float32, float16 or bf16 bits."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32)
+
+
+def _array(bits: np.ndarray, dtype: Any) -> np.ndarray:
+    return bits.view(dtype)
+
+
+def _torch_tensor(bits: np.ndarray, dtype: Any) -> Any:
+    torch: Any = sys.modules["torch"]
+    return torch.from_numpy(bits).view(dtype)
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+class _Submitted(NamedTuple):
+    ticket: fifo.Ticket
+    deferred: fifo.Ticket | None
+    num_tokens: int
+    device: str
+
+
+class _Deferred(NamedTuple):
+    meant_for: tuple[int, int, int]  # layer_idx, tokens, hidden_size
+    ticket: fifo.Ticket
+
+
+class _Sequence(threading.local):
+    """Deferred experts of the calling thread's last submit: a thread is a sequence of layers."""
+
+    deferred: _Deferred | None = None
+
+
+_sequence = _Sequence()
+
+
+class _Staging:
+    """Copies of one pass's inputs, so that the caller may overwrite them."""
+
+    def __init__(self, key: tuple[Any, ...], dtype: np.dtype) -> None:
+        tokens, hidden_size, top_k = key[:3]
+        self.key = key
+        self.hidden = np.empty((tokens, hidden_size), dtype)
+        self.ids = np.empty((tokens, top_k), np.int64)
+        self.weights = np.empty((tokens, top_k), np.float32)
+
+
+class _Buffers:
+    """Staging buffers by (tokens, hidden_size, top_k, dtype, device): kept if captured, else one of all."""
+
+    def __init__(self) -> None:
+        self.captured: tuple[int, ...] = ()
+        self._lock = threading.Lock()
+        self.kept: dict[tuple[Any, ...], list[_Staging]] = {}
+        self.temporary: _Staging | None = None
+
+    def clear(self) -> None:
+        with self._lock:
+            self.kept.clear()
+            self.temporary = None
+
+    def take(
+        self, key: tuple[Any, ...], hidden: np.ndarray, ids: np.ndarray, weights: np.ndarray
+    ) -> _Staging:
+        """A buffer of that key, filled; a new one while others of it are in use."""
+        staging = None
+        with self._lock:
+            if self.kept.get(key):
+                staging = self.kept[key].pop()
+            elif self.temporary is not None and self.temporary.key == key:
+                staging, self.temporary = self.temporary, None
+        staging = staging or _Staging(key, hidden.dtype)
+        staging.hidden[:] = hidden
+        staging.ids[:] = ids
+        staging.weights[:] = weights
+        return staging
+
+    def give_back(self, staging: _Staging) -> None:
+        with self._lock:
+            if staging.key[0] in self.captured:
+                self.kept.setdefault(staging.key, []).append(staging)
+            else:
+                self.temporary = staging
+
+
+_buffers = _Buffers()
+
+
+def _renew() -> None:
+    """In a forked child: the lock may be held by a thread that is not there, deferred work never ends."""
+    global _buffers
+    captured, _buffers = _buffers.captured, _Buffers()
+    _buffers.captured = captured
+    _sequence.deferred = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def _split(ids: np.ndarray, scores: np.ndarray, protected_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """See ``KTMoEWrapper.select_deferred_experts``; equal scores protect the earlier slot."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : max(protected_k, 0)]
+    now = np.isin(ids, np.take_along_axis(ids, best, axis=1))  # (num_tokens, top_k)
+    return np.where(now, ids, -1), np.where(now, -1, ids)
+
+
+def _run(
+    moe: MoE,
+    chunk: int,
+    hidden: Any,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    *,
+    skip: np.ndarray | None,
+    add: np.ndarray | None = None,
+) -> Any:
+    """moe.forward, at most ``chunk`` tokens at a time."""
+    if len(hidden) <= chunk:
+        return moe.forward(hidden, ids, weights, skip=skip, add=add)
+    out = None
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        more = None if add is None else add[rows]
+        part = moe.forward(hidden[rows], ids[rows], weights[rows], skip=skip, add=more)
+        if out is None:
+            shape = (len(hidden), moe.spec.hidden_size)
+            out = part.new_empty(shape) if _is_tensor(part) else np.empty(shape, part.dtype)
+        out[rows] = part
+    return out
