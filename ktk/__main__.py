@@ -1,0 +1,5 @@
+"""``python -m ktk``."""
+
+from ktk.cli import main
+
+main()

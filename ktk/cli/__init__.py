@@ -1,0 +1,67 @@
+"""The command line. Each sub-command is a module with a function ``command`` and one line in COMMANDS.
+
+A ``command`` is an ordinary typer function; heavy imports belong inside it, so that ``ktk --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated
+
+import typer
+
+from ktk import __version__, _log, env
+
+# In the order a newcomer needs them.
+COMMANDS = {
+    "doctor": "ktk.cli.doctor",
+    "convert": "ktk.cli.convert",
+    "demo": "ktk.cli.demo",
+}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ktk {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Experts of mixture-of-experts models on the CPU."""
+
+
+def app() -> typer.Typer:
+    """The typer application with every sub-command."""
+    application = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, callback=_root
+    )
+    for name, module in COMMANDS.items():
+        application.command(name)(importlib.import_module(module).command)
+    return application
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a failure is one line on stderr and exit code 1 (KTK_LOG=debug: with traceback)."""
+    debug = False
+    try:
+        debug = env.log_level() == "debug"
+        _log.set_up()
+        app()(args=arguments)
+    except KeyboardInterrupt:
+        print("ktk: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:  # the border: whatever went wrong, a person reads one line
+        if debug:
+            raise
+        print(f"ktk: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,107 @@
+"""``ktk doctor``: what this machine is, and which backends run on it or why not."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+PACKAGES = ("numpy", "torch", "numba", "llvmlite", "safetensors", "gguf", "transformers")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def diagnosis() -> dict[str, Any]:
+    """Everything ``ktk doctor`` shows, JSON-able; memory in bytes."""
+    from ktk import __version__, backends, cpu, env
+    from ktk.pack import best_isa, native_module
+
+    features = cpu.detect()
+    total, available = cpu.memory()
+    return {
+        "ktk": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {
+            "name": cpu.brand(),
+            "allowed_cpus": len(cpu.allowed_cpus()),
+            "physical_cores": cpu.num_physical_cores(),
+            "quota": cpu.cpu_quota(),
+            "features": [name for name in cpu.FEATURES if name in features],
+            "features_from": features.source,
+            "disabled": sorted(features.disabled),
+            "levels": {level: cpu.missing(level, features) for level in cpu.ISA_LEVELS},
+        },
+        "numa_nodes": [
+            {"id": n.id, "cpus": list(n.cpus), "memory_bytes": n.memory_bytes}
+            for n in cpu.numa_nodes()
+        ],
+        "memory": {"total_bytes": total, "available_bytes": available},
+        "huge_pages": cpu.huge_pages(),
+        "extension": {"built": native_module() is not None, "kernels": best_isa()},
+        "backends": [
+            {"name": r.name, "runs": r.reason is None, "reason": r.reason, "kernel": r.kernel}
+            for r in backends.report()
+        ],
+        "environment": env.in_effect(),
+    }
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show CPU, features, cores, memory, and per backend "runs" or the reason why not."""
+    found = diagnosis()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    c, memory, pages = found["cpu"], found["memory"], found["huge_pages"]
+    nodes = ", ".join(
+        f"node {n['id']}: {len(n['cpus'])} CPUs, {n['memory_bytes'] / 2**30:.1f} GiB"
+        for n in found["numa_nodes"]
+    )
+    quota = "" if c["quota"] is None else f", cgroup quota {c['quota']:g} CPUs"
+    facts = {
+        "ktk": f"{found['ktk']}, Python {found['python']}, {found['system']}",
+        "packages": ", ".join(f"{k} {v or '-'}" for k, v in found["packages"].items()),
+        "CPU": c["name"],
+        "cores": f"{c['physical_cores']} physical of {c['allowed_cpus']} CPUs this process may use{quota}",
+        "features": f"{' '.join(c['features']) or 'none'} (from {c['features_from']})",
+        "switched off": " ".join(c["disabled"]),
+        "ISA levels": ", ".join(
+            f"{level} {'no: ' + ' '.join(lacking) if lacking else 'yes'}"
+            for level, lacking in c["levels"].items()
+        ),
+        "NUMA": nodes,
+        "memory": f"{memory['available_bytes'] / 2**30:.1f} GiB free of {memory['total_bytes'] / 2**30:.1f} GiB",
+        "huge pages": f"transparent: {pages['enabled'] or 'unknown'}, defrag: {pages['defrag'] or 'unknown'}, "
+        f"reserved: {pages['reserved_2MiB'] or '0'}",
+        "extension": f"built, kernels {found['extension']['kernels']}"
+        if found["extension"]["built"]
+        else "not built: Numba and NumPy run; reinstall with a C compiler for the fast kernels",
+        "environment": ", ".join(f"{k}={v}" for k, v in found["environment"].items()),
+    }
+    table = Table(show_header=False, box=None)
+    for name, text in facts.items():
+        if text:
+            table.add_row(f"[bold]{name}[/bold]", escape(text))
+    console.print(table)
+    rows = Table("backend", "", "kernel or reason")
+    for b in found["backends"]:
+        state = "[green]runs[/green]" if b["runs"] else "[yellow]no[/yellow]"
+        rows.add_row(b["name"], state, escape(b["kernel"] if b["runs"] else b["reason"]))
+    console.print(rows)
