@@ -97,7 +97,7 @@ def detect() -> CpuFeatures:
 @cache
 def _without(names: frozenset[str], source: str, disabled: tuple[str, ...]) -> CpuFeatures:
     off: set[str] = set()
-    for name in disabled:
+    for name in map(str.lower, disabled):
         feature = _canonical(name)
         if feature in FEATURES:
             off.add(feature)

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = False
     try:
         debug = env.log_level() == "debug"
-        _log.set_up()
+        _log.configure()
         app()(args=arguments)
     except KeyboardInterrupt:
         print("ktk: interrupted", file=sys.stderr)
