@@ -17,7 +17,7 @@ import numpy as np
 
 from ktk import cpu
 from ktk.formats import get_format
-from ktk.formats.floats import bf16_to_f32
+from ktk.formats.floats import to_f32
 from ktk.layout import PANEL, MatrixLayout
 from ktk.reference.pack import REFITS, lay_float_panels, lay_panels, search_ladder
 from ktk.types import ExpertWeights, MoESpec, Packed
@@ -66,10 +66,6 @@ def check_expert(spec: MoESpec, weights: ExpertWeights) -> None:
             raise ValueError(f"{name} holds NaN or inf")
 
 
-def _to_f32(w: np.ndarray) -> np.ndarray:
-    return bf16_to_f32(w) if w.dtype == np.uint16 else np.asarray(w, F)
-
-
 def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
     from ktk._pack_numba import quantise_panel
 
@@ -79,7 +75,7 @@ def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.n
     codes = np.empty((layout.padded_in, PANEL), F)
     scales = np.empty((layout.num_groups, PANEL), F)
     for p in range(layout.num_panels):
-        rows = _to_f32(w[p * PANEL : (p + 1) * PANEL])
+        rows = to_f32(w[p * PANEL : (p + 1) * PANEL])
         x = np.zeros((layout.padded_in, PANEL), F)
         x[: layout.in_features, : len(rows)] = rows.T
         if not np.isfinite(x).all():

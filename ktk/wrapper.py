@@ -27,9 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends
+from ktk.formats.floats import to_f32
 from ktk.moe import MoE, as_hidden, as_routing, as_weights, is_bf16, to_numpy
 from ktk.pack import aligned_buffer, pack_experts
 from ktk.runtime import engine, fifo
+from ktk.runtime.staging import Buffers
 from ktk.types import Activation, ExpertWeights, MoESpec, Packed
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -485,7 +487,7 @@ class KTMoEWrapper:
             try:
                 # float32 in, float32 out: it is rounded once, with the next layer's sum
                 assert deferred_ids is not None
-                return run(_to_f32(staging.hidden), deferred_ids, staging.weights)
+                return run(to_f32(staging.hidden), deferred_ids, staging.weights)
             finally:
                 _buffers.give_back(staging)
 
@@ -643,7 +645,7 @@ def _bias(x: Any, expert: int, name: str) -> np.ndarray | None:
     if x is None:
         return None
     row = as_weights(x[expert], name)
-    return _to_f32(row) if is_bf16(x) else row
+    return to_f32(row) if is_bf16(x) else row
 
 
 def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
@@ -710,13 +712,6 @@ def _num_tokens(x: Any, hidden_size: int) -> int | None:
     return math.prod(shape[:-1]) if shape and shape[-1] == hidden_size else None
 
 
-def _to_f32(x: np.ndarray) -> np.ndarray:
-    """float32 of float32, float16 or bf16 bits."""
-    if x.dtype == np.uint16:
-        return (x.astype(np.uint32) << 16).view(np.float32)
-    return x.astype(np.float32)
-
-
 def _array(bits: np.ndarray, dtype: Any) -> np.ndarray:
     return bits.view(dtype)
 
@@ -750,62 +745,13 @@ class _Sequence(threading.local):
 _sequence = _Sequence()
 
 
-class _Staging:
-    """Copies of one pass's inputs, so that the caller may overwrite them."""
-
-    def __init__(self, key: tuple[Any, ...], dtype: np.dtype) -> None:
-        tokens, hidden_size, top_k = key[:3]
-        self.key = key
-        self.hidden = np.empty((tokens, hidden_size), dtype)
-        self.ids = np.empty((tokens, top_k), np.int64)
-        self.weights = np.empty((tokens, top_k), np.float32)
-
-
-class _Buffers:
-    """Staging buffers by (tokens, hidden_size, top_k, dtype, device): kept if captured, else one of all."""
-
-    def __init__(self) -> None:
-        self.captured: tuple[int, ...] = ()
-        self._lock = threading.Lock()
-        self.kept: dict[tuple[Any, ...], list[_Staging]] = {}
-        self.temporary: _Staging | None = None
-
-    def clear(self) -> None:
-        with self._lock:
-            self.kept.clear()
-            self.temporary = None
-
-    def take(
-        self, key: tuple[Any, ...], hidden: np.ndarray, ids: np.ndarray, weights: np.ndarray
-    ) -> _Staging:
-        """A buffer of that key, filled; a new one while others of it are in use."""
-        staging = None
-        with self._lock:
-            if self.kept.get(key):
-                staging = self.kept[key].pop()
-            elif self.temporary is not None and self.temporary.key == key:
-                staging, self.temporary = self.temporary, None
-        staging = staging or _Staging(key, hidden.dtype)
-        staging.hidden[:] = hidden
-        staging.ids[:] = ids
-        staging.weights[:] = weights
-        return staging
-
-    def give_back(self, staging: _Staging) -> None:
-        with self._lock:
-            if staging.key[0] in self.captured:
-                self.kept.setdefault(staging.key, []).append(staging)
-            else:
-                self.temporary = staging
-
-
-_buffers = _Buffers()
+_buffers = Buffers()
 
 
 def _renew() -> None:
     """In a forked child: the lock may be held by a thread that is not there, deferred work never ends."""
     global _buffers
-    captured, _buffers = _buffers.captured, _Buffers()
+    captured, _buffers = _buffers.captured, Buffers()
     _buffers.captured = captured
     _sequence.deferred = None
 

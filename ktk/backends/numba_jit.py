@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe
-from ktk.backends.numpy_ref import load_rows, store_rows
-from ktk.formats.floats import bf16_to_f32
+from ktk.backends.numpy_ref import store_rows
+from ktk.formats.floats import bf16_to_f32, to_f32
 from ktk.layout import PANEL
 from ktk.reference.linear import quantise_activations
 from ktk.reference.moe import ExactExperts
@@ -87,7 +87,7 @@ class NumbaRunner(Runner):
         out: np.ndarray,
         add: np.ndarray | None,
     ) -> None:
-        x = load_rows(hidden)
+        x = to_f32(hidden)
         tokens, top_k = topk_ids.shape
         live = (topk_ids >= 0) & (topk_ids < self.spec.num_experts)
         if skip is not None:

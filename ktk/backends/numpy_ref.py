@@ -5,14 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe
-from ktk.formats.floats import bf16_to_f32, f32_to_bf16
+from ktk.formats.floats import f32_to_bf16, to_f32
 from ktk.reference.moe import ExactExperts
 from ktk.types import MoESpec, Packed
-
-
-def load_rows(x: np.ndarray) -> np.ndarray:
-    """float32, float16 or bf16 bits (rows, n) to float32 (rows, n)."""
-    return bf16_to_f32(x) if x.dtype == np.uint16 else np.asarray(x, np.float32)
 
 
 def store_rows(y: np.ndarray, out: np.ndarray) -> None:
@@ -34,7 +29,7 @@ class NumpyRunner(Runner):
         out: np.ndarray,
         add: np.ndarray | None,
     ) -> None:
-        store_rows(self.experts.forward(load_rows(hidden), topk_ids, topk_weights, skip, add), out)
+        store_rows(self.experts.forward(to_f32(hidden), topk_ids, topk_weights, skip, add), out)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         spec = self.experts.spec

@@ -12,6 +12,11 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def to_f32(x: np.ndarray) -> np.ndarray:
+    """float32, float16 or uint16 bf16 bits (...) to float32 (...); float32 is not copied."""
+    return bf16_to_f32(x) if x.dtype == np.uint16 else x.astype(np.float32, copy=False)
+
+
 def f32_to_bf16(x: np.ndarray) -> np.ndarray:
     """float32 (...) to bf16 bit patterns, uint16 (...): round half to even, NaN stays a quiet NaN."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
