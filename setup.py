@@ -30,7 +30,7 @@ class BuildKernels(build_ext):
                 **common,
             )
 
-        objects = compile_row(ISA["BASE_SOURCES"], "base", [])
+        objects = compile_row(ISA["BASE_SOURCES"], "base", ISA["BASE_FLAGS"])
         for row in ISA["ISA_ROWS"]:
             objects += compile_row(
                 ISA["ROW_SOURCES"], row.name, [f"-DKTK_ISA={row.name}", *row.flags]

@@ -26,7 +26,7 @@ ISA_LEVELS: dict[str, tuple[str, ...]] = {
     "avx512vnni": (*_AVX512, "avx512vnni"),
     "amx": (*_AVX512, "avx512vnni", "amx_tile", "amx_int8"),
 }
-FEATURES = (*ISA_LEVELS["amx"], "avx_vnni", "avx512vbmi", "avx512bf16", "amx_bf16")
+FEATURES = (*ISA_LEVELS["amx"], "avx_vnni", "avx512vbmi", "avx512_bf16", "amx_bf16")
 # What stops working when a feature is switched off.
 _NEEDS = {
     **{name: ("avx512f", "avx2") for name in FEATURES if name.startswith("avx512")},

@@ -52,7 +52,7 @@ ALL = frozenset(cpu.FEATURES)
         (("avx512",), {"avx512f", "avx512vl", "avx512vnni"}, {"avx2", "fma"}),
         (("amx",), {"amx_tile", "amx_int8", "amx_bf16"}, {"avx512vnni"}),
         (("avx2",), {"avx2", "avx512f", "avx512vnni", "avx_vnni"}, {"fma"}),
-        (("avx512-bf16", "avxvnni"), {"avx512bf16", "avx_vnni"}, {"avx512f"}),
+        (("avx512-bf16", "avxvnni"), {"avx512_bf16", "avx_vnni"}, {"avx512f"}),
     ],
 )
 def test_disabling_takes_what_depends_on_it_along(

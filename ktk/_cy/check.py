@@ -20,7 +20,7 @@ def main() -> int:
     if shutil.which(compiler[0]) is None or platform.machine() not in ("x86_64", "amd64"):
         print("C warnings: not checked (no compiler, or not x86-64)")
         return 0
-    jobs = [(source, ()) for source in isa["BASE_SOURCES"]]
+    jobs = [(source, isa["BASE_FLAGS"]) for source in isa["BASE_SOURCES"]]
     jobs += [
         (source, (f"-DKTK_ISA={row.name}", *row.flags))
         for row in isa["ISA_ROWS"]

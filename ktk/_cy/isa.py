@@ -34,6 +34,7 @@ ISA_ROWS = (
 ROW_SOURCES = ("gemm.c", "quantise.c", "rows.c")
 # Compiled once, with baseline flags: they run before the CPU is known, or on any.
 BASE_SOURCES = ("moe.c", "pool.c", "probe.c")
+BASE_FLAGS = ("-DKTK_ROWS=" + " ".join(f"ROW({row.name})" for row in ISA_ROWS),)
 # -ffp-contract=off: FMA only where written. No -ffast-math: sums keep their stated order.
 COMMON_FLAGS = (
     "-std=c11",

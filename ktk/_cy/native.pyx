@@ -58,7 +58,7 @@ cdef extern from "ktk.h" nogil:
         const char *name
         pack_panel_fn pack_panel
 
-    const ktk_kernels ktk_kernels_avx2, ktk_kernels_avx512, ktk_kernels_avx512vnni
+    const ktk_kernels *ktk_kernels_row(int index)
 
     ctypedef struct ktk_pool:
         pass
@@ -78,18 +78,22 @@ _DTYPES = {"float32": 0, "float16": 1, "uint16": 2}
 
 
 cdef const ktk_kernels *_kernels(str isa) except NULL:
-    if isa == "avx2":
-        return &ktk_kernels_avx2
-    if isa == "avx512":
-        return &ktk_kernels_avx512
-    if isa == "avx512vnni":
-        return &ktk_kernels_avx512vnni
+    cdef int i = 0
+    while ktk_kernels_row(i) != NULL:
+        if ktk_kernels_row(i).name.decode() == isa:
+            return ktk_kernels_row(i)
+        i += 1
     raise ValueError(f"isa={isa!r}: this build has {', '.join(isa_rows())}")
 
 
 def isa_rows():
-    """Names of the ISA rows this build holds, slowest first."""
-    return ("avx2", "avx512", "avx512vnni")
+    """Names of the ISA rows this build holds, slowest first, tuple of str."""
+    cdef int i = 0
+    names = []
+    while ktk_kernels_row(i) != NULL:
+        names.append(ktk_kernels_row(i).name.decode())
+        i += 1
+    return tuple(names)
 
 
 def probe_features():

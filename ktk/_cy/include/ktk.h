@@ -1,5 +1,5 @@
-/* The C side of ktk: shapes of a layer, the kernel table of an ISA row, the operator and the thread pool.
- * Plain C11, no Python.h. Layout of panels: see ktk/layout.py. */
+/* The C side of ktk: shapes of a layer, the kernel table of an ISA row, the operator and the thread
+ * pool. Plain C11, no Python.h. Layout of panels: see ktk/layout.py. */
 #ifndef KTK_H
 #define KTK_H
 
@@ -11,8 +11,8 @@ enum ktk_format { KTK_INT4, KTK_INT8, KTK_BF16, KTK_FP32 };
 enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16 };
 enum ktk_activation_kind { KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2 };
 
-/* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with each
- * four k ordered 0 2 1 3; or fp32 as they are. */
+/* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with
+ * each four k ordered 0 2 1 3; or fp32 as they are. */
 enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32 };
 
 typedef struct {
@@ -58,10 +58,12 @@ typedef struct {
     const char *name;
     ktk_gemm_fn *gemm[4];  /* by ktk_format */
     int32_t codes_kind[4]; /* ktk_codes each wants, by ktk_format */
-    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group. */
+    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group.
+     */
     void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
                      uint8_t *codes, float *scales, int32_t *correction);
-    /* v: columns in panels of 16, gate and up alternating (up alone without a gate) -> h, 16*panels floats.
+    /* v: columns in panels of 16, gate and up alternating (up alone without a gate) -> h, 16*panels
+     * floats.
      */
     void (*activate)(const ktk_activation *act, float *v, int num_panels, const float *gate_bias,
                      const float *up_bias, float *h);
@@ -69,17 +71,18 @@ typedef struct {
     void (*store)(int dtype, const float *src, int64_t n, void *dst);
     void (*add_scaled)(float *acc, const float *y, float weight, int64_t n); /* acc = fma(y, weight, acc) */
     void (*add)(float *acc, const float *y, int64_t n);
-    /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is written.
-     * Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
+    /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
+     * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
     int (*pack_panel)(const ktk_matrix *w, int in_features, const void *const *src, int src_is_bf16,
                       const float *ladder, int num_ladder, int refits, float *work, uint8_t *panel);
 } ktk_kernels;
 
-extern const ktk_kernels ktk_kernels_avx2, ktk_kernels_avx512, ktk_kernels_avx512vnni;
+/* The rows of this build, slowest first (ktk/_cy/isa.py); NULL past the last. */
+const ktk_kernels *ktk_kernels_row(int index);
 
 /* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread) for every task,
- * dynamically. Workers spin for a moment after a run, then sleep. The pool also owns the operator's scratch
- * memory. */
+ * dynamically. Workers spin for a moment after a run, then sleep. The pool also owns the operator's
+ * scratch memory. */
 typedef struct ktk_pool ktk_pool;
 typedef void ktk_task_fn(void *context, int64_t task, int thread);
 ktk_pool *ktk_pool_new(int num_threads); /* NULL: no memory or no threads */
@@ -91,14 +94,14 @@ void *ktk_pool_scratch(ktk_pool *pool, int64_t size); /* while locked; NULL: no 
 void ktk_pool_free(ktk_pool *pool);
 
 /* The operator (see moe.c). 0, or 1 when scratch memory cannot be had.
- * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip (num_experts) or
- * NULL; add float (num_tokens, hidden_size) or NULL. */
+ * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip
+ * (num_experts) or NULL; add float (num_tokens, hidden_size) or NULL. */
 int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
                     int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                     const uint8_t *skip, const float *add, void *out);
 
-/* One projection of given experts, no bias: x float (rows, in) -> y float (rows, out); gate_up gives gate,
- * then up. */
+/* One projection of given experts, no bias: x float (rows, in) -> y float (rows, out); gate_up
+ * gives gate, then up. */
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                    int64_t num_rows, const float *x, const int64_t *ids, float *y);
 

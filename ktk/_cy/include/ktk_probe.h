@@ -6,20 +6,20 @@
 #include <stdint.h>
 
 /* X(enum suffix, name) in bit order. A feature stands behind the ones it needs. */
-#define KTK_FEATURES(X)                                                                            \
-    X(AVX2, "avx2")                                                                                \
-    X(FMA, "fma")                                                                                  \
-    X(F16C, "f16c")                                                                                \
-    X(AVX512F, "avx512f")                                                                          \
-    X(AVX512BW, "avx512bw")                                                                        \
-    X(AVX512VL, "avx512vl")                                                                        \
-    X(AVX512DQ, "avx512dq")                                                                        \
-    X(AVX512VNNI, "avx512vnni")                                                                    \
-    X(AVX512_BF16, "avx512_bf16")                                                                  \
-    X(AVX512VBMI, "avx512vbmi")                                                                    \
-    X(AVX_VNNI, "avx_vnni")                                                                        \
-    X(AMX_TILE, "amx_tile")                                                                        \
-    X(AMX_INT8, "amx_int8")                                                                        \
+#define KTK_FEATURES(X)                                                                                      \
+    X(AVX2, "avx2")                                                                                          \
+    X(FMA, "fma")                                                                                            \
+    X(F16C, "f16c")                                                                                          \
+    X(AVX512F, "avx512f")                                                                                    \
+    X(AVX512BW, "avx512bw")                                                                                  \
+    X(AVX512VL, "avx512vl")                                                                                  \
+    X(AVX512DQ, "avx512dq")                                                                                  \
+    X(AVX512VNNI, "avx512vnni")                                                                              \
+    X(AVX512_BF16, "avx512_bf16")                                                                            \
+    X(AVX512VBMI, "avx512vbmi")                                                                              \
+    X(AVX_VNNI, "avx_vnni")                                                                                  \
+    X(AMX_TILE, "amx_tile")                                                                                  \
+    X(AMX_INT8, "amx_int8")                                                                                  \
     X(AMX_BF16, "amx_bf16")
 
 #define KTK_FEATURE_ENUM(suffix, name) KTK_FEATURE_##suffix,

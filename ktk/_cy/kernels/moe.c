@@ -1,19 +1,29 @@
 /* The operator: tokens to experts and back.
  *
- *   group     counting sort of (token, slot) pairs by expert; a pair's place is its row in the buffers below
+ *   group     counting sort of (token, slot) pairs by expert; a pair's place is its row below
  *   quantise  each token once                                                      -> x rows
  *   gate|up   task = expert x 128 columns x up to 64 rows; activation, quantised   -> h rows
  *   down      task = expert x 128 columns x up to 64 rows; bias                    -> y rows, fp32
  *   combine   per token: out = sum over slots, in top-k order, of weight * y; cast once
  *
- * Every output element is computed by the same chain of operations whatever the batch, the tasks and the
- * threads. */
+ * Every output element is computed by the same chain of operations whatever the batch, the tasks and
+ * the threads. */
 #include <string.h>
 
 #include "ktk.h"
 
+/* KTK_ROWS is ROW(avx2) ROW(avx512) ...: setup.py writes it from the table in isa.py. */
+#define ROW(isa) extern const ktk_kernels ktk_kernels_##isa;
+KTK_ROWS
+#undef ROW
+#define ROW(isa) &ktk_kernels_##isa,
+static const ktk_kernels *const ISA_ROWS[] = {KTK_ROWS NULL};
+
+const ktk_kernels *ktk_kernels_row(int index) { return ISA_ROWS[index]; }
+
 enum { ROW_BLOCK = 64, COMBINE_TOKENS = 4 };
-static const int64_t MAX_Y_BYTES = 128 << 20; /* tokens are taken in chunks that keep the y rows below this */
+/* Tokens are taken in chunks that keep the y rows below this. */
+static const int64_t MAX_Y_BYTES = 128 << 20;
 
 typedef struct {
     int32_t expert, first_row, num_rows, block;
@@ -122,7 +132,8 @@ static void gate_up_task(void *context, int64_t index, int thread) {
         projections * panels, &op->x, op->token_of + t.first_row, t.num_rows, v, stride);
     for (int i = 0; i < t.num_rows; i++) {
         op->kernels->activate(&layer->activation, v + (int64_t)i * stride, panels, gate_bias, up_bias, h);
-        /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must not spread.
+        /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must
+         * not spread.
          */
         int real = min_int(panels * KTK_PANEL, layer->intermediate_size - column);
         memset(h + real, 0, 4 * (size_t)(n - real));

@@ -24,18 +24,13 @@ typedef struct {
 
 INLINE lanes load_lanes(const float *p) {
     lanes x;
-    EACH
-    x.v[i] = VF_LOAD(p + i * LANES);
+    EACH x.v[i] = VF_LOAD(p + i * LANES);
     return x;
 }
-INLINE void store_lanes(float *p, lanes x) {
-    EACH
-    VF_STORE(p + i * LANES, x.v[i]);
-}
+INLINE void store_lanes(float *p, lanes x) { EACH VF_STORE(p + i * LANES, x.v[i]); }
 INLINE lanes set_lanes(float f) {
     lanes x;
-    EACH
-    x.v[i] = VF_SET(f);
+    EACH x.v[i] = VF_SET(f);
     return x;
 }
 
@@ -52,8 +47,7 @@ INLINE VF to_code(VF x, VF inverse, const code_range *c) {
 /* 1 / scale, 0 for 0. */
 INLINE lanes invert(lanes scale) {
     lanes inverse;
-    EACH
-    inverse.v[i] = VF_WHERE_0(scale.v[i], VF_ZERO(), VF_DIV(VF_SET(1.0f), scale.v[i]));
+    EACH inverse.v[i] = VF_WHERE_0(scale.v[i], VF_ZERO(), VF_DIV(VF_SET(1.0f), scale.v[i]));
     return inverse;
 }
 
@@ -67,33 +61,27 @@ INLINE VF round_bf16(VF x) {
 /* Keeps the candidate where its squared error over x[k0, k1) is less than the best one's. */
 INLINE void judge(const float *x, int k0, int k1, const code_range *c, lanes scale, lanes *best,
                   lanes *best_error) {
-    if (c->is_bf16_scale) EACH
-    scale.v[i] = round_bf16(scale.v[i]);
+    if (c->is_bf16_scale) EACH scale.v[i] = round_bf16(scale.v[i]);
     lanes inverse = invert(scale), sum = set_lanes(0.0f);
-    for (int k = k0; k < k1; k++) EACH
-    {
-        VF v = VF_LOAD(x + k * L + i * LANES);
-        VF e = VF_SUB(v, VF_MUL(to_code(v, inverse.v[i], c), scale.v[i]));
-        sum.v[i] = VF_ADD(sum.v[i], VF_MUL(e, e));
-    }
-    EACH
-    best->v[i] = VF_WHERE_LT(sum.v[i], best_error->v[i], scale.v[i], best->v[i]);
-    EACH
-    best_error->v[i] = VF_MIN(sum.v[i], best_error->v[i]);
+    for (int k = k0; k < k1; k++) EACH {
+            VF v = VF_LOAD(x + k * L + i * LANES);
+            VF e = VF_SUB(v, VF_MUL(to_code(v, inverse.v[i], c), scale.v[i]));
+            sum.v[i] = VF_ADD(sum.v[i], VF_MUL(e, e));
+        }
+    EACH best->v[i] = VF_WHERE_LT(sum.v[i], best_error->v[i], scale.v[i], best->v[i]);
+    EACH best_error->v[i] = VF_MIN(sum.v[i], best_error->v[i]);
 }
 
 /* Least-squares scale for the codes that scale gives. */
 INLINE lanes refit(const float *x, int k0, int k1, const code_range *c, lanes scale) {
     lanes inverse = invert(scale), weight = set_lanes(0.0f), norm = set_lanes(0.0f);
-    for (int k = k0; k < k1; k++) EACH
-    {
-        VF v = VF_LOAD(x + k * L + i * LANES);
-        VF q = to_code(v, inverse.v[i], c);
-        weight.v[i] = VF_ADD(weight.v[i], VF_MUL(v, q));
-        norm.v[i] = VF_ADD(norm.v[i], VF_MUL(q, q));
-    }
-    EACH
-    scale.v[i] = VF_WHERE_0(norm.v[i], VF_ZERO(), VF_DIV(weight.v[i], norm.v[i]));
+    for (int k = k0; k < k1; k++) EACH {
+            VF v = VF_LOAD(x + k * L + i * LANES);
+            VF q = to_code(v, inverse.v[i], c);
+            weight.v[i] = VF_ADD(weight.v[i], VF_MUL(v, q));
+            norm.v[i] = VF_ADD(norm.v[i], VF_MUL(q, q));
+        }
+    EACH scale.v[i] = VF_WHERE_0(norm.v[i], VF_ZERO(), VF_DIV(weight.v[i], norm.v[i]));
     return scale;
 }
 
@@ -131,20 +119,18 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
         const int k0 = g * w->group_size, k1 = k0 + w->group_size < num_k ? k0 + w->group_size : num_k;
         lanes peak = set_lanes(0.0f), best, best_error = set_lanes(__builtin_inff());
         const VF magnitude = VF_BITS(VI_SET32(0x7fffffff));
-        for (int k = k0; k < k1; k++) EACH
-        peak.v[i] =
-            VF_MAX(peak.v[i], VF_BITS(VI_AND(VI_BITS(VF_LOAD(x + k * L + i * LANES)), VI_BITS(magnitude))));
-        EACH
-        peak.v[i] = VF_WHERE_LT(peak.v[i], VF_SET(TINY_PEAK), VF_ZERO(), peak.v[i]);
-        EACH
-        best.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[0])); /* stands where every error overflows */
-        if (c.is_bf16_scale) EACH
-        best.v[i] = round_bf16(best.v[i]);
+        for (int k = k0; k < k1; k++)
+            EACH peak.v[i] = VF_MAX(
+                peak.v[i], VF_BITS(VI_AND(VI_BITS(VF_LOAD(x + k * L + i * LANES)), VI_BITS(magnitude))));
+        EACH peak.v[i] = VF_WHERE_LT(peak.v[i], VF_SET(TINY_PEAK), VF_ZERO(), peak.v[i]);
+        EACH best.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[0])); /* stands where every error overflows */
+        if (c.is_bf16_scale) EACH best.v[i] = round_bf16(best.v[i]);
         for (int s = 0; s < num_ladder + refits; s++) {
             lanes scale;
-            if (s < num_ladder) EACH
-            scale.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[s]));
-            else scale = refit(x, k0, k1, &c, best);
+            if (s < num_ladder)
+                EACH scale.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[s]));
+            else
+                scale = refit(x, k0, k1, &c, best);
             judge(x, k0, k1, &c, scale, &best, &best_error);
         }
         float stored[L], code[L];
@@ -158,8 +144,7 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
         lanes inverse = invert(best);
         for (int k = k0; k < k1; k++) {
             lanes q = load_lanes(x + k * L);
-            EACH
-            q.v[i] = to_code(q.v[i], inverse.v[i], &c);
+            EACH q.v[i] = to_code(q.v[i], inverse.v[i], &c);
             store_lanes(code, q);
             for (int l = 0; l < L; l++) codes[k * L + l] = (uint8_t)((int32_t)code[l] + zero_point);
         }
