@@ -1,0 +1,332 @@
+"""Packed directories: one ``ktk-experts-LLLLL.safetensors`` per MoE layer, and config.json that names them.
+
+Such a file holds one U8 tensor (num_experts, expert_bytes) called ``experts``; its header is padded with
+spaces so that the data begins at a multiple of 4096 and any expert can be read with O_DIRECT.
+``__metadata__["ktk"]`` is JSON of layout_version, layer and the MoESpec. The bytes of a file depend on
+nothing but these and the experts. Files appear under their final names complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict_json
+from ktk.cpu import num_physical_cores
+from ktk.errors import CheckpointError
+from ktk.layout import EXPERT_ALIGN, LAYOUT_VERSION, PANEL, MatrixLayout
+from ktk.types import MoESpec, Packed
+
+QUANT_METHOD = "ktk"
+STATE_FILE = "ktk-convert.json"
+TEMPORARY_PREFIX = ".ktk-tmp-"
+TENSOR = "experts"
+HUGE_PAGE = 2 << 20
+_LAYER_FILE = re.compile(r"ktk-experts-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """What config.json and the layer files of a packed directory say.
+
+    specs : layer index -> MoESpec. family, source_dtype : what the experts were converted from.
+    """
+
+    directory: Path
+    specs: dict[int, MoESpec]
+    family: str
+    source_dtype: str
+    layout_version: int
+    config: dict[str, Any]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.specs)
+
+
+def layer_path(directory: str | os.PathLike[str], layer: int) -> Path:
+    """Where layer ``layer`` of a packed directory lies."""
+    return Path(directory) / f"ktk-experts-{layer:05d}.safetensors"
+
+
+def list_layers(directory: str | os.PathLike[str]) -> tuple[int, ...]:
+    """The layers whose files are in ``directory``, ascending; their contents are not looked at."""
+    found = (_LAYER_FILE.fullmatch(entry) for entry in _listdir(Path(directory)))
+    return tuple(sorted(int(match[1]) for match in found if match))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that becomes ``path`` when the block ends without an exception: fsync, then rename.
+
+    Until then it has a temporary name in the same directory; on an exception it is removed.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in ``path`` survive a power cut, where the OS can."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot sync a directory
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Write every byte; an unbuffered file may take fewer per call."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def layer_header(spec: MoESpec, layer: int) -> bytes:
+    """The first bytes of a layer file, up to its data: a multiple of 4096."""
+    said = {"layer": layer, "layout_version": LAYOUT_VERSION, "spec": spec.to_json()}
+    shape = [spec.num_experts, spec.layout.expert_bytes]
+    header = {
+        "__metadata__": {"ktk": _compact(said)},
+        TENSOR: {"dtype": "U8", "shape": shape, "data_offsets": [0, shape[0] * shape[1]]},
+    }
+    text = _compact(header).encode()
+    length = -(-(8 + len(text)) // EXPERT_ALIGN) * EXPERT_ALIGN - 8
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def write_layer(
+    directory: str | os.PathLike[str], spec: MoESpec, layer: int, spans: Iterable[np.ndarray]
+) -> Path:
+    """Write one layer's file into ``directory`` and return its path.
+
+    spans : the experts in order, each uint8 (expert_bytes,); one is held at a time. Raises ValueError if
+    they are too few, too many or of another size, OSError if the disk is full; no file is left then.
+    """
+    path = layer_path(directory, layer)
+    size, count = spec.layout.expert_bytes, 0
+    with replacing(path) as file:
+        write_all(file, layer_header(spec, layer))
+        for span in spans:
+            if span.dtype != np.uint8 or span.shape != (size,) or count == spec.num_experts:
+                raise ValueError(
+                    f"expert {count}: {span.dtype} {span.shape}: must be uint8 ({size},), "
+                    f"for experts 0 to {spec.num_experts - 1}"
+                )
+            write_all(file, np.ascontiguousarray(span).data)
+            count += 1
+        if count != spec.num_experts:
+            raise ValueError(f"{count} experts given for layer {layer}: must be {spec.num_experts}")
+    return path
+
+
+def read_spec(directory: str | os.PathLike[str], layer: int) -> MoESpec:
+    """The MoESpec of one layer file; its header is checked, its data not read."""
+    file = SafetensorsFile(layer_path(directory, layer))
+    try:
+        return _spec(file, layer)
+    finally:
+        file.close()
+
+
+def read_layer(
+    directory: str | os.PathLike[str], layer: int, num_threads: int | None = None
+) -> Packed:
+    """Read one layer's experts into huge-page-advised memory.
+
+    num_threads : experts read and checked at a time, default the physical cores, eight at most.
+    Raises CheckpointError if the file is missing, malformed, of another layout version, or holds a scale or
+    bias that is NaN or infinite.
+    """
+    file = SafetensorsFile(layer_path(directory, layer))
+    try:
+        spec = _spec(file, layer)
+        size = spec.layout.expert_bytes
+        experts = aligned_buffer(spec.num_experts * size).reshape(spec.num_experts, size)
+
+        def read(expert: int) -> None:
+            file.read_into(TENSOR, experts[expert].data, expert * size)
+            fault = _not_finite(spec, experts[expert])
+            if fault:
+                begin = file.tensors[TENSOR].begin + expert * size
+                raise CheckpointError(
+                    f"{file.path}: layer {layer} expert {expert}: {fault} NaN or infinite "
+                    f"(tensor {TENSOR!r}, bytes {begin} to {begin + size}); convert this layer again"
+                )
+
+        # Beyond eight readers no disk gets faster.
+        with ThreadPoolExecutor(num_threads or min(num_physical_cores(), 8)) as pool:
+            list(pool.map(read, range(spec.num_experts)))
+    finally:
+        file.close()
+    return Packed(spec, experts)
+
+
+def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
+    """What a packed directory holds; every layer file's header is checked. Raises CheckpointError."""
+    directory = Path(directory)
+    names = _listdir(directory)
+    path = directory / "config.json"
+    if "config.json" not in names:
+        if STATE_FILE in names:
+            raise CheckpointError(
+                f"{directory}: its conversion did not finish; run ktk convert again with --resume"
+            )
+        raise CheckpointError(f"{path}: missing; give a directory that ktk convert wrote")
+    config = read_json_object(path)
+    said = config.get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{path}: quantization_config.quant_method is not {QUANT_METHOD!r}: not a packed directory; "
+            "run ktk convert on it first"
+        )
+    _check_version(said.get("layout_version"), path)
+    layers = said.get("layers")
+    if not isinstance(layers, list) or not layers or not all(_is_index(i) for i in layers):
+        raise CheckpointError(
+            f"{path}: quantization_config.layers must list layer indices of 0 to 99999"
+        )
+    specs = {layer: read_spec(directory, layer) for layer in sorted(set(layers))}
+    for key in ("weight_format", "group_size", "activation_group"):
+        for layer, spec in specs.items():
+            if key in said and said[key] != getattr(spec, key):
+                raise CheckpointError(
+                    f"{layer_path(directory, layer)}: {key}={getattr(spec, key)!r}, {path} says {said[key]!r}; "
+                    "the directory mixes two conversions: convert again"
+                )
+    return PackedConfig(
+        directory=directory,
+        specs=specs,
+        family=str(said.get("family", "")),
+        source_dtype=str(said.get("source_dtype", "")),
+        layout_version=LAYOUT_VERSION,
+        config=config,
+    )
+
+
+def aligned_buffer(num_bytes: int) -> np.ndarray:
+    """Zeroed uint8 (num_bytes,), page aligned, huge-page advised where the OS has them."""
+    memory = mmap.mmap(-1, max(-(-num_bytes // HUGE_PAGE) * HUGE_PAGE, HUGE_PAGE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, count=num_bytes)
+
+
+def _spec(file: SafetensorsFile, layer: int) -> MoESpec:
+    """The spec a layer file declares, checked against its one tensor."""
+    path = file.path
+    if "ktk" not in file.metadata or set(file.tensors) != {TENSOR}:
+        raise CheckpointError(
+            f"{path}: must hold one tensor {TENSOR!r} and ktk metadata; not a layer file"
+        )
+    try:
+        said = strict_json(file.metadata["ktk"].encode("utf-8", "surrogatepass"))
+        if not isinstance(said, dict) or not isinstance(said.get("spec"), dict):
+            raise ValueError("must be an object with layout_version, layer and spec")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: ktk metadata: {error}") from None
+    _check_version(said.get("layout_version"), path)
+    if said.get("layer") != layer:
+        raise CheckpointError(
+            f"{path}: holds layer {said.get('layer')!r}: must be {layer}; was it renamed?"
+        )
+    fields = said["spec"]
+    for key, kind in (
+        ("group_size", int),
+        ("activation_group", int),
+        ("has_gate", bool),
+        ("has_bias", bool),
+    ):
+        if key in fields and type(fields[key]) is not kind:
+            raise CheckpointError(
+                f"{path}: ktk metadata: {key}={fields[key]!r}: must be {kind.__name__}"
+            )
+    try:
+        spec = MoESpec.from_json(fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: ktk metadata: {error}") from None
+    info, wanted = file.tensors[TENSOR], (spec.num_experts, spec.layout.expert_bytes)
+    if info.dtype != "U8" or info.shape != wanted:
+        raise CheckpointError(
+            f"{path}: tensor {TENSOR!r} (bytes {info.begin} to {info.end}) is {info.dtype} {info.shape}: "
+            f"its spec needs U8 {wanted}"
+        )
+    return spec
+
+
+def _check_version(version: object, path: Path) -> None:
+    if type(version) is not int or version != LAYOUT_VERSION:
+        raise CheckpointError(
+            f"{path}: layout version {version!r}: this ktk reads {LAYOUT_VERSION}; convert the checkpoint again"
+        )
+
+
+def _not_finite(spec: MoESpec, span: np.ndarray) -> str | None:
+    """Which scales or biases of one expert are not finite, or None."""
+    layout = spec.layout
+    step = 2 if spec.has_gate else 1
+    names = ("gate", "up") if spec.has_gate else ("up",)
+    gate_up = span[: layout.down_offset].reshape(-1, layout.gate_up.panel_bytes)
+    for position, name in enumerate(names):
+        if not _scales_finite(gate_up[position::step], layout.gate_up):
+            return f"{name} projection: a scale is"
+    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
+    down = span[layout.down_offset : down_end].reshape(-1, layout.down.panel_bytes)
+    if not _scales_finite(down, layout.down):
+        return "down projection: a scale is"
+    for name, matrix in (("gate", layout.gate_up), ("up", layout.gate_up), ("down", layout.down)):
+        start = getattr(layout, f"{name}_bias_offset")
+        if (
+            start >= 0
+            and not np.isfinite(
+                span[start : start + matrix.num_panels * PANEL * 4].view("<f4")
+            ).all()
+        ):
+            return f"{name} bias: a value is"
+    return None
+
+
+def _scales_finite(panels: np.ndarray, layout: MatrixLayout) -> bool:
+    """panels : uint8 (panels, panel_bytes). Exponent bits all set mean NaN or infinity."""
+    if not layout.scale_bytes:
+        return True
+    width = layout.num_groups * PANEL * (2 if layout.scales_are_bf16 else 4)
+    stored = panels[:, layout.code_bytes : layout.code_bytes + width]
+    if layout.scales_are_bf16:
+        return not bool(((stored.view("<u2") & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(stored.view("<f4")).all())
+
+
+def _is_index(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 99999
+
+
+def _listdir(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from None
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

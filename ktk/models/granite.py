@@ -1,0 +1,9 @@
+"""``block_sparse_moe.{input,output}_linear.weight``, stacked: Granite MoE."""
+
+from ktk.models.base import Fused
+
+GRANITE = Fused(
+    "granite",
+    r"block_sparse_moe",
+    {"input_linear.weight": "gate_up", "output_linear.weight": "down"},
+)
