@@ -1,0 +1,111 @@
+"""``ktk convert``: pack a Hugging Face checkpoint's experts into a directory that loads alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ktk.convert import Summary
+
+
+def command(
+    input_path: Annotated[
+        Path,
+        typer.Option(
+            "--input-path", "-i", help="A Hugging Face directory, or a .safetensors file."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The directory to write; new or empty.")
+    ],
+    quant_method: Annotated[str, typer.Option(help="int4, int8 or bf16.")] = "int4",
+    input_type: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16, bf16, fp8, mxfp8 or mxfp4; default: read from the input."),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale: 32 (default), 64 or 128 for int4; 0 = per channel."
+        ),
+    ] = None,
+    activation_group: Annotated[
+        int | None,
+        typer.Option(
+            help="Activations that share a scale: 32, 64 or 128; default: 128 for int4, 32 for int8."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Experts packed at a time; default: physical cores.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON summary, and no progress.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels; everything else is copied."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as SpeedColumn
+
+    from ktk.convert import Progress as Report
+    from ktk.convert import convert
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        SpeedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=as_json or not errors.is_terminal,
+        transient=True,
+    )
+    try:
+        with bar:
+            task = bar.add_task("reading headers", total=None)
+
+            def show(progress: Report) -> None:
+                # What an earlier run did is not this run's speed.
+                bar.update(
+                    task,
+                    description=progress.what,
+                    completed=progress.done_bytes - progress.reused_bytes,
+                    total=progress.total_bytes - progress.reused_bytes,
+                )
+
+            summary = convert(
+                input_path,
+                output,
+                quant_method=quant_method,
+                input_type=input_type,
+                group_size=group_size,
+                activation_group=activation_group,
+                threads=threads,
+                resume=resume,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        errors.print("interrupted; run again with --resume to go on")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(summary.to_json(), indent=2))
+    else:
+        typer.echo(_report(summary))
+
+
+def _report(s: Summary) -> str:
+    reused = f", {s.reused_layers} of them from an earlier run" if s.reused_layers else ""
+    return (
+        f"{s.output}: {s.num_layers} layers of {s.num_experts} experts{reused}, {s.family} {s.source_dtype} -> "
+        f"{s.weight_format}, {s.bits_per_weight:.2f} bits per weight\n"
+        f"experts {s.expert_bytes / 1e6:.1f} MB, other tensors {s.other_bytes / 1e6:.1f} MB, "
+        f"{s.seconds:.1f} s, {s.mb_per_second:.0f} MB/s of input"
+    )

@@ -1,0 +1,657 @@
+"""Hugging Face directory -> packed directory, expert by expert, interruptible at any moment.
+
+Order of writing: the state file, one file per MoE layer, shards of the other tensors, their index, the small
+files, config.json. Each appears under its final name complete (temporary name, fsync, rename), so a file
+that is there is finished and a directory with config.json is a finished one. Nothing written depends on
+time, threads or how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ktk.checkpoint.packed import (
+    QUANT_METHOD,
+    STATE_FILE,
+    TEMPORARY_PREFIX,
+    aligned_buffer,
+    read_spec,
+    replacing,
+    write_all,
+    write_layer,
+)
+from ktk.checkpoint.safetensors import (
+    DTYPES,
+    Checkpoint,
+    SafetensorsFile,
+    TensorInfo,
+    open_regular,
+    read_into,
+    read_json_object,
+)
+from ktk.errors import CheckpointError
+from ktk.formats.floats import f32_to_bf16
+from ktk.layout import LAYOUT_VERSION
+from ktk.models import SOURCE_DTYPES, Config, Experts, find_experts
+from ktk.models.base import FOREIGN_SUFFIXES, NESTED_KEYS
+from ktk.models.coding import SCALE_SUFFIXES, Coding, infer_coding, read_rows
+from ktk.pack import pack_expert
+from ktk.types import MoESpec
+
+QUANT_METHODS = ("int4", "int8", "bf16")
+SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
+CHUNK_BYTES = 8 << 20
+DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
+MAX_SIDE_FILE = 256 << 20
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".msgpack", ".h5", ".npz",
+    ".tflite", ".zip", ".tar", ".gz",
+)  # fmt: skip
+SIDE_DIRECTORIES = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is, in bytes of the input. what : the part in work, for people.
+
+    reused_bytes : of done_bytes, those an earlier run had done.
+    """
+
+    done_bytes: int
+    total_bytes: int
+    reused_bytes: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did. input_bytes, expert_bytes (written), other_bytes in bytes; seconds of this run.
+
+    reused_layers : layers an earlier run had finished. mb_per_second : input bytes of this run's own work.
+    """
+
+    output: str
+    family: str
+    source_dtype: str
+    weight_format: str
+    group_size: int
+    activation_group: int
+    num_layers: int
+    num_experts: int
+    reused_layers: int
+    input_bytes: int
+    expert_bytes: int
+    other_bytes: int
+    bits_per_weight: float
+    seconds: float
+    mb_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def convert(
+    input_path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    quant_method: str = "int4",
+    input_type: str | None = None,
+    group_size: int | None = None,
+    activation_group: int | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Convert a checkpoint's experts to ``quant_method`` and write a packed directory that loads alone.
+
+    quant_method : int4, int8 or bf16. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
+    must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a time,
+    default the physical cores. resume : go on where an interrupted run of the same job stopped.
+
+    Memory: one expert's input and output per thread, whatever the model's size.
+    Raises CheckpointError for a bad input, ValueError for arguments that do not fit, FileExistsError if
+    ``output`` is not empty, OSError if the disk is full; what is finished stays for ``resume``.
+    """
+    started = time.monotonic()
+    if quant_method not in QUANT_METHODS:
+        raise ValueError(
+            f"quant_method={quant_method!r}: must be one of {', '.join(QUANT_METHODS)}"
+        )
+    if input_type is not None and input_type not in SOURCE_DTYPES:
+        raise ValueError(
+            f"input_type={input_type!r}: must be one of {', '.join(SOURCE_DTYPES)}, or left out"
+        )
+    if threads is None:
+        from ktk.cpu import num_physical_cores
+
+        threads = num_physical_cores()
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"threads={threads!r}: must be a positive int")
+    with Checkpoint.open(input_path) as checkpoint:
+        destination = _check_places(checkpoint.directory, Path(output))
+        said = checkpoint.config.get("quantization_config")
+        if isinstance(said, dict) and said.get("quant_method") == QUANT_METHOD:
+            raise CheckpointError(
+                f"{checkpoint.path}: is a packed directory already; convert its original"
+            )
+        experts = find_experts(checkpoint)
+        if input_type is not None and input_type != experts.source_dtype:
+            raise ValueError(
+                f"input_type={input_type!r}: the experts of {checkpoint.path} are {experts.source_dtype}; leave it out"
+            )
+        specs = {
+            layer: MoESpec(
+                **experts.spec_fields(layer),
+                weight_format=quant_method,
+                group_size=group_size,
+                activation_group=activation_group,
+            )
+            for layer in experts.layers
+        }
+        with _locked(destination):
+            job = _Job(checkpoint, experts, specs, destination, threads, progress)
+            try:
+                job.start(resume)
+                job.run()
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise OSError(
+                        error.errno,
+                        f"{destination}: the disk is full; make room and run again with --resume",
+                    ) from error
+                raise
+        return job.summary(time.monotonic() - started)
+
+
+class _Job:
+    """One conversion: what there is to write, and the writing of it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experts: Experts,
+        specs: dict[int, MoESpec],
+        output: Path,
+        threads: int,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.checkpoint, self.experts, self.specs = checkpoint, experts, specs
+        self.output, self.threads, self.progress = output, threads, progress
+        self.source = checkpoint.directory
+        expert_names = {layer: experts.tensor_names(layer) for layer in specs}
+        taken = set().union(*expert_names.values())
+        config = Config(checkpoint.config, str(self.source / "config.json"))
+        self.shards = _plan_shards(_plain_tensors(checkpoint, taken, config.fp8_block))
+        self.layer_bytes = {
+            layer: sum(checkpoint.tensors[name].nbytes for name in names)
+            for layer, names in expert_names.items()
+        }
+        self.total_bytes = sum(self.layer_bytes.values()) + sum(
+            t.nbytes for s in self.shards for t in s
+        )
+        self.done_bytes = self.reused_bytes = self.reused_layers = 0
+        self.state = _state(checkpoint, next(iter(specs.values())))
+
+    def start(self, resume: bool) -> None:
+        """Take possession of the output directory: check or write its state, remove temporary files."""
+        present = set(os.listdir(self.output))
+        leftover = {name for name in present if name.startswith(TEMPORARY_PREFIX)}
+        if present - leftover and not resume:
+            raise FileExistsError(
+                f"{self.output}: exists and is not empty; give another output, empty it, or go on with --resume"
+            )
+        state_path = self.output / STATE_FILE
+        if present - leftover:
+            if STATE_FILE not in present:
+                raise FileExistsError(
+                    f"{self.output}: was not begun by ktk convert ({STATE_FILE} is missing): nothing to resume"
+                )
+            _check_state(read_json_object(state_path), self.state, state_path)
+        for name in leftover:
+            (self.output / name).unlink()
+        if STATE_FILE not in present:
+            _write_json(state_path, self.state)
+
+    def run(self) -> None:
+        todo = {layer: spec for layer, spec in self.specs.items() if not self._has_layer(layer)}
+        self.reused_layers = len(self.specs) - len(todo)
+        self.reused_bytes = self.done_bytes = sum(
+            b for layer, b in self.layer_bytes.items() if layer not in todo
+        )
+        shards = [i for i in range(len(self.shards)) if not self._has_shard(i)]
+        if todo or shards:  # config.json says "finished"
+            with contextlib.suppress(FileNotFoundError):
+                (self.output / "config.json").unlink()
+        self._check_room(todo, shards)
+        with _Packer(self.experts, todo, self.threads, str(self.checkpoint.path)) as packer:
+            for layer, spec in todo.items():
+                write_layer(self.output, spec, layer, self._counted(packer.spans(layer), layer))
+        for index, tensors in enumerate(self.shards):
+            if index in shards:
+                self._write_shard(index)
+            else:
+                size = sum(t.nbytes for t in tensors)
+                self.reused_bytes += size
+                self.done_bytes += size
+        self._write_index()
+        self._copy_side_files()
+        changed = _changed(self.state["source"], _fingerprint(self.checkpoint))
+        if changed:
+            raise CheckpointError(
+                f"{self.source}: {changed} while it was converted; convert it again"
+            )
+        _write_json(self.output / "config.json", self._config())
+        self._report("done", 0)
+
+    def _report(self, what: str, more: int) -> None:
+        self.done_bytes += more
+        if self.progress is not None:
+            self.progress(Progress(self.done_bytes, self.total_bytes, self.reused_bytes, what))
+
+    def _counted(self, spans: Iterator[np.ndarray], layer: int) -> Iterator[np.ndarray]:
+        """The spans, each reported once it is written."""
+        count, size = self.specs[layer].num_experts, self.layer_bytes[layer]
+        for expert, span in enumerate(spans):
+            yield span
+            self._report(f"layer {layer}", size * (expert + 1) // count - size * expert // count)
+
+    def _has_layer(self, layer: int) -> bool:
+        try:
+            return read_spec(self.output, layer) == self.specs[layer]
+        except CheckpointError:
+            return False
+
+    def _check_room(self, todo: dict[int, MoESpec], shards: list[int]) -> None:
+        needed = sum(s.num_experts * s.layout.expert_bytes for s in todo.values())
+        needed += sum(t.nbytes for index in shards for t in self.shards[index])
+        free = shutil.disk_usage(self.output).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
+            )
+
+    # the tensors that are not experts'
+
+    def _shard_name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+    def _has_shard(self, index: int) -> bool:
+        try:
+            file = SafetensorsFile(self.output / self._shard_name(index))
+        except CheckpointError:
+            return False
+        file.close()
+        have = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
+        return have == {t.name: (t.dtype, t.shape) for t in self.shards[index]}
+
+    def _write_shard(self, index: int) -> None:
+        name = self._shard_name(index)
+        with replacing(self.output / name) as file:
+            write_all(file, _shard_header(self.shards[index]))
+            for tensor in self.shards[index]:
+                if tensor.coding is None:
+                    for piece in self.checkpoint.chunks(tensor.name, CHUNK_BYTES):
+                        write_all(file, piece)
+                        self._report(name, len(piece))
+                else:
+                    self._write_dequantised(file, tensor, tensor.coding, name)
+
+    def _write_dequantised(
+        self, file: IO[bytes], tensor: _Plain, coding: Coding, what: str
+    ) -> None:
+        rows, columns = coding.shape
+        block = coding.block[0]
+        band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
+        for start in range(0, rows, band):
+            stop = min(start + band, rows)
+            w = read_rows(self.checkpoint, tensor.name, tensor.scale, coding, start, stop)
+            write_all(file, f32_to_bf16(w).data)
+            self._report(what, (stop - start) * columns * 2)
+
+    def _write_index(self) -> None:
+        placed = {t.name: self._shard_name(i) for i, shard in enumerate(self.shards) for t in shard}
+        size = sum(t.nbytes for shard in self.shards for t in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
+        _write_json(self.output / "model.safetensors.index.json", index)
+
+    def _copy_side_files(self) -> None:
+        for relative in _side_files(self.source):
+            target = self.output / relative
+            target.parent.mkdir(exist_ok=True)
+            fd, size = open_regular(self.source / relative)
+            try:
+                with replacing(target) as file:
+                    for offset in range(0, size, CHUNK_BYTES):
+                        piece = bytearray(min(CHUNK_BYTES, size - offset))
+                        read_into(fd, memoryview(piece), offset, str(self.source / relative))
+                        write_all(file, memoryview(piece))
+            finally:
+                os.close(fd)
+
+    def _config(self) -> dict[str, Any]:
+        """The source's config.json with our quantization_config in place of its own."""
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "quantization_config"}
+        for key in NESTED_KEYS:
+            if isinstance(config.get(key), dict):
+                config[key] = {k: v for k, v in config[key].items() if k != "quantization_config"}
+        spec = next(iter(self.specs.values()))
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "weight_format": spec.weight_format,
+            "group_size": spec.group_size,
+            "activation_group": spec.activation_group,
+            "layout_version": LAYOUT_VERSION,
+            "layers": list(self.specs),
+            "family": self.experts.family,
+            "source_dtype": self.experts.source_dtype,
+        }
+        return config
+
+    def summary(self, seconds: float) -> Summary:
+        spec = next(iter(self.specs.values()))
+        expert_bytes = sum(s.num_experts * s.layout.expert_bytes for s in self.specs.values())
+        weights = sum(s.num_experts * s.num_weights for s in self.specs.values())
+        return Summary(
+            output=str(self.output),
+            family=self.experts.family,
+            source_dtype=self.experts.source_dtype,
+            weight_format=spec.weight_format,
+            group_size=spec.group_size or 0,
+            activation_group=spec.activation_group or 0,
+            num_layers=len(self.specs),
+            num_experts=max(s.num_experts for s in self.specs.values()),
+            reused_layers=self.reused_layers,
+            input_bytes=self.total_bytes,
+            expert_bytes=expert_bytes,
+            other_bytes=sum(t.nbytes for shard in self.shards for t in shard),
+            bits_per_weight=expert_bytes * 8 / weights,
+            seconds=seconds,
+            mb_per_second=(self.done_bytes - self.reused_bytes) / 1e6 / max(seconds, 1e-9),
+        )
+
+
+class _Packer:
+    """Threads that read and pack experts a little ahead of the writer, across layers, in order.
+
+    At most twice as many spans exist as there are threads, and two: the writer's disk may be slow.
+    """
+
+    def __init__(
+        self, experts: Experts, specs: dict[int, MoESpec], threads: int, where: str
+    ) -> None:
+        self._experts, self._specs, self._where = experts, specs, where
+        self._jobs = iter(
+            [(layer, e) for layer, spec in specs.items() for e in range(spec.num_experts)]
+        )
+        self._window = 2 * threads + 2
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ktk-convert")
+        self._pending: deque[Future[np.ndarray]] = deque()
+        self._free: deque[np.ndarray] = deque()
+
+    def __enter__(self) -> _Packer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def spans(self, layer: int) -> Iterator[np.ndarray]:
+        """One layer's experts in order, each valid until the next is asked for; layers in their order."""
+        for _ in range(self._specs[layer].num_experts):
+            while len(self._pending) < self._window and (job := next(self._jobs, None)):
+                self._pending.append(self._pool.submit(self._pack, *job))
+            span = self._pending.popleft().result()
+            yield span
+            self._free.append(span)
+
+    def _pack(self, layer: int, expert: int) -> np.ndarray:
+        spec = self._specs[layer]
+        try:
+            out = self._free.popleft()
+        except IndexError:
+            out = np.empty(0, np.uint8)
+        if len(out) != spec.layout.expert_bytes:
+            out = aligned_buffer(spec.layout.expert_bytes)
+        try:
+            pack_expert(spec, self._experts.read(layer, expert), out)
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._where}: layer {layer} expert {expert}: {error}"
+            ) from error
+        return out
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A tensor that is not an expert's, as it will be written. coding : what to decode it from, or None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    itemsize: int
+    scale: str | None = None
+    coding: Coding | None = None
+
+
+def _plain_tensors(checkpoint: Checkpoint, taken: set[str], block: tuple[int, int]) -> list[_Plain]:
+    """All tensors but ``taken``, in the files' order; fp8 and MX weights as bf16, without their scales.
+
+    They are decoded because the output's quantization_config is ours and no longer tells their coding.
+    """
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in taken}
+    decoded: dict[str, _Plain] = {}
+    dropped: set[str] = set()
+    for name, info in tensors.items():
+        foreign = FOREIGN_SUFFIXES.get(name.rsplit(".", 1)[-1])
+        if foreign:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r}: {foreign} is not read; convert from a bf16 or fp8 checkpoint"
+            )
+        stem = name.removesuffix(".weight")
+        scale = _scale_of(name, info, stem, tensors)
+        if info.dtype == "F8_E4M3" or scale is not None:
+            coding = infer_coding(
+                name, info, scale, None if scale is None else tensors[scale], block
+            )
+            rows, columns = coding.shape
+            decoded[name] = _Plain(name, "BF16", coding.shape, rows * columns * 2, 2, scale, coding)
+            dropped.update(
+                {scale or name, f"{stem}.input_scale", f"{stem}.activation_scale"} - {name}
+            )
+    plain = []
+    for name, info in tensors.items():
+        if name in decoded:
+            plain.append(decoded[name])
+        elif name not in dropped:
+            itemsize = DTYPES[info.dtype].itemsize
+            plain.append(_Plain(name, info.dtype, info.shape, info.nbytes, itemsize))
+    return plain
+
+
+def _scale_of(name: str, info: TensorInfo, stem: str, tensors: dict[str, TensorInfo]) -> str | None:
+    """The scale of an fp8 or mxfp4 weight, or None."""
+    if info.dtype not in ("F8_E4M3", "I8", "U8"):
+        return None
+    names = [f"{stem}.{suffix}" for suffix in SCALE_SUFFIXES] if stem != name else []
+    return next((n for n in (*names, f"{name}_scale_inv", f"{name}_scale") if n in tensors), None)
+
+
+def _plan_shards(tensors: list[_Plain]) -> list[list[_Plain]]:
+    """Tensors in order, cut into shards of at most SHARD_BYTES; a bigger tensor has its own."""
+    shards: list[list[_Plain]] = []
+    size = SHARD_BYTES + 1
+    for tensor in tensors:
+        if size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    # Widest items first, as the official writer orders them: every tensor is then aligned to its dtype.
+    return [sorted(shard, key=lambda t: -t.itemsize) for shard in shards]
+
+
+def _shard_header(tensors: list[_Plain]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = -(-len(text) // 8) * 8
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _check_places(source: Path, output: Path) -> Path:
+    """The output directory, made if need be; ValueError if it lies in the input."""
+    inside, outside = output.resolve(), source.resolve()
+    if inside == outside or outside in inside.parents:
+        raise ValueError(
+            f"output {output} lies in the input {source}: give a directory outside of it"
+        )
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output}: exists and is not a directory")
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock; it ends with the process, however that ends."""
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{directory}: another conversion is writing there; wait for it"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(fd)
+
+
+def _side_files(source: Path) -> list[Path]:
+    """The small files that belong to a model, relative to its directory: tokenizer, templates, code, licence."""
+    found = []
+    for folder in (source, *(source / name for name in SIDE_DIRECTORIES)):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = path.name
+            if name.startswith((".", "ktk-")) or name.endswith((*WEIGHT_SUFFIXES, ".index.json")):
+                continue
+            if name == "config.json" or path.is_dir():
+                continue
+            if path.is_symlink() and not path.exists():
+                raise CheckpointError(
+                    f"{path}: symbolic link to a missing file; download the checkpoint again"
+                )
+            if path.is_file() and path.stat().st_size <= MAX_SIDE_FILE:
+                found.append(path.relative_to(source))
+    return found
+
+
+def _fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Names, sizes and modification times of everything that is read."""
+    source = checkpoint.directory
+    names = {file.path.relative_to(source) for file in checkpoint.files} | set(_side_files(source))
+    names |= {
+        Path("config.json"),
+        *(p.relative_to(source) for p in source.glob("*.safetensors.index.json")),
+    }
+    entries = []
+    for name in sorted(names):
+        try:
+            info = (source / name).stat()
+        except OSError as error:
+            raise CheckpointError(f"{source / name}: {error.strerror}") from None
+        entries.append({"file": str(name), "bytes": info.st_size, "mtime_ns": info.st_mtime_ns})
+    return entries
+
+
+def _state(checkpoint: Checkpoint, spec: MoESpec) -> dict[str, Any]:
+    from ktk import __version__
+
+    return {
+        "ktk_version": __version__,
+        "layout_version": LAYOUT_VERSION,
+        "quant_method": spec.weight_format,
+        "group_size": spec.group_size,
+        "activation_group": spec.activation_group,
+        "source": _fingerprint(checkpoint),
+    }
+
+
+def _check_state(have: dict[str, Any], want: dict[str, Any], path: Path) -> None:
+    """ValueError unless the job begun in the output is this one."""
+    for key, value in want.items():
+        if key != "source" and have.get(key) != value:
+            raise ValueError(
+                f"{path}: was begun with {key}={have.get(key)!r}, now {value!r}: "
+                "resume with the same options, or give another output"
+            )
+    changed = _changed(have.get("source"), want["source"])
+    if changed:
+        raise ValueError(f"{path}: {changed} since the conversion began: give another output")
+
+
+def _changed(before: Any, now: list[dict[str, Any]]) -> str | None:
+    """What differs between two fingerprints, or None."""
+    if before == now:
+        return None
+    try:
+        old = {entry["file"]: entry for entry in before}
+    except (TypeError, KeyError):
+        return "the list of source files was damaged"
+    new = {entry["file"]: entry for entry in now}
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            fault = (
+                "changed"
+                if name in old and name in new
+                else "was added"
+                if name in new
+                else "was removed"
+            )
+            return f"source file {name} {fault}"
+    return "the list of source files changed"
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as file:
+        write_all(file, text.encode("utf-8", "surrogatepass"))
+
+
+class _CallableModule(types.ModuleType):
+    """Lets ``ktk.convert(...)`` mean the function after this module, whose name it shares, is imported."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Summary:
+        return convert(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
