@@ -1,0 +1,1 @@
+"""ktk inside other projects: one module or package each, imported by the user who wants it."""

@@ -1,0 +1,530 @@
+"""transformers with its experts on ktk: every family's experts, whole models, packing, loading."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import json
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+from transformers.integrations.moe import use_experts_implementation
+
+from ktk.errors import CheckpointError
+from ktk.integration.transformers import KtkConfig, load_model, recognise, use_ktk
+from ktk.integration.transformers.experts import find_experts, handle_of
+from ktk.integration.transformers.loading import layer_of, packed_modules
+from ktk.reference.moe import ExactExperts
+from ktk.types import Activation
+
+SEED = 7
+has_convert = importlib.util.find_spec("ktk.convert") is not None
+needs_convert = pytest.mark.skipif(not has_convert, reason="ktk.convert is not there")
+
+SHAPE = {"hidden_size": 64, "vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {
+    "qwen3_moe": Qwen3MoeConfig(
+        **SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=96,
+        moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2,
+    ),
+    "mixtral": MixtralConfig(
+        **SHAPE, **TOKENS, num_key_value_heads=2, intermediate_size=80, num_local_experts=4, num_experts_per_tok=2,
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **SHAPE, **TOKENS, num_key_value_heads=4, intermediate_size=96, moe_intermediate_size=32,
+        n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, n_shared_experts=1,
+        first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=16,
+    ),
+    "gpt_oss": GptOssConfig(
+        **SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=64, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
+
+
+def make_model(
+    family: str, dtype: torch.dtype = torch.float32, **changes: object
+) -> PreTrainedModel:
+    """A random two-layer model whose weights are wide enough for experts and router to matter."""
+    config = copy.deepcopy(FAMILIES[family])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.15)
+            elif name.endswith("bias"):
+                weight.normal_(0, 0.1)
+            weight.copy_(weight.bfloat16())  # bf16 and fp32 models then hold the same numbers
+    model.generation_config.eos_token_id = None
+    return model.to(dtype)
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(3, 256, (2, 11), generator=torch.Generator().manual_seed(SEED))
+
+
+@torch.no_grad()
+def run(
+    model: PreTrainedModel, implementation: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 logits of the prompt, and twelve greedy tokens."""
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
+    ids = prompt()
+    logits = model(ids).logits.float()
+    mask = torch.ones_like(ids)
+    tokens = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    return logits, tokens
+
+
+def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for _, module in find_experts(model)]
+
+
+# --- whole models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_model_gives_eager_logits_and_tokens(family: str) -> None:
+    model = make_model(family)
+    logits, tokens = run(model, "eager")
+    got_logits, got_tokens = run(model, "ktk")
+    assert all(handle_of(m).moe.spec.weight_format == "fp32" for m in experts_of(model))
+    assert (got_logits - logits).abs().max() <= 1e-4
+    assert torch.equal(got_tokens, tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_weights_in_fp32_arithmetic_give_eager_logits(family: str) -> None:
+    """bf16 experts under an fp32 rest: the same numbers, so the same bound as fp32."""
+    logits, tokens = run(make_model(family), "eager")
+    model = make_model(family)
+    use_ktk(model, "bf16")
+    got_logits, got_tokens = run(model)
+    assert (got_logits - logits).abs().max() <= 1e-4
+    assert torch.equal(got_tokens, tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_model_gives_eager_logits_and_tokens_up_to_bf16_rounding(family: str) -> None:
+    """Bound: 2 % of the largest logit, five bf16 steps; and no farther from the fp32 model than eager is.
+
+    Logits of a bf16 model tie; a greedy token is right if eager's logit for it is within the bound of its best.
+    """
+    model = make_model(family, torch.bfloat16)
+    want, got = run(model, "eager")[0], run(model, "ktk")[0]
+    exact = run(make_model(family), "eager")[0]
+    bound = 0.02 * want.abs().max()
+    assert (got - want).abs().max() <= bound
+    assert (got - exact).norm() <= 1.05 * (want - exact).norm()
+    chosen = want.gather(-1, got.argmax(-1, keepdim=True))[..., 0]
+    assert (want.amax(-1) - chosen <= bound).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_experts_round_once(family: str) -> None:
+    """Experts alone on the same bf16 input: within half a bf16 step (2**-8 relative) of the fp32 result."""
+    model = make_model(family, torch.bfloat16)
+    for module, exact in zip(experts_of(model), experts_of(make_model(family)), strict=True):
+        x, ids, weights = routing(module, tokens=13)
+        module.config._experts_implementation = "ktk"
+        exact.config._experts_implementation = "eager"
+        with torch.no_grad():
+            got = module(x.bfloat16(), ids, weights)
+            want = exact(x.bfloat16().float(), ids, weights)
+        assert handle_of(module).moe.spec.weight_format == "bf16"
+        assert got.dtype == torch.bfloat16
+        assert ((got.float() - want).abs() <= 2.0**-8 * want.abs() + 1e-5).all()
+
+
+def routing(
+    module: torch.nn.Module, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random hidden states, ids and weights for an experts module; two slots per token."""
+    generator = torch.Generator().manual_seed(SEED)
+    width = module.down_proj.shape[2 if module.is_transposed else 1]
+    num_experts = module.down_proj.shape[0]
+    x = torch.randn(tokens, width, generator=generator)
+    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2, generator=generator)
+    return x, ids, weights
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_experts_are_near_eager_with_dequantised_weights(
+    family: str, weight_format: str
+) -> None:
+    """What is left is the int8 rounding of activations: 1.5 % of the output's norm. Routers stay out of it."""
+    model = make_model(family)
+    for module in experts_of(model):
+        x, ids, weights = routing(module, tokens=17)
+        plain = copy.deepcopy(module)
+        plain.config = copy.copy(module.config)
+        use_ktk(torch.nn.ModuleDict({"layer": module}), weight_format)
+        restore_dequantised(plain, ExactExperts(handle_of(module).moe.packed))
+        plain.config._experts_implementation = "eager"
+        with torch.no_grad():
+            want, got = plain(x, ids, weights), module(x, ids, weights)
+        assert (got - want).norm() <= 0.015 * want.norm()
+
+
+def restore_dequantised(module: torch.nn.Module, experts: ExactExperts) -> None:
+    """Write the packed codes' values back into a float module's parameters."""
+    with torch.no_grad():
+        for e in range(experts.spec.num_experts):
+            w = experts.dequantised(e)
+            gate, up = torch.from_numpy(w.gate), torch.from_numpy(w.up)
+            rows = (
+                torch.cat([gate, up])
+                if module.is_concatenated
+                else torch.stack([gate, up], 1).flatten(0, 1)
+            )
+            down = torch.from_numpy(w.down)
+            module.gate_up_proj[e] = rows.T if module.is_transposed else rows
+            module.down_proj[e] = down.T if module.is_transposed else down
+
+
+def test_int8_logits_are_near_eager_logits_with_dequantised_weights() -> None:
+    """All experts active, so no router flips: the largest logit error is below 3 % of the largest logit."""
+    model = make_model("qwen3_moe", num_experts_per_tok=8)
+    packed = copy.deepcopy(model)
+    use_ktk(packed, "int8")
+    for plain, module in zip(experts_of(model), experts_of(packed), strict=True):
+        restore_dequantised(plain, ExactExperts(handle_of(module).moe.packed))
+    want, got = run(model, "eager")[0], run(packed)[0]
+    assert (got - want).abs().max() <= 0.03 * want.abs().max()
+
+
+# --- one experts module of each kind ------------------------------------------------------------------
+
+# transformers' class, its config, the activation ktk must find (None: the module's own is called)
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_local_experts": 4, "num_experts": 4,
+    "n_routed_experts": 4, "moe_hidden_size": 32, "moe_latent_size": None, "post_norm_eps": 1e-6,
+}  # fmt: skip
+MODULES = {
+    "mixtral.MixtralExperts": ({"hidden_act": "silu"}, Activation.silu()),
+    "lfm2_moe.Lfm2MoeExperts": ({}, Activation.silu()),
+    "beam.BeamExperts": ({"hidden_act": "silu"}, Activation.silu()),
+    "gemma4.Gemma4TextExperts": (
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        Activation.gelu_tanh(),
+    ),
+    "gpt_oss.GptOssExperts": ({"swiglu_alpha": 1.702, "swiglu_limit": 7.0}, Activation.swigluoai()),
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": (
+        {"swiglu_alpha": 1.5, "swiglu_limit": 3.0},
+        Activation.swigluoai(1.5, 3.0),
+    ),
+    "minimax_m3_vl.MiniMaxM3VLExperts": (
+        {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        Activation.swigluoai(),
+    ),
+    "deepseek_v4.DeepseekV4Experts": (
+        {"hidden_act": "silu", "swiglu_limit": 2.0},
+        Activation.silu(2.0),
+    ),
+    "glm5_next.Glm5NextTextExperts": ({"swiglu_limit": 2.0}, Activation.silu(2.0)),
+    "hy_v4.HYV4Experts": ({"swiglu_limit": 10.0}, Activation.silu(10.0)),
+    "nemotron_h.NemotronHExperts": ({"mlp_hidden_act": "relu2"}, Activation.relu2()),
+    "muse_spark.MuseSparkExperts": ({"hidden_act": "silu"}, Activation.silu()),
+    "qwen3_moe.Qwen3MoeExperts": ({"hidden_act": "gelu"}, None),
+}
+
+
+def make_module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    package, _, class_name = name.partition(".")
+    try:
+        source = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    except ImportError:
+        pytest.skip(f"this transformers has no {package}")
+    config = SimpleNamespace(**SIZES, **MODULES[name][0], _experts_implementation="eager")
+    module = getattr(source, class_name)(config).eval()
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.4)
+    return module.to(dtype)
+
+
+def compare(module: torch.nn.Module, tokens: int = 19) -> None:
+    x, ids, weights = routing(module, tokens)
+    with torch.no_grad():
+        module.config._experts_implementation = "eager"
+        want = module(x * 3, ids, weights)
+        module.config._experts_implementation = "ktk"
+        got = module(x * 3, ids, weights)
+    assert got.dtype == want.dtype
+    assert (got - want).abs().max() <= 2e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_gives_its_own_result(name: str) -> None:
+    module = make_module(name)
+    assert recognise(module) == MODULES[name][1]
+    compare(module)
+
+
+class _OddExperts(torch.nn.Module):
+    """What is_concatenated=False and an activation of its own look like together."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(4, 32, 96) * 0.3)
+        self.gate_up_proj_bias = torch.nn.Parameter(torch.randn(4, 96))
+        self.down_proj = torch.nn.Parameter(torch.randn(4, 48, 32) * 0.3)
+        self.down_proj_bias = torch.nn.Parameter(torch.randn(4, 32))
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        return torch.tanh(gate) * up + 0.1 * gate
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for t in range(len(x)):
+            for k in range(ids.shape[1]):
+                e = ids[t, k]
+                if e < self.num_experts:
+                    h = self._apply_gate(x[t] @ self.gate_up_proj[e] + self.gate_up_proj_bias[e])
+                    out[t] += weights[t, k] * (h @ self.down_proj[e] + self.down_proj_bias[e])
+        return out
+
+
+OddExperts = use_experts_implementation(is_transposed=True, is_concatenated=False, has_bias=True)(
+    _OddExperts
+)
+
+
+def odd_module() -> torch.nn.Module:
+    torch.manual_seed(SEED)
+    return OddExperts(SimpleNamespace(_experts_implementation="eager")).eval()
+
+
+def test_unknown_activation_with_biases_and_interleaved_rows_falls_back_to_the_module() -> None:
+    module = odd_module()
+    assert recognise(module) is None
+    compare(module, tokens=300)  # more than one step of the fallback
+
+
+@pytest.mark.parametrize("name", ["gpt_oss.GptOssExperts", "odd", "muse_spark.MuseSparkExperts"])
+def test_sentinel_ids_add_exactly_zero(name: str) -> None:
+    module = odd_module() if name == "odd" else make_module(name)
+    x, ids, weights = routing(module, tokens=5)
+    module.config._experts_implementation = "ktk"
+    with torch.no_grad():
+        assert not module(x, torch.full_like(ids, 4), weights).any()
+        ids[:, 1] = 4
+        weights[:, 1] = float("nan")  # never looked at
+        assert torch.equal(module(x, ids, weights), module(x, ids[:, :1], weights[:, :1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mixtral.MixtralExperts", "qwen3_moe.Qwen3MoeExperts"])
+def test_hidden_dtype_is_kept_and_zero_tokens_are_fine(name: str, dtype: torch.dtype) -> None:
+    module = make_module(name)
+    x, ids, weights = routing(module, tokens=4)
+    module.config._experts_implementation = "ktk"
+    with torch.no_grad():
+        assert module(x.to(dtype), ids, weights.to(dtype)).dtype == dtype
+        empty = module(x[:0].to(dtype), ids[:0], weights[:0])
+    assert empty.dtype == dtype
+    assert empty.shape == (0, 32)
+
+
+def test_limits_decide_the_activation_not_the_name() -> None:
+    module = make_module("gpt_oss.GptOssExperts")
+    module.limit = 5.0  # the config still says 7
+    assert recognise(module) == Activation.swigluoai(1.702, 5.0)
+    module._apply_gate = lambda gate_up: gate_up[..., ::2] * gate_up[..., 1::2]
+    assert recognise(module) is None
+
+
+# --- packing in place ---------------------------------------------------------------------------------
+
+
+def test_use_ktk_frees_the_float_weights_and_reports_what_runs() -> None:
+    model = make_model("mixtral", torch.bfloat16)
+    report = use_ktk(model, "int4", group_size=64)
+    assert [row.name for row in report] == [
+        "model.layers.0.mlp.experts",
+        "model.layers.1.mlp.experts",
+    ]
+    for row, module in zip(report, experts_of(model), strict=True):
+        packed = handle_of(module).moe.packed
+        assert row.bytes == packed.data.nbytes
+        assert row.bits_per_weight == packed.bits_per_weight
+        assert "int4 g64" in row.kernel
+        assert row.fused_activation
+        assert module.gate_up_proj.numel() == module.down_proj.numel() == 0
+    assert packed_modules(model) == report
+    assert not any("experts" in name for name in model.state_dict())
+    before = run(model)[0]
+    model.to(torch.float32)
+    assert (run(model)[0] - before).abs().max() < 0.1 * before.abs().max()
+
+
+def test_use_ktk_refuses_before_it_changes_anything() -> None:
+    model = make_model("mixtral")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: group_size=48"):
+        use_ktk(model, "int4", group_size=48)
+    assert experts_of(model)[0].down_proj.numel()
+    use_ktk(model, "int8")
+    with pytest.raises(ValueError, match="runs .* already"):
+        use_ktk(model, "int4")
+    with pytest.raises(ValueError, match="no experts that ktk can run"):
+        use_ktk(torch.nn.Linear(4, 4))
+
+
+def test_changed_weights_are_packed_again() -> None:
+    module = make_module("mixtral.MixtralExperts")
+    compare(module)
+    first = handle_of(module)
+    compare(module)
+    assert handle_of(module) is first
+    with torch.no_grad():
+        module.down_proj.mul_(2)
+    compare(module)
+    assert handle_of(module) is not first
+    module.gate_up_proj = torch.nn.Parameter(module.gate_up_proj.detach() * 3)
+    compare(module)
+
+
+def test_backward_through_ktk_is_an_error() -> None:
+    model = make_model("qwen3_moe")
+    model.set_experts_implementation("ktk")
+    loss = model(prompt(), labels=prompt()).loss
+    with pytest.raises(RuntimeError, match="inference-only"):
+        loss.backward()
+
+
+def test_copies_share_packed_experts_and_pickle_says_what_to_do() -> None:
+    model = make_model("mixtral")
+    use_ktk(model)
+    twin = copy.deepcopy(model)
+    assert handle_of(experts_of(twin)[0]) is handle_of(experts_of(model)[0])
+    assert torch.equal(run(twin)[0], run(model)[0])
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(model)
+
+
+def test_save_pretrained_of_packed_experts_says_what_to_do(tmp_path) -> None:
+    model = make_model("mixtral")
+    use_ktk(model)
+    with pytest.raises(ValueError, match="ktk convert"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.3.mlp.experts", 3),
+        ("model.language_model.layers.11.mlp.experts", 11),
+        ("h.0.moe", 0),
+    ],
+)
+def test_layer_of(name: str, layer: int) -> None:
+    assert layer_of(name) == layer
+
+
+def test_layer_of_a_name_without_number_is_an_error() -> None:
+    with pytest.raises(CheckpointError, match="no layer number"):
+        layer_of("model.experts")
+
+
+def test_config_packs_a_float_checkpoint_while_it_loads(tmp_path) -> None:
+    make_model("mixtral").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig("int8"))
+    same = make_model("mixtral")
+    use_ktk(same, "int8")
+    assert all("int8" in row.kernel for row in packed_modules(loaded))
+    assert torch.equal(run(loaded)[0], run(same)[0])
+
+
+def test_load_model_of_a_float_checkpoint_is_exact(tmp_path) -> None:
+    make_model("qwen3_moe").save_pretrained(tmp_path)
+    want = run(make_model("qwen3_moe"), "eager")[0]
+    assert (run(load_model(tmp_path))[0] - want).abs().max() <= 1e-4
+    named = load_model(tmp_path, method="NUMPY")
+    assert all(row.kernel == "numpy fp32" for row in packed_modules(named))
+    with pytest.raises(ValueError, match="is unknown"):
+        load_model(tmp_path, method="FAST")
+    with pytest.raises(CheckpointError, match="must be a directory"):
+        load_model(tmp_path / "nothing")
+
+
+@needs_convert
+@pytest.mark.parametrize("weight_format", ["int8", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_converted_directory_loads_and_equals_packing_in_memory(
+    family: str, weight_format: str, tmp_path
+) -> None:
+    from ktk.convert import convert
+
+    make_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "packed", quant_method=weight_format)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same = make_model(family)
+    use_ktk(same, weight_format)
+    assert [row.kernel for row in packed_modules(loaded)] == [
+        row.kernel for row in packed_modules(same)
+    ]
+    got, want = run(loaded), run(same)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    with pytest.raises(ValueError, match=f"copy {tmp_path}"):
+        loaded.save_pretrained(tmp_path / "saved")
+    assert packed_modules(load_model(tmp_path / "packed", method="NUMPY"))[0].kernel.startswith(
+        "numpy"
+    )
+
+
+@needs_convert
+def test_packed_directory_of_another_shape_is_refused(tmp_path) -> None:
+    from ktk.convert import convert
+
+    make_model("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "packed", quant_method="int8")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["intermediate_size"] = 96
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="the model's config says"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_packing_reads_bf16_without_rounding() -> None:
+    module = make_module("mixtral.MixtralExperts", torch.bfloat16)
+    module.config._experts_implementation = "ktk"
+    x, ids, weights = routing(module, tokens=3)
+    with torch.no_grad():
+        module(x.bfloat16(), ids, weights)
+    gate = ExactExperts(handle_of(module).moe.packed).dequantised(2).gate
+    assert np.array_equal(gate, module.gate_up_proj[2, :48].detach().float().numpy())
