@@ -1,0 +1,1 @@
+"""What ``ktk demo`` runs: a real model cut into experts, a text, and the comparison on it."""
