@@ -52,9 +52,11 @@ def extensions():
         depends=[*depends, "setup.py", str(CY / "isa.py")],
         extra_compile_args=["-O2", "-fno-lto"],
         extra_link_args=["-pthread"],
-        optional=True,
     )
-    return cythonize([ext], language_level=3)
+    modules = cythonize([ext], language_level=3)
+    for module in modules:
+        module.optional = True  # set here: cythonize does not keep it
+    return modules
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -1,7 +1,7 @@
 """ktk: experts of mixture-of-experts language models on the CPU.
 
-``ktk.MoE`` is the operator, ``ktk.KTMoEWrapper`` its KT-Kernel-compatible face, ``ktk.convert`` packs a
-checkpoint, ``ktk.backends.report()`` says what runs here. Heavy imports happen on first use.
+``ktk.MoE`` is the operator, ``ktk.KTMoEWrapper`` its KT-Kernel-compatible face, ``ktk.convert.convert``
+packs a checkpoint, ``ktk.backends.report()`` says what runs here. Heavy imports happen on first use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktk.convert import convert
     from ktk.moe import MoE
     from ktk.types import Activation, MoESpec, Packed
     from ktk.wrapper import KTMoEWrapper
@@ -27,11 +26,10 @@ _LAZY = {
     "MoE": "ktk.moe",
     "MoESpec": "ktk.types",
     "Packed": "ktk.types",
-    "convert": "ktk.convert",
 }
-_MODULES = ("backends", "cpu", "formats", "models", "reference")
+_MODULES = ("backends", "convert", "cpu", "formats", "models", "reference")
 
-__all__ = ["Activation", "KTMoEWrapper", "MoE", "MoESpec", "Packed", "__version__", "convert"]
+__all__ = ["Activation", "KTMoEWrapper", "MoE", "MoESpec", "Packed", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

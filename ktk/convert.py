@@ -15,9 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import time
-import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +29,6 @@ from ktk.checkpoint.packed import (
     QUANT_METHOD,
     STATE_FILE,
     TEMPORARY_PREFIX,
-    aligned_buffer,
     read_spec,
     replacing,
     write_all,
@@ -49,6 +46,7 @@ from ktk.checkpoint.safetensors import (
 from ktk.errors import CheckpointError
 from ktk.formats.floats import f32_to_bf16
 from ktk.layout import LAYOUT_VERSION
+from ktk.memory import aligned_buffer
 from ktk.models import SOURCE_DTYPES, Config, Experts, find_experts
 from ktk.models.base import FOREIGN_SUFFIXES, NESTED_KEYS
 from ktk.models.coding import SCALE_SUFFIXES, Coding, infer_coding, read_rows
@@ -645,13 +643,3 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as file:
         write_all(file, text.encode("utf-8", "surrogatepass"))
-
-
-class _CallableModule(types.ModuleType):
-    """Lets ``ktk.convert(...)`` mean the function after this module, whose name it shares, is imported."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Summary:
-        return convert(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -149,22 +149,28 @@ def allowed_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def _cgroup_folders(root: Path, controllers: tuple[str, ...]) -> list[Path]:
+    """This process's cgroup folders, own first, up to the root: the v2 tree and the named v1 trees."""
+    base = root / "sys/fs/cgroup"
+    paths = {line.rpartition(":")[2] for line in _read(root / "proc/self/cgroup").splitlines()} or {
+        "/"
+    }
+    folders = []
+    for own in (Path(p.lstrip("/")) for p in sorted(paths)):
+        for tree in (base, *(base / name for name in controllers)):
+            folders += [tree / part for part in (own, *own.parents)]
+    return folders
+
+
 def cpu_quota(root: Path | str = "/") -> float | None:
-    """CPUs' worth of time the cgroup allows (v2 cpu.max, v1 cfs quota), the tightest on the way up; None = no limit."""
-    base = Path(root) / "sys/fs/cgroup"
-    own = _read(Path(root) / "proc/self/cgroup")
-    paths = {line.rpartition(":")[2] for line in own.splitlines()} or {"/"}
+    """CPUs' worth of time the cgroups allow (cpu.max, v1 cfs quota), the tightest; None = no limit."""
     found: list[float] = []
-    for name in paths:
-        here = Path(name.lstrip("/"))
-        for part in (here, *here.parents):
-            v2 = _read(base / part / "cpu.max").split()
-            if len(v2) == 2 and v2[0].isdecimal():
-                found.append(int(v2[0]) / int(v2[1]))
-            quota = _read(base / "cpu" / part / "cpu.cfs_quota_us")
-            period = _read(base / "cpu" / part / "cpu.cfs_period_us")
-            if quota.isdecimal() and period.isdecimal() and int(period):
-                found.append(int(quota) / int(period))
+    for folder in _cgroup_folders(Path(root), ("cpu", "cpu,cpuacct")):
+        v2 = _read(folder / "cpu.max").split()
+        v1 = [_read(folder / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+        for pair in (v2, v1):
+            if len(pair) == 2 and all(text.isdecimal() and int(text) for text in pair):
+                found.append(int(pair[0]) / int(pair[1]))
     return min(found, default=None)
 
 
@@ -193,19 +199,24 @@ def numa_nodes(root: Path | str = "/") -> list[NumaNode]:
 
 
 def memory(root: Path | str = "/") -> tuple[int, int]:
-    """(total, available) bytes, capped by the cgroup's limit; zeros if unknown."""
+    """(total, available) bytes, capped by the cgroups' limits; zeros if unknown."""
     text = _read(Path(root) / "proc/meminfo")
     sizes = {k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     total, available = sizes.get("MemTotal", 0), sizes.get("MemAvailable", 0)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        cap = _read(Path(root) / "sys/fs/cgroup" / limit)
-        if cap.isdecimal() and int(cap) < total:
-            use = _read(Path(root) / "sys/fs/cgroup" / used)
-            total = int(cap)
-            available = min(available, total - (int(use) if use.isdecimal() else 0))
+    for folder in _cgroup_folders(Path(root), ("memory",)):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            cap, use = _read(folder / limit), _read(folder / used)
+            if cap.isdecimal() and int(cap) < total:
+                total = int(cap)
+            if cap.isdecimal() and use.isdecimal():
+                cache = re.search(
+                    r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE
+                )
+                held = int(use) - (int(cache[1]) if cache else 0)
+                available = min(available, max(0, int(cap) - held))
     return total, available
 
 
@@ -213,7 +224,7 @@ def huge_pages(root: Path | str = "/") -> dict[str, str]:
     """Transparent huge pages: mode and defrag as the kernel names them ("" if unknown); reserved pages."""
     base = Path(root) / "sys/kernel/mm"
     chosen = {
-        name: re.search(r"\[(\w+)\]", _read(base / "transparent_hugepage" / name))
+        name: re.search(r"\[([^\]]+)\]", _read(base / "transparent_hugepage" / name))
         for name in ("enabled", "defrag")
     }
     modes = {name: match[1] if match else "" for name, match in chosen.items()}

@@ -85,7 +85,9 @@ VARIABLES: dict[str, Variable] = {
 
 def check_unknown() -> None:
     """ValueError if a variable starts with KTK_ and is not in the table."""
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
+    unknown = sorted(
+        name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES
+    )
     if unknown:
         raise ValueError(
             f"environment variable {', '.join(unknown)} is unknown: ktk has {', '.join(VARIABLES)}; "
@@ -103,6 +105,12 @@ def _get(name: str) -> Any:
         return variable.parse(text)
     except ValueError as error:
         raise ValueError(f"environment variable {name}={text!r}: {error}") from None
+
+
+def check() -> None:
+    """ValueError for any KTK_ variable that is unknown or holds an unknown value."""
+    for name in VARIABLES:
+        _get(name)
 
 
 def backend() -> str | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -19,19 +18,11 @@ from ktk import cpu
 from ktk.formats import get_format
 from ktk.formats.floats import to_f32
 from ktk.layout import PANEL, MatrixLayout
+from ktk.memory import aligned_buffer
 from ktk.reference.pack import REFITS, lay_float_panels, lay_panels, search_ladder
 from ktk.types import ExpertWeights, MoESpec, Packed
 
 F = np.float32
-HUGE_PAGE = 2 << 20
-
-
-def aligned_buffer(num_bytes: int) -> np.ndarray:
-    """Zeroed uint8 (num_bytes,), page aligned, huge-page advised where the OS has them."""
-    memory = mmap.mmap(-1, max(num_bytes + HUGE_PAGE - num_bytes % HUGE_PAGE, HUGE_PAGE))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8, count=num_bytes)
 
 
 def check_expert(spec: MoESpec, weights: ExpertWeights) -> None:

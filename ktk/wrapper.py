@@ -28,8 +28,9 @@ import numpy as np
 
 from ktk import backends
 from ktk.formats.floats import to_f32
+from ktk.memory import aligned_buffer
 from ktk.moe import MoE, as_hidden, as_routing, as_weights, is_bf16, to_numpy
-from ktk.pack import aligned_buffer, pack_experts
+from ktk.pack import pack_experts
 from ktk.runtime import engine, fifo
 from ktk.runtime.staging import Buffers
 from ktk.types import Activation, ExpertWeights, MoESpec, Packed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.pack import aligned_buffer, pack_expert
+from ktk.memory import aligned_buffer
+from ktk.pack import pack_expert
 from ktk.types import ExpertWeights, MoESpec, Packed
 
 

@@ -200,7 +200,7 @@ def test_distance_of_a_model_from_itself_is_zero() -> None:
 
 def test_clock_counts_what_comes_after_the_first_token() -> None:
     clock = evaluate.Clock()
-    clock.times = [0.0, 5.0, 5.5, 6.0]  # prompt, prefill's token, two decoded ones
+    clock.times = [0.0, 5.0, 5.5, 6.0, 9.0]  # prompt, prefill's token, three decoded ones, one late
     assert clock.decode_rate() == 2.0
     clock.times = [0.0, 5.0]
     with pytest.raises(ValueError, match="at least 2"):

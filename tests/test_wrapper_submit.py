@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -208,7 +207,6 @@ def test_nothing_needs_cuda():
     wrapper = loaded(num_gpu_experts=2)
     wrapper.forward(torch.from_numpy(routed(2)[0]), *routed(2)[1:], cuda_stream=0)
     assert not torch.cuda.is_initialized()
-    assert "ktk.integration" not in sys.modules
 
 
 def test_the_queue_runs_one_task_at_a_time_in_order_whoever_runs_it():

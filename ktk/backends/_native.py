@@ -52,12 +52,11 @@ class NativeBackend(Backend):
         return None
 
     def why_not(self, spec: MoESpec | None = None) -> str | None:
-        lowest = self.isa_rows[-1]
-        lacking = cpu.missing(lowest, cpu.detect())
+        if native_module() is None:
+            return "the compiled extension is not built (reinstall with a C compiler)"
+        lacking = cpu.missing(self.isa_rows[-1], cpu.detect())
         if lacking:
             return f"CPU lacks {', '.join(lacking)}"
-        if native_module() is None:
-            return "the compiled extension is not built (pip install . with a C compiler)"
         if self.isa() is None:
             return f"this build has none of {', '.join(self.isa_rows)}"
         return None

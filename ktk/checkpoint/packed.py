@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -25,13 +24,13 @@ from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict
 from ktk.cpu import num_physical_cores
 from ktk.errors import CheckpointError
 from ktk.layout import EXPERT_ALIGN, LAYOUT_VERSION, PANEL, MatrixLayout
+from ktk.memory import aligned_buffer
 from ktk.types import MoESpec, Packed
 
 QUANT_METHOD = "ktk"
 STATE_FILE = "ktk-convert.json"
 TEMPORARY_PREFIX = ".ktk-tmp-"
 TENSOR = "experts"
-HUGE_PAGE = 2 << 20
 _LAYER_FILE = re.compile(r"ktk-experts-(\d{5})\.safetensors")
 
 
@@ -221,15 +220,6 @@ def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
         layout_version=LAYOUT_VERSION,
         config=config,
     )
-
-
-def aligned_buffer(num_bytes: int) -> np.ndarray:
-    """Zeroed uint8 (num_bytes,), page aligned, huge-page advised where the OS has them."""
-    memory = mmap.mmap(-1, max(-(-num_bytes // HUGE_PAGE) * HUGE_PAGE, HUGE_PAGE))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8, count=num_bytes)
 
 
 def _spec(file: SafetensorsFile, layer: int) -> MoESpec:

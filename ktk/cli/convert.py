@@ -30,7 +30,7 @@ def command(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale: 32 (default), 64 or 128 for int4; 0 = per channel."
+            help="Weights that share a scale: 32, 64 or 128 for int4, 0 = per channel; default: the format's."
         ),
     ] = None,
     activation_group: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -26,12 +27,15 @@ class Clock:
         pass
 
     def decode_rate(self) -> float:
-        """Tokens/s after the first token, which belongs to prefill. Raises ValueError below two tokens."""
+        """Tokens/s of the median step after the first token, which belongs to prefill.
+
+        The median, since one pause of a busy machine would halve a mean. Raises ValueError below two tokens.
+        """
         if len(self.times) < 3:
             raise ValueError(
                 f"{len(self.times) - 1} tokens generated: must be at least 2 to time decoding"
             )
-        return (len(self.times) - 2) / (self.times[-1] - self.times[1])
+        return 1 / median(b - a for a, b in pairwise(self.times[1:]))
 
 
 def prompt_ids(tokenizer: Any, question: str) -> torch.Tensor:
@@ -48,7 +52,7 @@ def prompt_ids(tokenizer: Any, question: str) -> torch.Tensor:
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> tuple[str, float]:
-    """The greedy answer up to its end-of-text token, and tokens/s of decoding all ``max_new_tokens``."""
+    """The greedy answer up to its end-of-text token, and the decoding rate over all ``max_new_tokens``."""
     ids = prompt_ids(tokenizer, question)
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
@@ -69,7 +73,7 @@ def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> tu
 
 
 @torch.no_grad()
-def prefill_rate(model: Any, window: list[int], repeats: int = 3) -> float:
+def prefill_rate(model: Any, window: list[int], repeats: int = 5) -> float:
     """Tokens/s of reading a window into an empty cache; median of ``repeats``, after one run to warm up."""
     ids = torch.tensor([window])
     seconds = []

@@ -39,6 +39,7 @@ def acquire(
     Raises ValueError for a layout this machine cannot have, EngineError if it conflicts.
     """
     global _layout
+    env.check()
     for name, value in (("num_threads", num_threads), ("threadpool_count", threadpool_count)):
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value <= 0
