@@ -64,6 +64,8 @@ cdef extern from "ktk.h" nogil:
         pass
     ktk_pool *ktk_pool_new(int num_threads)
     void ktk_pool_free(ktk_pool *pool)
+    void ktk_pool_borrow(void *gomp_parallel)
+    void ktk_pool_own_threads_only()
     int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
                         int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                         const uint8_t *skip, const float *add, void *out)
@@ -119,6 +121,17 @@ cdef class _Pool:
         # After a fork the threads exist in the parent only: nothing to join, the memory is left alone.
         if self.pool != NULL and self.pid == os.getpid():
             ktk_pool_free(self.pool)
+
+
+def borrow_threads(address):
+    """Run on the threads of the OpenMP runtime whose GOMP_parallel stands at ``address``, int; 0 = own threads again."""
+    cdef uintptr_t at = address
+    ktk_pool_borrow(<void *>at)
+
+
+def own_threads_only():
+    """What the calling Python thread runs uses ktk's own threads, whatever is borrowed."""
+    ktk_pool_own_threads_only()
 
 
 _pools = weakref.WeakValueDictionary()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ktk import cpu
+from ktk.backends._openmp import borrow
 from ktk.backends.base import Backend, Runner, describe
 from ktk.pack import native_module
 from ktk.types import MoESpec, Packed
@@ -14,8 +15,8 @@ from ktk.types import MoESpec, Packed
 
 class NativeRunner(Runner):
     def __init__(self, packed: Packed, isa: str, num_threads: int) -> None:
-        native: Any = native_module()
-        self.experts = native.Experts(
+        self.native: Any = native_module()
+        self.experts = self.native.Experts(
             packed.spec, packed.spec.layout, packed.data, isa, num_threads
         )
 
@@ -28,9 +29,11 @@ class NativeRunner(Runner):
         out: np.ndarray,
         add: np.ndarray | None,
     ) -> None:
+        borrow(self.native)
         self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+        borrow(self.native)
         result: np.ndarray = self.experts.linear(projection, x, expert_ids)
         return result
 

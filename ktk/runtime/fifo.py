@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from ktk.errors import EngineError
+from ktk.pack import native_module
 
 
 class Ticket:
@@ -107,6 +108,9 @@ class Fifo:
             self._num_pending -= 1
 
     def _work(self) -> None:
+        native = native_module()
+        if native is not None:
+            native.own_threads_only()  # torch keeps its threads for the caller
         while True:
             task, ticket = self._queue.get()
             self._running.acquire()

@@ -92,6 +92,10 @@ void ktk_pool_lock(ktk_pool *pool); /* one operator at a time */
 void ktk_pool_unlock(ktk_pool *pool);
 void *ktk_pool_scratch(ktk_pool *pool, int64_t size); /* while locked; NULL: no memory */
 void ktk_pool_free(ktk_pool *pool);
+/* From now on runs use the threads of the OpenMP runtime whose GOMP_parallel this is (until a fork; NULL: no more) ... */
+void ktk_pool_borrow(void *gomp_parallel);
+/* ... but not those that the calling thread starts. */
+void ktk_pool_own_threads_only(void);
 
 /* The operator (see moe.c). 0, or 1 when scratch memory cannot be had.
  * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip

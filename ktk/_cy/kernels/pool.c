@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "ktk.h"
 
@@ -31,7 +32,7 @@ struct ktk_pool {
     _Alignas(64) ktk_task_fn *fn;
     void *context;
     int64_t num_tasks;
-    _Atomic int sleepers, stop;
+    _Atomic int sleepers, stop, arrivals;
     pthread_mutex_t sleep_lock, operator_lock;
     pthread_cond_t wake;
     int num_threads;
@@ -41,12 +42,38 @@ struct ktk_pool {
     int64_t scratch_size;
 };
 
+/* Another OpenMP runtime's threads may stand on the cores already: torch's spin for milliseconds after each of its
+ * regions, and workers beside them get half a core each (prefill of a whole model: 240 ms instead of 140). Its
+ * GOMP_parallel then runs the tasks on those very threads. */
+typedef void parallel_fn(void (*body)(void *), void *context, unsigned num_threads, unsigned flags);
+static _Atomic(parallel_fn *) borrowed_parallel;
+static _Thread_local int is_own_only;
+
+static void forget_borrowed(void) {
+    atomic_store(&borrowed_parallel, NULL);
+} /* a child has not those threads */
+
+void ktk_pool_borrow(void *gomp_parallel) {
+    static atomic_flag is_registered = ATOMIC_FLAG_INIT;
+    if (!atomic_flag_test_and_set(&is_registered)) pthread_atfork(NULL, NULL, forget_borrowed);
+    parallel_fn *parallel;
+    memcpy(&parallel, &gomp_parallel, sizeof parallel);
+    atomic_store(&borrowed_parallel, parallel);
+}
+
+void ktk_pool_own_threads_only(void) { is_own_only = 1; }
+
 static void run_tasks(ktk_pool *pool, int thread) {
     for (;;) {
         int64_t task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
         if (task >= pool->num_tasks) return;
         pool->fn(pool->context, task, thread);
     }
+}
+
+static void run_borrowed(void *context) {
+    ktk_pool *pool = context;
+    run_tasks(pool, atomic_fetch_add(&pool->arrivals, 1));
 }
 
 static int is_open_for(uint64_t ticket, uint64_t seen) { return (ticket & OPEN) && ticket >> 32 != seen; }
@@ -136,6 +163,12 @@ void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, int64_t num_ta
     pool->context = context;
     pool->num_tasks = num_tasks;
     atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    parallel_fn *parallel = is_own_only ? NULL : atomic_load(&borrowed_parallel);
+    if (parallel) {
+        atomic_store(&pool->arrivals, 0);
+        parallel(run_borrowed, pool, (unsigned)pool->num_threads, 0);
+        return;
+    }
     uint64_t epoch = (atomic_load(&pool->ticket) >> 32) + 1;
     if ((uint32_t)epoch == 0) epoch = 1; /* 0 is what a new worker has seen */
     atomic_store(&pool->ticket, epoch << 32 | OPEN);

@@ -1,0 +1,49 @@
+"""Find torch's OpenMP runtime, so that the thread pool can run on its threads instead of beside them.
+
+After each of its own parallel regions torch's threads spin for some milliseconds. ktk's workers on the same cores
+would get half of each core; run on torch's threads, its calls start hot instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+_state = {"looked": False}
+
+
+def borrow(native: Any) -> None:
+    """Once torch is imported: hand its GOMP_parallel to the compiled pool. Cheap to call again."""
+    if _state["looked"] or "torch" not in sys.modules:
+        return
+    _state["looked"] = True
+    address = _gomp_parallel()
+    if address:
+        native.borrow_threads(address)
+
+
+def _gomp_parallel() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch loaded (GNU's, Intel's or LLVM's); 0 if there is none."""
+    folder = os.path.dirname(getattr(sys.modules["torch"], "__file__", None) or "")
+    try:
+        with open("/proc/self/maps") as maps:
+            files = {
+                line.split(maxsplit=5)[5].strip()
+                for line in maps
+                if "omp" in line and ".so" in line
+            }
+    except OSError:
+        return 0
+    names = ("libgomp", "libiomp5", "libomp")
+    loaded = [f for f in sorted(files) if os.path.basename(f).startswith(names)]
+    # Torch ships its runtime in its own folder, or beside it in torch.libs; a distribution's build uses the system's.
+    loaded.sort(key=lambda f: not f.startswith(folder))
+    for file in loaded:
+        try:
+            library = ctypes.CDLL(file, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return 0
