@@ -26,7 +26,8 @@ def load(path: str) -> torch.nn.Module:
 
 def main(path: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
-    windows = text.windows(tokenizer, text.stdlib_text(), 2048)
+    token_ids = tokenizer(text.stdlib_text(), add_special_tokens=False)["input_ids"]
+    windows = text.windows(token_ids, 8, 256)
     model = load(path)
     reference = [evaluate.window_logits(model, w) for w in windows]
     print("| format | activation group | scales | KL | top-1 |\n|---|---|---|---|---|")

@@ -1,0 +1,89 @@
+"""The thread pool: own threads, torch's threads, forks and exits, all with the same bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
+
+from ktk import backends
+from ktk.backends import _openmp
+from ktk.backends.base import Runner
+from ktk.pack import best_isa, native_module
+from ktk.types import MoESpec
+
+pytestmark = pytest.mark.skipif(best_isa() is None, reason="no compiled kernels run here")
+
+
+@pytest.fixture
+def native() -> Iterator[Any]:
+    """The extension; afterwards threads are borrowed as they are in a program that imported torch."""
+    yield native_module()
+    native_module().borrow_threads(_openmp._gomp_parallel())
+
+
+def case(num_threads: int) -> tuple[Runner, tuple[np.ndarray, ...]]:
+    spec = MoESpec(8, 128, 272, "int8")
+    packed = pack_all(spec, random_experts(spec, 1))
+    ids, weights = random_routing(40, 3, 8, 2)
+    backend = next(b for b in backends.backends().values() if b.why_not(spec) is None)
+    return backend.load(packed, num_threads), (random_hidden(40, 128, 3), ids, weights)
+
+
+def run(runner: Runner, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
+    out = np.empty_like(inputs[0])
+    runner.forward(*inputs, None, out, None)
+    return out
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+def test_torchs_threads_give_the_same_bits_as_own_ones(native: Any, num_threads: int) -> None:
+    runner, inputs = case(num_threads)
+    run(runner, inputs)  # whatever this process borrows by itself is done now
+    native.borrow_threads(0)
+    own = run(runner, inputs)
+    address = _openmp._gomp_parallel()
+    assert address, "torch is imported here: its OpenMP runtime must be found"
+    native.borrow_threads(address)
+    for _ in range(20):
+        torch.ones(256, 256) @ torch.ones(256, 256)
+        assert_exact(own, run(runner, inputs))
+
+
+def test_a_child_of_a_process_that_borrowed_runs_on_its_own(native: Any) -> None:
+    runner, inputs = case(2)
+    want = run(runner, inputs)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if np.array_equal(run(runner, inputs), want) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert_exact(want, run(runner, inputs))
+
+
+def test_many_short_runs_end() -> None:
+    """Runs that are over before a worker wakes, and runs after the workers slept."""
+    code = """
+import time, numpy as np, sys
+sys.path.insert(0, sys.argv[1])
+from test_threads import case, run
+runner, inputs = case(4)
+one = tuple(a[:1] for a in inputs)
+want = run(runner, one)
+for i in range(3000):
+    assert np.array_equal(run(runner, one), want)
+    if i % 500 == 0:
+        time.sleep(0.01)
+print("ended")
+"""
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", code, here], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "ended\n", done.stderr
