@@ -172,7 +172,7 @@ def convert(
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise OSError(
                         error.errno,
-                        f"{destination}: the disk is full; make room and run again with --resume",
+                        f"{destination}: the disk is full ({error.strerror}); make room and run again with --resume",
                     ) from error
                 raise
         return job.summary(time.monotonic() - started)
@@ -222,8 +222,9 @@ class _Job:
                     f"{self.output}: was not begun by ktk convert ({STATE_FILE} is missing): nothing to resume"
                 )
             _check_state(read_json_object(state_path), self.state, state_path)
-        for name in leftover:
-            (self.output / name).unlink()
+        for folder in (self.output, *(self.output / name for name in SIDE_DIRECTORIES)):
+            for path in folder.glob(TEMPORARY_PREFIX + "*"):
+                path.unlink()
         if STATE_FILE not in present:
             _write_json(state_path, self.state)
 

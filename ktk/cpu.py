@@ -7,7 +7,6 @@ Functions take ``root`` so that tests can show them another machine.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from ktk import env
+from ktk._cy import native_module
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -64,9 +64,8 @@ def _canonical(name: str) -> str:
 
 @cache
 def _probe() -> tuple[frozenset[str], str]:
-    try:
-        native = importlib.import_module("ktk._cy.native")
-    except ImportError:
+    native = native_module()
+    if native is None:
         return _from_cpuinfo(Path("/"))
     return frozenset(native.probe_features()), "cpuid"
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from ktk.types import MoESpec
 
 PANEL = 16  # output channels in a panel
@@ -51,6 +53,12 @@ class MatrixLayout:
     def panel_bytes(self) -> int:
         return self.code_bytes + self.scale_bytes
 
+    def scales(self, panels: np.ndarray) -> np.ndarray:
+        """The stored scales of uint8 (panels, panel_bytes): uint16 bf16 bits or float32 (panels, groups * 16); a copy."""
+        width = self.num_groups * PANEL * (2 if self.scales_are_bf16 else 4)
+        raw = np.ascontiguousarray(panels[:, self.code_bytes : self.code_bytes + width])
+        return raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
+
     @property
     def fine_group(self) -> int:
         """k that one integer accumulator covers: the smaller of the two groups."""
@@ -68,6 +76,37 @@ class ExpertLayout:
     up_bias_offset: int
     down_bias_offset: int
     expert_bytes: int
+    has_gate: bool
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections, in the order they are computed."""
+        return ("gate", "up", "down") if self.has_gate else ("up", "down")
+
+    def matrix(self, projection: str) -> MatrixLayout:
+        return self.down if projection == "down" else self.gate_up
+
+    def panels(self, span: np.ndarray, projection: str) -> np.ndarray:
+        """One projection's panels in an expert's span: uint8 (num_panels, panel_bytes), a view."""
+        matrix = self.matrix(projection)
+        if projection == "down":
+            end = self.down_offset + matrix.num_panels * matrix.panel_bytes
+            return span[self.down_offset : end].reshape(-1, matrix.panel_bytes)
+        both = span[: self.down_offset].reshape(-1, matrix.panel_bytes)
+        return both[int(projection == "up") :: 2] if self.has_gate else both
+
+    def bias(self, span: np.ndarray, projection: str) -> np.ndarray | None:
+        """One projection's bias in an expert's span: uint8, padded to whole panels, a view; None without."""
+        start = {
+            "gate": self.gate_bias_offset,
+            "up": self.up_bias_offset,
+            "down": self.down_bias_offset,
+        }[projection]
+        return (
+            None
+            if start < 0
+            else span[start : start + self.matrix(projection).num_panels * PANEL * 4]
+        )
 
 
 def matrix_layout(spec: MoESpec, in_features: int, out_features: int) -> MatrixLayout:
@@ -110,5 +149,12 @@ def expert_layout(spec: MoESpec) -> ExpertLayout:
         up_bias, end = end, end + bias_bytes
         down_bias, end = end, end + down.num_panels * PANEL * 4
     return ExpertLayout(
-        gate_up, down, down_offset, gate_bias, up_bias, down_bias, round_up(end, EXPERT_ALIGN)
+        gate_up,
+        down,
+        down_offset,
+        gate_bias,
+        up_bias,
+        down_bias,
+        round_up(end, EXPERT_ALIGN),
+        spec.has_gate,
     )

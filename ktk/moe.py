@@ -48,6 +48,12 @@ def is_bf16(x: Any) -> bool:
     return isinstance(x, np.ndarray) and x.dtype.isbuiltin != 1 and x.dtype.name == "bfloat16"
 
 
+def _plain(array: np.ndarray) -> np.ndarray:
+    """C-contiguous and aligned, as C reads it; copied only if it is not."""
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy(order="C")
+
+
 def as_hidden(x: Any, hidden_size: int) -> np.ndarray:
     """(tokens, hidden_size) C-contiguous float32 / float16 / bf16 bits, copied only if it must be."""
     array = to_numpy(x, "hidden_states")
@@ -59,7 +65,7 @@ def as_hidden(x: Any, hidden_size: int) -> np.ndarray:
         raise ValueError(
             f"hidden_states has shape {array.shape}: must be (num_tokens, {hidden_size})"
         )
-    return np.ascontiguousarray(array)
+    return _plain(array)
 
 
 def as_routing(topk_ids: Any, topk_weights: Any, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +90,7 @@ def as_routing(topk_ids: Any, topk_weights: Any, num_tokens: int) -> tuple[np.nd
         )
     if ids.dtype == np.uint64:  # values over int64 stay out of range instead of wrapping
         ids = np.where(ids > np.uint64(2**62), np.uint64(2**62), ids)
-    return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
+    return _plain(ids.astype(np.int64, copy=False)), _plain(weights.astype(np.float32, copy=False))
 
 
 def as_mask(mask: Any, num_experts: int) -> np.ndarray | None:
@@ -104,7 +110,7 @@ def as_weights(x: Any, name: str) -> np.ndarray:
     array = to_numpy(x, name)
     if is_bf16(x):
         return array
-    if array.dtype.kind != "f":
+    if array.dtype not in (np.float32, np.float16):
         raise TypeError(f"{name} has dtype {array.dtype}: must be float32, float16 or bfloat16")
     return array.astype(np.float32, copy=False)
 
@@ -200,7 +206,9 @@ class MoE:
             has_bias=any(name.endswith("bias") for name in given),
             activation=activation or Activation(),
         )
-        backends.select(method, spec)  # refuse before the long part
+        backends.select(method, spec)  # refuse before the long part, and so does the engine
+        holder = engine.Holder()
+        num_threads = engine.acquire(holder, num_threads).num_threads
 
         def part(name: str, e: int) -> np.ndarray | None:
             if name not in given:
@@ -211,7 +219,7 @@ class MoE:
         def read(e: int) -> ExpertWeights:
             return ExpertWeights(*(part(name, e) for name in arrays))  # type: ignore[arg-type]
 
-        return cls(pack_experts(spec, read), method=method, num_threads=num_threads)
+        return cls(pack_experts(spec, read, num_threads), method=method, num_threads=num_threads)
 
     @classmethod
     def load(
@@ -249,7 +257,7 @@ class MoE:
             add = to_numpy(add, "add")
             if add.dtype != np.float32 or add.shape != hidden.shape:
                 raise ValueError(f"add is {add.dtype} {add.shape}: must be float32 {hidden.shape}")
-            add = np.ascontiguousarray(add)
+            add = _plain(add)
         if _is_tensor(hidden_states):
             torch = _torch()
             result = torch.empty(hidden.shape, dtype=hidden_states.dtype)
@@ -272,8 +280,8 @@ class MoE:
         if projection not in ("gate_up", "down"):
             raise ValueError(f"projection={projection!r}: must be 'gate_up' or 'down'")
         width = self.spec.intermediate_size if projection == "down" else self.spec.hidden_size
-        x = np.ascontiguousarray(x, np.float32)
-        ids = np.ascontiguousarray(expert_ids, np.int64)
+        x = _plain(np.asarray(x, np.float32))
+        ids = _plain(np.asarray(expert_ids, np.int64))
         if x.ndim != 2 or x.shape[1] != width or ids.shape != (len(x),):
             raise ValueError(
                 f"x {x.shape}, expert_ids {ids.shape}: must be (rows, {width}) and (rows,)"

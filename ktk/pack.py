@@ -6,15 +6,13 @@ All three find the same codes (``ktk.reference.pack``), so what is written does 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any
 
 import numpy as np
 
 from ktk import cpu
+from ktk._cy import native_module
 from ktk.formats import get_format
 from ktk.formats.floats import to_f32
 from ktk.layout import PANEL, MatrixLayout
@@ -23,6 +21,7 @@ from ktk.reference.pack import REFITS, lay_float_panels, lay_panels, search_ladd
 from ktk.types import ExpertWeights, MoESpec, Packed
 
 F = np.float32
+NOT_FINITE = "weights hold NaN or inf: mend the checkpoint"
 
 
 def check_expert(spec: MoESpec, weights: ExpertWeights) -> None:
@@ -57,6 +56,13 @@ def check_expert(spec: MoESpec, weights: ExpertWeights) -> None:
             raise ValueError(f"{name} holds NaN or inf")
 
 
+def _is_finite(w: np.ndarray) -> bool:
+    """Of float32 or bf16 bits."""
+    if w.dtype == np.uint16:
+        return not bool(((w & np.uint16(0x7F80)) == 0x7F80).any())
+    return bool(np.isfinite(w).all())
+
+
 def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
     from ktk._pack_numba import quantise_panel
 
@@ -70,7 +76,7 @@ def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.n
         x = np.zeros((layout.padded_in, PANEL), F)
         x[: layout.in_features, : len(rows)] = rows.T
         if not np.isfinite(x).all():
-            raise ValueError("weights hold NaN or inf: they cannot be quantised")
+            raise ValueError(NOT_FINITE)
         quantise_panel(
             x, layout.group_size, ladder, REFITS, F(fmt.code_min), F(fmt.code_max), layout.scales_are_bf16, codes, scales
         )  # fmt: skip
@@ -82,6 +88,8 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.n
     """Quantise (out, in) float32 or bf16 bits into ``panels``, uint8 (num_panels, panel_bytes), a view."""
     fmt = get_format(spec.weight_format)
     if not fmt.is_integer:
+        if not _is_finite(w):
+            raise ValueError(NOT_FINITE)
         panels[:] = lay_float_panels(w, layout, fmt)
         return
     native, isa = native_module(), best_isa()
@@ -90,15 +98,6 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.n
     else:
         ladder = search_ladder(fmt, layout.scales_are_bf16)
         native.pack_matrix(w, layout, spec.weight_format, isa, ladder, REFITS, panels)
-
-
-@cache
-def native_module() -> Any:
-    """The compiled extension, or None where it was not built."""
-    try:
-        return importlib.import_module("ktk._cy.native")
-    except ImportError:
-        return None
 
 
 def best_isa() -> str | None:
@@ -117,19 +116,12 @@ def pack_expert(spec: MoESpec, weights: ExpertWeights, out: np.ndarray) -> None:
     check_expert(spec, weights)
     layout = spec.layout
     out[:] = 0
-    step = 2 if spec.has_gate else 1
-    gate_up = out[: layout.down_offset].reshape(-1, layout.gate_up.panel_bytes)
-    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
-    down = out[layout.down_offset : down_end].reshape(-1, layout.down.panel_bytes)
-    if weights.gate is not None:
-        pack_matrix(weights.gate, layout.gate_up, spec, gate_up[0::2])
-    pack_matrix(weights.up, layout.gate_up, spec, gate_up[step - 1 :: step])
-    pack_matrix(weights.down, layout.down, spec, down)
-    for name in ("gate", "up", "down"):
-        bias = getattr(weights, f"{name}_bias")
+    for name in layout.projections:
+        pack_matrix(getattr(weights, name), layout.matrix(name), spec, layout.panels(out, name))
+        bias = layout.bias(out, name)
         if bias is not None:
-            start = getattr(layout, f"{name}_bias_offset")
-            out[start : start + 4 * len(bias)] = np.ascontiguousarray(bias, F).view(np.uint8)
+            given = getattr(weights, f"{name}_bias")
+            bias.view(F)[: len(given)] = given
 
 
 def pack_experts(

@@ -52,7 +52,8 @@ class KTMoEWrapper:
         True = runs on the GPU, skipped here. Copied; update ``wrapper.gpu_experts_mask`` in place (or
         assign to it) and the next submit_forward sees it. An int n means the first n experts.
     cpuinfer_threads, threadpool_count, numa_nodes : int, int, sequence of int, or None
-        Layout of the process-wide engine; None takes what is there.
+        Layout of the process-wide engine; None takes what is there. It is checked and kept to by all wrappers,
+        but this version runs one pool: threads and memory are not bound to NUMA nodes yet.
     weight_path : str, path or None
         A packed directory (``ktk convert``) or an ordinary Hugging Face one, quantised at load.
     chunked_prefill_size : int
@@ -76,6 +77,9 @@ class KTMoEWrapper:
     Raises
     ------
     ValueError / TypeError naming the argument, EngineError for a thread layout that conflicts.
+
+    Hidden states on a GPU are copied to the CPU and back on ``cuda_stream``; the copies wait, so submit_forward
+    then returns after the first of them.
 
     ``forward`` may be called from several threads; submit_forward and sync_forward of one wrapper from
     one at a time.
@@ -212,8 +216,7 @@ class KTMoEWrapper:
 
         if layer_path(path, self.layer_idx).exists():
             packed = read_layer(path, self.layer_idx)
-            spec = self._check_packed(packed.spec, path)
-            packed = packed if spec == packed.spec else Packed(spec, packed.data)
+            packed = Packed(self._check_packed(packed.spec, path), packed.data)
         else:
             packed = self._quantise_checkpoint(path)
         self._use(_reorder(packed, order))
@@ -322,14 +325,28 @@ class KTMoEWrapper:
             raise ValueError(
                 f"{source} has group_size={spec.group_size}, the wrapper asks for {self._group_size}"
             )
-        if self._activation not in (None, spec.activation):
+        group = self._activation_group
+        return dataclasses.replace(
+            spec,
+            activation=self._agreed_activation(spec.activation, source),
+            activation_group=spec.activation_group if group is None else group,
+        )
+
+    def _agreed_activation(self, recorded: Activation, source: str) -> Activation:
+        """What to run where weights record one activation and swiglu_limit / swiglu_alpha ask for another.
+
+        Plain SiLU is what a checkpoint records that says nothing: the arguments win. A recorded swigluoai with the
+        same limit and alpha wins over KT-Kernel's form of it, which clamps the gate from below too.
+        """
+        asked = self._activation
+        if asked is None or dataclasses.replace(asked, gate_min=-math.inf) == recorded:
+            return recorded
+        if asked != recorded and recorded != Activation():
             raise ValueError(
-                f"{source} records {spec.activation}, swiglu_limit and swiglu_alpha ask for "
-                f"{self._activation}: leave them 0 to take the file's"
+                f"{source} records {recorded}, swiglu_limit and swiglu_alpha ask for {asked}: "
+                f"leave them 0 to take what is recorded"
             )
-        if self._activation_group is None:
-            return spec
-        return dataclasses.replace(spec, activation_group=self._activation_group)
+        return asked
 
     def _quantise_checkpoint(self, path: Path) -> Packed:
         """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""
@@ -354,16 +371,10 @@ class KTMoEWrapper:
                 ) from error
             fields = experts.spec_fields(layer)
             self._check_shapes(fields, f"{path}, layer {layer},")
-            recorded = fields["activation"]
-            if self._activation is not None and recorded not in (Activation(), self._activation):
-                raise ValueError(
-                    f"{path} says {recorded}, swiglu_limit and swiglu_alpha ask for {self._activation}: "
-                    f"leave them 0 to take the checkpoint's"
-                )
             spec = self._spec(
                 has_gate=fields["has_gate"],
                 has_bias=fields["has_bias"],
-                activation=self._activation or recorded,
+                activation=self._agreed_activation(fields["activation"], str(path)),
             )
             backends.select(self.method, spec)
             packed = pack_experts(spec, partial(experts.read, layer), self.cpuinfer_threads)
@@ -544,6 +555,10 @@ class KTMoEWrapper:
         return torch.from_numpy(pair[0]).to(device), torch.from_numpy(pair[1]).to(device)
 
     # -- buffers -------------------------------------------------------------------------------
+
+    @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        """Nothing to free: this version has no fine-tuning buffers."""
 
     @staticmethod
     def set_capture_batch_sizes(capture_bs: Iterable[int]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ktk import cpu
+from ktk._cy import native_module
 from ktk._cy.isa import ISA_ROWS
-from ktk.pack import native_module
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

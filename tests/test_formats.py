@@ -9,6 +9,7 @@ import pytest
 from cases import assert_exact, pack_all, random_experts
 
 from ktk import pack
+from ktk._cy import native_module
 from ktk.formats import FORMATS, get_format
 from ktk.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.layout import EXPERT_ALIGN
@@ -39,7 +40,7 @@ def test_every_quantiser_finds_the_reference_codes(
     got = np.zeros_like(want)
     pack._pack_numba(w, layout, spec, got)
     assert_exact(want, got)
-    native = pack.native_module()
+    native = native_module()
     for isa in () if native is None else native.isa_rows():
         if pack.cpu.missing(isa, pack.cpu.detect()):
             continue
@@ -139,13 +140,17 @@ def test_bf16_bits_pack_like_their_floats() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_non_finite_weights_are_refused(name: str, bad: float) -> None:
     spec = MoESpec(1, 64, 40, name)
     weights = random_experts(spec, 1)[0]
     weights.down[63, 39] = bad
     with pytest.raises(ValueError, match="NaN or inf"):
         pack_all(spec, [weights])
+    with pytest.raises(ValueError, match="NaN or inf"):
+        pack_all(spec, [weights._replace(down=f32_to_bf16(weights.down))])
+    if not FORMATS[name].is_integer:
+        return
     panels = np.zeros((spec.layout.down.num_panels, spec.layout.down.panel_bytes), np.uint8)
     with pytest.raises(ValueError, match="NaN or inf"):
         pack._pack_numba(weights.down, spec.layout.down, spec, panels)

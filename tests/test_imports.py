@@ -12,11 +12,11 @@ import ktk
 PACKAGE = Path(ktk.__file__).parent
 # From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    ("errors", "types", "layout", "formats", "env", "_log", "memory"),
+    ("errors", "types", "layout", "formats", "env", "_log", "memory", "_cy"),
     ("cpu",),
     ("checkpoint",),
     ("models",),
-    ("reference", "_cy", "_pack_numba", "pack"),
+    ("reference", "_pack_numba", "pack"),
     ("backends",),
     ("runtime",),
     ("moe",),

@@ -86,6 +86,18 @@ def test_non_contiguous_inputs_give_the_same_bits(moe: ktk.MoE) -> None:
     assert_exact(moe(x, ids, weights), got)
 
 
+def test_unaligned_inputs_give_the_same_bits(moe: ktk.MoE) -> None:
+    def shifted(a: np.ndarray) -> np.ndarray:
+        raw = np.empty(a.nbytes + 1, np.uint8)
+        view = raw[1:].view(a.dtype).reshape(a.shape)
+        view[:] = a
+        assert not view.flags.aligned
+        return view
+
+    arrays = inputs()
+    assert_exact(moe(*arrays), moe(*map(shifted, arrays)))
+
+
 def test_inputs_are_left_alone_and_results_are_the_callers(moe: ktk.MoE) -> None:
     x, ids, weights = inputs()
     before = [a.copy() for a in (x, ids, weights)]
@@ -165,6 +177,8 @@ def test_from_weights_takes_torch_and_names_what_does_not_fit() -> None:
             ktk.MoE.from_weights(*arguments)
     with pytest.raises(TypeError, match="down_proj has dtype int8"):
         ktk.MoE.from_weights(gate, up, down.to(torch.int8))
+    with pytest.raises(TypeError, match="up_proj has dtype float64"):
+        ktk.MoE.from_weights(gate, up.double(), down)
     gate[2, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="expert 2: weights hold NaN or inf"):
         ktk.MoE.from_weights(gate, up, down)

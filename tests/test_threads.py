@@ -14,9 +14,10 @@ import torch
 from cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
 
 from ktk import backends
+from ktk._cy import native_module
 from ktk.backends import _openmp
 from ktk.backends.base import Runner
-from ktk.pack import best_isa, native_module
+from ktk.pack import best_isa
 from ktk.types import MoESpec
 
 pytestmark = pytest.mark.skipif(best_isa() is None, reason="no compiled kernels run here")

@@ -33,8 +33,6 @@ from ktk.reference.moe import ExactExperts
 from ktk.types import Activation
 
 SEED = 7
-has_convert = importlib.util.find_spec("ktk.convert") is not None
-needs_convert = pytest.mark.skipif(not has_convert, reason="ktk.convert is not there")
 
 SHAPE = {"hidden_size": 64, "vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -478,7 +476,6 @@ def test_load_model_of_a_float_checkpoint_is_exact(tmp_path) -> None:
         load_model(tmp_path / "nothing")
 
 
-@needs_convert
 @pytest.mark.parametrize("weight_format", ["int8", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_converted_directory_loads_and_equals_packing_in_memory(
@@ -507,7 +504,6 @@ def test_converted_directory_loads_and_equals_packing_in_memory(
     )
 
 
-@needs_convert
 def test_packed_directory_of_another_shape_is_refused(tmp_path) -> None:
     from ktk.convert import convert
 

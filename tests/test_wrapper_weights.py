@@ -222,14 +222,43 @@ def test_auto_takes_the_files_format_and_activation(tmp_path):
         ({"hidden_size": H * 2}, "hidden_size=64, the wrapper was made for 128"),
         ({"moe_intermediate_size": N * 2}, "intermediate_size=32, the wrapper was made for 64"),
         ({"method": "AMXINT4", "weight_format": None}, "int8 weights, .*AMXINT4.* asks for int4"),
-        ({"swiglu_limit": 2.0}, "records .* ask for"),
-        ({"swiglu_alpha": 2.0}, "records .* ask for"),
     ],
 )
 def test_packed_layer_of_another_kind_is_refused(tmp_path, arguments, match):
     save(tmp_path)
     with pytest.raises(ValueError, match=match):
         make(weight_path=tmp_path, **arguments).load_weights()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "runs"),
+    [
+        ({}, {"swiglu_limit": 2.0}, Activation.silu(2.0)),  # plain SiLU says nothing
+        ({"swiglu_limit": 2.0}, {}, Activation.silu(2.0)),
+        ({"swiglu_limit": 2.0}, {"swiglu_limit": 2.0}, Activation.silu(2.0)),
+        ({"swiglu_limit": 2.0}, {"swiglu_limit": 3.0}, None),
+        ({"swiglu_alpha": 1.5}, {"swiglu_limit": 3.0}, None),
+    ],
+    ids=str,
+)
+def test_recorded_and_asked_activation_agree_or_are_refused(tmp_path, recorded, asked, runs):
+    save(tmp_path, **recorded)
+    wrapper = make(weight_path=tmp_path, **asked)
+    if runs is None:
+        with pytest.raises(ValueError, match="records .* ask for"):
+            wrapper.load_weights()
+        return
+    wrapper.load_weights()
+    assert wrapper.moe.spec.activation == runs
+
+
+def test_kt_kernels_swigluoai_arguments_take_the_models_own_form():
+    """KT-Kernel clamps the gate from below too, gpt-oss and MiniMax-M3 do not: what is recorded wins."""
+    own = Activation.swigluoai(1.702, 7.0)
+    wrapper = make(swiglu_alpha=1.702, swiglu_limit=7.0)
+    assert wrapper._agreed_activation(own, "file") == own
+    floored = Activation.swigluoai(1.702, 7.0, gate_floor=True)
+    assert wrapper._agreed_activation(Activation(), "file") == floored
 
 
 def test_packed_layer_of_another_group_size_is_refused(tmp_path):

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True
-"""Thin wrapper over the C kernels: checks buffers, drops the GIL, maps codes to exceptions. No arithmetic."""
+"""Thin wrapper over the C kernels: takes checked buffers, drops the GIL, maps codes to exceptions. No arithmetic."""
 
 import os
 import weakref
@@ -281,4 +281,4 @@ def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panel
                 break
         free(work)
     if status:
-        raise ValueError("weights hold NaN or inf: they cannot be quantised")
+        raise ValueError("weights hold NaN or inf: mend the checkpoint")

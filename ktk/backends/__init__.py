@@ -14,6 +14,7 @@ from functools import cache
 from ktk import env
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
+from ktk.formats import FORMATS
 from ktk.types import MoESpec
 
 log = logging.getLogger("ktk")
@@ -29,7 +30,7 @@ _BUILT_IN = (
 )
 
 # Methods that name a weight format rather than a backend; any backend may run them.
-_FORMAT_METHODS = {"INT4": "int4", "INT8": "int8", "BF16": "bf16", "FP32": "fp32"}
+_FORMAT_METHODS = {name.upper(): name for name in FORMATS}
 # Backends whose packed weights run elsewhere too: the next best runs them, with one warning.
 _PORTABLE = {"AMXINT4": "int4", "AMXINT8": "int8"}
 _warned: set[str] = set()

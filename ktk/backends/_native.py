@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ktk import cpu
+from ktk._cy import native_module
 from ktk.backends._openmp import borrow
 from ktk.backends.base import Backend, Runner, describe
-from ktk.pack import native_module
 from ktk.types import MoESpec, Packed
 
 

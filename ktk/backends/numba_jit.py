@@ -40,9 +40,8 @@ class NumbaRunner(Runner):
             starts = np.arange(0, matrix.padded_in, matrix.fine_group)
             sums = np.add.reduceat(act.codes.astype(np.int32), starts, axis=1)
             correction = (-fmt.zero_point * sums).astype(np.int32)
-            width = matrix.num_groups * PANEL * (2 if matrix.scales_are_bf16 else 4)
-            raw = np.ascontiguousarray(panels[:, matrix.code_bytes : matrix.code_bytes + width])
-            scales = bf16_to_f32(raw.view(np.uint16)) if matrix.scales_are_bf16 else raw.view(F)
+            stored = matrix.scales(panels)
+            scales = bf16_to_f32(stored) if matrix.scales_are_bf16 else stored
             self.kernels.gemm_integer(
                 panels, fmt.bits, scales.reshape(len(panels), -1, PANEL), act.codes, act.scales,
                 correction, matrix.group_size, matrix.activation_group, out,

@@ -23,7 +23,7 @@ import numpy as np
 from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict_json
 from ktk.cpu import num_physical_cores
 from ktk.errors import CheckpointError
-from ktk.layout import EXPERT_ALIGN, LAYOUT_VERSION, PANEL, MatrixLayout
+from ktk.layout import EXPERT_ALIGN, LAYOUT_VERSION
 from ktk.memory import aligned_buffer
 from ktk.types import MoESpec, Packed
 
@@ -274,37 +274,18 @@ def _check_version(version: object, path: Path) -> None:
 def _not_finite(spec: MoESpec, span: np.ndarray) -> str | None:
     """Which scales or biases of one expert are not finite, or None."""
     layout = spec.layout
-    step = 2 if spec.has_gate else 1
-    names = ("gate", "up") if spec.has_gate else ("up",)
-    gate_up = span[: layout.down_offset].reshape(-1, layout.gate_up.panel_bytes)
-    for position, name in enumerate(names):
-        if not _scales_finite(gate_up[position::step], layout.gate_up):
-            return f"{name} projection: a scale is"
-    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
-    down = span[layout.down_offset : down_end].reshape(-1, layout.down.panel_bytes)
-    if not _scales_finite(down, layout.down):
-        return "down projection: a scale is"
-    for name, matrix in (("gate", layout.gate_up), ("up", layout.gate_up), ("down", layout.down)):
-        start = getattr(layout, f"{name}_bias_offset")
-        if (
-            start >= 0
-            and not np.isfinite(
-                span[start : start + matrix.num_panels * PANEL * 4].view("<f4")
-            ).all()
-        ):
+    for name in layout.projections:
+        matrix = layout.matrix(name)
+        if matrix.scale_bytes:
+            scales = matrix.scales(layout.panels(span, name))
+            # Exponent bits all set mean NaN or infinity.
+            exponent = np.uint16(0x7F80) if matrix.scales_are_bf16 else np.uint32(0x7F800000)
+            if ((scales.view(exponent.dtype) & exponent) == exponent).any():
+                return f"{name} projection: a scale is"
+        bias = layout.bias(span, name)
+        if bias is not None and not np.isfinite(bias.view(np.float32)).all():
             return f"{name} bias: a value is"
     return None
-
-
-def _scales_finite(panels: np.ndarray, layout: MatrixLayout) -> bool:
-    """panels : uint8 (panels, panel_bytes). Exponent bits all set mean NaN or infinity."""
-    if not layout.scale_bytes:
-        return True
-    width = layout.num_groups * PANEL * (2 if layout.scales_are_bf16 else 4)
-    stored = panels[:, layout.code_bytes : layout.code_bytes + width]
-    if layout.scales_are_bf16:
-        return not bool(((stored.view("<u2") & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(stored.view("<f4")).all())
 
 
 def _is_index(value: object) -> bool:

@@ -407,7 +407,12 @@ def _directory_files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
             return [single], None
         indexes = sorted(path.glob("*.safetensors.index.json"))
         if len(indexes) != 1:
-            files = sorted(path.glob("*.safetensors"))
+            # Layers that cpu_save wrote beside the checkpoint are not part of it.
+            files = [
+                f
+                for f in sorted(path.glob("*.safetensors"))
+                if not f.name.startswith("ktk-experts-")
+            ]
             if not files:
                 raise CheckpointError(
                     f"{path}: holds no .safetensors file; give a checkpoint directory"

@@ -22,7 +22,8 @@ def _version(package: str) -> str | None:
 def diagnosis() -> dict[str, Any]:
     """Everything ``ktk doctor`` shows, JSON-able; memory in bytes."""
     from ktk import __version__, backends, cpu, env
-    from ktk.pack import best_isa, native_module
+    from ktk._cy import native_module
+    from ktk.pack import best_isa
 
     features = cpu.detect()
     total, available = cpu.memory()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktk import cpu
 from ktk.demo import evaluate, smollm2
 from ktk.demo.text import stdlib_text, windows
 from ktk.errors import CheckpointError
@@ -118,11 +119,7 @@ def prepare_packed(source: Path, weight_format: str, options: Options, reporter:
 
 def available_bytes() -> int:
     """Memory this process could still take; where the OS does not tell, as if there were no limit."""
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
+    return cpu.memory()[1] or 1 << 62
 
 
 def has_reference(source: Path) -> bool:

@@ -85,6 +85,11 @@ def _write(path: Path, directory: Path, progress: Callable[[int, int], None] | N
     num_layers = int(field("llama.block_count"))
     num_heads = int(field("llama.attention.head_count"))
     num_kv_heads = int(field("llama.attention.head_count_kv"))
+    intermediate_size = int(field("llama.feed_forward_length"))
+    if intermediate_size % NUM_EXPERTS:
+        raise CheckpointError(
+            f"{path}: feed_forward_length={intermediate_size}: must be a multiple of {NUM_EXPERTS}"
+        )
 
     def read(name: str) -> np.ndarray:
         if name not in tensors:
@@ -139,11 +144,6 @@ def _write(path: Path, directory: Path, progress: Callable[[int, int], None] | N
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
 
     head_dim = int(field("llama.rope.dimension_count"))
-    intermediate_size = int(field("llama.feed_forward_length"))
-    if intermediate_size % NUM_EXPERTS:
-        raise CheckpointError(
-            f"{path}: feed_forward_length={intermediate_size}: must be a multiple of {NUM_EXPERTS}"
-        )
     config = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",

@@ -1,4 +1,4 @@
-"""What a weight format must tell: its codes, its groups, and how to lay a panel."""
+"""What a weight format must tell: its codes and its groups."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ class QuantFormat:
     group_sizes: tuple[int, ...] = (0,)
     default_group: int = 0
     default_activation_group: int = 0
-    note: str = ""
 
     def check(self, spec: MoESpec) -> None:
         """ValueError if the spec's groups do not fit this format."""

@@ -2,6 +2,4 @@
 
 from ktk.formats.base import QuantFormat
 
-BF16 = QuantFormat(
-    name="bf16", bits=16, is_integer=False, note="unquantised; fp32 activations and sums"
-)
+BF16 = QuantFormat(name="bf16", bits=16, is_integer=False)

@@ -2,6 +2,4 @@
 
 from ktk.formats.base import QuantFormat
 
-FP32 = QuantFormat(
-    name="fp32", bits=32, is_integer=False, note="unquantised; for fp32 and fp16 checkpoints"
-)
+FP32 = QuantFormat(name="fp32", bits=32, is_integer=False)

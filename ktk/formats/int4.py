@@ -15,5 +15,4 @@ INT4 = QuantFormat(
     group_sizes=(*GROUP_SIZES, 0),
     default_group=32,
     default_activation_group=128,
-    note="group 32 (default), 64, 128 or per channel; scales searched for least squared error",
 )

@@ -10,5 +10,4 @@ INT8 = QuantFormat(
     code_min=-127,
     code_max=127,
     default_activation_group=32,
-    note="per output channel, activations int8 in groups",
 )

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ktk.formats import get_format
 from ktk.layout import MatrixLayout
 from ktk.reference.fma import fma
 
@@ -90,7 +89,3 @@ def linear_float(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     for k in range(weights.shape[1]):
         y = fma(x[:, k, None], weights[None, :, k], y)
     return y
-
-
-def zero_point_of(weight_format: str) -> int:
-    return get_format(weight_format).zero_point

@@ -26,24 +26,15 @@ class ExactExperts:
 
     def panels(self, expert: int, projection: str) -> np.ndarray:
         """One projection's panels, uint8 (num_panels, panel_bytes); a view. gate, up or down."""
-        if projection == "down":
-            matrix, start, step = self.layout.down, self.layout.down_offset, 1
-        else:
-            matrix, start, step = self.layout.gate_up, 0, 2 if self.spec.has_gate else 1
-        end = start + step * matrix.num_panels * matrix.panel_bytes
-        panels = self.data[expert, start:end].reshape(-1, matrix.panel_bytes)
-        return panels[(1 if projection == "up" and self.spec.has_gate else 0) :: step]
+        return self.layout.panels(self.data[expert], projection)
 
     def bias(self, expert: int, projection: str) -> np.ndarray | None:
         """float32 (out_features,) or None."""
-        if not self.spec.has_bias:
-            return None
-        start = getattr(self.layout, f"{projection}_bias_offset")
-        size = self.matrix(projection).out_features
-        return self.data[expert, start : start + 4 * size].view(F)
+        raw = self.layout.bias(self.data[expert], projection)
+        return None if raw is None else raw.view(F)[: self.matrix(projection).out_features]
 
     def matrix(self, projection: str) -> MatrixLayout:
-        return self.layout.down if projection == "down" else self.layout.gate_up
+        return self.layout.matrix(projection)
 
     def linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         """float32 (rows, in_features) to float32 (rows, out_features), bias not added."""

@@ -41,7 +41,7 @@ def quantise_weights(
     Raises ValueError on NaN or inf.
     """
     if not np.isfinite(w).all():
-        raise ValueError("weights hold NaN or inf: they cannot be quantised")
+        raise ValueError("weights hold NaN or inf")
     refits = REFITS if ladder is None else 0
     if ladder is None:
         ladder = search_ladder(fmt, layout.scales_are_bf16)
@@ -141,8 +141,7 @@ def read_panels(
     else:
         rows = raw.reshape(p, k // 4, PANEL, 4)
     codes = np.ascontiguousarray(rows.transpose(0, 2, 1, 3)).reshape(p * PANEL, k)
-    width = layout.num_groups * PANEL * (2 if layout.scales_are_bf16 else 4)
-    stored = np.ascontiguousarray(panels[:, layout.code_bytes : layout.code_bytes + width])
-    scales = bf16_to_f32(stored.view(np.uint16)) if layout.scales_are_bf16 else stored.view(F)
+    stored = layout.scales(panels)
+    scales = bf16_to_f32(stored) if layout.scales_are_bf16 else stored
     scales = scales.reshape(p, layout.num_groups, PANEL).transpose(0, 2, 1)
     return codes, np.ascontiguousarray(scales).reshape(p * PANEL, layout.num_groups)

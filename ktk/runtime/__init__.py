@@ -1,1 +1,1 @@
-"""What lives as long as the process: the thread engine's layout."""
+"""What lives as long as the process: the engine's thread layout, the submit queue, staging buffers."""

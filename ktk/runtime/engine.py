@@ -22,6 +22,10 @@ class EngineLayout:
     numa_nodes: tuple[int, ...]
 
 
+class Holder:
+    """Something that uses the engine for the time of a call."""
+
+
 _lock = threading.Lock()
 _users: weakref.WeakSet[object] = weakref.WeakSet()
 _layout: EngineLayout | None = None

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+from ktk._cy import native_module
 from ktk.errors import EngineError
-from ktk.pack import native_module
 
 
 class Ticket:
