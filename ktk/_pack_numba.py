@@ -21,6 +21,9 @@ def quantise_panel(x, group, ladder, refits, code_min, code_max, bf16_scales, co
     scale = np.empty(16, np.float32)
     scale_bits = scale.view(np.uint32)
     inverse = np.empty(16, np.float32)
+    inverse_peak = np.empty(16, np.float32)
+    mean_square = np.empty(16, np.float32)
+    relative = np.empty(16, np.float32)
     error = np.empty(16, np.float32)
     norm = np.empty(16, np.float32)
     for g in range(scales.shape[0]):
@@ -34,6 +37,15 @@ def quantise_panel(x, group, ladder, refits, code_min, code_max, bf16_scales, co
                 peak[n] = v if v > peak[n] else peak[n]
         for n in range(16):
             peak[n] = zero if peak[n] < np.float32(1e-30) else peak[n]
+        for n in range(16):
+            inverse_peak[n] = zero if peak[n] == zero else one / peak[n]
+        mean_square[:] = zero
+        for k in range(k0, k1):
+            for n in range(16):
+                r = x[k, n] * inverse_peak[n]
+                mean_square[n] += r * r
+        for n in range(16):
+            mean_square[n] /= np.float32(k1 - k0)
         for step in range(ladder.shape[0] + refits):
             if step < ladder.shape[0]:
                 d = ladder[step]
@@ -49,24 +61,28 @@ def quantise_panel(x, group, ladder, refits, code_min, code_max, bf16_scales, co
                         q = (x[k, n] * inverse[n] + MAGIC) - MAGIC
                         q = code_min if q < code_min else q
                         q = code_max if q > code_max else q
-                        error[n] += x[k, n] * q
-                        norm[n] += q * q
+                        r = x[k, n] * inverse_peak[n]
+                        weight = r * r + mean_square[n]
+                        error[n] += (weight * r) * q
+                        norm[n] += (weight * q) * q
                 for n in range(16):
-                    scale[n] = zero if norm[n] == zero else error[n] / norm[n]
+                    scale[n] = (zero if norm[n] == zero else error[n] / norm[n]) * peak[n]
             if bf16_scales:
                 for n in range(16):
                     b = scale_bits[n]
                     scale_bits[n] = (b + 0x7FFF + ((b >> 16) & 1)) & 0xFFFF0000
             for n in range(16):
                 inverse[n] = zero if scale[n] == zero else one / scale[n]
+                relative[n] = scale[n] * inverse_peak[n]
             error[:] = zero
             for k in range(k0, k1):
                 for n in range(16):
                     q = (x[k, n] * inverse[n] + MAGIC) - MAGIC
                     q = code_min if q < code_min else q
                     q = code_max if q > code_max else q
-                    e = x[k, n] - q * scale[n]
-                    error[n] += e * e
+                    r = x[k, n] * inverse_peak[n]
+                    e = r - q * relative[n]
+                    error[n] += (r * r + mean_square[n]) * (e * e)
             for n in range(16):
                 if error[n] < best_error[n]:
                     best_error[n] = error[n]

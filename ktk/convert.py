@@ -29,6 +29,7 @@ from ktk.checkpoint.packed import (
     QUANT_METHOD,
     STATE_FILE,
     TEMPORARY_PREFIX,
+    layer_path,
     read_spec,
     replacing,
     write_all,
@@ -273,7 +274,8 @@ class _Job:
 
     def _has_layer(self, layer: int) -> bool:
         try:
-            return read_spec(self.output, layer) == self.specs[layer]
+            is_link = layer_path(self.output, layer).is_symlink()
+            return not is_link and read_spec(self.output, layer) == self.specs[layer]
         except CheckpointError:
             return False
 
@@ -293,6 +295,8 @@ class _Job:
         return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
     def _has_shard(self, index: int) -> bool:
+        if (self.output / self._shard_name(index)).is_symlink():
+            return False
         try:
             file = SafetensorsFile(self.output / self._shard_name(index))
         except CheckpointError:
@@ -641,6 +645,6 @@ def _changed(before: Any, now: list[dict[str, Any]]) -> str | None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=2, ensure_ascii=True) + "\n"
     with replacing(path) as file:
         write_all(file, text.encode("utf-8", "surrogatepass"))

@@ -13,6 +13,8 @@ from ktk.pack import pack_experts
 from ktk.runtime import engine
 from ktk.types import Activation, ExpertWeights, MoESpec, Packed
 
+MAX_TOP_K = 65536
+
 
 def _torch() -> Any:
     """torch if the caller has imported it: an object cannot be a tensor otherwise."""
@@ -34,7 +36,7 @@ def to_numpy(x: Any, name: str) -> np.ndarray:
             )
         if x.layout != torch.strided:
             raise TypeError(f"{name} is a {x.layout} tensor: must be dense")
-        x = x.detach()
+        x = x.detach().resolve_neg().resolve_conj()
         return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
     if isinstance(x, np.ndarray):
         return x.view(np.uint16) if is_bf16(x) else x
@@ -84,6 +86,8 @@ def as_routing(topk_ids: Any, topk_weights: Any, num_tokens: int) -> tuple[np.nd
         raise ValueError(
             f"topk_ids has shape {ids.shape}: must be ({num_tokens}, top_k), top_k at least 1"
         )
+    if ids.shape[1] > MAX_TOP_K:
+        raise ValueError(f"topk_ids has shape {ids.shape}: top_k must be at most {MAX_TOP_K}")
     if weights.shape != ids.shape:
         raise ValueError(
             f"topk_weights has shape {weights.shape}: must be that of topk_ids, {ids.shape}"
@@ -280,8 +284,13 @@ class MoE:
         if projection not in ("gate_up", "down"):
             raise ValueError(f"projection={projection!r}: must be 'gate_up' or 'down'")
         width = self.spec.intermediate_size if projection == "down" else self.spec.hidden_size
-        x = _plain(np.asarray(x, np.float32))
-        ids = _plain(np.asarray(expert_ids, np.int64))
+        x = to_numpy(x, "x")
+        ids = to_numpy(expert_ids, "expert_ids")
+        if x.dtype != np.float32 or ids.dtype.kind not in "iu":
+            raise TypeError(
+                f"x is {x.dtype}, expert_ids {ids.dtype}: must be float32 and an integer type"
+            )
+        x, ids = _plain(x), _plain(ids.astype(np.int64, copy=False))
         if x.ndim != 2 or x.shape[1] != width or ids.shape != (len(x),):
             raise ValueError(
                 f"x {x.shape}, expert_ids {ids.shape}: must be (rows, {width}) and (rows,)"

@@ -37,16 +37,30 @@ class Activation:
     def __post_init__(self) -> None:
         if self.kind not in ACTIVATION_KINDS:
             raise ValueError(f"activation kind={self.kind!r}: must be one of {ACTIVATION_KINDS}")
-        if math.isnan(self.alpha) or math.isinf(self.alpha):
-            raise ValueError(f"activation alpha={self.alpha}: must be finite")
-        for name in ("gate_min", "gate_max", "up_min", "up_max", "up_offset"):
-            if math.isnan(getattr(self, name)):
-                raise ValueError(f"activation {name} is NaN: give a number or +-inf")
+        for name in ("alpha", "gate_min", "gate_max", "up_min", "up_max", "up_offset"):
+            given = getattr(self, name)
+            if isinstance(given, (str, bool)):
+                raise ValueError(f"activation {name}={given!r}: must be a number")
+            try:
+                with np.errstate(over="ignore"):
+                    value = float(np.float32(given))  # what the kernels compute with
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"activation {name}={given!r}: must be a number") from None
+            infinite = {
+                "gate_min": -math.inf,
+                "up_min": -math.inf,
+                "gate_max": math.inf,
+                "up_max": math.inf,
+            }
+            if not math.isfinite(value) and (given != value or value != infinite.get(name)):
+                raise ValueError(f"activation {name}={given}: must be finite in float32")
+        if self.gate_min > self.gate_max or self.up_min > self.up_max:
+            raise ValueError(f"activation {self}: a lower bound is above its upper bound")
 
     @classmethod
     def silu(cls, limit: float = 0.0) -> Activation:
-        """SiLU(gate) * up; ``limit`` > 0 clamps gate from above and up on both sides first."""
-        if limit <= 0:
+        """SiLU(gate) * up; ``limit`` not 0 clamps gate from above and up on both sides first."""
+        if limit == 0:
             return cls()
         return cls(gate_max=limit, up_min=-limit, up_max=limit)
 
@@ -54,12 +68,12 @@ class Activation:
     def swigluoai(
         cls, alpha: float = 1.702, limit: float = 7.0, gate_floor: bool = False
     ) -> Activation:
-        """gate * sigmoid(alpha * gate) * (up + 1) with both clamped by ``limit`` if it is > 0.
+        """gate * sigmoid(alpha * gate) * (up + 1) with both clamped by ``limit`` unless it is 0.
 
         ``gate_floor`` also clamps the gate from below: KT-Kernel's rule; gpt-oss clamps it from
         above only.
         """
-        bound = limit if limit > 0 else math.inf
+        bound = math.inf if limit == 0 else limit
         return cls(
             alpha=alpha,
             gate_min=-bound if gate_floor else -math.inf,

@@ -582,8 +582,8 @@ class KTMoEWrapper:
 def _int(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}={value!r}: must be an int")
-    if value < least:
-        raise ValueError(f"{name}={value}: must be at least {least}")
+    if not least <= value <= 2**24:
+        raise ValueError(f"{name}={value}: must be at least {least}, at most {2**24}")
     return int(value)
 
 
@@ -607,7 +607,7 @@ def _swiglu(limit: float, alpha: float) -> Activation | None:
     for name, value in (("swiglu_limit", limit), ("swiglu_alpha", alpha)):
         if not isinstance(value, (int, float, np.floating)) or isinstance(value, bool):
             raise TypeError(f"{name}={value!r}: must be a float")
-        if not math.isfinite(value) or value < 0:
+        if not 0 <= value < 1e30:
             raise ValueError(f"{name}={value}: must be finite and not negative; 0 turns it off")
     if alpha > 0:
         return Activation.swigluoai(float(alpha), float(limit), gate_floor=True)

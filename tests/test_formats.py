@@ -76,7 +76,7 @@ def test_panels_read_back_as_they_were_laid(name: str, group: int) -> None:
 
 # Relative mean squared error of normal weights: (searched at most, searched over absmax at most).
 GAIN = {("int4", 32): (0.0072, 0.75), ("int4", 64): (0.0090, 0.75), ("int4", 128): (0.0105, 0.75),
-        ("int4", 0): (0.0140, 0.65), ("int8", 0): (8e-5, 1.0)}  # fmt: skip
+        ("int4", 0): (0.0140, 0.70), ("int8", 0): (8e-5, 1.001)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "group"), INTEGER)
@@ -179,6 +179,8 @@ def test_wrong_shapes_and_dtypes_are_named() -> None:
         ({"weight_format": "int5"}, "int4, int8, bf16, fp32"),
         ({"group_size": 48}, "group_size=48"),
         ({"activation_group": 7}, "activation_group=7"),
+        ({"group_size": 32.0}, "group_size=32.0"),
+        ({"group_size": False}, "group_size=False"),
         ({"weight_format": "int8", "group_size": 32, "activation_group": 32}, "int8 takes 0"),
     ],
     ids=str,
@@ -186,6 +188,26 @@ def test_wrong_shapes_and_dtypes_are_named() -> None:
 def test_bad_specs_say_what_is_allowed(change: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(MoESpec(8, 64, 64), **change)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alpha": 1e39},
+        {"alpha": 10**400},
+        {"alpha": np.nan},
+        {"up_offset": np.inf},
+        {"gate_min": np.inf},
+        {"gate_max": -np.inf},
+        {"up_min": 2.0, "up_max": 1.0},
+        {"gate_max": np.nan},
+        {"alpha": "1"},
+    ],
+    ids=str,
+)
+def test_bad_activations_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="activation"):
+        Activation(**fields)  # type: ignore[arg-type]
 
 
 def test_specs_survive_json() -> None:

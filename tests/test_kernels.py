@@ -218,10 +218,13 @@ def test_ids_outside_and_skipped_add_exactly_zero(implementation: tuple[str, str
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "activation", [Activation(), Activation.swigluoai(gate_floor=True)], ids=["silu", "clamped"]
+)
 def test_non_finite_hidden_stays_in_its_row(
-    implementation: tuple[str, str], name: str, bad: float
+    implementation: tuple[str, str], name: str, bad: float, activation: Activation
 ) -> None:
-    spec = MoESpec(3, 160, 64, name)
+    spec = MoESpec(3, 160, 64, name, activation=activation)
     packed = pack_all(spec, random_experts(spec, 51))
     x = random_hidden(9, 160, 52)
     ids, weights = random_routing(9, 3, 3, 53)

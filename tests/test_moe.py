@@ -72,6 +72,24 @@ def test_huge_unsigned_ids_add_zero(moe: ktk.MoE) -> None:
     assert_exact(np.zeros_like(x), moe(x, np.full((5, 2), 2**64 - 1, np.uint64), weights))
 
 
+def test_the_callers_float_mode_changes_nothing() -> None:
+    """Flush-to-zero is a mode of the calling thread; workers do not have it."""
+    spec = MoESpec(6, 64, 48, "fp32")
+    moe = ktk.MoE(pack_all(spec, random_experts(spec, 1)))
+    x, ids, weights = inputs(33)
+    x, weights = (x * 1e-19).astype(np.float32), (weights * 1e-4).astype(np.float32)
+    want = ExactExperts(moe.packed).forward(x, ids, weights)
+    assert torch.set_flush_denormal(True)
+    try:
+        got = [moe(x, ids, weights) for _ in range(20)]
+        torch_flushes = torch.tensor([1e-40]) * 1 == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch_flushes  # the caller's own mode is given back
+    for result in got:
+        assert_exact(want, result)
+
+
 def test_zero_tokens_give_an_empty_result(moe: ktk.MoE) -> None:
     x, ids, weights = inputs(0)
     assert moe(x, ids, weights).shape == (0, 64)
@@ -188,6 +206,13 @@ def test_linear_checks_its_arguments(moe: ktk.MoE) -> None:
     x = random_hidden(3, 64, 1)
     with pytest.raises(ValueError, match="projection='up'"):
         moe.linear("up", x, np.zeros(3, np.int64))
+    for bad_x, bad_ids in (
+        (x.astype(np.float64), np.zeros(3, int)),
+        (x, np.zeros(3)),
+        (x, np.zeros(3, bool)),
+    ):
+        with pytest.raises(TypeError, match="must be float32 and an integer type"):
+            moe.linear("gate_up", bad_x, bad_ids)
     with pytest.raises(ValueError, match=r"must be \(rows, 48\)"):
         moe.linear("down", x, np.zeros(3, np.int64))
     with pytest.raises(ValueError, match=r"must be 0\.\.5"):

@@ -175,7 +175,7 @@ def routing(
 def test_packed_experts_are_near_eager_with_dequantised_weights(
     family: str, weight_format: str
 ) -> None:
-    """What is left is the int8 rounding of activations: 1.5 % of the output's norm. Routers stay out of it."""
+    """What is left is the int8 rounding of activations: 2 % of the output's norm. Routers stay out of it."""
     model = make_model(family)
     for module in experts_of(model):
         x, ids, weights = routing(module, tokens=17)
@@ -186,7 +186,7 @@ def test_packed_experts_are_near_eager_with_dequantised_weights(
         plain.config._experts_implementation = "eager"
         with torch.no_grad():
             want, got = plain(x, ids, weights), module(x, ids, weights)
-        assert (got - want).norm() <= 0.015 * want.norm()
+        assert (got - want).norm() <= 0.02 * want.norm()
 
 
 def restore_dequantised(module: torch.nn.Module, experts: ExactExperts) -> None:

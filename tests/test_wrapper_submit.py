@@ -203,6 +203,28 @@ def test_layers_of_other_shapes_and_dtypes_do_not_share_buffers(buffers):
     }
 
 
+def test_a_worker_that_does_not_start_is_started_by_the_next_submit(monkeypatch):
+    queue, start = fifo.Fifo(), threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        queue.submit(lambda: 1)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert queue.submit(lambda: 2).take() == 2
+
+
+def test_an_interrupt_in_the_callers_task_leaves_the_queue_working():
+    queue = fifo.Fifo()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            queue.run(interrupted).take()
+        assert queue.submit(lambda: 2).take() == 2
+        assert queue.run(lambda: 3).take() == 3
+
+
 def test_nothing_needs_cuda():
     wrapper = loaded(num_gpu_experts=2)
     wrapper.forward(torch.from_numpy(routed(2)[0]), *routed(2)[1:], cuda_stream=0)

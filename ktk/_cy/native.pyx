@@ -66,6 +66,8 @@ cdef extern from "ktk.h" nogil:
     void ktk_pool_free(ktk_pool *pool)
     void ktk_pool_borrow(void *gomp_parallel)
     void ktk_pool_own_threads_only()
+    unsigned ktk_float_mode_enter()
+    void ktk_float_mode_leave(unsigned callers)
     int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
                         int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                         const uint8_t *skip, const float *add, void *out)
@@ -139,10 +141,7 @@ _pools = weakref.WeakValueDictionary()
 
 def _pool_of(int num_threads):
     key = (os.getpid(), num_threads)
-    pool = _pools.get(key)
-    if pool is None:
-        pool = _pools[key] = _Pool(num_threads)
-    return pool
+    return _pools.get(key) or _pools.setdefault(key, _Pool(num_threads))  # several threads may come here first
 
 
 cdef void _fill_matrix(ktk_matrix *m, layout, str weight_format):
@@ -198,15 +197,16 @@ cdef class Experts:
         layer.down_bias_offset = layout.down_bias_offset
         layer.data = <const uint8_t *>_address(data)
 
-    cdef int _after_fork(self) except -1:
+    cdef _Pool _pool(self):
+        """The pool, a new one after a fork. Callers keep the reference while they run."""
         if self.pid != os.getpid():
             self.pool = _pool_of(self.num_threads)
             self.pid = os.getpid()
-        return 0
+        return self.pool
 
     def forward(self, hidden, topk_ids, topk_weights, skip, out, add):
         """See ktk.backends.base.Runner.forward."""
-        self._after_fork()
+        cdef _Pool pool = self._pool()
         cdef int64_t num_tokens = topk_ids.shape[0]
         cdef int top_k = topk_ids.shape[1]
         cdef int dtype = _DTYPES[hidden.dtype.name]
@@ -222,14 +222,14 @@ cdef class Experts:
         cdef void *y = <void *>_address(out)
         cdef int status
         with nogil:
-            status = ktk_moe_forward(&self.layer, self.kernels, self.pool.pool, num_tokens, top_k, dtype, x, ids,
+            status = ktk_moe_forward(&self.layer, self.kernels, pool.pool, num_tokens, top_k, dtype, x, ids,
                                      weights, mask, partial, y)
         if status:
             raise MemoryError(f"no scratch memory for {num_tokens} tokens x top_k {top_k}: pass fewer tokens a call")
 
     def linear(self, str projection, x, expert_ids):
         """See ktk.backends.base.Runner.linear."""
-        self._after_fork()
+        cdef _Pool pool = self._pool()
         cdef int is_down = projection == "down"
         cdef int64_t num_rows = x.shape[0]
         cdef int64_t width = self.layer.hidden_size
@@ -241,7 +241,7 @@ cdef class Experts:
         cdef float *y = <float *>_address(result)
         cdef int status
         with nogil:
-            status = ktk_moe_linear(&self.layer, self.kernels, self.pool.pool, is_down, num_rows, rows, ids, y)
+            status = ktk_moe_linear(&self.layer, self.kernels, pool.pool, is_down, num_rows, rows, ids, y)
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
         return result
@@ -270,7 +270,9 @@ def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panel
     cdef float *work = <float *>malloc(<size_t>m.padded_in * 16 * 4 * 2)
     if work == NULL:
         raise MemoryError("no memory to quantise a panel")
+    cdef unsigned callers
     with nogil:
+        callers = ktk_float_mode_enter()
         for p in range(m.num_panels):
             for n in range(16):
                 row = p * 16 + n
@@ -279,6 +281,7 @@ def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panel
                                         panel + p * panel_stride)
             if status:
                 break
+        ktk_float_mode_leave(callers)
         free(work)
     if status:
         raise ValueError("weights hold NaN or inf: mend the checkpoint")

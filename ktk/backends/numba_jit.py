@@ -13,7 +13,7 @@ from ktk.backends.numpy_ref import store_rows
 from ktk.formats.floats import bf16_to_f32, to_f32
 from ktk.layout import PANEL
 from ktk.reference.linear import quantise_activations
-from ktk.reference.moe import ExactExperts
+from ktk.reference.moe import ExactExperts, poison_rows
 from ktk.types import ACTIVATION_KINDS, MoESpec, Packed
 
 F = np.float32
@@ -86,7 +86,7 @@ class NumbaRunner(Runner):
         out: np.ndarray,
         add: np.ndarray | None,
     ) -> None:
-        x = to_f32(hidden)
+        x = poison_rows(to_f32(hidden))
         tokens, top_k = topk_ids.shape
         live = (topk_ids >= 0) & (topk_ids < self.spec.num_experts)
         if skip is not None:
@@ -107,6 +107,7 @@ class NumbaRunner(Runner):
         names = (
             ("down",) if projection == "down" else ("gate", "up") if self.spec.has_gate else ("up",)
         )
+        x = poison_rows(x)
         y = np.empty((len(x), sum(self.view.matrix(n).out_features for n in names)), F)
 
         def work(expert: int) -> None:

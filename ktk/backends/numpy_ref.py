@@ -6,7 +6,7 @@ import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe
 from ktk.formats.floats import f32_to_bf16, to_f32
-from ktk.reference.moe import ExactExperts
+from ktk.reference.moe import ExactExperts, poison_rows
 from ktk.types import MoESpec, Packed
 
 
@@ -35,6 +35,7 @@ class NumpyRunner(Runner):
         spec = self.experts.spec
         names = ("down",) if projection == "down" else ("gate", "up") if spec.has_gate else ("up",)
         width = sum(self.experts.matrix(name).out_features for name in names)
+        x = poison_rows(x)
         y = np.empty((len(x), width), np.float32)
         for e in np.unique(expert_ids):
             rows = np.nonzero(expert_ids == e)[0]

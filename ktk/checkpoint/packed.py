@@ -9,6 +9,7 @@ nothing but these and the experts. Files appear under their final names complete
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -70,7 +71,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     Until then it has a temporary name in the same directory; on an exception it is removed.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[
+        :16
+    ]  # a long name plus a prefix may be too long
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{short}.{os.getpid()}")
     try:
         with open(temporary, "wb", buffering=0) as file:
             yield file

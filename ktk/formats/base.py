@@ -33,13 +33,16 @@ class QuantFormat:
 
     def check(self, spec: MoESpec) -> None:
         """ValueError if the spec's groups do not fit this format."""
-        if spec.group_size not in self.group_sizes:
+        if type(spec.group_size) is not int or spec.group_size not in self.group_sizes:
             allowed = ", ".join(map(str, self.group_sizes))
             raise ValueError(
                 f"group_size={spec.group_size!r}: {self.name} takes {allowed} (0 = one scale per output channel)"
             )
         allowed_activation = GROUP_SIZES if self.is_integer else (0,)
-        if spec.activation_group not in allowed_activation:
+        if (
+            type(spec.activation_group) is not int
+            or spec.activation_group not in allowed_activation
+        ):
             raise ValueError(
                 f"activation_group={spec.activation_group!r}: {self.name} takes "
                 f"{', '.join(map(str, allowed_activation))}"

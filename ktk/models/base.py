@@ -131,8 +131,8 @@ class Config:
         found, value = self.get((key,))
         if not found:
             return default
-        if type(value) not in (int, float) or not np.isfinite(value):
-            raise CheckpointError(f"{self.where}: {key}={value!r}: must be a finite number")
+        if type(value) not in (int, float) or not abs(value) < 1e30:  # NaN is not either
+            raise CheckpointError(f"{self.where}: {key}={value!r}: must be a number below 1e30")
         return float(value)
 
     @property

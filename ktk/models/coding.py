@@ -92,7 +92,7 @@ def infer_coding(
         if scales in ((rows,), (rows, 1)):
             return Coding("fp8", (rows, columns), (1, columns))
         if scales == (-(-rows // block[0]), -(-columns // block[1])):
-            return Coding("fp8", (rows, columns), block)
+            return Coding("fp8", (rows, columns), (min(block[0], rows), min(block[1], columns)))
         raise CheckpointError(
             f"{what}: a scale must be () for the tensor, ({rows}, 1) per channel, "
             f"{(-(-rows // block[0]), -(-columns // block[1]))} for blocks of {block}, or e8m0 "

@@ -70,6 +70,7 @@ class ExactExperts:
 
     def expert(self, expert: int, x: np.ndarray) -> np.ndarray:
         """One expert on float32 (rows, hidden_size): float32 (rows, hidden_size), down bias added."""
+        x = poison_rows(x)
         up = _add(self.linear(expert, "up", x), self.bias(expert, "up"))
         gate = None
         if self.spec.has_gate:
@@ -98,6 +99,12 @@ class ExactExperts:
         for j in range(top_k):
             out = np.where(live[:, j, None], fma(topk_weights[:, j, None], y[:, j], out), out)
         return out if add is None else out + add
+
+
+def poison_rows(x: np.ndarray) -> np.ndarray:
+    """Rows of float32 (rows, n) that hold NaN or inf become NaN throughout: inf must not be clamped to a number."""
+    finite = np.isfinite(x).all(axis=1, keepdims=True)
+    return x if finite.all() else np.where(finite, x, np.float32(np.nan))
 
 
 def _add(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

@@ -3,8 +3,11 @@
 Searched scales. For each group of the integer formats the candidates are ``+-peak / d`` for a ladder of
 denominators d around the largest code (both signs where the code range is lopsided: the extra code then
 serves whichever side needs it), followed by two least-squares refits of the best one. A candidate is
-rounded to the precision it is stored in before it is judged; least squared error wins, the earlier one on
-a tie. Sums run over k in order, without FMA, so every implementation finds the same codes.
+rounded to the precision it is stored in before it is judged. The least weighted squared error wins, the
+earlier candidate on a tie; a weight w counts w^2 + mean(w^2) times, for plain squares would clip the large
+weights that matter most (SmolLM2-as-MoE, KL at int4: group 32 0.168 either way, 128 0.300 -> 0.251, per
+channel 0.94 -> 0.34). All is relative to the group's peak, so nothing over- or underflows. Sums run over k
+in order, without FMA, so every implementation finds the same codes.
 """
 
 from __future__ import annotations
@@ -51,9 +54,16 @@ def quantise_weights(
     x = padded.reshape(-1, groups, group)
     peak = np.abs(x).max(axis=2)
     peak = np.where(peak < TINY_PEAK, F(0), peak)
+    with np.errstate(divide="ignore"):
+        inverse_peak = np.where(peak == 0, F(0), F(1) / peak)
+    relative = x * inverse_peak[:, :, None]
+    sizes = np.minimum(layout.padded_in - group * np.arange(groups), group).astype(F)
 
     def ordered_sum(terms: np.ndarray) -> np.ndarray:
         return np.add.accumulate(terms, axis=2, dtype=F)[:, :, -1]
+
+    importance = relative * relative
+    importance = importance + (ordered_sum(importance) / sizes)[:, :, None]
 
     def judge(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if layout.scales_are_bf16:
@@ -62,8 +72,8 @@ def quantise_weights(
             inverse = np.where(scale == 0, F(0), F(1) / scale)
             q = np.rint(x * inverse[:, :, None])
             q = np.minimum(np.maximum(q, F(fmt.code_min)), F(fmt.code_max))
-            d = x - q * scale[:, :, None]
-            return scale, q, ordered_sum(d * d)
+            error = relative - q * (scale * inverse_peak)[:, :, None]
+            return scale, q, ordered_sum(importance * (error * error))
 
     best_scale, best_q, best_error = judge(peak / ladder[0])
     best_error = np.where(best_error < np.inf, best_error, F(np.inf))
@@ -80,8 +90,9 @@ def quantise_weights(
         keep_better(peak / d)
     for _ in range(refits):
         with np.errstate(invalid="ignore", over="ignore"):
-            weight, norm = ordered_sum(x * best_q), ordered_sum(best_q * best_q)
-            keep_better(np.where(norm == 0, F(0), weight / norm))
+            up = ordered_sum((importance * relative) * best_q)
+            down = ordered_sum((importance * best_q) * best_q)
+            keep_better(np.where(down == 0, F(0), up / down) * peak)
     codes = (best_q.astype(np.int32) + fmt.zero_point).astype(np.uint8).reshape(len(padded), -1)
     return np.ascontiguousarray(codes[:, : layout.padded_in]), best_scale
 

@@ -5,6 +5,7 @@ A second user that asks for another layout gets EngineError; one that asks for n
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from dataclasses import dataclass
@@ -29,6 +30,16 @@ class Holder:
 _lock = threading.Lock()
 _users: weakref.WeakSet[object] = weakref.WeakSet()
 _layout: EngineLayout | None = None
+
+
+def _renew_lock() -> None:
+    """In a forked child: another thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def acquire(

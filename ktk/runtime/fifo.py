@@ -36,8 +36,9 @@ class Ticket:
             self._result = task()
         except BaseException as error:  # kept for take(): the worker must live on
             self.error = error
-        self.is_done = True
-        self._done.release()
+        finally:
+            self.is_done = True
+            self._done.release()
 
     def wait(self) -> None:
         """Return once the task has run. EngineError in a forked child, where it never will."""
@@ -67,8 +68,7 @@ class Fifo:
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Callable[[], Any], Ticket]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._num_pending = 0  # queued or running
-        self._running = threading.Lock()  # held while a task runs
+        self._num_pending = 0  # queued, or running on the worker
         self._thread: threading.Thread | None = None
 
     def submit(self, task: Callable[[], Any]) -> Ticket:
@@ -76,23 +76,22 @@ class Fifo:
         ticket = Ticket()
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="ktk-fifo", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="ktk-fifo", daemon=True)
+                thread.start()
+                self._thread = thread  # not before it runs
             self._num_pending += 1
             self._queue.put((task, ticket))
         return ticket
 
     def run(self, task: Callable[[], Any]) -> Ticket:
-        """As submit, but on the calling thread if nothing is pending: saves two thread switches."""
-        with self._lock:
-            is_idle = self._num_pending == 0
-            if is_idle:
-                self._num_pending = 1
-                self._running.acquire()  # free: nothing is pending
-        if not is_idle:
+        """As submit, but on the calling thread if nothing is pending: saves two thread switches.
+
+        It holds nothing meanwhile, so an interrupt here leaves the queue as it was.
+        """
+        if self._num_pending:
             return self.submit(task)
         ticket = Ticket()
-        self._run(task, ticket)
+        ticket.run(task)
         return ticket
 
     def drain(self) -> None:
@@ -100,21 +99,15 @@ class Fifo:
         if self._thread is not None:
             self.submit(lambda: None).wait()
 
-    def _run(self, task: Callable[[], Any], ticket: Ticket) -> None:
-        """With ``_running`` held, which it releases."""
-        ticket.run(task)
-        self._running.release()
-        with self._lock:
-            self._num_pending -= 1
-
     def _work(self) -> None:
         native = native_module()
         if native is not None:
             native.own_threads_only()  # torch keeps its threads for the caller
         while True:
             task, ticket = self._queue.get()
-            self._running.acquire()
-            self._run(task, ticket)
+            ticket.run(task)
+            with self._lock:
+                self._num_pending -= 1
             del task, ticket  # a task holds weights and buffers: not until the next one comes
 
 

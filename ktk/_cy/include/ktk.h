@@ -92,6 +92,9 @@ void ktk_pool_lock(ktk_pool *pool); /* one operator at a time */
 void ktk_pool_unlock(ktk_pool *pool);
 void *ktk_pool_scratch(ktk_pool *pool, int64_t size); /* while locked; NULL: no memory */
 void ktk_pool_free(ktk_pool *pool);
+/* IEEE rounding and denormals on this thread; gives and takes back the mode the caller had. */
+unsigned ktk_float_mode_enter(void);
+void ktk_float_mode_leave(unsigned callers);
 /* From now on runs use the threads of the OpenMP runtime whose GOMP_parallel this is (until a fork; NULL: no more) ... */
 void ktk_pool_borrow(void *gomp_parallel);
 /* ... but not those that the calling thread starts. */

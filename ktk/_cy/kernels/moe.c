@@ -99,6 +99,17 @@ static void put_row(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_r
                       rows->correction + row * rows->correction_stride + column / fine);
 }
 
+static int is_finite_row(const float *x, int n) {
+    uint32_t most = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    return most < 0x7f800000u;
+}
+
 static int64_t dtype_bytes(int dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
 
 static void quantise_token(void *context, int64_t token, int thread) {
@@ -109,6 +120,9 @@ static void quantise_token(void *context, int64_t token, int thread) {
     const ktk_matrix *w = op->is_down ? &layer->down : &layer->gate_up;
     op->kernels->load(op->dtype, (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
     memset(x + n, 0, 4 * (size_t)(w->padded_in - n));
+    /* Integer formats make a group with inf or NaN NaN; float ones must too: a clamp would make inf finite again. */
+    if (is_float(w) && !is_finite_row(x, n))
+        for (int i = 0; i < n; i++) x[i] = __builtin_nanf("");
     put_row(op->kernels, w, &op->x, token, 0, x, w->padded_in);
 }
 
@@ -254,7 +268,7 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
                     int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                     const uint8_t *skip, const float *add, void *out) {
     int64_t chunk = MAX_Y_BYTES / (4 * (int64_t)top_k * layer->down.num_panels * KTK_PANEL);
-    if (chunk < ROW_BLOCK) chunk = ROW_BLOCK;
+    if (chunk < 1) chunk = 1;
     int64_t row_bytes = layer->hidden_size * dtype_bytes(dtype);
     int status = 0;
     ktk_pool_lock(pool);

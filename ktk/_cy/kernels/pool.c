@@ -63,12 +63,34 @@ void ktk_pool_borrow(void *gomp_parallel) {
 
 void ktk_pool_own_threads_only(void) { is_own_only = 1; }
 
+/* The caller may have set flush-to-zero (torch.set_flush_denormal, -ffast-math libraries); workers have not. All
+ * tasks run with IEEE rounding and denormals, so that it does not matter which thread takes which. */
+unsigned ktk_float_mode_enter(void) {
+#if defined(__x86_64__)
+    unsigned callers = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(0x1f80);
+    return callers;
+#else
+    return 0;
+#endif
+}
+
+void ktk_float_mode_leave(unsigned callers) {
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(callers);
+#else
+    (void)callers;
+#endif
+}
+
 static void run_tasks(ktk_pool *pool, int thread) {
+    unsigned callers = ktk_float_mode_enter();
     for (;;) {
         int64_t task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-        if (task >= pool->num_tasks) return;
+        if (task >= pool->num_tasks) break;
         pool->fn(pool->context, task, thread);
     }
+    ktk_float_mode_leave(callers);
 }
 
 static void run_borrowed(void *context) {
@@ -156,7 +178,9 @@ int ktk_pool_num_threads(const ktk_pool *pool) { return pool->num_threads; }
 
 void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, int64_t num_tasks) {
     if (num_tasks == 1 || pool->num_threads == 1) {
+        unsigned callers = ktk_float_mode_enter();
         for (int64_t task = 0; task < num_tasks; task++) fn(context, task, 0);
+        ktk_float_mode_leave(callers);
         return;
     }
     pool->fn = fn;

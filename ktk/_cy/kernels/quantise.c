@@ -58,30 +58,42 @@ INLINE VF round_bf16(VF x) {
     return VF_BITS(VI_AND(VI_ADD32(VI_ADD32(b, VI_SET32(0x7fff)), odd), VI_SET32((int)0xffff0000)));
 }
 
-/* Keeps the candidate where its squared error over x[k0, k1) is less than the best one's. */
-INLINE void judge(const float *x, int k0, int k1, const code_range *c, lanes scale, lanes *best,
-                  lanes *best_error) {
+/* What a group's candidates are judged by: weights relative to the peak, so that no square over- or underflows. */
+typedef struct {
+    const float *x; /* [k][16] */
+    int k0, k1;
+    lanes inverse_peak, mean_square; /* of the relative weights */
+} group_view;
+
+/* Keeps the candidate where the group's error, each weight's square counted (relative weight^2 + mean square) times,
+ * is less than the best one's: large weights matter more, and plain squares would clip them. */
+INLINE void judge(const group_view *g, const code_range *c, lanes scale, lanes *best, lanes *best_error) {
     if (c->is_bf16_scale) EACH scale.v[i] = round_bf16(scale.v[i]);
-    lanes inverse = invert(scale), sum = set_lanes(0.0f);
-    for (int k = k0; k < k1; k++) EACH {
-            VF v = VF_LOAD(x + k * L + i * LANES);
-            VF e = VF_SUB(v, VF_MUL(to_code(v, inverse.v[i], c), scale.v[i]));
-            sum.v[i] = VF_ADD(sum.v[i], VF_MUL(e, e));
+    lanes inverse = invert(scale), relative, sum = set_lanes(0.0f);
+    EACH relative.v[i] = VF_MUL(scale.v[i], g->inverse_peak.v[i]);
+    for (int k = g->k0; k < g->k1; k++) EACH {
+            VF v = VF_LOAD(g->x + k * L + i * LANES);
+            VF n = VF_MUL(v, g->inverse_peak.v[i]);
+            VF e = VF_SUB(n, VF_MUL(to_code(v, inverse.v[i], c), relative.v[i]));
+            VF weight = VF_ADD(VF_MUL(n, n), g->mean_square.v[i]);
+            sum.v[i] = VF_ADD(sum.v[i], VF_MUL(weight, VF_MUL(e, e)));
         }
     EACH best->v[i] = VF_WHERE_LT(sum.v[i], best_error->v[i], scale.v[i], best->v[i]);
     EACH best_error->v[i] = VF_MIN(sum.v[i], best_error->v[i]);
 }
 
-/* Least-squares scale for the codes that scale gives. */
-INLINE lanes refit(const float *x, int k0, int k1, const code_range *c, lanes scale) {
-    lanes inverse = invert(scale), weight = set_lanes(0.0f), norm = set_lanes(0.0f);
-    for (int k = k0; k < k1; k++) EACH {
-            VF v = VF_LOAD(x + k * L + i * LANES);
+/* The scale, relative to the peak, of least such error for the codes that ``scale`` gives. */
+INLINE lanes refit(const group_view *g, const code_range *c, lanes scale) {
+    lanes inverse = invert(scale), up = set_lanes(0.0f), down = set_lanes(0.0f);
+    for (int k = g->k0; k < g->k1; k++) EACH {
+            VF v = VF_LOAD(g->x + k * L + i * LANES);
+            VF n = VF_MUL(v, g->inverse_peak.v[i]);
             VF q = to_code(v, inverse.v[i], c);
-            weight.v[i] = VF_ADD(weight.v[i], VF_MUL(v, q));
-            norm.v[i] = VF_ADD(norm.v[i], VF_MUL(q, q));
+            VF weight = VF_ADD(VF_MUL(n, n), g->mean_square.v[i]);
+            up.v[i] = VF_ADD(up.v[i], VF_MUL(VF_MUL(weight, n), q));
+            down.v[i] = VF_ADD(down.v[i], VF_MUL(VF_MUL(weight, q), q));
         }
-    EACH scale.v[i] = VF_WHERE_0(norm.v[i], VF_ZERO(), VF_DIV(weight.v[i], norm.v[i]));
+    EACH scale.v[i] = VF_WHERE_0(down.v[i], VF_ZERO(), VF_DIV(up.v[i], down.v[i]));
     return scale;
 }
 
@@ -123,15 +135,23 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
             EACH peak.v[i] = VF_MAX(
                 peak.v[i], VF_BITS(VI_AND(VI_BITS(VF_LOAD(x + k * L + i * LANES)), VI_BITS(magnitude))));
         EACH peak.v[i] = VF_WHERE_LT(peak.v[i], VF_SET(TINY_PEAK), VF_ZERO(), peak.v[i]);
+        group_view view = {x, k0, k1, invert(peak), set_lanes(0.0f)};
+        for (int k = k0; k < k1; k++) EACH {
+                VF n = VF_MUL(VF_LOAD(x + k * L + i * LANES), view.inverse_peak.v[i]);
+                view.mean_square.v[i] = VF_ADD(view.mean_square.v[i], VF_MUL(n, n));
+            }
+        EACH view.mean_square.v[i] = VF_DIV(view.mean_square.v[i], VF_SET((float)(k1 - k0)));
         EACH best.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[0])); /* stands where every error overflows */
         if (c.is_bf16_scale) EACH best.v[i] = round_bf16(best.v[i]);
         for (int s = 0; s < num_ladder + refits; s++) {
             lanes scale;
             if (s < num_ladder)
                 EACH scale.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[s]));
-            else
-                scale = refit(x, k0, k1, &c, best);
-            judge(x, k0, k1, &c, scale, &best, &best_error);
+            else {
+                scale = refit(&view, &c, best);
+                EACH scale.v[i] = VF_MUL(scale.v[i], peak.v[i]);
+            }
+            judge(&view, &c, scale, &best, &best_error);
         }
         float stored[L], code[L];
         store_lanes(stored, best);
