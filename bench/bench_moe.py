@@ -14,6 +14,8 @@ from shapes import SHAPES, Shape
 
 import ktk
 from ktk import backends
+from ktk.memory import aligned_buffer
+from ktk.pack import pack_experts
 from ktk.reference.moe import ExactExperts
 from ktk.types import ExpertWeights, MoESpec
 
@@ -35,8 +37,8 @@ def build(shape_name: str, method: str, group: int) -> ktk.MoE:
         fmt = backends.method_format(method)
         assert fmt is not None
         spec = MoESpec(s.num_experts, s.hidden_size, s.intermediate_size, fmt, group)
-        one = ktk.pack.pack_experts(MoESpec(1, *shapes[2], fmt, group), lambda e: weights)
-        data = ktk.pack.aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
+        one = pack_experts(MoESpec(1, *shapes[2], fmt, group), lambda e: weights)
+        data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
         data = data.reshape(spec.num_experts, -1)
         data[:] = one.data
         moe = ktk.MoE(ktk.Packed(spec, data))

@@ -15,12 +15,12 @@ try:
     import transformers as _transformers
 except ImportError as error:
     raise ImportError(
-        "ktk.integration.transformers needs the package transformers, version 5 or newer: pip install 'ktk[transformers]'"
+        "ktk.integration.transformers needs transformers 5.20 or newer: pip install 'transformers>=5.20'"
     ) from error
-if int(_transformers.__version__.split(".")[0]) < 5:
+if tuple(map(int, _transformers.__version__.split(".")[:2])) < (5, 20):
     raise ImportError(
         f"transformers {_transformers.__version__} is too old for ktk.integration.transformers: "
-        f"must be version 5 or newer; pip install --upgrade transformers"
+        f"must be version 5.20 or newer; pip install --upgrade transformers"
     )
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
