@@ -18,6 +18,7 @@ from ktk._cy import native_module
 from ktk.backends import _openmp
 from ktk.backends.base import Runner
 from ktk.pack import best_isa
+from ktk.reference.moe import ExactExperts
 from ktk.types import MoESpec
 
 pytestmark = pytest.mark.skipif(best_isa() is None, reason="no compiled kernels run here")
@@ -88,3 +89,23 @@ print("ended")
         [sys.executable, "-c", code, here], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout == "ended\n", done.stderr
+
+
+def test_the_callers_float_mode_changes_nothing() -> None:
+    """Flush-to-zero is a mode of the calling thread; workers do not have it."""
+    spec = MoESpec(6, 64, 48, "fp32")
+    packed = pack_all(spec, random_experts(spec, 1))
+    ids, weights = random_routing(33, 2, 6, 2)
+    x = (random_hidden(33, 64, 3) * 1e-19).astype(np.float32)
+    weights = (weights * 1e-4).astype(np.float32)
+    backend = next(b for b in backends.backends().values() if b.why_not(spec) is None)
+    runner, want = backend.load(packed, 2), ExactExperts(packed).forward(x, ids, weights)
+    assert torch.set_flush_denormal(True)
+    try:
+        got = [run(runner, (x, ids, weights)) for _ in range(20)]
+        caller_flushes = bool(torch.tensor([1e-40]) * 1 == 0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert caller_flushes  # the caller's own mode is given back
+    for result in got:
+        assert_exact(want, result)
