@@ -1,7 +1,7 @@
 """Find torch's OpenMP runtime, so that the thread pool can run on its threads instead of beside them.
 
 After each of its own parallel regions torch's threads spin for some milliseconds. ktk's workers on the same cores
-would get half of each core; run on torch's threads, its calls start hot instead.
+would get part of each core; run on torch's threads, its calls start hot instead.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ struct ktk_pool {
 };
 
 /* Another OpenMP runtime's threads may stand on the cores already: torch's spin for milliseconds after each of its
- * regions, and workers beside them get half a core each (prefill of a whole model: 240 ms instead of 140). Its
- * GOMP_parallel then runs the tasks on those very threads. */
+ * regions, and workers beside them get part of a core. Its GOMP_parallel then runs the tasks on those very threads:
+ * prefill of a whole small model is 26-29 % faster so (bench/RESULTS.md). */
 typedef void parallel_fn(void (*body)(void *), void *context, unsigned num_threads, unsigned flags);
 static _Atomic(parallel_fn *) borrowed_parallel;
 static _Thread_local int is_own_only;
