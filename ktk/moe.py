@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ktk import backends
-from ktk.formats.floats import bf16_to_f32
+from ktk.formats.floats import bf16_to_f32, to_f32
 from ktk.pack import pack_experts
 from ktk.runtime import engine
+from ktk.runtime.devices import is_tensor
 from ktk.types import Activation, ExpertWeights, MoESpec, Packed
 
 MAX_TOP_K = 65536
 
 
-def _torch() -> Any:
-    """torch if the caller has imported it: an object cannot be a tensor otherwise."""
-    return sys.modules.get("torch")
-
-
-def _is_tensor(x: object) -> bool:
-    torch = _torch()
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
 def to_numpy(x: Any, name: str) -> np.ndarray:
     """A NumPy view of an array or CPU tensor; bf16 comes as uint16 bits (see ``is_bf16``)."""
-    if _is_tensor(x):
-        torch = _torch()
+    if is_tensor(x):
+        torch: Any = sys.modules["torch"]
         if x.device.type != "cpu":
             raise ValueError(
                 f"{name} is on {x.device}: ktk.MoE takes CPU tensors; call {name}.cpu()"
@@ -44,8 +36,8 @@ def to_numpy(x: Any, name: str) -> np.ndarray:
 
 
 def is_bf16(x: Any) -> bool:
-    if _is_tensor(x):
-        return bool(x.dtype == _torch().bfloat16)
+    if is_tensor(x):
+        return bool(x.dtype == sys.modules["torch"].bfloat16)
     # A dtype's name is slow to build: ask only those NumPy does not have itself.
     return isinstance(x, np.ndarray) and x.dtype.isbuiltin != 1 and x.dtype.name == "bfloat16"
 
@@ -117,6 +109,24 @@ def as_weights(x: Any, name: str) -> np.ndarray:
     if array.dtype not in (np.float32, np.float16):
         raise TypeError(f"{name} has dtype {array.dtype}: must be float32, float16 or bfloat16")
     return array.astype(np.float32, copy=False)
+
+
+def expert_reader(arrays: dict[str, Any]) -> Callable[[int], ExpertWeights]:
+    """Reader of experts stacked along dimension 0; converts one at a time.
+
+    arrays : gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias in this order, checked; None where absent.
+    """
+
+    def part(name: str, expert: int) -> np.ndarray | None:
+        if arrays[name] is None:
+            return None
+        row = as_weights(arrays[name][expert], name)
+        return to_f32(row) if name.endswith("bias") else np.ascontiguousarray(row)
+
+    def read(expert: int) -> ExpertWeights:
+        return ExpertWeights(*(part(name, expert) for name in arrays))  # type: ignore[arg-type]
+
+    return read
 
 
 class MoE:
@@ -214,16 +224,11 @@ class MoE:
         holder = engine.Holder()
         num_threads = engine.acquire(holder, num_threads).num_threads
 
-        def part(name: str, e: int) -> np.ndarray | None:
-            if name not in given:
-                return None
-            row = as_weights(arrays[name][e], name)
-            return bf16_to_f32(row) if name.endswith("bias") and row.dtype == np.uint16 else row
-
-        def read(e: int) -> ExpertWeights:
-            return ExpertWeights(*(part(name, e) for name in arrays))  # type: ignore[arg-type]
-
-        return cls(pack_experts(spec, read, num_threads), method=method, num_threads=num_threads)
+        return cls(
+            pack_experts(spec, expert_reader(arrays), num_threads),
+            method=method,
+            num_threads=num_threads,
+        )
 
     @classmethod
     def load(
@@ -262,8 +267,8 @@ class MoE:
             if add.dtype != np.float32 or add.shape != hidden.shape:
                 raise ValueError(f"add is {add.dtype} {add.shape}: must be float32 {hidden.shape}")
             add = _plain(add)
-        if _is_tensor(hidden_states):
-            torch = _torch()
+        if is_tensor(hidden_states):
+            torch: Any = sys.modules["torch"]
             result = torch.empty(hidden.shape, dtype=hidden_states.dtype)
             out = to_numpy(result, "out")
         else:

@@ -29,11 +29,21 @@ import numpy as np
 from ktk import backends
 from ktk.formats.floats import to_f32
 from ktk.memory import aligned_buffer
-from ktk.moe import MoE, as_hidden, as_routing, as_weights, is_bf16, to_numpy
+from ktk.moe import MoE, as_hidden, as_routing, as_weights, expert_reader, is_bf16, to_numpy
 from ktk.pack import pack_experts
 from ktk.runtime import engine, fifo
+from ktk.runtime.devices import (
+    array_like,
+    device_of,
+    is_tensor,
+    num_tokens_of,
+    on_host,
+    on_stream,
+    tensor_like,
+)
 from ktk.runtime.staging import Buffers
-from ktk.types import Activation, ExpertWeights, MoESpec, Packed
+from ktk.types import Activation, MoESpec, Packed
+from ktk.wrapper_arguments import check_mode, checked_int, mask_of, swiglu_activation
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _BIASES = ("gate_bias", "up_bias", "down_bias")
@@ -124,36 +134,40 @@ class KTMoEWrapper:
             "zero_point": zero_point,
             "full_weight_grad": full_weight_grad,
         }
-        _check_mode(mode, [name for name, value in sft_only.items() if value is not None])
-        self.layer_idx = _int("layer_idx", layer_idx, least=0)
-        self.num_experts = _int("num_experts", num_experts)
-        self.num_experts_per_tok = _int("num_experts_per_tok", num_experts_per_tok)
-        self.hidden_size = _int("hidden_size", hidden_size)
-        self.moe_intermediate_size = _int("moe_intermediate_size", moe_intermediate_size)
+        check_mode(mode, [name for name, value in sft_only.items() if value is not None])
+        self.layer_idx = checked_int("layer_idx", layer_idx, least=0)
+        self.num_experts = checked_int("num_experts", num_experts)
+        self.num_experts_per_tok = checked_int("num_experts_per_tok", num_experts_per_tok)
+        self.hidden_size = checked_int("hidden_size", hidden_size)
+        self.moe_intermediate_size = checked_int("moe_intermediate_size", moe_intermediate_size)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={num_experts_per_tok}: must be at most num_experts={num_experts}"
             )
-        self.chunked_prefill_size = _int("chunked_prefill_size", chunked_prefill_size)
+        self.chunked_prefill_size = checked_int("chunked_prefill_size", chunked_prefill_size)
         deferred = max_deferred_experts_per_token
-        self.max_deferred_experts_per_token = _int(
+        self.max_deferred_experts_per_token = checked_int(
             "max_deferred_experts_per_token", 0 if deferred is None else deferred, least=0
         )
         self.method = backends.check_method(method)
         self.weight_path = None if weight_path is None else Path(weight_path)
         self.cpu_save = bool(cpu_save)
-        self._activation = _swiglu(swiglu_limit, swiglu_alpha)
+        self._activation = swiglu_activation(swiglu_limit, swiglu_alpha)
         self._weight_format = weight_format or backends.method_format(self.method)
         self._group_size = group_size
         self._activation_group = activation_group
         if self._weight_format is not None:
             backends.select(self.method, self._spec())  # refuse now rather than after the long part
-        self._mask = _mask_of(gpu_experts_mask, num_gpu_experts, self.num_experts)
+        self._mask = mask_of(gpu_experts_mask, num_gpu_experts, self.num_experts)
         self._moe: MoE | None = None
         self._submitted: _Submitted | None = None
         # Tasks nobody waits for; the next sync raises their exceptions.
         self._unseen: deque[fifo.Ticket] = deque()
-        nodes = None if numa_nodes is None else tuple(_int("numa_nodes", n, 0) for n in numa_nodes)
+        nodes = (
+            None
+            if numa_nodes is None
+            else tuple(checked_int("numa_nodes", n, 0) for n in numa_nodes)
+        )
         if nodes is not None and threadpool_count is not None and len(nodes) != threadpool_count:
             raise ValueError(
                 f"numa_nodes={list(nodes)} has {len(nodes)} entries: "
@@ -173,7 +187,7 @@ class KTMoEWrapper:
 
     @gpu_experts_mask.setter
     def gpu_experts_mask(self, mask: Any) -> None:
-        self._mask.copy_(_mask_of(mask, None, self.num_experts))
+        self._mask.copy_(mask_of(mask, None, self.num_experts))
 
     @property
     def num_gpu_experts(self) -> int:
@@ -260,13 +274,9 @@ class KTMoEWrapper:
                 raise ValueError(f"{name} has shape {tuple(array.shape)}: must be {shape}")
             as_weights(x[:0], name)  # dtype
 
-        def read(expert: int) -> ExpertWeights:
-            matrices = (np.ascontiguousarray(as_weights(given[n][expert], n)) for n in _PROJECTIONS)
-            return ExpertWeights(*matrices, *(_bias(given[n], expert, n) for n in _BIASES))
-
         spec = self._spec(has_bias=bool(biases))
         backends.select(self.method, spec)
-        packed = pack_experts(spec, read, self.cpuinfer_threads)
+        packed = pack_experts(spec, expert_reader(given), self.cpuinfer_threads)
         self._save(packed)
         self._use(packed)
 
@@ -422,7 +432,7 @@ class KTMoEWrapper:
         submitted = self._submitted
         if submitted is None:
             raise RuntimeError("sync_forward without submit_forward: nothing is under way")
-        if _num_tokens(hidden_states, self.hidden_size) != submitted.num_tokens:
+        if num_tokens_of(hidden_states, self.hidden_size) != submitted.num_tokens:
             raise ValueError(
                 f"sync_forward's hidden_states has shape {getattr(hidden_states, 'shape', None)}, "
                 f"but {submitted.num_tokens} tokens of {self.hidden_size} were submitted"
@@ -446,11 +456,11 @@ class KTMoEWrapper:
         self, hidden_states: Any, topk_ids: Any, topk_weights: Any
     ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
         """Checked and on the host: hidden of the caller's kind, its bits, int64 ids, float32 weights."""
-        hidden = _on_host(hidden_states)
-        if _num_tokens(hidden, self.hidden_size) is not None:
+        hidden = on_host(hidden_states)
+        if num_tokens_of(hidden, self.hidden_size) is not None:
             hidden = hidden.reshape(-1, self.hidden_size)  # (num_tokens, hidden_size)
         bits = as_hidden(hidden, self.hidden_size)
-        ids, weights = as_routing(_on_host(topk_ids), _on_host(topk_weights), len(bits))
+        ids, weights = as_routing(on_host(topk_ids), on_host(topk_weights), len(bits))
         if ids.shape[1] != self.num_experts_per_tok:
             raise ValueError(
                 f"topk_ids has {ids.shape[1]} experts per token: the wrapper was made for "
@@ -468,8 +478,8 @@ class KTMoEWrapper:
     ) -> _Submitted:
         moe = self.moe
         before, _sequence.deferred = _sequence.deferred, None  # gone if anything below raises
-        device = _device(hidden_states)
-        with _on_stream(device, stream):
+        device = device_of(hidden_states)
+        with on_stream(device, stream):
             hidden, bits, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
         here = (self.layer_idx, *bits.shape)
         pending = before.ticket if before is not None and before.meant_for == here else None
@@ -485,7 +495,7 @@ class KTMoEWrapper:
             _run, moe, self.chunked_prefill_size, skip=mask.copy() if mask.any() else None
         )
         dtype = hidden.dtype
-        like = _torch_tensor if _is_tensor(hidden) else _array
+        like = tensor_like if is_tensor(hidden) else array_like
 
         def immediate_task() -> Any:
             try:
@@ -522,7 +532,7 @@ class KTMoEWrapper:
                 self._unseen.append(submitted.deferred)
         if submitted.device in ("cpu", "numpy"):
             return result
-        with _on_stream(submitted.device, stream):
+        with on_stream(submitted.device, stream):
             return result.to(submitted.device)
 
     def _raise_unseen(self) -> None:
@@ -544,10 +554,10 @@ class KTMoEWrapper:
         fewer in a bigger batch. The GPU mask is not looked at; an id of -1 stays -1 in both.
         Returns (immediate_ids, deferred_ids), int64 (num_tokens, top_k), -1 where the other has the expert.
         """
-        device = _device(expert_ids)
-        host = _on_host(expert_ids)
+        device = device_of(expert_ids)
+        host = on_host(expert_ids)
         rows = host.shape[0] if getattr(host, "ndim", 0) else 0
-        ids, weights = as_routing(host, _on_host(scores), rows)
+        ids, weights = as_routing(host, on_host(scores), rows)
         pair = _split(ids, weights, protected_k)
         if device == "numpy":
             return pair
@@ -563,7 +573,7 @@ class KTMoEWrapper:
     @staticmethod
     def set_capture_batch_sizes(capture_bs: Iterable[int]) -> None:
         """Batch sizes whose staging buffers are kept; all others share one."""
-        _buffers.captured = tuple(_int("capture batch size", size) for size in capture_bs)
+        _buffers.captured = tuple(checked_int("capture batch size", size) for size in capture_bs)
 
     @staticmethod
     def get_capture_batch_sizes() -> list[int]:
@@ -576,92 +586,7 @@ class KTMoEWrapper:
         _sequence.deferred = None
 
 
-# -- arguments -------------------------------------------------------------------------------------
-
-
-def _int(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r}: must be an int")
-    if not least <= value <= 2**24:
-        raise ValueError(f"{name}={value}: must be at least {least}, at most {2**24}")
-    return int(value)
-
-
-def _check_mode(mode: str, given: list[str]) -> None:
-    if mode == "sft":
-        raise NotImplementedError(
-            "mode='sft': fine-tuning is not in this version of ktk; use mode='inference'"
-        )
-    if mode != "inference":
-        raise ValueError(
-            f"mode={mode!r}: must be 'inference' (or 'sft', which is not in this version)"
-        )
-    if given:
-        raise ValueError(
-            f"{', '.join(given)}: only with mode='sft', which is not in this version of ktk"
-        )
-
-
-def _swiglu(limit: float, alpha: float) -> Activation | None:
-    """KT-Kernel's swiglu_limit and swiglu_alpha; None if both are 0."""
-    for name, value in (("swiglu_limit", limit), ("swiglu_alpha", alpha)):
-        if not isinstance(value, (int, float, np.floating)) or isinstance(value, bool):
-            raise TypeError(f"{name}={value!r}: must be a float")
-        if not 0 <= value < 1e30:
-            raise ValueError(f"{name}={value}: must be finite and not negative; 0 turns it off")
-    if alpha > 0:
-        return Activation.swigluoai(float(alpha), float(limit), gate_floor=True)
-    return Activation.silu(float(limit)) if limit > 0 else None
-
-
-def _mask_of(mask: Any, count: int | None, num_experts: int) -> Any:
-    """A new CPU bool tensor (num_experts,) from a mask, a count (the first n) or both, if they agree."""
-    import torch
-
-    if isinstance(mask, (int, np.integer)):  # the argument's old meaning in this place
-        mask, old = None, _int("num_gpu_experts", mask, least=0)
-        if count is not None and count != old:
-            raise ValueError(
-                f"gpu_experts_mask={old} and num_gpu_experts={count}: give one of them"
-            )
-        count = old
-    first = None
-    if count is not None:
-        count = _int("num_gpu_experts", count, least=0)
-        if count > num_experts:
-            raise ValueError(f"num_gpu_experts={count}: must be at most num_experts={num_experts}")
-        first = np.arange(num_experts) < count
-    if mask is None:
-        mask = np.zeros(num_experts, bool) if first is None else first
-    array = np.array(
-        mask if isinstance(mask, (list, tuple)) else to_numpy(_on_host(mask), "gpu_experts_mask")
-    )
-    if array.shape != (num_experts,):
-        raise ValueError(
-            f"gpu_experts_mask has shape {tuple(array.shape)}: must be ({num_experts},), one bool per expert"
-        )
-    if array.dtype.kind not in "biu" or is_bf16(mask):
-        raise TypeError(
-            f"gpu_experts_mask has dtype {getattr(mask, 'dtype', array.dtype)}: must be bool"
-        )
-    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
-        raise ValueError(
-            "gpu_experts_mask holds other values than 0 and 1: it is one flag per expert, not a list of ids"
-        )
-    if first is not None and not np.array_equal(first, array.astype(bool)):
-        raise ValueError(
-            f"num_gpu_experts={count} means the first {count} experts, gpu_experts_mask names others: "
-            f"give one of them"
-        )
-    with torch.inference_mode(False):  # else it could not be updated outside of that mode
-        return torch.from_numpy(array.astype(bool))
-
-
-def _bias(x: Any, expert: int, name: str) -> np.ndarray | None:
-    if x is None:
-        return None
-    row = as_weights(x[expert], name)
-    return to_f32(row) if is_bf16(x) else row
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
@@ -686,55 +611,6 @@ def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
         data[slot] = first
         moved[slot] = True
     return Packed(packed.spec, data)
-
-
-# -- devices and kinds -----------------------------------------------------------------------------
-
-
-def _is_tensor(x: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def _device(x: Any) -> str:
-    return str(x.device) if _is_tensor(x) else "numpy"
-
-
-def _on_host(x: Any) -> Any:
-    return x.detach().cpu() if _is_tensor(x) and x.device.type != "cpu" else x
-
-
-def _on_stream(device: str, stream: Any) -> contextlib.AbstractContextManager[Any]:
-    """Order copies from and to ``device`` behind the caller's work on that CUDA stream."""
-    handle = getattr(stream, "cuda_stream", stream) or 0
-    if not isinstance(handle, int):
-        raise TypeError(f"cuda_stream={stream!r}: must be a CUDA stream handle, or None")
-    if not handle:
-        return contextlib.nullcontext()
-    torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        raise ValueError(f"cuda_stream={handle}: this process has no CUDA; pass None or 0")
-    if not device.startswith("cuda"):
-        return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[Any] = torch.cuda.stream(
-        torch.cuda.ExternalStream(handle, device=torch.device(device))
-    )
-    return context
-
-
-def _num_tokens(x: Any, hidden_size: int) -> int | None:
-    """Rows of (..., hidden_size); None if it has no such shape."""
-    shape = tuple(getattr(x, "shape", ()))
-    return math.prod(shape[:-1]) if shape and shape[-1] == hidden_size else None
-
-
-def _array(bits: np.ndarray, dtype: Any) -> np.ndarray:
-    return bits.view(dtype)
-
-
-def _torch_tensor(bits: np.ndarray, dtype: Any) -> Any:
-    torch: Any = sys.modules["torch"]
-    return torch.from_numpy(bits).view(dtype)
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -803,6 +679,6 @@ def _run(
         part = moe.forward(hidden[rows], ids[rows], weights[rows], skip=skip, add=more)
         if out is None:
             shape = (len(hidden), moe.spec.hidden_size)
-            out = part.new_empty(shape) if _is_tensor(part) else np.empty(shape, part.dtype)
+            out = part.new_empty(shape) if is_tensor(part) else np.empty(shape, part.dtype)
         out[rows] = part
     return out

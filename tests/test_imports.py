@@ -20,7 +20,7 @@ LAYERS = (
     ("backends",),
     ("runtime",),
     ("moe",),
-    ("wrapper",),
+    ("wrapper_arguments", "wrapper"),
     ("convert",),
     ("integration",),
     ("demo",),
