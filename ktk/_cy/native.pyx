@@ -37,6 +37,20 @@ cdef extern from "ktk.h" nogil:
         float up_max
         float up_offset
 
+    enum: KTK_MAX_PARTS
+
+    ctypedef struct ktk_part:
+        const uint8_t *data
+        int64_t expert_bytes
+        int64_t down_offset
+        int64_t gate_bias_offset
+        int64_t up_bias_offset
+        int64_t down_bias_offset
+        int32_t first_up_panel
+        int32_t num_up_panels
+        int32_t first_down_panel
+        int32_t num_down_panels
+
     ctypedef struct ktk_layer:
         int32_t num_experts
         int32_t hidden_size
@@ -44,12 +58,8 @@ cdef extern from "ktk.h" nogil:
         ktk_matrix gate_up
         ktk_matrix down
         ktk_activation activation
-        int64_t expert_bytes
-        int64_t down_offset
-        int64_t gate_bias_offset
-        int64_t up_bias_offset
-        int64_t down_bias_offset
-        const uint8_t *data
+        int32_t num_parts
+        ktk_part *parts
 
     ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *, int, int, float *,
                                   uint8_t *) noexcept nogil
@@ -62,7 +72,7 @@ cdef extern from "ktk.h" nogil:
 
     ctypedef struct ktk_pool:
         pass
-    ktk_pool *ktk_pool_new(int num_threads)
+    ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores)
     void ktk_pool_free(ktk_pool *pool)
     void ktk_pool_borrow(void *gomp_parallel)
     void ktk_pool_own_threads_only()
@@ -115,7 +125,7 @@ cdef class _Pool:
 
     def __cinit__(self, int num_threads):
         self.pid = os.getpid()
-        self.pool = ktk_pool_new(num_threads)
+        self.pool = ktk_pool_new(num_threads, 1, NULL)
         if self.pool == NULL:
             raise MemoryError(f"cannot start {num_threads} threads")
 
@@ -190,12 +200,16 @@ cdef class Experts:
         layer.activation.up_min = act.up_min
         layer.activation.up_max = act.up_max
         layer.activation.up_offset = act.up_offset
-        layer.expert_bytes = layout.expert_bytes
-        layer.down_offset = layout.down_offset
-        layer.gate_bias_offset = layout.gate_bias_offset
-        layer.up_bias_offset = layout.up_bias_offset
-        layer.down_bias_offset = layout.down_bias_offset
-        layer.data = <const uint8_t *>_address(data)
+        layer.num_parts = 1
+        cdef ktk_part *part = &layer.parts[0]
+        part.expert_bytes = layout.expert_bytes
+        part.down_offset = layout.down_offset
+        part.gate_bias_offset = layout.gate_bias_offset
+        part.up_bias_offset = layout.up_bias_offset
+        part.down_bias_offset = layout.down_bias_offset
+        part.num_up_panels = layout.gate_up.num_panels
+        part.num_down_panels = layout.down.num_panels
+        part.data = <const uint8_t *>_address(data)
 
     cdef _Pool _pool(self):
         """The pool, a new one after a fork. Callers keep the reference while they run."""

@@ -5,7 +5,13 @@
 
 #include <stdint.h>
 
-enum { KTK_PANEL = 16, KTK_BLOCK = 128 }; /* output channels of a panel; columns of a gate|up task */
+enum { KTK_PANEL = 16, KTK_MAX_PARTS = 16 }; /* output channels of a panel; NUMA parts of a layer */
+
+#if defined(__x86_64__)
+#define KTK_PAUSE() __builtin_ia32_pause()
+#else
+#define KTK_PAUSE() ((void)0)
+#endif
 
 enum ktk_format { KTK_INT4, KTK_INT8, KTK_BF16, KTK_FP32 };
 enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16 };
@@ -31,13 +37,21 @@ typedef struct {
     float alpha, gate_min, gate_max, up_min, up_max, up_offset;
 } ktk_activation;
 
+/* A part of every expert: some panels of gate|up and of down, and all biases (offsets -1: none). One part: the expert
+ * as it is packed. */
+typedef struct {
+    const uint8_t *data;
+    int64_t expert_bytes, down_offset;
+    int64_t gate_bias_offset, up_bias_offset, down_bias_offset;
+    int32_t first_up_panel, num_up_panels, first_down_panel, num_down_panels;
+} ktk_part;
+
 typedef struct {
     int32_t num_experts, hidden_size, intermediate_size;
-    ktk_matrix gate_up, down;
+    ktk_matrix gate_up, down; /* num_panels: of all parts */
     ktk_activation activation;
-    int64_t expert_bytes, down_offset;
-    int64_t gate_bias_offset, up_bias_offset, down_bias_offset; /* -1: none */
-    const uint8_t *data;
+    int32_t num_parts;
+    ktk_part parts[KTK_MAX_PARTS];
 } ktk_layer;
 
 /* Rows of quantised activations; for float formats codes holds float and the rest is unused. */
@@ -49,9 +63,14 @@ typedef struct {
     int64_t scale_stride, correction_stride;
 } ktk_rows;
 
-/* out[i*out_stride + 16*p + n] for row index rows[i], panels p at panels + p*panel_bytes. */
+/* out[i*out_stride + 16*p + n] for row index rows[i] (at most KTK_MAX_ROWS), panels p at panels + p*panel_bytes.
+ * next: the panels that this thread will probably want afterwards, or NULL; work: KTK_WORK_BYTES(a row's codes),
+ * of this thread, 64-byte aligned. */
+enum { KTK_MAX_ROWS = 64 };
+#define KTK_WORK_BYTES(code_stride) (2 * KTK_MAX_ROWS * (code_stride) + 65536)
 typedef void ktk_gemm_fn(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,
-                         const int32_t *rows, int num_rows, float *out, int64_t out_stride);
+                         const int32_t *rows, int num_rows, float *out, int64_t out_stride,
+                         const uint8_t *next, uint8_t *work);
 
 /* One ISA row's kernels. */
 typedef struct {
@@ -80,13 +99,14 @@ typedef struct {
 /* The rows of this build, slowest first (ktk/_cy/isa.py); NULL past the last. */
 const ktk_kernels *ktk_kernels_row(int index);
 
-/* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread) for every task,
- * dynamically. Workers spin for a moment after a run, then sleep. The pool also owns the operator's
- * scratch memory. */
+/* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread). The threads are split evenly over
+ * num_parts; task lists [begin[i], begin[i + 1]) belong to part i, whose threads take from them first, in order.
+ * cores: num_threads masks of CPUs, one physical core each, that workers are pinned to, the caller's left free; or NULL.
+ * Workers spin for a moment after a run, then sleep. The pool also owns the operator's scratch memory. */
 typedef struct ktk_pool ktk_pool;
 typedef void ktk_task_fn(void *context, int64_t task, int thread);
-ktk_pool *ktk_pool_new(int num_threads); /* NULL: no memory or no threads */
-void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, int64_t num_tasks);
+ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores); /* NULL: no memory or no threads */
+void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin, int num_lists);
 int ktk_pool_num_threads(const ktk_pool *pool);
 void ktk_pool_lock(ktk_pool *pool); /* one operator at a time */
 void ktk_pool_unlock(ktk_pool *pool);

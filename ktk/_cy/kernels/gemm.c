@@ -4,13 +4,36 @@
  * inner = fma(acc, fine scale, inner) over the coarse group; y = fma(inner, coarse scale, y). Nothing else
  * touches the sum, so every row, tile size and vector width gives the same bits (ktk/reference/linear.py).
  *
- * Tiles: MR rows x NP panels. 512 bit: one zmm a panel row, MR=8 keeps 8 acc + 8 inner in registers. 256 bit:
- * two ymm, MR=4. Loop order: panels, rows in tiles, k: a panel's codes stay in L1/L2 over all rows.
+ * The rows of a call are split into tiles of at most MAX_ROWS and copied to `work`, a tile's rows side by side
+ * for every four k: one stream of memory, one address register, every activation an embedded broadcast. Loop
+ * order: panels, tiles, k. While the first tile runs over a panel, the next panel is fetched.
+ *
  * VPDPBUSD, VPMADDUBSW, VPMADDWD: Intel SDM vol. 2. */
 #include <string.h>
 
 #include "ktk.h"
 #include "vec.h"
+
+/* Rows of a tile. 512 bit: 12 integer and 12 float sums, weights, mask and scale fit 32 registers. */
+#ifdef __AVX512F__
+#define MAX_ROWS 12
+#else
+#define MAX_ROWS 4
+#endif
+#ifdef __AVX512VNNI__
+enum { INT8_UNIT = 4 }; /* bytes of four activation codes */
+#else
+enum { INT8_UNIT = 8 };
+#endif
+
+/* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale comes first. */
+enum { WEIGHT_FINE, ACTIVATION_FINE, EQUAL };
+
+typedef struct {
+    const uint8_t *codes;      /* [padded_in / 4][rows][unit] */
+    const float *scales;       /* [activation groups][rows] */
+    const int32_t *correction; /* [fine groups][rows] */
+} tile_rows;
 
 INLINE int32_t load32(const uint8_t *p) {
     int32_t v;
@@ -18,17 +41,21 @@ INLINE int32_t load32(const uint8_t *p) {
     return v;
 }
 
-/* 32 k of one panel against MR rows: acc += sum of codes products. at: k of the first. */
-INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const uint8_t *const *a, int at,
-                  VI acc[MR][PV]) {
+INLINE void prefetch(const uint8_t *p, int bytes) {
+    UNROLL
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)p + i, _MM_HINT_T1);
+}
+
+/* 32 k of one panel against MR rows: acc += sum of code products. a: first of the rows' codes. */
+INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const uint8_t *a,
+                  VI acc[MAX_ROWS][PV]) {
 #ifdef __AVX512VNNI__
     if (FORMAT == KTK_INT8) {
         UNROLL
         for (int r = 0; r < 8; r++) {
             VI w = VI_LOAD(codes + 64 * r);
             UNROLL
-            for (int m = 0; m < MR; m++)
-                acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], w, VI_SET32(load32(a[m] + at + 4 * r)));
+            for (int m = 0; m < MR; m++) VI_DOT_BROADCAST(acc[m][0], w, a + 4 * (MR * r + m));
         }
     } else {
         VI mask = VI_SET8(15);
@@ -37,23 +64,22 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
             VI w = VI_LOAD(codes + 64 * r);
             VI low = VI_AND(w, mask), high = VI_AND(VI_SRL16(w, 4), mask);
             UNROLL
-            for (int m = 0; m < MR; m++)
-                acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], low, VI_SET32(load32(a[m] + at + 8 * r)));
+            for (int m = 0; m < MR; m++) VI_DOT_BROADCAST(acc[m][0], low, a + 4 * (MR * 2 * r + m));
             UNROLL
-            for (int m = 0; m < MR; m++)
-                acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], high, VI_SET32(load32(a[m] + at + 8 * r + 4)));
+            for (int m = 0; m < MR; m++) VI_DOT_BROADCAST(acc[m][0], high, a + 4 * (MR * (2 * r + 1) + m));
         }
     }
 #else
     if (FORMAT == KTK_INT8) { /* widen, not maddubs: 255*127*2 overflows i16; a is int16, k order 0 2 1 3 */
         VI mask = VI_SET16(255);
+        UNROLL
         for (int r = 0; r < 8; r++) UNROLL
         for (int v = 0; v < PV; v++) {
             VI w = VI_LOAD(codes + 64 * r + 32 * v);
             VI even = VI_AND(w, mask), odd = VI_SRL16(w, 8);
             UNROLL
             for (int m = 0; m < MR; m++) {
-                const uint8_t *pair = a[m] + 2 * at + 8 * r;
+                const uint8_t *pair = a + 8 * (MR * r + m);
                 VI sum =
                     VI_ADD32(VI_MADD(even, VI_SET32(load32(pair))), VI_MADD(odd, VI_SET32(load32(pair + 4))));
                 acc[m][v] = VI_ADD32(acc[m][v], sum);
@@ -61,112 +87,240 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
         }
     } else { /* eight maddubs of nibbles fit i16: 15*127*2*8 = 30480 */
         VI mask = VI_SET8(15), ones = VI_SET16(1);
+        VI sum[MAX_ROWS][PV];
         UNROLL
-        for (int v = 0; v < PV; v++) {
-            VI sum[MR];
+        for (int r = 0; r < 4; r++) UNROLL
+        for (int half = 0; half < 2; half++) {
+            VI w[PV];
             UNROLL
-            for (int m = 0; m < MR; m++) sum[m] = VI_ZERO();
-            for (int r = 0; r < 4; r++) {
-                VI w = VI_LOAD(codes + 64 * r + 32 * v);
-                VI low = VI_AND(w, mask), high = VI_AND(VI_SRL16(w, 4), mask);
-                UNROLL
-                for (int m = 0; m < MR; m++) {
-                    const uint8_t *quad = a[m] + at + 8 * r;
-                    sum[m] = VI_ADD16(sum[m], VI_MADDUBS(low, VI_SET32(load32(quad))));
-                    sum[m] = VI_ADD16(sum[m], VI_MADDUBS(high, VI_SET32(load32(quad + 4))));
-                }
+            for (int v = 0; v < PV; v++) {
+                w[v] = VI_LOAD(codes + 64 * r + 32 * v);
+                w[v] = VI_AND(half ? VI_SRL16(w[v], 4) : w[v], mask);
             }
             UNROLL
-            for (int m = 0; m < MR; m++) acc[m][v] = VI_ADD32(acc[m][v], VI_MADD(sum[m], ones));
+            for (int m = 0; m < MR; m++) {
+                VI quad = VI_SET32(load32(a + 4 * (MR * (2 * r + half) + m)));
+                UNROLL
+                for (int v = 0; v < PV; v++) {
+                    VI product = VI_MADDUBS(w[v], quad);
+                    sum[m][v] = r + half ? VI_ADD16(sum[m][v], product) : product;
+                }
+            }
         }
+        UNROLL
+        for (int m = 0; m < MR; m++) UNROLL
+        for (int v = 0; v < PV; v++) acc[m][v] = VI_ADD32(acc[m][v], VI_MADD(sum[m][v], ones));
     }
 #endif
 }
 
-INLINE VF weight_scale(const ktk_matrix *w, const uint8_t *scales, int k, int v) {
-    int64_t at = (int64_t)(k / w->group_size) * KTK_PANEL + v * LANES;
-    if (w->scales_are_bf16) return VF_BITS(VI_SLL32(VI_BF16(scales + 2 * at), 16));
-    return VF_LOAD(scales + 4 * at);
+INLINE VF weight_scale(const ktk_matrix *w, const uint8_t *scales, int v) {
+    if (w->scales_are_bf16) return VF_BITS(VI_SLL32(VI_BF16(scales + 2 * v * LANES), 16));
+    return VF_LOAD(scales + 4 * v * LANES);
 }
 
-INLINE void tile_integer(const int MR, const int NP, const int FORMAT, const int WEIGHT_IS_FINE,
-                         const ktk_matrix *w, const uint8_t *panel, const ktk_rows *rows,
-                         const int32_t *index, float *out, int64_t out_stride) {
-    const int code_bytes_32k = FORMAT == KTK_INT8 ? 512 : 256;
-    const int num_k = w->padded_in;
-    const int fine = WEIGHT_IS_FINE ? w->group_size : w->activation_group;
-    const int coarse = WEIGHT_IS_FINE ? w->activation_group : w->group_size;
-    const uint8_t *a[MR];
-    const float *a_scale[MR];
-    const int32_t *correction[MR];
+/* One panel, one tile. ahead: a panel to fetch meanwhile, or NULL. Sums over coarse groups wait in out. */
+INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const ktk_matrix *w,
+                         const uint8_t *panel, const uint8_t *ahead, const tile_rows *rows,
+                         float *restrict out, int64_t out_stride) {
+    const int bytes_32k = FORMAT == KTK_INT8 ? 512 : 256, unit = FORMAT == KTK_INT8 ? INT8_UNIT : 4;
+    const int num_k = w->padded_in, scale_bytes = KTK_PANEL * (w->scales_are_bf16 ? 2 : 4);
+    const int fine = KIND == ACTIVATION_FINE ? w->activation_group : w->group_size;
+    const int coarse = KIND == ACTIVATION_FINE ? w->group_size : w->activation_group;
+    const uint8_t *a = rows->codes, *codes = panel, *scales = panel + w->code_bytes;
+    const float *a_scale = rows->scales;
+    const int32_t *correction = rows->correction;
+    VF y[MAX_ROWS][PV]; /* fixed sizes: GCC keeps variable ones in memory */
     UNROLL
-    for (int m = 0; m < MR; m++) {
-        a[m] = rows->codes + index[m] * rows->code_stride;
-        a_scale[m] = rows->scales + index[m] * rows->scale_stride;
-        correction[m] = rows->correction + index[m] * rows->correction_stride;
-    }
-    VF y[NP][MR][PV];
-    UNROLL
-    for (int p = 0; p < NP; p++) UNROLL
     for (int m = 0; m < MR; m++) UNROLL
-    for (int v = 0; v < PV; v++) y[p][m][v] = VF_ZERO();
-    for (int c = 0, c_index = 0, f_index = 0; c < num_k; c += coarse, c_index++) {
+    for (int v = 0; v < PV; v++) y[m][v] = VF_ZERO();
+    for (int c = 0; c < num_k; c += coarse) {
         const int c_end = c + coarse < num_k ? c + coarse : num_k;
-        VF inner[NP][MR][PV];
+        VF inner[MAX_ROWS][PV];
         UNROLL
-        for (int p = 0; p < NP; p++) UNROLL
         for (int m = 0; m < MR; m++) UNROLL
-        for (int v = 0; v < PV; v++) inner[p][m][v] = VF_ZERO();
-        for (int f = c; f < c_end; f += fine, f_index++) {
+        for (int v = 0; v < PV; v++) inner[m][v] = VF_ZERO();
+        for (int f = c; f < c_end; f += fine) {
             const int f_end = f + fine < c_end ? f + fine : c_end;
+            VI acc[MAX_ROWS][PV];
             UNROLL
-            for (int p = 0; p < NP; p++) {
-                const uint8_t *codes = panel + p * w->panel_bytes;
-                VI acc[MR][PV];
+            for (int m = 0; m < MR; m++) UNROLL
+            for (int v = 0; v < PV; v++) acc[m][v] = VI_SET32(correction[m]);
+            correction += MR;
+            for (int k = f; k < f_end; k += 32, codes += bytes_32k, a += 8 * unit * MR) {
+                if (ahead) {
+                    prefetch(ahead + (codes - panel), bytes_32k);
+                    if (KIND != ACTIVATION_FINE) prefetch(ahead + w->code_bytes + k, 32);
+                }
+                dot32(MR, FORMAT, codes, a, acc);
+            }
+            UNROLL
+            for (int v = 0; v < PV; v++) {
+                VF scale = VF_ZERO();
+                if (KIND != ACTIVATION_FINE) scale = weight_scale(w, scales, v);
                 UNROLL
-                for (int m = 0; m < MR; m++) UNROLL
-                for (int v = 0; v < PV; v++) acc[m][v] = VI_SET32(correction[m][f_index]);
-                for (int k = f; k < f_end; k += 32)
-                    dot32(MR, FORMAT, codes + (k / 32) * code_bytes_32k, a, k, acc);
-                UNROLL
-                for (int v = 0; v < PV; v++) {
-                    VF scale = VF_ZERO();
-                    if (WEIGHT_IS_FINE) scale = weight_scale(w, codes + w->code_bytes, f, v);
-                    UNROLL
-                    for (int m = 0; m < MR; m++) {
-                        if (!WEIGHT_IS_FINE) scale = VF_SET(a_scale[m][f_index]);
-                        inner[p][m][v] = VF_FMA(VF_CVT(acc[m][v]), scale, inner[p][m][v]);
-                    }
+                for (int m = 0; m < MR; m++) {
+                    if (KIND == ACTIVATION_FINE) scale = VF_SET(a_scale[m]);
+                    inner[m][v] = VF_FMA(VF_CVT(acc[m][v]), scale, inner[m][v]);
+                }
+            }
+            if (KIND == ACTIVATION_FINE)
+                a_scale += MR;
+            else
+                scales += scale_bytes;
+        }
+        UNROLL
+        for (int v = 0; v < PV; v++) {
+            VF scale = VF_ZERO();
+            if (KIND == ACTIVATION_FINE) scale = weight_scale(w, scales, v);
+            UNROLL
+            for (int m = 0; m < MR; m++) {
+                float *at = out + m * out_stride + v * LANES;
+                if (KIND != ACTIVATION_FINE) scale = VF_SET(a_scale[m]);
+                if (KIND == EQUAL) {
+                    y[m][v] = VF_FMA(inner[m][v], scale, y[m][v]);
+                } else {
+                    VF_STORE(at, VF_FMA(inner[m][v], scale, c ? VF_LOAD(at) : VF_ZERO()));
                 }
             }
         }
+        if (KIND == ACTIVATION_FINE)
+            scales += scale_bytes;
+        else
+            a_scale += MR;
+    }
+    if (KIND == EQUAL) {
         UNROLL
-        for (int p = 0; p < NP; p++) UNROLL
-        for (int v = 0; v < PV; v++) {
-            VF scale = VF_ZERO();
-            if (!WEIGHT_IS_FINE) scale = weight_scale(w, panel + p * w->panel_bytes + w->code_bytes, c, v);
-            UNROLL
-            for (int m = 0; m < MR; m++) {
-                if (WEIGHT_IS_FINE) scale = VF_SET(a_scale[m][c_index]);
-                y[p][m][v] = VF_FMA(inner[p][m][v], scale, y[p][m][v]);
-            }
+        for (int m = 0; m < MR; m++) UNROLL
+        for (int v = 0; v < PV; v++) VF_STORE(out + m * out_stride + v * LANES, y[m][v]);
+    }
+}
+
+/* out[k][m] = in[m][k], units of four bytes or eight; in: row m at codes + index[m] * stride. */
+INLINE void interleave(const int UNIT, const uint8_t *codes, int64_t stride, const int32_t *index,
+                       int num_rows, int num_units, uint8_t *out) {
+    int m = 0;
+    for (; UNIT == 4 && m + 4 <= num_rows; m += 4) { /* four rows of four units at a time */
+        const uint8_t *r0 = codes + index[m] * stride, *r1 = codes + index[m + 1] * stride;
+        const uint8_t *r2 = codes + index[m + 2] * stride, *r3 = codes + index[m + 3] * stride;
+        for (int k = 0; k < num_units; k += 4) {
+            __m128i x0 = _mm_loadu_si128((const __m128i *)(r0 + 4 * k));
+            __m128i x1 = _mm_loadu_si128((const __m128i *)(r1 + 4 * k));
+            __m128i x2 = _mm_loadu_si128((const __m128i *)(r2 + 4 * k));
+            __m128i x3 = _mm_loadu_si128((const __m128i *)(r3 + 4 * k));
+            __m128i a = _mm_unpacklo_epi32(x0, x1), b = _mm_unpacklo_epi32(x2, x3);
+            __m128i c = _mm_unpackhi_epi32(x0, x1), d = _mm_unpackhi_epi32(x2, x3);
+            uint8_t *at = out + 4 * ((int64_t)k * num_rows + m);
+            _mm_storeu_si128((__m128i *)at, _mm_unpacklo_epi64(a, b));
+            _mm_storeu_si128((__m128i *)(at + 4 * num_rows), _mm_unpackhi_epi64(a, b));
+            _mm_storeu_si128((__m128i *)(at + 8 * num_rows), _mm_unpacklo_epi64(c, d));
+            _mm_storeu_si128((__m128i *)(at + 12 * num_rows), _mm_unpackhi_epi64(c, d));
         }
     }
-    UNROLL
-    for (int p = 0; p < NP; p++) UNROLL
-    for (int m = 0; m < MR; m++) UNROLL
-    for (int v = 0; v < PV; v++) VF_STORE(out + m * out_stride + p * KTK_PANEL + v * LANES, y[p][m][v]);
+    for (; m < num_rows; m++)
+        for (int k = 0; k < num_units; k++)
+            memcpy(out + UNIT * ((int64_t)k * num_rows + m), codes + index[m] * stride + UNIT * k, UNIT);
+}
+
+/* Rows index[0 .. num_rows) side by side, at work; returns the end of what it wrote. */
+INLINE uint8_t *pack_tile(const int UNIT, const ktk_matrix *w, const ktk_rows *a, const int32_t *index,
+                          int num_rows, uint8_t *work, tile_rows *tile) {
+    int num_units = w->padded_in / 4, scales = (int)a->scale_stride, sums = (int)a->correction_stride;
+    if (num_rows == 1) { /* as it lies */
+        *tile = (tile_rows){a->codes + index[0] * a->code_stride, a->scales + index[0] * a->scale_stride,
+                            a->correction + index[0] * a->correction_stride};
+        return work;
+    }
+    uint8_t *scales_at = work + (int64_t)num_units * num_rows * UNIT;
+    uint8_t *correction_at = scales_at + 4 * (int64_t)scales * num_rows;
+    *tile = (tile_rows){work, (float *)scales_at, (int32_t *)correction_at};
+    interleave(UNIT, a->codes, a->code_stride, index, num_rows, num_units, work);
+    for (int m = 0; m < num_rows; m++) {
+        const float *s = a->scales + index[m] * a->scale_stride;
+        const int32_t *c = a->correction + index[m] * a->correction_stride;
+        for (int g = 0; g < scales; g++) memcpy(scales_at + 4 * (g * num_rows + m), s + g, 4);
+        for (int f = 0; f < sums; f++) memcpy(correction_at + 4 * (f * num_rows + m), c + f, 4);
+    }
+    return correction_at + 4 * (int64_t)sums * num_rows;
+}
+
+INLINE void tile_of(const int FORMAT, const int KIND, int num_rows, const ktk_matrix *w, const uint8_t *panel,
+                    const uint8_t *ahead, const tile_rows *rows, float *out, int64_t out_stride) {
+    switch (num_rows) {
+#define TILE(MR)                                                                                             \
+    case MR:                                                                                                 \
+        tile_integer(MR, FORMAT, KIND, w, panel, ahead, rows, out, out_stride);                              \
+        break;
+        TILE(1)
+        TILE(2)
+        TILE(3)
+        TILE(4)
+#if MAX_ROWS > 4
+            TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
+#undef TILE
+    }
+}
+
+INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w, const uint8_t *panels,
+                         int num_panels, const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
+                         int64_t out_stride, const uint8_t *next, uint8_t *work) {
+    const int num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS; /* of nearly equal height */
+    tile_rows tile[(KTK_MAX_ROWS + MAX_ROWS - 1) / MAX_ROWS];
+    for (int t = 0; t < num_tiles; t++) {
+        int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
+        work = pack_tile(FORMAT == KTK_INT8 ? INT8_UNIT : 4, w, a, rows + first, end - first, work, &tile[t]);
+    }
+    for (int p = 0; p < num_panels; p++) {
+        const uint8_t *panel = panels + p * w->panel_bytes;
+        const uint8_t *ahead = p + 1 < num_panels ? panel + w->panel_bytes : next;
+        for (int t = 0; t < num_tiles; t++) {
+            int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
+            tile_of(FORMAT, KIND, end - first, w, panel, t ? NULL : ahead, &tile[t],
+                    out + first * out_stride + p * KTK_PANEL, out_stride);
+        }
+    }
+}
+
+#define GEMM_INTEGER(NAME, FORMAT, KIND)                                                                     \
+    static void NAME(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,          \
+                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next, \
+                     uint8_t *work) {                                                                        \
+        gemm_integer(FORMAT, KIND, w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);   \
+    }
+
+GEMM_INTEGER(int4_weight_fine, KTK_INT4, WEIGHT_FINE)
+GEMM_INTEGER(int4_activation_fine, KTK_INT4, ACTIVATION_FINE)
+GEMM_INTEGER(int4_equal, KTK_INT4, EQUAL)
+GEMM_INTEGER(int8_weight_fine, KTK_INT8, WEIGHT_FINE)
+GEMM_INTEGER(int8_activation_fine, KTK_INT8, ACTIVATION_FINE)
+
+static ktk_gemm_fn *int4_kernel(const ktk_matrix *w) {
+    if (w->group_size == w->activation_group) return int4_equal;
+    return w->group_size < w->activation_group ? int4_weight_fine : int4_activation_fine;
+}
+
+static void CAT(ktk_gemm_int4_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
+                                         const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
+                                         int64_t out_stride, const uint8_t *next, uint8_t *work) {
+    int4_kernel(w)(w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);
+}
+
+static void CAT(ktk_gemm_int8_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
+                                         const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
+                                         int64_t out_stride, const uint8_t *next, uint8_t *work) {
+    (w->group_size <= w->activation_group ? int8_weight_fine : int8_activation_fine)(
+        w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);
 }
 
 /* y = fma(a[k], w[k], y) for k in order. */
-INLINE void tile_float(const int MR, const int NP, const int FORMAT, const int WEIGHT_IS_FINE,
-                       const ktk_matrix *w, const uint8_t *panel, const ktk_rows *rows, const int32_t *index,
-                       float *out, int64_t out_stride) {
-    (void)WEIGHT_IS_FINE;
-    const float *a[MR];
+INLINE void tile_float(const int MR, const int NP, const int FORMAT, const ktk_matrix *w,
+                       const uint8_t *panel, const ktk_rows *rows, const int32_t *index, float *out,
+                       int64_t out_stride) {
+    const float *a[8];
     UNROLL
     for (int m = 0; m < MR; m++) a[m] = (const float *)(rows->codes + index[m] * rows->code_stride);
-    VF y[NP][MR][PV];
+    VF y[4][8][PV]; /* fixed sizes: GCC keeps variable ones in memory */
     UNROLL
     for (int p = 0; p < NP; p++) UNROLL
     for (int m = 0; m < MR; m++) UNROLL
@@ -198,66 +352,51 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const int W
 }
 
 /* Four panels at a time where few rows leave registers and latency to fill, then one by one. */
-#define ROWS_OF(TILE, MR, NP, FORMAT, FINE)                                                                  \
+#define ROWS_OF(MR, NP, FORMAT)                                                                              \
     for (; i + MR <= num_rows; i += MR)                                                                      \
-        TILE(MR, NP, FORMAT, FINE, w, panel, a, rows + i, out + i * out_stride + p * KTK_PANEL, out_stride);
+        tile_float(MR, NP, FORMAT, w, panel, a, rows + i, out + i * out_stride + p * KTK_PANEL, out_stride);
 
 #ifdef __AVX512F__
-#define ALL_ROWS(TILE, NP, FORMAT, FINE)                                                                     \
+#define ALL_ROWS(NP, FORMAT)                                                                                 \
     if (NP == 1) {                                                                                           \
-        ROWS_OF(TILE, 8, 1, FORMAT, FINE)                                                                    \
+        ROWS_OF(8, 1, FORMAT)                                                                                \
     }                                                                                                        \
     if (NP <= 2) {                                                                                           \
-        ROWS_OF(TILE, 4, NP, FORMAT, FINE)                                                                   \
+        ROWS_OF(4, NP, FORMAT)                                                                               \
     }                                                                                                        \
-    ROWS_OF(TILE, 2, NP, FORMAT, FINE)                                                                       \
-    ROWS_OF(TILE, 1, NP, FORMAT, FINE)
+    ROWS_OF(2, NP, FORMAT)                                                                                   \
+    ROWS_OF(1, NP, FORMAT)
 #else
-#define ALL_ROWS(TILE, NP, FORMAT, FINE)                                                                     \
+#define ALL_ROWS(NP, FORMAT)                                                                                 \
     if (NP == 1) {                                                                                           \
-        ROWS_OF(TILE, 4, 1, FORMAT, FINE)                                                                    \
+        ROWS_OF(4, 1, FORMAT)                                                                                \
     }                                                                                                        \
-    ROWS_OF(TILE, 2, NP, FORMAT, FINE)                                                                       \
-    ROWS_OF(TILE, 1, NP, FORMAT, FINE)
+    ROWS_OF(2, NP, FORMAT)                                                                                   \
+    ROWS_OF(1, NP, FORMAT)
 #endif
 
-#define GEMM(NAME, TILE, FORMAT, FINE)                                                                       \
+#define GEMM_FLOAT(NAME, FORMAT)                                                                             \
     static void NAME(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,          \
-                     const int32_t *rows, int num_rows, float *out, int64_t out_stride) {                    \
+                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next, \
+                     uint8_t *work) {                                                                        \
+        (void)next;                                                                                          \
+        (void)work;                                                                                          \
         int p = 0;                                                                                           \
         if (num_rows <= 3)                                                                                   \
             for (; p + 4 / PV <= num_panels; p += 4 / PV) {                                                  \
                 const uint8_t *panel = panels + p * w->panel_bytes;                                          \
                 int i = 0;                                                                                   \
-                ALL_ROWS(TILE, 4 / PV, FORMAT, FINE)                                                         \
+                ALL_ROWS(4 / PV, FORMAT)                                                                     \
             }                                                                                                \
         for (; p < num_panels; p++) {                                                                        \
             const uint8_t *panel = panels + p * w->panel_bytes;                                              \
             int i = 0;                                                                                       \
-            ALL_ROWS(TILE, 1, FORMAT, FINE)                                                                  \
+            ALL_ROWS(1, FORMAT)                                                                              \
         }                                                                                                    \
     }
 
-GEMM(int4_weight_fine, tile_integer, KTK_INT4, 1)
-GEMM(int4_activation_fine, tile_integer, KTK_INT4, 0)
-GEMM(int8_activation_fine, tile_integer, KTK_INT8, 0)
-GEMM(int8_weight_fine, tile_integer, KTK_INT8, 1)
-GEMM(CAT(ktk_gemm_bf16_, KTK_ISA), tile_float, KTK_BF16, 0)
-GEMM(CAT(ktk_gemm_fp32_, KTK_ISA), tile_float, KTK_FP32, 0)
-
-static void CAT(ktk_gemm_int4_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
-                                         const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                                         int64_t out_stride) {
-    (w->group_size <= w->activation_group ? int4_weight_fine : int4_activation_fine)(
-        w, panels, num_panels, a, rows, num_rows, out, out_stride);
-}
-
-static void CAT(ktk_gemm_int8_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
-                                         const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                                         int64_t out_stride) {
-    (w->group_size <= w->activation_group ? int8_weight_fine : int8_activation_fine)(
-        w, panels, num_panels, a, rows, num_rows, out, out_stride);
-}
+GEMM_FLOAT(CAT(ktk_gemm_bf16_, KTK_ISA), KTK_BF16)
+GEMM_FLOAT(CAT(ktk_gemm_fp32_, KTK_ISA), KTK_FP32)
 
 /* Elementwise kernels of this row, in rows.c. */
 void CAT(ktk_quantise_, KTK_ISA)(const float *, int, int, int, int, int, uint8_t *, float *, int32_t *);

@@ -1,13 +1,20 @@
-/* The operator: tokens to experts and back.
+/* The operator: tokens to experts and back, one list of tasks in one run of the pool.
  *
  *   group     counting sort of (token, slot) pairs by expert; a pair's place is its row below
- *   quantise  each token once                                                      -> x rows
- *   gate|up   task = expert x 128 columns x up to 64 rows; activation, quantised   -> h rows
- *   down      task = expert x 128 columns x up to 64 rows; bias                    -> y rows, fp32
- *   combine   per token: out = sum over slots, in top-k order, of weight * y; cast once
+ *   quantise  tokens                                                               -> x rows
+ *   gate|up   expert x up to 64 rows x columns; activation, quantised              -> h rows
+ *   down      expert x up to 64 rows x columns; bias                               -> y rows, fp32
+ *   combine   tokens x columns: out = sum over slots, in top-k order, of weight * y; cast once
+ *
+ * A task waits until a counter is down to zero and lowers another when done: gate|up waits for the tokens, down for
+ * its expert's gate|up, combine for its columns' down. What a task waits for stands before it in the list, so that
+ * nobody waits for long and there is no barrier. Down goes column block by column block, and combine follows one
+ * block behind: y is a few blocks in cache, not a pass over memory.
  *
  * Every output element is computed by the same chain of operations whatever the batch, the tasks and
  * the threads. */
+#include <sched.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "ktk.h"
@@ -21,17 +28,30 @@ static const ktk_kernels *const ISA_ROWS[] = {KTK_ROWS NULL};
 
 const ktk_kernels *ktk_kernels_row(int index) { return ISA_ROWS[index]; }
 
-enum { ROW_BLOCK = 64, COMBINE_TOKENS = 4 };
-/* Tokens are taken in chunks that keep the y rows below this. */
-static const int64_t MAX_Y_BYTES = 128 << 20;
+/* Columns of a task, most; tasks for each thread below which they get narrower. */
+enum { UP_COLUMNS = 256, DOWN_COLUMNS = 256, LEAST_DOWN_COLUMNS = 64, TASKS_PER_THREAD = 16 };
+enum { COMBINE_TOKENS = 64, QUANTISE_TOKENS = 16, UP_STEP = 128 /* every activation group divides it */ };
+/* Pairs in one go: h and two blocks of y stay below some tens of MB. */
+enum { MAX_PAIRS = 16384, MAX_WHOLE_Y = 4 << 20 };
+enum { SPINS = 2000 };
 
+typedef struct operation operation;
 typedef struct {
-    int32_t expert, first_row, num_rows, block;
+    void (*run)(operation *op, int64_t index, int thread);
+    int32_t part, expert;
+    int32_t first, count;          /* rows, or tokens */
+    int32_t panel, panels;         /* of the part's projection */
+    int32_t wait, wait_too, lower; /* counters */
+    int32_t buffer;                /* of y */
 } task;
 
-typedef struct {
+/* Counters: nobody lowers NONE and nobody waits for LAST; one per expert and two per column block follow. */
+enum { NONE, LAST, TOKENS, FIRST_EXPERT };
+
+struct operation {
     const ktk_layer *layer;
     const ktk_kernels *kernels;
+    int num_threads, up_columns, down_columns;
     int64_t num_tokens;
     int32_t top_k, dtype;
     const void *hidden;
@@ -42,14 +62,17 @@ typedef struct {
     int32_t *token_of;  /* token of each row */
     int32_t *row_index; /* 0, 1, 2, ... */
     int32_t *first_row; /* (experts + 1) */
+    _Atomic int32_t *counters;
     task *tasks;
+    int64_t num_tasks, list_begin[KTK_MAX_PARTS + 1];
     ktk_rows x, h;
-    float *y;
-    float *thread_buffer; /* per thread */
-    int64_t thread_floats;
+    float *y;        /* (buffers, pairs, down_columns) */
+    int num_buffers; /* of a part */
+    uint8_t *thread_buffers;
+    int64_t thread_bytes, work_offset;
     int is_down;       /* ktk_moe_linear */
     float *linear_out; /* ktk_moe_linear */
-} operation;
+};
 
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static int min_int(int a, int b) { return a < b ? a : b; }
@@ -57,6 +80,8 @@ static int max_int(int a, int b) { return a > b ? a : b; }
 static int fine_group(const ktk_matrix *w) { return min_int(w->group_size, w->activation_group); }
 static int zero_point(const ktk_matrix *w) { return w->format == KTK_INT8 ? 128 : 8; }
 static int is_float(const ktk_matrix *w) { return w->format == KTK_BF16 || w->format == KTK_FP32; }
+static int num_projections(const ktk_layer *layer) { return layer->activation.has_gate ? 2 : 1; }
+static int64_t dtype_bytes(int dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
 
 /* Bump allocation; with base NULL it only counts. */
 typedef struct {
@@ -70,10 +95,11 @@ static void *take(arena *a, int64_t bytes) {
     return at;
 }
 
+/* Rows lie an odd number of cache lines apart: equal distances of whole pages would share few cache sets. */
 static ktk_rows take_rows(arena *a, const ktk_matrix *w, const ktk_kernels *kernels, int64_t num_rows) {
     static const int bytes_of[] = {1, 2, 4};
     ktk_rows r = {0};
-    r.code_stride = (int64_t)w->padded_in * bytes_of[kernels->codes_kind[w->format]];
+    r.code_stride = round_up((int64_t)w->padded_in * bytes_of[kernels->codes_kind[w->format]], 128) + 64;
     r.codes = take(a, r.code_stride * num_rows);
     if (is_float(w)) return r;
     r.scale_stride = (w->padded_in + w->activation_group - 1) / w->activation_group;
@@ -110,82 +136,132 @@ static int is_finite_row(const float *x, int n) {
     return most < 0x7f800000u;
 }
 
-static int64_t dtype_bytes(int dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
+static float *float_buffer(const operation *op, int thread) {
+    return (float *)(op->thread_buffers + thread * op->thread_bytes);
+}
 
-static void quantise_token(void *context, int64_t token, int thread) {
-    operation *op = context;
+static uint8_t *work_buffer(const operation *op, int thread) {
+    return op->thread_buffers + thread * op->thread_bytes + op->work_offset;
+}
+
+static void quantise_task(operation *op, int64_t index, int thread) {
+    const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
-    float *x = op->thread_buffer + thread * op->thread_floats;
+    float *x = float_buffer(op, thread);
     int n = op->is_down ? layer->intermediate_size : layer->hidden_size;
     const ktk_matrix *w = op->is_down ? &layer->down : &layer->gate_up;
-    op->kernels->load(op->dtype, (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
-    memset(x + n, 0, 4 * (size_t)(w->padded_in - n));
-    /* Integer formats make a group with inf or NaN NaN; float ones must too: a clamp would make inf finite again. */
-    if (is_float(w) && !is_finite_row(x, n))
-        for (int i = 0; i < n; i++) x[i] = __builtin_nanf("");
-    put_row(op->kernels, w, &op->x, token, 0, x, w->padded_in);
+    for (int64_t token = t->first; token < t->first + t->count; token++) {
+        op->kernels->load(op->dtype, (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
+        memset(x + n, 0, 4 * (size_t)(w->padded_in - n));
+        /* Integer formats make a group with inf or NaN NaN; float ones must too: a clamp would make inf finite. */
+        if (is_float(w) && !is_finite_row(x, n))
+            for (int i = 0; i < n; i++) x[i] = __builtin_nanf("");
+        put_row(op->kernels, w, &op->x, token, 0, x, w->padded_in);
+    }
 }
 
-static void gate_up_task(void *context, int64_t index, int thread) {
-    operation *op = context;
+static void gate_up_task(operation *op, int64_t index, int thread);
+static void down_task(operation *op, int64_t index, int thread);
+
+/* First panel a task reads, NULL if it reads none. */
+static const uint8_t *panels_of(const operation *op, int64_t index) {
+    if (index >= op->num_tasks) return NULL;
+    const task *t = &op->tasks[index];
+    const ktk_part *part = &op->layer->parts[t->part];
+    const uint8_t *expert = part->data + t->expert * part->expert_bytes;
+    if (t->run == gate_up_task)
+        return expert + (int64_t)t->panel * num_projections(op->layer) * op->layer->gate_up.panel_bytes;
+    if (t->run == down_task) return expert + part->down_offset + t->panel * op->layer->down.panel_bytes;
+    return NULL;
+}
+
+static void gate_up_task(operation *op, int64_t index, int thread) {
+    const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
-    const task t = op->tasks[index];
-    const uint8_t *expert = layer->data + t.expert * layer->expert_bytes;
-    float *v = op->thread_buffer + thread * op->thread_floats;
-    float h[KTK_BLOCK];
-    int projections = layer->activation.has_gate ? 2 : 1;
-    int column = t.block * KTK_BLOCK, panel = column / KTK_PANEL;
-    int panels = max_int(0, min_int(KTK_BLOCK / KTK_PANEL, layer->gate_up.num_panels - panel));
-    int n = min_int(KTK_BLOCK, layer->down.padded_in - column);
-    int stride = projections * panels * KTK_PANEL;
+    const ktk_part *part = &layer->parts[t->part];
+    const uint8_t *expert = part->data + t->expert * part->expert_bytes;
+    float *v = float_buffer(op, thread);
+    float h[UP_COLUMNS];
+    int column = (part->first_up_panel + t->panel) * KTK_PANEL;
+    int panels = min_int(t->panels, part->num_up_panels - t->panel);
+    if (panels < 0) panels = 0;
+    int n = min_int(t->panels * KTK_PANEL, layer->down.padded_in - column);
+    int stride = num_projections(layer) * panels * KTK_PANEL;
+    int real = min_int(panels * KTK_PANEL, layer->intermediate_size - column);
     const float *gate_bias = NULL, *up_bias = NULL;
-    if (layer->gate_bias_offset >= 0) gate_bias = (const float *)(expert + layer->gate_bias_offset) + column;
-    if (layer->up_bias_offset >= 0) up_bias = (const float *)(expert + layer->up_bias_offset) + column;
-    op->kernels->gemm[layer->gate_up.format](
-        &layer->gate_up, expert + (int64_t)panel * projections * layer->gate_up.panel_bytes,
-        projections * panels, &op->x, op->token_of + t.first_row, t.num_rows, v, stride);
-    for (int i = 0; i < t.num_rows; i++) {
+    if (part->gate_bias_offset >= 0) gate_bias = (const float *)(expert + part->gate_bias_offset) + column;
+    if (part->up_bias_offset >= 0) up_bias = (const float *)(expert + part->up_bias_offset) + column;
+    op->kernels->gemm[layer->gate_up.format](&layer->gate_up, panels_of(op, index),
+                                             num_projections(layer) * panels, &op->x, op->token_of + t->first,
+                                             t->count, v, stride, panels_of(op, index + op->num_threads),
+                                             work_buffer(op, thread));
+    for (int i = 0; i < t->count; i++) {
         op->kernels->activate(&layer->activation, v + (int64_t)i * stride, panels, gate_bias, up_bias, h);
-        /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must
-         * not spread.
-         */
-        int real = min_int(panels * KTK_PANEL, layer->intermediate_size - column);
+        /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must not spread. */
         memset(h + real, 0, 4 * (size_t)(n - real));
-        put_row(op->kernels, &layer->down, &op->h, t.first_row + i, column, h, n);
+        put_row(op->kernels, &layer->down, &op->h, t->first + i, column, h, n);
     }
 }
 
-static void down_task(void *context, int64_t index, int thread) {
-    (void)thread;
-    operation *op = context;
+static float *y_buffer(const operation *op, const task *t) {
+    return op->y + t->buffer * op->num_tokens * op->top_k * op->down_columns;
+}
+
+static void down_task(operation *op, int64_t index, int thread) {
+    const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
-    const task t = op->tasks[index];
-    const uint8_t *expert = layer->data + t.expert * layer->expert_bytes;
-    int panel = t.block * (KTK_BLOCK / KTK_PANEL);
-    int panels = min_int(KTK_BLOCK / KTK_PANEL, layer->down.num_panels - panel);
-    int64_t stride = (int64_t)layer->down.num_panels * KTK_PANEL;
-    float *y = op->y + t.first_row * stride + panel * KTK_PANEL;
-    op->kernels->gemm[layer->down.format](&layer->down,
-                                          expert + layer->down_offset + panel * layer->down.panel_bytes,
-                                          panels, &op->h, op->row_index + t.first_row, t.num_rows, y, stride);
-    if (layer->down_bias_offset < 0) return;
-    const float *bias = (const float *)(expert + layer->down_bias_offset) + panel * KTK_PANEL;
-    for (int i = 0; i < t.num_rows; i++) op->kernels->add(y + i * stride, bias, (int64_t)panels * KTK_PANEL);
+    const ktk_part *part = &layer->parts[t->part];
+    int64_t stride = t->panels * KTK_PANEL;
+    float *y = y_buffer(op, t) + t->first * stride;
+    op->kernels->gemm[layer->down.format](&layer->down, panels_of(op, index), t->panels, &op->h,
+                                          op->row_index + t->first, t->count, y, stride,
+                                          panels_of(op, index + op->num_threads), work_buffer(op, thread));
+    if (part->down_bias_offset < 0) return;
+    const float *bias =
+        (const float *)(part->data + t->expert * part->expert_bytes + part->down_bias_offset) +
+        (part->first_down_panel + t->panel) * KTK_PANEL;
+    for (int i = 0; i < t->count; i++) op->kernels->add(y + i * stride, bias, stride);
 }
 
-static void combine_task(void *context, int64_t index, int thread) {
-    operation *op = context;
-    int64_t n = op->layer->hidden_size, stride = (int64_t)op->layer->down.num_panels * KTK_PANEL;
-    float *acc = op->thread_buffer + thread * op->thread_floats;
-    int64_t begin = index * COMBINE_TOKENS, end = begin + COMBINE_TOKENS;
-    for (int64_t t = begin; t < end && t < op->num_tokens; t++) {
-        memset(acc, 0, 4 * (size_t)n);
-        for (int64_t j = t * op->top_k; j < (t + 1) * op->top_k; j++)
+static void combine_task(operation *op, int64_t index, int thread) {
+    (void)thread;
+    const task *t = &op->tasks[index];
+    int64_t hidden = op->layer->hidden_size, stride = t->panels * KTK_PANEL;
+    int64_t column = (op->layer->parts[t->part].first_down_panel + t->panel) * KTK_PANEL;
+    int64_t n = column + stride < hidden ? stride : hidden - column;
+    const float *y = y_buffer(op, t);
+    float acc[DOWN_COLUMNS];
+    for (int64_t token = t->first; token < t->first + t->count; token++) {
+        memset(acc, 0, sizeof acc);
+        for (int64_t j = token * op->top_k; j < (token + 1) * op->top_k; j++)
             if (op->place[j] >= 0)
-                op->kernels->add_scaled(acc, op->y + op->place[j] * stride, op->weights[j], n);
-        if (op->add) op->kernels->add(acc, op->add + t * n, n);
-        op->kernels->store(op->dtype, acc, n, (uint8_t *)op->out + t * n * dtype_bytes(op->dtype));
+                op->kernels->add_scaled(acc, y + op->place[j] * stride, op->weights[j], stride);
+        int64_t at = token * hidden + column;
+        if (op->add) op->kernels->add(acc, op->add + at, n);
+        op->kernels->store(op->dtype, acc, n, (uint8_t *)op->out + at * dtype_bytes(op->dtype));
     }
+}
+
+static void wait_for(const operation *op, int counter, int64_t index) {
+    if (atomic_load_explicit(&op->counters[counter], memory_order_acquire) <= 0) return;
+    const uint8_t *panel = panels_of(op, index); /* time to fetch what the task will begin with */
+    for (int64_t i = 0; panel && i < op->layer->gate_up.panel_bytes; i += 64)
+        __builtin_prefetch(panel + i, 0, 2);
+    for (int spins = 0; atomic_load_explicit(&op->counters[counter], memory_order_acquire) > 0; spins++) {
+        if (spins < SPINS)
+            KTK_PAUSE();
+        else
+            sched_yield();
+    }
+}
+
+static void run_task(void *context, int64_t index, int thread) {
+    operation *op = context;
+    const task *t = &op->tasks[index];
+    wait_for(op, t->wait, index);
+    wait_for(op, t->wait_too, index);
+    t->run(op, index, thread);
+    atomic_fetch_sub_explicit(&op->counters[t->lower], 1, memory_order_release);
 }
 
 /* Rows of each expert, in token order; returns their number. */
@@ -214,42 +290,155 @@ static int64_t group_pairs(operation *op, const uint8_t *skip) {
     return num_rows;
 }
 
-static int64_t make_tasks(operation *op, int num_blocks) {
-    int64_t n = 0;
-    for (int32_t e = 0; e < op->layer->num_experts; e++)
-        for (int32_t row = op->first_row[e]; row < op->first_row[e + 1]; row += ROW_BLOCK)
-            for (int b = 0; b < num_blocks; b++)
-                op->tasks[n++] = (task){e, row, min_int(ROW_BLOCK, op->first_row[e + 1] - row), b};
-    return n;
+static void put_task(operation *op, task t) {
+    op->tasks[op->num_tasks++] = t;
+    int32_t left = atomic_load_explicit(&op->counters[t.lower], memory_order_relaxed);
+    atomic_store_explicit(&op->counters[t.lower], left + 1, memory_order_relaxed);
 }
 
-static int blocks_of(int64_t columns) { return (int)((columns + KTK_BLOCK - 1) / KTK_BLOCK); }
+static void put_quantise(operation *op, int part, int num_parts) {
+    int64_t n = op->num_tokens / ((int64_t)op->num_threads * 4);
+    int size = n < 1 ? 1 : n < QUANTISE_TOKENS ? (int)n : QUANTISE_TOKENS;
+    int64_t begin = op->num_tokens * part / num_parts, end = op->num_tokens * (part + 1) / num_parts;
+    for (int64_t i = begin; i < end; i += size)
+        put_task(op, (task){.run = quantise_task,
+                            .first = (int32_t)i,
+                            .count = (int32_t)(end - i < size ? end - i : size),
+                            .lower = TOKENS});
+}
 
-static void take_groups(arena *a, operation *op, int64_t pairs, int num_blocks) {
-    int64_t num_experts = op->layer->num_experts;
+/* The expert part of the list: t for every expert's rows and every `width` panels of [panel, end). */
+static void put_experts(operation *op, task t, int panel, int end, int width) {
+    for (t.expert = 0; t.expert < op->layer->num_experts; t.expert++) {
+        if (t.run == down_task) t.wait = FIRST_EXPERT + t.expert;
+        if (t.run == gate_up_task) t.lower = FIRST_EXPERT + t.expert;
+        const int last = op->first_row[t.expert + 1];
+        for (t.first = op->first_row[t.expert]; t.first < last; t.first += KTK_MAX_ROWS) {
+            t.count = min_int(KTK_MAX_ROWS, last - t.first);
+            for (t.panel = panel; t.panel < end; t.panel += width) {
+                t.panels = min_int(width, end - t.panel);
+                put_task(op, t);
+            }
+        }
+    }
+}
+
+static int num_blocks(const ktk_part *part, int down_columns) {
+    return (part->num_down_panels * KTK_PANEL + down_columns - 1) / down_columns;
+}
+
+/* Panels of gate or up that a part makes: the last one also fills h up to a whole k group. */
+static int num_up_panels(const ktk_layer *layer, const ktk_part *part) {
+    int is_last = part->first_up_panel + part->num_up_panels == layer->gate_up.num_panels;
+    return is_last ? layer->down.padded_in / KTK_PANEL - part->first_up_panel : part->num_up_panels;
+}
+
+static void put_part(operation *op, int p) {
+    const ktk_layer *layer = op->layer;
+    const ktk_part *part = &layer->parts[p];
+    int width = op->down_columns / KTK_PANEL, blocks = num_blocks(part, op->down_columns);
+    int first_block = 0, all_blocks = 0;
+    for (int i = 0; i < layer->num_parts; i++) {
+        if (i == p) first_block = all_blocks;
+        all_blocks += num_blocks(&layer->parts[i], op->down_columns);
+    }
+    const int down = FIRST_EXPERT + layer->num_experts + first_block, combine = down + all_blocks;
+    put_quantise(op, p, layer->num_parts);
+    put_experts(op, (task){.run = gate_up_task, .part = p, .wait = TOKENS}, 0, num_up_panels(layer, part),
+                op->up_columns / KTK_PANEL);
+    for (int b = 0; b <= blocks; b++) {
+        if (b < blocks) {
+            task t = {.run = down_task,
+                      .part = p,
+                      .wait_too = b < op->num_buffers ? NONE : combine + b - op->num_buffers,
+                      .lower = down + b,
+                      .buffer = p * op->num_buffers + b % op->num_buffers};
+            put_experts(op, t, b * width, min_int((b + 1) * width, part->num_down_panels), width);
+        }
+        for (int64_t token = 0; b > 0 && token < op->num_tokens; token += COMBINE_TOKENS) {
+            int64_t left = op->num_tokens - token;
+            put_task(op, (task){.run = combine_task,
+                                .part = p,
+                                .first = (int32_t)token,
+                                .count = (int32_t)(left < COMBINE_TOKENS ? left : COMBINE_TOKENS),
+                                .panel = (b - 1) * width,
+                                .panels = min_int(width, part->num_down_panels - (b - 1) * width),
+                                .wait = down + b - 1,
+                                .lower = combine + b - 1,
+                                .buffer = p * op->num_buffers + (b - 1) % op->num_buffers});
+        }
+    }
+}
+
+static void choose_columns(operation *op) {
+    const ktk_layer *layer = op->layer;
+    int64_t row_blocks = 0, enough = (int64_t)TASKS_PER_THREAD * op->num_threads;
+    for (int e = 0; e < layer->num_experts; e++)
+        row_blocks += (op->first_row[e + 1] - op->first_row[e] + KTK_MAX_ROWS - 1) / KTK_MAX_ROWS;
+    op->up_columns = UP_COLUMNS;
+    while (op->up_columns > UP_STEP && row_blocks * layer->down.padded_in < enough * op->up_columns)
+        op->up_columns /= 2;
+    op->down_columns = DOWN_COLUMNS;
+    while (op->down_columns > LEAST_DOWN_COLUMNS &&
+           row_blocks * layer->hidden_size < enough * op->down_columns)
+        op->down_columns /= 2;
+}
+
+static void take_groups(arena *a, operation *op, int64_t pairs) {
     op->place = take(a, 4 * pairs);
     op->token_of = take(a, 4 * pairs);
     op->row_index = take(a, 4 * pairs);
-    op->first_row = take(a, 4 * (num_experts + 1));
-    int64_t most = pairs / ROW_BLOCK + (pairs < num_experts ? pairs : num_experts);
-    op->tasks = take(a, (int64_t)sizeof(task) * most * num_blocks);
+    op->first_row = take(a, 4 * ((int64_t)op->layer->num_experts + 1));
+}
+
+static void take_tasks(arena *a, operation *op, int64_t num_tasks, int64_t num_counters) {
+    op->tasks = take(a, (int64_t)sizeof(task) * num_tasks);
+    op->counters = take(a, 4 * num_counters);
+    if (a->base) memset((void *)op->counters, 0, 4 * (size_t)num_counters);
+}
+
+static void take_thread_buffers(arena *a, operation *op) {
+    const ktk_layer *layer = op->layer;
+    int64_t floats = max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
+                             2 * KTK_MAX_ROWS * max_int(UP_COLUMNS, DOWN_COLUMNS));
+    int64_t code_bytes = 2 * (int64_t)max_int(layer->gate_up.padded_in, layer->down.padded_in);
+    op->work_offset = round_up(4 * floats, 64);
+    op->thread_bytes = round_up(op->work_offset + KTK_WORK_BYTES(code_bytes), 4096) + 64;
+    op->thread_buffers = take(a, op->thread_bytes * op->num_threads);
+}
+
+/* Most row blocks that so many pairs can make. */
+static int64_t most_row_blocks(const operation *op, int64_t pairs) {
+    return pairs / KTK_MAX_ROWS + (pairs < op->layer->num_experts ? pairs : op->layer->num_experts);
+}
+
+static void run_tasks(operation *op, ktk_pool *pool) {
+    ktk_pool_run(pool, run_task, op, op->list_begin, op->layer->num_parts);
 }
 
 static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
     const ktk_layer *layer = op->layer;
     int64_t pairs = op->num_tokens * op->top_k;
-    int up_blocks = blocks_of(layer->down.padded_in),
-        down_blocks = blocks_of(layer->down.num_panels * KTK_PANEL);
-    int64_t y_stride = (int64_t)layer->down.num_panels * KTK_PANEL;
-    op->thread_floats =
-        round_up(max_int(max_int(layer->gate_up.padded_in, (int)y_stride), 2 * ROW_BLOCK * KTK_BLOCK), 16);
+    int64_t y_columns = 0, most_blocks = 0;
+    for (int p = 0; p < layer->num_parts; p++) {
+        int blocks = num_blocks(&layer->parts[p], LEAST_DOWN_COLUMNS);
+        most_blocks += blocks;
+        if (y_columns < (int64_t)blocks * LEAST_DOWN_COLUMNS)
+            y_columns = (int64_t)blocks * LEAST_DOWN_COLUMNS;
+    }
+    int is_whole = 4 * pairs * y_columns <= MAX_WHOLE_Y;
+    if (!is_whole || y_columns < 2 * DOWN_COLUMNS) y_columns = 2 * DOWN_COLUMNS;
+    int64_t most_tasks =
+        most_row_blocks(op, pairs) * (most_blocks + layer->down.padded_in / UP_STEP + layer->num_parts);
+    most_tasks += op->num_tokens + (op->num_tokens / COMBINE_TOKENS + 1) * most_blocks;
     arena a = {0};
     for (int pass = 0; pass < 2; pass++) { /* count, then hand out */
-        take_groups(&a, op, pairs, max_int(up_blocks, down_blocks));
+        take_groups(&a, op, pairs);
+        take_tasks(&a, op, most_tasks, FIRST_EXPERT + layer->num_experts + 2 * most_blocks);
         op->x = take_rows(&a, &layer->gate_up, op->kernels, op->num_tokens);
         op->h = take_rows(&a, &layer->down, op->kernels, pairs);
-        op->y = take(&a, 4 * y_stride * pairs);
-        op->thread_buffer = take(&a, 4 * op->thread_floats * ktk_pool_num_threads(pool));
+        op->y = take(&a, 4 * pairs * y_columns * layer->num_parts);
+        take_thread_buffers(&a, op);
         if (pass == 0) {
             void *base = ktk_pool_scratch(pool, a.used);
             if (!base) return 1;
@@ -257,17 +446,21 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
         }
     }
     group_pairs(op, skip);
-    ktk_pool_run(pool, quantise_token, op, op->num_tokens);
-    ktk_pool_run(pool, gate_up_task, op, make_tasks(op, up_blocks));
-    ktk_pool_run(pool, down_task, op, make_tasks(op, down_blocks));
-    ktk_pool_run(pool, combine_task, op, (op->num_tokens + COMBINE_TOKENS - 1) / COMBINE_TOKENS);
+    choose_columns(op);
+    op->num_buffers = (int)(y_columns / op->down_columns);
+    for (int p = 0; p < layer->num_parts; p++) {
+        op->list_begin[p] = op->num_tasks;
+        put_part(op, p);
+    }
+    op->list_begin[layer->num_parts] = op->num_tasks;
+    run_tasks(op, pool);
     return 0;
 }
 
 int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
                     int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                     const uint8_t *skip, const float *add, void *out) {
-    int64_t chunk = MAX_Y_BYTES / (4 * (int64_t)top_k * layer->down.num_panels * KTK_PANEL);
+    int64_t chunk = MAX_PAIRS / top_k;
     if (chunk < 1) chunk = 1;
     int64_t row_bytes = layer->hidden_size * dtype_bytes(dtype);
     int status = 0;
@@ -276,6 +469,7 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
         operation op = {
             .layer = layer,
             .kernels = kernels,
+            .num_threads = ktk_pool_num_threads(pool),
             .num_tokens = num_tokens - t < chunk ? num_tokens - t : chunk,
             .top_k = top_k,
             .dtype = dtype,
@@ -291,27 +485,26 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
     return status;
 }
 
-static void linear_task(void *context, int64_t index, int thread) {
-    operation *op = context;
+static void linear_task(operation *op, int64_t index, int thread) {
+    const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
+    const ktk_part *part = &layer->parts[t->part];
     const ktk_matrix *w = op->is_down ? &layer->down : &layer->gate_up;
-    const task t = op->tasks[index];
-    int projections = !op->is_down && layer->activation.has_gate ? 2 : 1;
+    int projections = op->is_down ? 1 : num_projections(layer);
     int width = op->is_down ? layer->hidden_size : layer->intermediate_size;
-    int column = t.block * KTK_BLOCK, panel = column / KTK_PANEL;
-    int panels = min_int(KTK_BLOCK / KTK_PANEL, w->num_panels - panel),
-        stride = projections * panels * KTK_PANEL;
-    float *v = op->thread_buffer + thread * op->thread_floats;
+    int first_panel = op->is_down ? part->first_down_panel : part->first_up_panel;
+    int column = (first_panel + t->panel) * KTK_PANEL, stride = projections * t->panels * KTK_PANEL;
+    float *v = float_buffer(op, thread);
     const uint8_t *expert =
-        layer->data + t.expert * layer->expert_bytes + (op->is_down ? layer->down_offset : 0);
-    op->kernels->gemm[w->format](w, expert + (int64_t)panel * projections * w->panel_bytes,
-                                 projections * panels, &op->x, op->token_of + t.first_row, t.num_rows, v,
-                                 stride);
-    for (int i = 0; i < t.num_rows; i++)
-        for (int p = 0; p < projections * panels; p++) {
+        part->data + t->expert * part->expert_bytes + (op->is_down ? part->down_offset : 0);
+    op->kernels->gemm[w->format](w, expert + (int64_t)t->panel * projections * w->panel_bytes,
+                                 projections * t->panels, &op->x, op->token_of + t->first, t->count, v,
+                                 stride, NULL, work_buffer(op, thread));
+    for (int i = 0; i < t->count; i++)
+        for (int p = 0; p < projections * t->panels; p++) {
             int at = column + p / projections * KTK_PANEL;
             float *row = op->linear_out +
-                         ((int64_t)op->token_of[t.first_row + i] * projections + p % projections) * width;
+                         ((int64_t)op->token_of[t->first + i] * projections + p % projections) * width;
             memcpy(row + at, v + (int64_t)i * stride + p * KTK_PANEL,
                    4 * (size_t)min_int(KTK_PANEL, width - at));
         }
@@ -322,6 +515,7 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
     const ktk_matrix *w = is_down ? &layer->down : &layer->gate_up;
     operation op = {.layer = layer,
                     .kernels = kernels,
+                    .num_threads = ktk_pool_num_threads(pool),
                     .num_tokens = num_rows,
                     .top_k = 1,
                     .dtype = KTK_DTYPE_F32,
@@ -329,14 +523,15 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
                     .ids = ids,
                     .is_down = is_down,
                     .linear_out = y};
-    int blocks = blocks_of(w->num_panels * KTK_PANEL), status = 0;
-    op.thread_floats = round_up(max_int(w->padded_in, 2 * ROW_BLOCK * KTK_BLOCK), 16);
+    int64_t most = most_row_blocks(&op, num_rows) * (w->num_panels * KTK_PANEL / UP_STEP + layer->num_parts);
+    int status = 0;
     arena a = {0};
     ktk_pool_lock(pool);
     for (int pass = 0; pass < 2 && !status; pass++) {
-        take_groups(&a, &op, num_rows, blocks);
+        take_groups(&a, &op, num_rows);
+        take_tasks(&a, &op, most + num_rows, FIRST_EXPERT + layer->num_experts);
         op.x = take_rows(&a, w, kernels, num_rows);
-        op.thread_buffer = take(&a, 4 * op.thread_floats * ktk_pool_num_threads(pool));
+        take_thread_buffers(&a, &op);
         if (pass == 0) {
             void *base = ktk_pool_scratch(pool, a.used);
             status = base == NULL;
@@ -345,8 +540,15 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
     }
     if (!status) {
         group_pairs(&op, NULL);
-        ktk_pool_run(pool, quantise_token, &op, num_rows);
-        ktk_pool_run(pool, linear_task, &op, make_tasks(&op, blocks));
+        for (int p = 0; p < layer->num_parts; p++) {
+            const ktk_part *part = &layer->parts[p];
+            op.list_begin[p] = op.num_tasks;
+            put_quantise(&op, p, layer->num_parts);
+            put_experts(&op, (task){.run = linear_task, .part = p, .wait = TOKENS, .lower = LAST}, 0,
+                        is_down ? part->num_down_panels : part->num_up_panels, UP_STEP / KTK_PANEL);
+        }
+        op.list_begin[layer->num_parts] = op.num_tasks;
+        run_tasks(&op, pool);
     }
     ktk_pool_unlock(pool);
     return status;

@@ -1,4 +1,4 @@
-/* Thread pool: one run at a time, tasks handed out by an atomic counter, spin then sleep.
+/* Thread pool: one run at a time, tasks handed out by an atomic counter a part, spin then sleep.
  *
  * ticket = epoch << 32 | OPEN | workers inside. A worker enters an open run by raising the count with a
  * compare-and-swap, so a run never waits for workers that have not woken; closing it and seeing zero ends it.
@@ -12,12 +12,6 @@
 
 #include "ktk.h"
 
-#if defined(__x86_64__)
-#define PAUSE() __builtin_ia32_pause()
-#else
-#define PAUSE() ((void)0)
-#endif
-
 static const uint64_t OPEN = UINT64_C(1) << 31, COUNT = (UINT64_C(1) << 31) - 1;
 enum { SPINS = 2000 }; /* about 40 us: longer than the gap between two phases of an operator */
 
@@ -26,18 +20,24 @@ typedef struct {
     int index;
 } worker;
 
+typedef struct {
+    _Alignas(64) _Atomic int64_t next;
+    int64_t end;
+} task_list;
+
 struct ktk_pool {
     _Alignas(64) _Atomic uint64_t ticket;
-    _Alignas(64) _Atomic int64_t next;
+    task_list lists[KTK_MAX_PARTS];
     _Alignas(64) ktk_task_fn *fn;
     void *context;
-    int64_t num_tasks;
+    int num_lists;
     _Atomic int sleepers, stop, arrivals;
     pthread_mutex_t sleep_lock, operator_lock;
     pthread_cond_t wake;
-    int num_threads;
+    int num_threads, num_parts;
     pthread_t *threads;
     worker *workers;
+    cpu_set_t *cores; /* of each thread, NULL: not pinned */
     void *scratch;
     int64_t scratch_size;
 };
@@ -83,12 +83,18 @@ void ktk_float_mode_leave(unsigned callers) {
 #endif
 }
 
+static int part_of(const ktk_pool *pool, int thread) { return thread * pool->num_parts / pool->num_threads; }
+
+/* The part's own list, then what the others have left. */
 static void run_tasks(ktk_pool *pool, int thread) {
     unsigned callers = ktk_float_mode_enter();
-    for (;;) {
-        int64_t task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-        if (task >= pool->num_tasks) break;
-        pool->fn(pool->context, task, thread);
+    for (int i = 0; i < pool->num_lists; i++) {
+        task_list *list = &pool->lists[(part_of(pool, thread) + i) % pool->num_lists];
+        for (;;) {
+            int64_t task = atomic_fetch_add_explicit(&list->next, 1, memory_order_relaxed);
+            if (task >= list->end) break;
+            pool->fn(pool->context, task, thread);
+        }
     }
     ktk_float_mode_leave(callers);
 }
@@ -103,6 +109,8 @@ static int is_open_for(uint64_t ticket, uint64_t seen) { return (ticket & OPEN) 
 static void *work(void *argument) {
     worker *self = argument;
     ktk_pool *pool = self->pool;
+    pthread_setname_np(pthread_self(), "ktk-worker");
+    if (pool->cores) pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &pool->cores[self->index]);
     uint64_t seen = 0;
     int spins = 0;
     while (!atomic_load(&pool->stop)) {
@@ -114,7 +122,7 @@ static void *work(void *argument) {
             atomic_fetch_sub(&pool->ticket, 1);
             spins = 0;
         } else if (++spins < SPINS) {
-            PAUSE();
+            KTK_PAUSE();
         } else {
             pthread_mutex_lock(&pool->sleep_lock);
             atomic_fetch_add(&pool->sleepers, 1);
@@ -135,19 +143,21 @@ static void wake_all(ktk_pool *pool) {
     pthread_mutex_unlock(&pool->sleep_lock);
 }
 
-ktk_pool *ktk_pool_new(int num_threads) {
+ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores) {
     ktk_pool *pool = aligned_alloc(64, (sizeof(ktk_pool) + 63) / 64 * 64);
     if (!pool) return NULL;
-    *pool = (ktk_pool){.num_threads = 1};
+    *pool = (ktk_pool){.num_threads = 1, .num_parts = num_parts};
     pthread_mutex_init(&pool->sleep_lock, NULL);
     pthread_mutex_init(&pool->operator_lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pool->threads = calloc((size_t)num_threads, sizeof(pthread_t));
     pool->workers = calloc((size_t)num_threads, sizeof(worker));
-    if (!pool->threads || !pool->workers) {
+    if (cores) pool->cores = malloc((size_t)num_threads * sizeof(cpu_set_t));
+    if (!pool->threads || !pool->workers || (cores && !pool->cores)) {
         ktk_pool_free(pool);
         return NULL;
     }
+    if (cores) memcpy(pool->cores, cores, (size_t)num_threads * sizeof(cpu_set_t));
     for (int i = 1; i < num_threads; i++) {
         pool->workers[i] = (worker){pool, i};
         if (pthread_create(&pool->threads[i], NULL, work, &pool->workers[i])) {
@@ -170,29 +180,53 @@ void ktk_pool_free(ktk_pool *pool) {
     pthread_cond_destroy(&pool->wake);
     free(pool->threads);
     free(pool->workers);
+    free(pool->cores);
     free(pool->scratch);
     free(pool);
 }
 
 int ktk_pool_num_threads(const ktk_pool *pool) { return pool->num_threads; }
 
-void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, int64_t num_tasks) {
-    if (num_tasks == 1 || pool->num_threads == 1) {
-        unsigned callers = ktk_float_mode_enter();
-        for (int64_t task = 0; task < num_tasks; task++) fn(context, task, 0);
-        ktk_float_mode_leave(callers);
-        return;
-    }
+/* The caller works too, wherever the OS has put it: the worker pinned to that core, if there is one, takes the core
+ * kept for the caller. A pool of several parts needs its caller in the first: callers_cpus then gets what to restore. */
+static int place_caller(ktk_pool *pool, cpu_set_t *callers_cpus) {
+    int cpu = sched_getcpu(), first_part = 1;
+    if (cpu < 0 || CPU_ISSET(cpu, &pool->cores[0])) return 0;
+    while (first_part < pool->num_threads && part_of(pool, first_part) == 0) first_part++;
+    for (int i = 1; i < first_part; i++)
+        if (CPU_ISSET(cpu, &pool->cores[i])) {
+            cpu_set_t own = pool->cores[i];
+            pool->cores[i] = pool->cores[0];
+            pool->cores[0] = own;
+            pthread_setaffinity_np(pool->threads[i], sizeof(cpu_set_t), &pool->cores[i]);
+            return 0;
+        }
+    if (pool->num_parts == 1 || pthread_getaffinity_np(pthread_self(), sizeof *callers_cpus, callers_cpus))
+        return 0;
+    return pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &pool->cores[0]) == 0;
+}
+
+void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin, int num_lists) {
+    int64_t num_tasks = begin[num_lists] - begin[0];
     pool->fn = fn;
     pool->context = context;
-    pool->num_tasks = num_tasks;
-    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    parallel_fn *parallel = is_own_only ? NULL : atomic_load(&borrowed_parallel);
+    pool->num_lists = num_lists;
+    for (int i = 0; i < num_lists; i++) {
+        pool->lists[i].end = begin[i + 1];
+        atomic_store_explicit(&pool->lists[i].next, begin[i], memory_order_relaxed);
+    }
+    if (num_tasks == 1 || pool->num_threads == 1) {
+        run_tasks(pool, 0);
+        return;
+    }
+    parallel_fn *parallel = is_own_only || pool->num_parts > 1 ? NULL : atomic_load(&borrowed_parallel);
     if (parallel) {
         atomic_store(&pool->arrivals, 0);
         parallel(run_borrowed, pool, (unsigned)pool->num_threads, 0);
         return;
     }
+    cpu_set_t callers_cpus;
+    int is_moved = pool->cores ? place_caller(pool, &callers_cpus) : 0;
     uint64_t epoch = (atomic_load(&pool->ticket) >> 32) + 1;
     if ((uint32_t)epoch == 0) epoch = 1; /* 0 is what a new worker has seen */
     atomic_store(&pool->ticket, epoch << 32 | OPEN);
@@ -201,10 +235,11 @@ void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, int64_t num_ta
     atomic_fetch_and(&pool->ticket, ~OPEN);
     for (int spins = 0; atomic_load(&pool->ticket) & COUNT; spins++) {
         if (spins < SPINS)
-            PAUSE();
+            KTK_PAUSE();
         else
             sched_yield();
     }
+    if (is_moved) pthread_setaffinity_np(pthread_self(), sizeof callers_cpus, &callers_cpus);
 }
 
 void ktk_pool_lock(ktk_pool *pool) { pthread_mutex_lock(&pool->operator_lock); }

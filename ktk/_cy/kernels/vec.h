@@ -25,6 +25,9 @@ typedef __m512 VF;
 #define VI_ADD16 _mm512_add_epi16
 #define VI_MADD _mm512_madd_epi16
 #define VI_MADDUBS _mm512_maddubs_epi16
+/* acc += u8 w * s8 broadcast of the four bytes at p. In assembly: GCC 12 would load the broadcast by itself. */
+#define VI_DOT_BROADCAST(acc, w, p)                                                                          \
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(const uint8_t (*)[4])(p)))
 #define VI_ZERO _mm512_setzero_si512
 #define VF_CVT _mm512_cvtepi32_ps
 #define VF_LOAD(p) _mm512_loadu_ps((const float *)(p))
