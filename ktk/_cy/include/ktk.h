@@ -84,11 +84,14 @@ typedef struct {
     /* v: columns in panels of 16, gate and up alternating (up alone without a gate) -> h, 16*panels
      * floats.
      */
-    void (*activate)(const ktk_activation *act, float *v, int num_panels, const float *gate_bias,
+    void (*activate)(const ktk_activation *act, const float *v, int num_panels, const float *gate_bias,
                      const float *up_bias, float *h);
     void (*load)(int dtype, const void *src, int64_t n, float *dst);
     void (*store)(int dtype, const float *src, int64_t n, void *dst);
-    void (*add_scaled)(float *acc, const float *y, float weight, int64_t n); /* acc = fma(y, weight, acc) */
+    /* acc[i] = sum over j, in order, of y[place[j]*stride + i] * weights[j], one fma each; place -1 adds nothing;
+     * n a multiple of 16 */
+    void (*combine)(const float *y, int64_t stride, const int32_t *place, const float *weights, int top_k,
+                    int n, float *acc);
     void (*add)(float *acc, const float *y, int64_t n);
     /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
      * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */

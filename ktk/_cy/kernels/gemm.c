@@ -140,7 +140,7 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
         UNROLL
         for (int m = 0; m < MR; m++) UNROLL
         for (int v = 0; v < PV; v++) inner[m][v] = VF_ZERO();
-        for (int f = c; f < c_end; f += fine) {
+        for (int f = c; KIND == EQUAL ? f == c : f < c_end; f += fine) {
             const int f_end = f + fine < c_end ? f + fine : c_end;
             VI acc[MAX_ROWS][PV];
             UNROLL
@@ -196,20 +196,18 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
     }
 }
 
-/* out[k][m] = in[m][k], units of four bytes or eight; in: row m at codes + index[m] * stride. */
-INLINE void interleave(const int UNIT, const uint8_t *codes, int64_t stride, const int32_t *index,
-                       int num_rows, int num_units, uint8_t *out) {
-    int m = 0;
-    for (; UNIT == 4 && m + 4 <= num_rows; m += 4) { /* four rows of four units at a time */
-        const uint8_t *r0 = codes + index[m] * stride, *r1 = codes + index[m + 1] * stride;
-        const uint8_t *r2 = codes + index[m + 2] * stride, *r3 = codes + index[m + 3] * stride;
+/* out[k][m] = in[m][k], units of four bytes; in: row m at in + index[m] * stride. Four rows by four units at a time, the
+ * last rows first: what is too much in them is then written over. Up to 12 * num_rows + 12 bytes past the end are touched. */
+INLINE void interleave(const uint8_t *in, int64_t stride, const int32_t *index, int num_rows, int num_units,
+                       uint8_t *out) {
+    for (int m = (num_rows - 1) / 4 * 4; m >= 0; m -= 4) {
+        const uint8_t *r[4];
+        for (int i = 0; i < 4; i++) r[i] = in + index[m + i < num_rows ? m + i : m] * stride;
         for (int k = 0; k < num_units; k += 4) {
-            __m128i x0 = _mm_loadu_si128((const __m128i *)(r0 + 4 * k));
-            __m128i x1 = _mm_loadu_si128((const __m128i *)(r1 + 4 * k));
-            __m128i x2 = _mm_loadu_si128((const __m128i *)(r2 + 4 * k));
-            __m128i x3 = _mm_loadu_si128((const __m128i *)(r3 + 4 * k));
-            __m128i a = _mm_unpacklo_epi32(x0, x1), b = _mm_unpacklo_epi32(x2, x3);
-            __m128i c = _mm_unpackhi_epi32(x0, x1), d = _mm_unpackhi_epi32(x2, x3);
+            __m128i x[4];
+            for (int i = 0; i < 4; i++) x[i] = _mm_loadu_si128((const __m128i *)(r[i] + 4 * k));
+            __m128i a = _mm_unpacklo_epi32(x[0], x[1]), b = _mm_unpacklo_epi32(x[2], x[3]);
+            __m128i c = _mm_unpackhi_epi32(x[0], x[1]), d = _mm_unpackhi_epi32(x[2], x[3]);
             uint8_t *at = out + 4 * ((int64_t)k * num_rows + m);
             _mm_storeu_si128((__m128i *)at, _mm_unpacklo_epi64(a, b));
             _mm_storeu_si128((__m128i *)(at + 4 * num_rows), _mm_unpackhi_epi64(a, b));
@@ -217,9 +215,6 @@ INLINE void interleave(const int UNIT, const uint8_t *codes, int64_t stride, con
             _mm_storeu_si128((__m128i *)(at + 12 * num_rows), _mm_unpackhi_epi64(c, d));
         }
     }
-    for (; m < num_rows; m++)
-        for (int k = 0; k < num_units; k++)
-            memcpy(out + UNIT * ((int64_t)k * num_rows + m), codes + index[m] * stride + UNIT * k, UNIT);
 }
 
 /* Rows index[0 .. num_rows) side by side, at work; returns the end of what it wrote. */
@@ -234,13 +229,16 @@ INLINE uint8_t *pack_tile(const int UNIT, const ktk_matrix *w, const ktk_rows *a
     uint8_t *scales_at = work + (int64_t)num_units * num_rows * UNIT;
     uint8_t *correction_at = scales_at + 4 * (int64_t)scales * num_rows;
     *tile = (tile_rows){work, (float *)scales_at, (int32_t *)correction_at};
-    interleave(UNIT, a->codes, a->code_stride, index, num_rows, num_units, work);
-    for (int m = 0; m < num_rows; m++) {
-        const float *s = a->scales + index[m] * a->scale_stride;
-        const int32_t *c = a->correction + index[m] * a->correction_stride;
-        for (int g = 0; g < scales; g++) memcpy(scales_at + 4 * (g * num_rows + m), s + g, 4);
-        for (int f = 0; f < sums; f++) memcpy(correction_at + 4 * (f * num_rows + m), c + f, 4);
-    }
+    if (UNIT == 4)
+        interleave(a->codes, a->code_stride, index, num_rows, num_units, work);
+    else
+        for (int m = 0; m < num_rows; m++)
+            for (int k = 0; k < num_units; k++)
+                memcpy(work + UNIT * ((int64_t)k * num_rows + m),
+                       a->codes + index[m] * a->code_stride + UNIT * k, UNIT);
+    interleave((const uint8_t *)a->scales, 4 * a->scale_stride, index, num_rows, scales, scales_at);
+    interleave((const uint8_t *)a->correction, 4 * a->correction_stride, index, num_rows, sums,
+               correction_at);
     return correction_at + 4 * (int64_t)sums * num_rows;
 }
 
@@ -256,7 +254,7 @@ INLINE void tile_of(const int FORMAT, const int KIND, int num_rows, const ktk_ma
         TILE(3)
         TILE(4)
 #if MAX_ROWS > 4
-            TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+        TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
 #endif
 #undef TILE
     }
@@ -400,10 +398,11 @@ GEMM_FLOAT(CAT(ktk_gemm_fp32_, KTK_ISA), KTK_FP32)
 
 /* Elementwise kernels of this row, in rows.c. */
 void CAT(ktk_quantise_, KTK_ISA)(const float *, int, int, int, int, int, uint8_t *, float *, int32_t *);
-void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *, float *, int, const float *, const float *, float *);
+void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *, const float *, int, const float *, const float *,
+                                 float *);
 void CAT(ktk_load_, KTK_ISA)(int, const void *, int64_t, float *);
 void CAT(ktk_store_, KTK_ISA)(int, const float *, int64_t, void *);
-void CAT(ktk_add_scaled_, KTK_ISA)(float *, const float *, float, int64_t);
+void CAT(ktk_combine_, KTK_ISA)(const float *, int64_t, const int32_t *, const float *, int, int, float *);
 void CAT(ktk_add_, KTK_ISA)(float *, const float *, int64_t);
 int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *, int, const void *const *, int, const float *, int, int,
                                   float *, uint8_t *);
@@ -423,7 +422,7 @@ const ktk_kernels CAT(ktk_kernels_, KTK_ISA) = {
     .activate = CAT(ktk_activate_, KTK_ISA),
     .load = CAT(ktk_load_, KTK_ISA),
     .store = CAT(ktk_store_, KTK_ISA),
-    .add_scaled = CAT(ktk_add_scaled_, KTK_ISA),
+    .combine = CAT(ktk_combine_, KTK_ISA),
     .add = CAT(ktk_add_, KTK_ISA),
     .pack_panel = CAT(ktk_pack_panel_, KTK_ISA),
 };

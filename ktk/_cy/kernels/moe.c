@@ -232,10 +232,8 @@ static void combine_task(operation *op, int64_t index, int thread) {
     const float *y = y_buffer(op, t);
     float acc[DOWN_COLUMNS];
     for (int64_t token = t->first; token < t->first + t->count; token++) {
-        memset(acc, 0, sizeof acc);
-        for (int64_t j = token * op->top_k; j < (token + 1) * op->top_k; j++)
-            if (op->place[j] >= 0)
-                op->kernels->add_scaled(acc, y + op->place[j] * stride, op->weights[j], stride);
+        const int64_t pair = token * op->top_k;
+        op->kernels->combine(y, stride, op->place + pair, op->weights + pair, op->top_k, (int)stride, acc);
         int64_t at = token * hidden + column;
         if (op->add) op->kernels->add(acc, op->add + at, n);
         op->kernels->store(op->dtype, acc, n, (uint8_t *)op->out + at * dtype_bytes(op->dtype));

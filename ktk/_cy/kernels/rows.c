@@ -1,18 +1,14 @@
-/* Elementwise kernels of one ISA row: activation quantisation, the activation function, dtype conversion,
- * sums. Plain C in loops of 16 lanes that the compiler turns into this row's vectors; every operation is IEEE
- * and stands in the order ktk/reference states, so all rows agree bit for bit.
+/* Elementwise kernels of one ISA row: activation quantisation, the activation function, dtype conversion, sums.
+ * Every operation is IEEE and stands in the order ktk/reference states, so all rows agree bit for bit.
  *
- * Comparisons are written so that a NaN operand is kept: `low > x ? low : x` is maxps(low, x). */
-#include <immintrin.h>
+ * maxps(low, x) and minps(high, x) give x where it is NaN: the operands stand so that a NaN is kept. */
 #include <math.h>
 #include <string.h>
 
 #include "ktk.h"
+#include "vec.h"
 
-#define CAT_(a, b) a##b
-#define CAT(a, b) CAT_(a, b)
-#define INLINE static inline __attribute__((always_inline))
-enum { L = 16 };
+enum { STEPS = 16 / LANES }; /* vectors of 16 lanes */
 
 INLINE uint32_t bits_of(float x) {
     uint32_t b;
@@ -24,25 +20,38 @@ INLINE float float_of(uint32_t b) {
     memcpy(&x, &b, 4);
     return x;
 }
-INLINE float at_least(float low, float x) { return low > x ? low : x; }
-INLINE float at_most(float high, float x) { return high < x ? high : x; }
 
 static const float MAGIC =
-    12582912.0f; /* 1.5 * 2^23: adding and subtracting rounds half to even below 2^22 */
+    12582912.0f; /* 1.5 * 2^23: added and subtracted, it rounds half to even below 2^22 */
 static const float TINY_AMAX = 1.5e-36f; /* below it 127 / amax overflows: the group counts as zero */
 static const uint32_t INF_BITS = 0x7f800000u;
 
+/* Sixteen codes at index i. */
+INLINE void store_codes(int codes_kind, uint8_t *codes, int i, const VI q[STEPS]) {
+#ifdef __AVX512F__
+    __m256i wide = _mm512_cvtepi32_epi16(q[0]);
+    __m128i narrow = _mm512_cvtepi32_epi8(q[0]);
+#else
+    __m256i wide = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
+    __m128i narrow = _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#endif
+    if (codes_kind == KTK_CODES_I8) {
+        _mm_storeu_si128((__m128i *)(codes + i), narrow);
+    } else { /* k order 0 2 1 3 */
+        wide = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(wide, 0xd8), 0xd8);
+        _mm256_storeu_si256((__m256i *)(codes + 2 * i), wide);
+    }
+}
+
 void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
                                  uint8_t *codes, float *scales, int32_t *correction) {
+    const VI magnitude_bits = VI_SET32(0x7fffffff);
     for (int g = 0, f_index = 0; g * group < n; g++) {
         const int begin = g * group, end = begin + group < n ? begin + group : n;
-        uint32_t lane_max[L] = {0}, magnitude = 0;
-        for (int i = begin; i < end; i += L)
-            for (int l = 0; l < L; l++) {
-                uint32_t b = bits_of(x[i + l]) & 0x7fffffffu;
-                lane_max[l] = b > lane_max[l] ? b : lane_max[l];
-            }
-        for (int l = 0; l < L; l++) magnitude = lane_max[l] > magnitude ? lane_max[l] : magnitude;
+        VI most = VI_ZERO();
+        for (int i = begin; i < end; i += LANES)
+            most = VI_MAX_U32(most, VI_AND(VI_LOAD(x + i), magnitude_bits));
+        const uint32_t magnitude = VI_REDUCE_MAX_U32(most);
         float amax = float_of(magnitude), inverse = 0.0f, scale = 0.0f;
         if (magnitude >= INF_BITS) {
             scale = float_of(0x7fc00000u);
@@ -53,80 +62,85 @@ void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int
         scales[g] = scale;
         for (int f = begin; f < end; f += fine, f_index++) {
             const int f_end = f + fine < end ? f + fine : end;
-            int32_t lane_sum[L] = {0}, sum = 0;
-            for (int i = f; i < f_end; i += L) {
-                int32_t q[L];
-                for (int l = 0; l < L; l++) { /* a NaN must not reach the integer conversion */
-                    float v = inverse == 0.0f ? 0.0f : x[i + l];
-                    q[l] = (int32_t)((v * inverse + MAGIC) - MAGIC);
-                    lane_sum[l] += q[l];
+            VI sum = VI_ZERO();
+            for (int i = f; i < f_end; i += 16) {
+                VI q[STEPS];
+                UNROLL
+                for (int v = 0; v < STEPS; v++) {
+                    q[v] = VI_ZERO(); /* not 0 * x: x may be NaN */
+                    if (inverse != 0.0f) q[v] = VI_ROUND(VF_MUL(VF_LOAD(x + i + v * LANES), VF_SET(inverse)));
+                    sum = VI_ADD32(sum, q[v]);
                 }
-                if (codes_kind == KTK_CODES_I8) {
-                    for (int l = 0; l < L; l++) codes[i + l] = (uint8_t)q[l];
-                } else {
-                    int16_t *wide = (int16_t *)codes + i;
-                    for (int l = 0; l < L; l += 4) {
-                        wide[l] = (int16_t)q[l];
-                        wide[l + 1] = (int16_t)q[l + 2];
-                        wide[l + 2] = (int16_t)q[l + 1];
-                        wide[l + 3] = (int16_t)q[l + 3];
-                    }
-                }
+                store_codes(codes_kind, codes, i, q);
             }
-            for (int l = 0; l < L; l++) sum += lane_sum[l];
-            correction[f_index] = -zero_point * sum;
+            correction[f_index] = -zero_point * VI_REDUCE_ADD32(sum);
         }
     }
 }
 
 /* exp on [-87, 88], Cephes' polynomial; see ktk/reference/activation.py. */
-INLINE float exp_clamped(float x) {
-    x = at_most(88.0f, at_least(-87.0f, x));
-    float n = (x * 1.44269504088896341f + MAGIC) - MAGIC;
-    float r = __builtin_fmaf(n, -0.693359375f, x);
-    r = __builtin_fmaf(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
-    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
-    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
-    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
-    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
-    p = __builtin_fmaf(p, r * r, r) + 1.0f;
+INLINE VF exp_clamped(VF x) {
+    const VF magic = VF_SET(MAGIC);
+    x = VF_MIN(VF_SET(88.0f), VF_MAX(VF_SET(-87.0f), x));
+    VF n = VF_SUB(VF_ADD(VF_MUL(x, VF_SET(1.44269504088896341f)), magic), magic);
+    VF r = VF_FMA(n, VF_SET(-0.693359375f), x);
+    r = VF_FMA(n, VF_SET(2.12194440e-4f), r);
+    VF p = VF_SET(1.9875691500e-4f);
+    p = VF_FMA(p, r, VF_SET(1.3981999507e-3f));
+    p = VF_FMA(p, r, VF_SET(8.3334519073e-3f));
+    p = VF_FMA(p, r, VF_SET(4.1665795894e-2f));
+    p = VF_FMA(p, r, VF_SET(1.6666665459e-1f));
+    p = VF_FMA(p, r, VF_SET(5.0000001201e-1f));
+    p = VF_ADD(VF_FMA(p, VF_MUL(r, r), r), VF_SET(1.0f));
     /* n + MAGIC holds the integer n in its low bits, NaN holds nonsense that p, a NaN too, swallows. */
-    uint32_t power = (bits_of(n + MAGIC) - bits_of(MAGIC) + 127u) << 23;
-    return p * float_of(power);
+    VI power = VI_SUB32(VI_BITS(VF_ADD(n, magic)), VI_SET32((int)bits_of(MAGIC) - 127));
+    return VF_MUL(p, VF_BITS(VI_SLL32(power, 23)));
 }
 
-INLINE float activate_one(const ktk_activation *act, float x) {
-    if (act->kind == KTK_SIGMOID_GLU) return x / (1.0f + exp_clamped(-(act->alpha * x)));
-    if (act->kind == KTK_GELU_TANH) {
-        float u = 1.5957691216057308f * __builtin_fmaf(0.044715f * (x * x), x, x);
-        return x / (1.0f + exp_clamped(-u));
+INLINE VF negative(VF x) { return VF_BITS(VI_XOR(VI_BITS(x), VI_SET32((int)0x80000000u))); }
+
+INLINE VF activate_one(const int KIND, const ktk_activation *act, VF x) {
+    const VF one = VF_SET(1.0f);
+    if (KIND == KTK_SIGMOID_GLU)
+        return VF_DIV(x, VF_ADD(one, exp_clamped(negative(VF_MUL(VF_SET(act->alpha), x)))));
+    if (KIND == KTK_GELU_TANH) {
+        VF cubic = VF_FMA(VF_MUL(VF_SET(0.044715f), VF_MUL(x, x)), x, x);
+        VF u = VF_MUL(VF_SET(1.5957691216057308f), cubic);
+        return VF_DIV(x, VF_ADD(one, exp_clamped(negative(u))));
     }
-    float positive = at_least(0.0f, x);
-    return positive * positive;
+    VF positive = VF_MAX(VF_ZERO(), x);
+    return VF_MUL(positive, positive);
 }
 
-void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *act, float *v, int num_panels, const float *gate_bias,
-                                 const float *up_bias, float *h) {
-    const ktk_activation a = *act;
-    for (int p = 0; p < num_panels; p++, v += (a.has_gate ? 2 : 1) * L, h += L) {
-        float *up = a.has_gate ? v + L : v;
-        if (up_bias)
-            for (int l = 0; l < L; l++) up[l] += up_bias[p * L + l];
-        if (!a.has_gate) {
-            for (int l = 0; l < L; l++) h[l] = activate_one(&a, up[l]);
-            continue;
+INLINE void activate(const int KIND, const ktk_activation *a, const float *v, int num_panels,
+                     const float *gate_bias, const float *up_bias, float *h) {
+    const int step = (a->has_gate ? 2 : 1) * KTK_PANEL;
+    for (int p = 0; p < num_panels; p++, v += step)
+        for (int l = p * KTK_PANEL; l < (p + 1) * KTK_PANEL; l += LANES) {
+            const float *at = v + l - p * KTK_PANEL;
+            VF up = VF_LOAD(a->has_gate ? at + KTK_PANEL : at);
+            if (up_bias) up = VF_ADD(up, VF_LOAD(up_bias + l));
+            if (!a->has_gate) {
+                VF_STORE(h + l, activate_one(KIND, a, up));
+                continue;
+            }
+            VF gate = VF_LOAD(at);
+            if (gate_bias) gate = VF_ADD(gate, VF_LOAD(gate_bias + l));
+            if (KIND == KTK_SIGMOID_GLU)
+                gate = VF_MIN(VF_SET(a->gate_max), VF_MAX(VF_SET(a->gate_min), gate));
+            VF u = VF_MIN(VF_SET(a->up_max), VF_MAX(VF_SET(a->up_min), up));
+            VF_STORE(h + l, VF_MUL(activate_one(KIND, a, gate), VF_ADD(u, VF_SET(a->up_offset))));
         }
-        if (gate_bias)
-            for (int l = 0; l < L; l++) v[l] += gate_bias[p * L + l];
-        if (a.kind == KTK_SIGMOID_GLU)
-            for (int l = 0; l < L; l++) v[l] = at_most(a.gate_max, at_least(a.gate_min, v[l]));
-        for (int l = 0; l < L; l++) {
-            float u = at_most(a.up_max, at_least(a.up_min, up[l])) + a.up_offset;
-            h[l] = activate_one(&a, v[l]) * u;
-        }
-    }
+}
+
+void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *act, const float *v, int num_panels,
+                                 const float *gate_bias, const float *up_bias, float *h) {
+    if (act->kind == KTK_SIGMOID_GLU)
+        activate(KTK_SIGMOID_GLU, act, v, num_panels, gate_bias, up_bias, h);
+    else if (act->kind == KTK_GELU_TANH)
+        activate(KTK_GELU_TANH, act, v, num_panels, gate_bias, up_bias, h);
+    else
+        activate(KTK_RELU2, act, v, num_panels, gate_bias, up_bias, h);
 }
 
 INLINE uint16_t to_bf16(float x) {
@@ -165,8 +179,14 @@ void CAT(ktk_store_, KTK_ISA)(int dtype, const float *src, int64_t n, void *dst)
     }
 }
 
-void CAT(ktk_add_scaled_, KTK_ISA)(float *acc, const float *y, float weight, int64_t n) {
-    for (int64_t i = 0; i < n; i++) acc[i] = __builtin_fmaf(y[i], weight, acc[i]);
+void CAT(ktk_combine_, KTK_ISA)(const float *y, int64_t stride, const int32_t *place, const float *weights,
+                                int top_k, int n, float *acc) {
+    for (int i = 0; i < n; i += LANES) {
+        VF sum = VF_ZERO();
+        for (int j = 0; j < top_k; j++)
+            if (place[j] >= 0) sum = VF_FMA(VF_LOAD(y + place[j] * stride + i), VF_SET(weights[j]), sum);
+        VF_STORE(acc + i, sum);
+    }
 }
 
 void CAT(ktk_add_, KTK_ISA)(float *acc, const float *y, int64_t n) {

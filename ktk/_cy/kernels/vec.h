@@ -4,6 +4,7 @@
 #define KTK_VEC_H
 
 #include <immintrin.h>
+#include <stdint.h>
 
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
@@ -47,6 +48,12 @@ typedef __m512 VF;
 #define VF_WHERE_0(a, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, VF_ZERO(), _CMP_EQ_OQ), yes)
 #define VI_SRL32 _mm512_srli_epi32
 #define VI_BF16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
+#define VI_XOR _mm512_xor_si512
+#define VI_SUB32 _mm512_sub_epi32
+#define VI_MAX_U32 _mm512_max_epu32
+#define VI_ROUND(x) _mm512_cvtps_epi32(x)
+#define VI_REDUCE_ADD32 _mm512_reduce_add_epi32
+#define VI_REDUCE_MAX_U32 _mm512_reduce_max_epu32
 #else
 enum { PV = 2, LANES = 8 };
 typedef __m256i VI;
@@ -81,6 +88,20 @@ typedef __m256 VF;
 #define VF_WHERE_0(a, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, VF_ZERO(), _CMP_EQ_OQ))
 #define VI_SRL32 _mm256_srli_epi32
 #define VI_BF16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define VI_XOR _mm256_xor_si256
+#define VI_SUB32 _mm256_sub_epi32
+#define VI_MAX_U32 _mm256_max_epu32
+#define VI_ROUND(x) _mm256_cvtps_epi32(x)
+INLINE int32_t VI_REDUCE_ADD32(VI x) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+INLINE uint32_t VI_REDUCE_MAX_U32(VI x) {
+    __m128i half = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
 #endif
 
 #endif
