@@ -11,9 +11,14 @@ HUGE_PAGE = 2 << 20
 
 
 def aligned_buffer(num_bytes: int) -> np.ndarray:
-    """Zeroed uint8 (num_bytes,), page aligned, huge-page advised where the OS has them."""
-    memory = mmap.mmap(-1, max(-(-num_bytes // HUGE_PAGE) * HUGE_PAGE, HUGE_PAGE))
+    """Zeroed uint8 (num_bytes,), aligned to 2 MiB, huge-page advised where the OS has them."""
+    size = max(-(-num_bytes // HUGE_PAGE), 1) * HUGE_PAGE
+    # Private: the OS makes no huge pages of shared memory, mmap's default. One more to begin at a multiple.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size + HUGE_PAGE, **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8, count=num_bytes)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE
+    return whole[start : start + num_bytes]

@@ -46,6 +46,13 @@ INLINE void prefetch(const uint8_t *p, int bytes) {
     for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)p + i, _MM_HINT_T1);
 }
 
+/* Sums of a row that run side by side where few rows would leave VPDPBUSD waiting for its own result. */
+#ifdef __AVX512VNNI__
+#define CHAINS(MR) ((MR) == 1 ? 4 : (MR) < 4 ? 2 : 1)
+#else
+#define CHAINS(MR) 1
+#endif
+
 /* 32 k of one panel against MR rows: acc += sum of code products. a: first of the rows' codes. */
 INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const uint8_t *a,
                   VI acc[MAX_ROWS][PV]) {
@@ -55,7 +62,8 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
         for (int r = 0; r < 8; r++) {
             VI w = VI_LOAD(codes + 64 * r);
             UNROLL
-            for (int m = 0; m < MR; m++) VI_DOT_BROADCAST(acc[m][0], w, a + 4 * (MR * r + m));
+            for (int m = 0; m < MR; m++)
+                VI_DOT_BROADCAST(acc[m + r % CHAINS(MR) * MR][0], w, a + 4 * (MR * r + m));
         }
     } else {
         VI mask = VI_SET8(15);
@@ -64,9 +72,12 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
             VI w = VI_LOAD(codes + 64 * r);
             VI low = VI_AND(w, mask), high = VI_AND(VI_SRL16(w, 4), mask);
             UNROLL
-            for (int m = 0; m < MR; m++) VI_DOT_BROADCAST(acc[m][0], low, a + 4 * (MR * 2 * r + m));
+            for (int m = 0; m < MR; m++)
+                VI_DOT_BROADCAST(acc[m + 2 * r % CHAINS(MR) * MR][0], low, a + 4 * (MR * 2 * r + m));
             UNROLL
-            for (int m = 0; m < MR; m++) VI_DOT_BROADCAST(acc[m][0], high, a + 4 * (MR * (2 * r + 1) + m));
+            for (int m = 0; m < MR; m++)
+                VI_DOT_BROADCAST(acc[m + (2 * r + 1) % CHAINS(MR) * MR][0], high,
+                                 a + 4 * (MR * (2 * r + 1) + m));
         }
     }
 #else
@@ -144,8 +155,8 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
             const int f_end = f + fine < c_end ? f + fine : c_end;
             VI acc[MAX_ROWS][PV];
             UNROLL
-            for (int m = 0; m < MR; m++) UNROLL
-            for (int v = 0; v < PV; v++) acc[m][v] = VI_SET32(correction[m]);
+            for (int m = 0; m < MR * CHAINS(MR); m++) UNROLL
+            for (int v = 0; v < PV; v++) acc[m][v] = m < MR ? VI_SET32(correction[m]) : VI_ZERO();
             correction += MR;
             for (int k = f; k < f_end; k += 32, codes += bytes_32k, a += 8 * unit * MR) {
                 if (ahead) {
@@ -154,6 +165,9 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
                 }
                 dot32(MR, FORMAT, codes, a, acc);
             }
+            UNROLL
+            for (int m = MR; m < MR * CHAINS(MR); m++) UNROLL
+            for (int v = 0; v < PV; v++) acc[m % MR][v] = VI_ADD32(acc[m % MR][v], acc[m][v]);
             UNROLL
             for (int v = 0; v < PV; v++) {
                 VF scale = VF_ZERO();
