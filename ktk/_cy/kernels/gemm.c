@@ -154,9 +154,8 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
         for (int f = c; KIND == EQUAL ? f == c : f < c_end; f += fine) {
             const int f_end = f + fine < c_end ? f + fine : c_end;
             VI acc[MAX_ROWS][PV];
-            UNROLL
-            for (int m = 0; m < MR * CHAINS(MR); m++) UNROLL
-            for (int v = 0; v < PV; v++) acc[m][v] = m < MR ? VI_SET32(correction[m]) : VI_ZERO();
+            for (int m = 0; m < MR * CHAINS(MR); m++)
+                for (int v = 0; v < PV; v++) acc[m][v] = m < MR ? VI_SET32(correction[m]) : VI_ZERO();
             correction += MR;
             for (int k = f; k < f_end; k += 32, codes += bytes_32k, a += 8 * unit * MR) {
                 if (ahead) {
@@ -165,9 +164,8 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
                 }
                 dot32(MR, FORMAT, codes, a, acc);
             }
-            UNROLL
-            for (int m = MR; m < MR * CHAINS(MR); m++) UNROLL
-            for (int v = 0; v < PV; v++) acc[m % MR][v] = VI_ADD32(acc[m % MR][v], acc[m][v]);
+            for (int m = MR; m < MR * CHAINS(MR); m++)
+                for (int v = 0; v < PV; v++) acc[m % MR][v] = VI_ADD32(acc[m % MR][v], acc[m][v]);
             UNROLL
             for (int v = 0; v < PV; v++) {
                 VF scale = VF_ZERO();
