@@ -9,5 +9,5 @@ INT8 = QuantFormat(
     zero_point=128,
     code_min=-127,
     code_max=127,
-    default_activation_group=32,
+    default_activation_group=64,
 )

@@ -85,16 +85,25 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
     if (FORMAT == KTK_INT8) { /* widen, not maddubs: 255*127*2 overflows i16; a is int16, k order 0 2 1 3 */
         VI mask = VI_SET16(255);
         UNROLL
-        for (int r = 0; r < 8; r++) UNROLL
-        for (int v = 0; v < PV; v++) {
-            VI w = VI_LOAD(codes + 64 * r + 32 * v);
-            VI even = VI_AND(w, mask), odd = VI_SRL16(w, 8);
+        for (int r = 0; r < 8; r++) {
+            VI even[PV], odd[PV];
+            UNROLL
+            for (int v = 0; v < PV; v++) {
+                VI w = VI_LOAD(codes + 64 * r + 32 * v);
+                even[v] = VI_AND(w, mask);
+                odd[v] = VI_SRL16(w, 8);
+            }
             UNROLL
             for (int m = 0; m < MR; m++) {
                 const uint8_t *pair = a + 8 * (MR * r + m);
-                VI sum =
-                    VI_ADD32(VI_MADD(even, VI_SET32(load32(pair))), VI_MADD(odd, VI_SET32(load32(pair + 4))));
-                acc[m][v] = VI_ADD32(acc[m][v], sum);
+                VI first = VI_SET32(load32(pair)), second = VI_SET32(load32(pair + 4));
+                UNROLL
+                for (int v = 0; v < PV; v++) {
+                    acc[m][v] = VI_ADD32(acc[m][v], VI_MADD(even[v], first));
+                    VI_PIN(acc[m][v]);
+                    acc[m][v] = VI_ADD32(acc[m][v], VI_MADD(odd[v], second));
+                    VI_PIN(acc[m][v]);
+                }
             }
         }
     } else { /* eight maddubs of nibbles fit i16: 15*127*2*8 = 30480 */
@@ -116,6 +125,7 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
                 for (int v = 0; v < PV; v++) {
                     VI product = VI_MADDUBS(w[v], quad);
                     sum[m][v] = r + half ? VI_ADD16(sum[m][v], product) : product;
+                    VI_PIN(sum[m][v]);
                 }
             }
         }

@@ -9,6 +9,8 @@
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
 #define INLINE static inline __attribute__((always_inline))
+/* Sums in the order written: GCC makes trees of integer additions and has no registers for them. */
+#define VI_PIN(x) __asm__("" : "+v"(x))
 #define UNROLL _Pragma("GCC unroll 16")
 
 #ifdef __AVX512F__
