@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
+NUMA_TESTS ?= tests/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*/*.c ktk/_cy/*/*.h)
 
-.PHONY: setup demo test lint bench doctor clean
+.PHONY: setup demo test test-numa lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -32,6 +33,10 @@ endif
 test: setup lint
 	$(BIN)/python -m pytest
 
+# In a virtual machine with two NUMA nodes, emulated: minutes. As root it installs qemu, else it says how.
+test-numa: setup
+	$(BIN)/python tests/numa/run.py --install -- -m pytest $(NUMA_TESTS)
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -46,4 +51,4 @@ doctor: setup
 	$(BIN)/ktk doctor
 
 clean:
-	rm -rf $(VENV) build *.egg-info ktk/_cy/native.c ktk/_cy/*.so .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache/numa build *.egg-info ktk/_cy/native.c ktk/_cy/*.so .mypy_cache .ruff_cache

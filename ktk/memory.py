@@ -7,6 +7,8 @@ import mmap
 
 import numpy as np
 
+from ktk import numa
+
 HUGE_PAGE = 2 << 20
 
 
@@ -22,3 +24,10 @@ def aligned_buffer(num_bytes: int) -> np.ndarray:
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % HUGE_PAGE
     return whole[start : start + num_bytes]
+
+
+def node_of_pages(array: np.ndarray) -> np.ndarray:
+    """int32 (num_pages,): the NUMA node of each 4 KiB page of a C-contiguous array, as ``numa.page_nodes`` tells it."""
+    if not array.flags.c_contiguous:
+        raise ValueError("the array has gaps between its rows: must be C-contiguous")
+    return numa.page_nodes(array.ctypes.data, array.nbytes)

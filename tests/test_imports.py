@@ -12,7 +12,7 @@ import ktk
 PACKAGE = Path(ktk.__file__).parent
 # From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    ("errors", "types", "layout", "formats", "env", "_log", "memory", "_cy"),
+    ("errors", "types", "layout", "formats", "env", "_log", "numa", "memory", "_cy"),
     ("cpu",),
     ("checkpoint",),
     ("models",),
