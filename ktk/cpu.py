@@ -173,14 +173,26 @@ def cpu_quota(root: Path | str = "/") -> float | None:
     return min(found, default=None)
 
 
+def cores_of(cpus: tuple[int, ...], root: Path | str = "/") -> list[tuple[int, ...]]:
+    """The physical cores among ``cpus`` that this process may use, each with its allowed SMT siblings."""
+    allowed = set(allowed_cpus())
+    cores: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for cpu in sorted(allowed & set(cpus)):
+        siblings = _siblings(cpu, Path(root))
+        cores[siblings] = tuple(c for c in siblings if c in allowed)
+    return list(cores.values())
+
+
+def _siblings(cpu: int, root: Path) -> tuple[int, ...]:
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    text = _read(topology / "thread_siblings_list") or _read(topology / "core_cpus_list")
+    return tuple(_cpu_list(text)) if text else (cpu,)
+
+
 def num_physical_cores(root: Path | str = "/", allowed: list[int] | None = None) -> int:
     """Physical cores this process may use: affinity, SMT siblings counted once, cgroup quota; at least 1."""
     cpus = allowed_cpus() if allowed is None else allowed
-    cores = set()
-    for cpu in cpus:
-        topology = Path(root) / f"sys/devices/system/cpu/cpu{cpu}/topology"
-        siblings = _read(topology / "thread_siblings_list") or _read(topology / "core_cpus_list")
-        cores.add(tuple(_cpu_list(siblings)) if siblings else (cpu,))
+    cores = {_siblings(cpu, Path(root)) for cpu in cpus}
     quota = cpu_quota(root)
     limit = len(cores) if quota is None else min(len(cores), max(1, int(quota)))
     return max(1, limit)

@@ -151,12 +151,11 @@ class MoE:
     ) -> None:
         backend = backends.select(method, packed.spec)
         layout = engine.acquire(self, num_threads)
-        self.packed = packed
         self.spec = packed.spec
         self.backend = backend.name
         self.kernel = backend.kernel(packed.spec)
         self.num_threads = layout.num_threads
-        self.runner = backend.load(packed, layout.num_threads)
+        self.runner = backend.load(packed, layout)
 
     @classmethod
     def from_weights(
@@ -306,9 +305,14 @@ class MoE:
             )
         return self.runner.linear(projection, x, ids)
 
+    @property
+    def packed(self) -> Packed:
+        """The experts; on a machine of several NUMA nodes a copy, put together from its parts."""
+        return self.runner.packed()
+
     def __repr__(self) -> str:
         s = self.spec
         return (
             f"MoE({s.num_experts} experts, {s.hidden_size} x {s.intermediate_size}, {self.backend}: {self.kernel}, "
-            f"{self.packed.bits_per_weight:.2f} bits per weight, {self.num_threads} threads)"
+            f"{s.bits_per_weight:.2f} bits per weight, {self.num_threads} threads)"
         )

@@ -155,6 +155,11 @@ class MoESpec:
         return (3 if self.has_gate else 2) * self.hidden_size * self.intermediate_size
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits at rest per weight, scales, padding and biases included."""
+        return self.layout.expert_bytes * 8 / self.num_weights
+
+    @property
     def layout(self) -> ExpertLayout:
         """Where an expert's panels lie; see ``ktk.layout``."""
         from ktk.layout import expert_layout
@@ -180,6 +185,22 @@ class MoESpec:
 
 
 @dataclass(frozen=True)
+class EngineLayout:
+    """How the process's threads and weights lie over the machine.
+
+    num_threads : threads in all, the caller's counted. threadpool_count : parts they and every expert are split into.
+    numa_nodes : the node of each part. cores : the CPUs each thread is pinned to, in the order of the parts; () = the
+        OS decides. is_bound : weights are copied to memory of their part's node.
+    """
+
+    num_threads: int
+    threadpool_count: int = 1
+    numa_nodes: tuple[int, ...] = (0,)
+    cores: tuple[tuple[int, ...], ...] = ()
+    is_bound: bool = False
+
+
+@dataclass(frozen=True)
 class Packed:
     """One layer's experts in panel16 layout, ready for every kernel.
 
@@ -202,7 +223,7 @@ class Packed:
     @property
     def bits_per_weight(self) -> float:
         """Bits at rest per weight, scales, padding and biases included."""
-        return self.spec.layout.expert_bytes * 8 / self.spec.num_weights
+        return self.spec.bits_per_weight
 
 
 class ExpertWeights(NamedTuple):

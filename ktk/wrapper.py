@@ -62,8 +62,8 @@ class KTMoEWrapper:
         True = runs on the GPU, skipped here. Copied; update ``wrapper.gpu_experts_mask`` in place (or
         assign to it) and the next submit_forward sees it. An int n means the first n experts.
     cpuinfer_threads, threadpool_count, numa_nodes : int, int, sequence of int, or None
-        Layout of the process-wide engine; None takes what is there. It is checked and kept to by all wrappers,
-        but this version runs one pool: threads and memory are not bound to NUMA nodes yet.
+        Layout of the process-wide engine: threads in all, the parts they and each expert are split into, the NUMA
+        node of each part. None takes what is there, at first every physical core and every node.
     weight_path : str, path or None
         A packed directory (``ktk convert``) or an ordinary Hugging Face one, quantised at load.
     chunked_prefill_size : int

@@ -20,7 +20,7 @@ from ktk.backends.base import Runner
 from ktk.formats import FORMATS
 from ktk.formats.floats import f32_to_bf16
 from ktk.reference.moe import ExactExperts
-from ktk.types import Activation, MoESpec, Packed
+from ktk.types import Activation, EngineLayout, MoESpec, Packed
 
 FORMAT_GROUPS = [(f.name, g) for f in FORMATS.values() for g in f.group_sizes]
 IMPLEMENTATIONS = [
@@ -37,11 +37,11 @@ def load(implementation: tuple[str, str], packed: Packed, num_threads: int = 2) 
             pytest.skip("the compiled extension is not built")
         if lacking := cpu.missing(row, cpu.detect()):
             pytest.skip(f"{row}: CPU lacks {', '.join(lacking)}")
-        return NativeRunner(packed, row, num_threads)
+        return NativeRunner(packed, row, EngineLayout(num_threads))
     backend = backends.backends()[name]
     if reason := backend.why_not(packed.spec):
         pytest.skip(f"{name}: {reason}")
-    return backend.load(packed, num_threads)
+    return backend.load(packed, EngineLayout(num_threads))
 
 
 def run(
@@ -152,7 +152,7 @@ def test_any_shape_runs_exactly(
     want = ExactExperts(packed).forward(x, ids, weights, skip)
     for backend in backends.backends().values():
         if backend.why_not(spec) is None and backend.name not in ("NUMPY", "NUMBA"):
-            assert_exact(want, run(backend.load(packed, 2), x, ids, weights, skip))
+            assert_exact(want, run(backend.load(packed, EngineLayout(2)), x, ids, weights, skip))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])

@@ -17,7 +17,7 @@ from ktk import backends
 from ktk.backends.base import Backend, Runner
 from ktk.reference.moe import ExactExperts
 from ktk.runtime import engine
-from ktk.types import MoESpec, Packed
+from ktk.types import EngineLayout, MoESpec, Packed
 
 
 @pytest.fixture
@@ -289,8 +289,8 @@ def test_a_plugged_in_backend_is_listed_and_runs(packed: Packed, monkeypatch) ->
         def kernel(self, spec: MoESpec) -> str:
             return "plug"
 
-        def load(self, packed: Packed, num_threads: int) -> Runner:
-            return backends.backends()["NUMPY"].load(packed, num_threads)
+        def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+            return backends.backends()["NUMPY"].load(packed, engine)
 
     class Entry:
         name = "plug"

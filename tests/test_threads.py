@@ -19,7 +19,7 @@ from ktk.backends import _openmp
 from ktk.backends.base import Runner
 from ktk.pack import best_isa
 from ktk.reference.moe import ExactExperts
-from ktk.types import MoESpec
+from ktk.types import EngineLayout, MoESpec
 
 pytestmark = pytest.mark.skipif(best_isa() is None, reason="no compiled kernels run here")
 
@@ -36,7 +36,11 @@ def case(num_threads: int) -> tuple[Runner, tuple[np.ndarray, ...]]:
     packed = pack_all(spec, random_experts(spec, 1))
     ids, weights = random_routing(40, 3, 8, 2)
     backend = next(b for b in backends.backends().values() if b.why_not(spec) is None)
-    return backend.load(packed, num_threads), (random_hidden(40, 128, 3), ids, weights)
+    return backend.load(packed, EngineLayout(num_threads)), (
+        random_hidden(40, 128, 3),
+        ids,
+        weights,
+    )
 
 
 def run(runner: Runner, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -99,7 +103,10 @@ def test_the_callers_float_mode_changes_nothing() -> None:
     x = (random_hidden(33, 64, 3) * 1e-19).astype(np.float32)
     weights = (weights * 1e-4).astype(np.float32)
     backend = next(b for b in backends.backends().values() if b.why_not(spec) is None)
-    runner, want = backend.load(packed, 2), ExactExperts(packed).forward(x, ids, weights)
+    runner, want = (
+        backend.load(packed, EngineLayout(2)),
+        ExactExperts(packed).forward(x, ids, weights),
+    )
     assert torch.set_flush_denormal(True)
     try:
         got = [run(runner, (x, ids, weights)) for _ in range(20)]
@@ -109,3 +116,28 @@ def test_the_callers_float_mode_changes_nothing() -> None:
     assert caller_flushes  # the caller's own mode is given back
     for result in got:
         assert_exact(want, result)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize(("name", "group"), [("int4", 32), ("int8", 0), ("bf16", 0)])
+def test_experts_split_over_nodes_give_the_same_bits(name: str, group: int, count: int) -> None:
+    """Parts on one node: what two nodes run (tests/test_numa.py) but for where the memory is."""
+    spec = MoESpec(
+        6, 208, 272, name, group, has_bias=True
+    )  # 13 and 17 panels: nothing halves evenly
+    packed = pack_all(spec, random_experts(spec, 1))
+    x, (ids, weights) = random_hidden(40, 208, 3), random_routing(40, 3, 6, 2)
+    backend = next(b for b in backends.backends().values() if b.why_not(spec) is None)
+    layout = EngineLayout(count + 1, count, (0,) * count, is_bound=True)
+    runner, whole = backend.load(packed, layout), backend.load(packed, EngineLayout(1))
+    want = ExactExperts(packed).forward(x, ids, weights)
+    for tokens in (1, 3, 40):
+        out = np.empty_like(x[:tokens])
+        runner.forward(x[:tokens], ids[:tokens], weights[:tokens], None, out, None)
+        assert_exact(want[:tokens], out)
+    for projection, rows in (("gate_up", x), ("down", random_hidden(40, 272, 5))):
+        experts = np.arange(40) % 6
+        assert_exact(
+            whole.linear(projection, rows, experts), runner.linear(projection, rows, experts)
+        )
+    assert np.array_equal(runner.packed().data, packed.data)

@@ -117,16 +117,35 @@ def probe_features():
     return [ktk_probe_feature_name(i).decode() for i in range(ktk_probe_num_features()) if found >> i & 1]
 
 
+cdef extern from "sched.h" nogil:
+    ctypedef struct cpu_set_t:
+        pass
+    void CPU_ZERO(cpu_set_t *cpus)
+    void CPU_SET(int cpu, cpu_set_t *cpus)
+    int CPU_SETSIZE
+
+
 cdef class _Pool:
-    """A C thread pool; shared by every Experts that asks for the same number of threads."""
+    """A C thread pool; shared by every Experts of the same engine layout."""
 
     cdef ktk_pool *pool
     cdef object pid
     cdef object __weakref__
 
-    def __cinit__(self, int num_threads):
+    def __cinit__(self, int num_threads, int num_parts, cores):
+        cdef cpu_set_t *masks = NULL
+        cdef int i
         self.pid = os.getpid()
-        self.pool = ktk_pool_new(num_threads, 1, NULL)
+        if cores and max(max(cpus) for cpus in cores) < CPU_SETSIZE:
+            masks = <cpu_set_t *>malloc(<size_t>num_threads * sizeof(cpu_set_t))
+            if masks == NULL:
+                raise MemoryError("no memory for CPU masks")
+            for i in range(num_threads):
+                CPU_ZERO(&masks[i])
+                for cpu in cores[i]:
+                    CPU_SET(cpu, &masks[i])
+        self.pool = ktk_pool_new(num_threads, num_parts, masks)
+        free(masks)
         if self.pool == NULL:
             raise MemoryError(f"cannot start {num_threads} threads")
 
@@ -150,9 +169,10 @@ def own_threads_only():
 _pools = weakref.WeakValueDictionary()
 
 
-def _pool_of(int num_threads):
-    key = (os.getpid(), num_threads)
-    return _pools.get(key) or _pools.setdefault(key, _Pool(num_threads))  # several threads may come here first
+def _pool_of(engine):
+    key = (os.getpid(), engine.num_threads, engine.threadpool_count, engine.cores)
+    # Several threads may come here first.
+    return _pools.get(key) or _pools.setdefault(key, _Pool(*key[1:]))
 
 
 cdef void _fill_matrix(ktk_matrix *m, layout, str weight_format):
@@ -181,15 +201,16 @@ cdef class Experts:
     cdef ktk_layer layer
     cdef const ktk_kernels *kernels
     cdef _Pool pool
-    cdef int num_threads
-    cdef object data
+    cdef object engine
+    cdef object parts
     cdef int pid
 
-    def __init__(self, spec, layout, data, str isa, int num_threads):
+    def __init__(self, spec, layout, parts, str isa, engine):
+        """parts : list of ktk.backends._parts.Part, at most KTK_MAX_PARTS. engine : ktk.types.EngineLayout."""
         self.kernels = _kernels(isa)
-        self.data = data
-        self.num_threads = num_threads
-        self.pool = _pool_of(num_threads)
+        self.parts = parts
+        self.engine = engine
+        self.pool = _pool_of(engine)
         self.pid = os.getpid()
         cdef ktk_layer *layer = &self.layer
         layer.num_experts = spec.num_experts
@@ -206,21 +227,26 @@ cdef class Experts:
         layer.activation.up_min = act.up_min
         layer.activation.up_max = act.up_max
         layer.activation.up_offset = act.up_offset
-        layer.num_parts = 1
-        cdef ktk_part *part = &layer.parts[0]
-        part.expert_bytes = layout.expert_bytes
-        part.down_offset = layout.down_offset
-        part.gate_bias_offset = layout.gate_bias_offset
-        part.up_bias_offset = layout.up_bias_offset
-        part.down_bias_offset = layout.down_bias_offset
-        part.num_up_panels = layout.gate_up.num_panels
-        part.num_down_panels = layout.down.num_panels
-        part.data = <const uint8_t *>_address(data)
+        cdef ktk_part *part
+        assert len(parts) <= KTK_MAX_PARTS
+        layer.num_parts = len(parts)
+        for i, given in enumerate(parts):
+            part = &layer.parts[i]
+            part.data = <const uint8_t *>_address(given.data)
+            part.expert_bytes = given.data.shape[1]
+            part.down_offset = given.down_offset
+            part.gate_bias_offset = given.gate_bias_offset
+            part.up_bias_offset = given.up_bias_offset
+            part.down_bias_offset = given.down_bias_offset
+            part.first_up_panel = given.first_up_panel
+            part.num_up_panels = given.num_up_panels
+            part.first_down_panel = given.first_down_panel
+            part.num_down_panels = given.num_down_panels
 
     cdef _Pool _pool(self):
         """The pool, a new one after a fork. Callers keep the reference while they run."""
         if self.pid != os.getpid():
-            self.pool = _pool_of(self.num_threads)
+            self.pool = _pool_of(self.engine)
             self.pid = os.getpid()
         return self.pool
 

@@ -9,16 +9,22 @@ import numpy as np
 from ktk import cpu
 from ktk._cy import native_module
 from ktk.backends._openmp import borrow
+from ktk.backends._parts import join, parts_of
 from ktk.backends.base import Backend, Runner, describe
-from ktk.types import MoESpec, Packed
+from ktk.types import EngineLayout, MoESpec, Packed
 
 
 class NativeRunner(Runner):
-    def __init__(self, packed: Packed, isa: str, num_threads: int) -> None:
+    def __init__(self, packed: Packed, isa: str, engine: EngineLayout) -> None:
         self.native: Any = native_module()
-        self.experts = self.native.Experts(
-            packed.spec, packed.spec.layout, packed.data, isa, num_threads
-        )
+        self.spec = packed.spec
+        self.parts = parts_of(packed, engine)
+        self.experts = self.native.Experts(packed.spec, packed.spec.layout, self.parts, isa, engine)
+
+    def packed(self) -> Packed:
+        if len(self.parts) == 1:
+            return Packed(self.spec, self.parts[0].data)
+        return join(self.spec, self.parts)
 
     def forward(
         self,
@@ -67,7 +73,7 @@ class NativeBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"{self.isa()} {describe(spec)}"
 
-    def load(self, packed: Packed, num_threads: int) -> Runner:
+    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
         isa = self.isa()
         assert isa is not None  # select() asked why_not first
-        return NativeRunner(packed, isa, num_threads)
+        return NativeRunner(packed, isa, engine)

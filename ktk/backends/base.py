@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from ktk.types import MoESpec, Packed
+from ktk.types import EngineLayout, MoESpec, Packed
 
 
 class Runner(ABC):
@@ -38,6 +38,10 @@ class Runner(ABC):
         expert_ids : int64 (rows,), all valid. Returns float32 (rows, out_features).
         """
 
+    @abstractmethod
+    def packed(self) -> Packed:
+        """The experts it runs, in one piece; put together again if they were split over NUMA nodes."""
+
 
 class Backend(ABC):
     """Kernels for one kind of CPU."""
@@ -53,8 +57,8 @@ class Backend(ABC):
         """What will really run, e.g. ``avx512vnni int4 g32``."""
 
     @abstractmethod
-    def load(self, packed: Packed, num_threads: int) -> Runner:
-        """A runner over ``packed``, which is shared, not copied."""
+    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+        """A runner over ``packed``: shared, not copied, but where ``engine`` binds weights to NUMA nodes."""
 
 
 def describe(spec: MoESpec) -> str:

@@ -14,7 +14,7 @@ from ktk.formats.floats import bf16_to_f32, to_f32
 from ktk.layout import PANEL
 from ktk.reference.linear import quantise_activations
 from ktk.reference.moe import ExactExperts, poison_rows
-from ktk.types import ACTIVATION_KINDS, MoESpec, Packed
+from ktk.types import ACTIVATION_KINDS, EngineLayout, MoESpec, Packed
 
 F = np.float32
 
@@ -29,6 +29,9 @@ class NumbaRunner(Runner):
         self.view = ExactExperts(packed)
         self.spec = packed.spec
         self.num_threads = num_threads
+
+    def packed(self) -> Packed:
+        return Packed(self.spec, self.view.data)
 
     def _linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         """float32 (rows, in_features) to (rows, out_features), bias added."""
@@ -137,5 +140,5 @@ class NumbaBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"numba {describe(spec)}"
 
-    def load(self, packed: Packed, num_threads: int) -> Runner:
-        return NumbaRunner(packed, num_threads)
+    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+        return NumbaRunner(packed, engine.num_threads)

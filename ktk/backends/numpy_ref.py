@@ -7,7 +7,7 @@ import numpy as np
 from ktk.backends.base import Backend, Runner, describe
 from ktk.formats.floats import f32_to_bf16, to_f32
 from ktk.reference.moe import ExactExperts, poison_rows
-from ktk.types import MoESpec, Packed
+from ktk.types import EngineLayout, MoESpec, Packed
 
 
 def store_rows(y: np.ndarray, out: np.ndarray) -> None:
@@ -19,6 +19,9 @@ def store_rows(y: np.ndarray, out: np.ndarray) -> None:
 class NumpyRunner(Runner):
     def __init__(self, packed: Packed) -> None:
         self.experts = ExactExperts(packed)
+
+    def packed(self) -> Packed:
+        return Packed(self.experts.spec, self.experts.data)
 
     def forward(
         self,
@@ -54,5 +57,5 @@ class NumpyBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"numpy {describe(spec)}"
 
-    def load(self, packed: Packed, num_threads: int) -> Runner:
+    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
         return NumpyRunner(packed)

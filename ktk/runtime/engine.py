@@ -8,19 +8,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from dataclasses import dataclass
 
 from ktk import cpu, env
 from ktk.errors import EngineError
+from ktk.types import EngineLayout
 
-
-@dataclass(frozen=True)
-class EngineLayout:
-    """num_threads over threadpool_count parts on numa_nodes (one node id per part)."""
-
-    num_threads: int
-    threadpool_count: int
-    numa_nodes: tuple[int, ...]
+MAX_PARTS = 16  # KTK_MAX_PARTS of the C side
 
 
 class Holder:
@@ -50,7 +43,8 @@ def acquire(
 ) -> EngineLayout:
     """Register ``user`` (weakly) and return the layout it shares with all others.
 
-    num_threads defaults to KTK_NUM_THREADS or the physical cores this process may use.
+    num_threads defaults to KTK_NUM_THREADS or the physical cores this process may use; numa_nodes to the nodes
+    that have such cores, threadpool_count to their number.
     Raises ValueError for a layout this machine cannot have, EngineError if it conflicts.
     """
     global _layout
@@ -83,8 +77,13 @@ def _new_layout(
     num_threads: int | None, threadpool_count: int | None, numa_nodes: tuple[int, ...] | None
 ) -> EngineLayout:
     threads = num_threads or env.num_threads() or cpu.num_physical_cores()
-    count = threadpool_count or (len(numa_nodes) if numa_nodes else 1)
-    present = tuple(node.id for node in cpu.numa_nodes()) or (0,)
+    present = {node.id: node for node in cpu.numa_nodes()}
+    cores = {node: cpu.cores_of(present[node].cpus) for node in present}
+    usable = tuple(node for node in present if cores[node]) or tuple(present)
+    if numa_nodes is not None:
+        count = threadpool_count or len(numa_nodes)
+    else:
+        count = threadpool_count or min(len(usable), threads, MAX_PARTS)
     if numa_nodes is not None and len(numa_nodes) != count:
         raise ValueError(
             f"numa_nodes={list(numa_nodes)} has {len(numa_nodes)} entries: threadpool_count is {count}"
@@ -93,14 +92,41 @@ def _new_layout(
         raise ValueError(
             f"num_threads={threads} is below threadpool_count={count}: each part needs a thread"
         )
-    if count > len(present):
+    most = min(len(present), MAX_PARTS)
+    if count > most:
         raise ValueError(
-            f"threadpool_count={count}: this machine has NUMA nodes {list(present)}; use at most {len(present)}"
+            f"threadpool_count={count}: this machine has NUMA nodes {list(present)}; use at most {most}"
         )
-    nodes = numa_nodes if numa_nodes is not None else present[:count]
+    nodes = numa_nodes if numa_nodes is not None else (usable + tuple(present))[:count]
     strangers = [node for node in nodes if node not in present]
     if strangers:
         raise ValueError(
             f"numa_nodes={list(nodes)}: this machine has no node {strangers}; it has {list(present)}"
         )
-    return EngineLayout(threads, count, tuple(nodes))
+    is_named = threadpool_count is not None or numa_nodes is not None
+    return EngineLayout(
+        threads,
+        count,
+        tuple(nodes),
+        _pin(threads, [cores[node] for node in nodes], is_named),
+        is_bound=len(present) > 1,
+    )
+
+
+def _pin(
+    threads: int, cores: list[list[tuple[int, ...]]], is_named: bool
+) -> tuple[tuple[int, ...], ...]:
+    """CPUs of each thread: a physical core of its part's node, where there is one for each.
+
+    Threads that leave cores free stay unpinned unless the layout was named: another process's would be on the
+    same ones.
+    """
+    count = len(cores)
+    parts = [thread * count // threads for thread in range(threads)]
+    wanted = [parts.count(part) for part in range(count)]
+    if any(want > len(have) for want, have in zip(wanted, cores, strict=True)):
+        return ()
+    if not is_named and threads < sum(map(len, cores)):
+        return ()
+    place = [thread - parts.index(part) for thread, part in enumerate(parts)]
+    return tuple(cores[part][i] for part, i in zip(parts, place, strict=True))

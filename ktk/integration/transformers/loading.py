@@ -48,8 +48,8 @@ class PackedModule:
         return cls(
             name,
             moe.kernel,
-            moe.packed.bits_per_weight,
-            moe.packed.data.nbytes,
+            moe.spec.bits_per_weight,
+            moe.spec.num_experts * moe.spec.layout.expert_bytes,
             handle.activation is not None,
         )
 

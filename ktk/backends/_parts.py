@@ -1,0 +1,127 @@
+"""Experts split over NUMA nodes: gate and up by their channels, down by its outputs.
+
+Every output is then still one sum over all of k, made in one place: the results have the same bits as one part's,
+and what crosses between the nodes is h, 8 bits a channel.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+
+from ktk import numa
+from ktk.layout import PANEL
+from ktk.memory import aligned_buffer
+from ktk.types import EngineLayout, MoESpec, Packed
+
+log = logging.getLogger("ktk")
+BLOCK = 128  # channels a cut falls between: a multiple of every activation group
+_warned: set[str] = set()
+
+
+class Part(NamedTuple):
+    """One part of every expert, as ktk_part in ktk.h has it. data : uint8 (num_experts, bytes)."""
+
+    data: np.ndarray
+    down_offset: int
+    gate_bias_offset: int
+    up_bias_offset: int
+    down_bias_offset: int
+    first_up_panel: int
+    num_up_panels: int
+    first_down_panel: int
+    num_down_panels: int
+
+
+def whole(packed: Packed) -> Part:
+    """All of it, as it lies."""
+    layout = packed.spec.layout
+    return Part(
+        packed.data,
+        layout.down_offset,
+        layout.gate_bias_offset,
+        layout.up_bias_offset,
+        layout.down_bias_offset,
+        0,
+        layout.gate_up.num_panels,
+        0,
+        layout.down.num_panels,
+    )
+
+
+def parts_of(packed: Packed, engine: EngineLayout) -> list[Part]:
+    """``packed`` itself on a machine of one node, else a copy of each part in its node's memory."""
+    if not engine.is_bound:
+        return [whole(packed)]
+    count = engine.threadpool_count
+    return [_copy(packed, i, count, node) for i, node in enumerate(engine.numa_nodes)]
+
+
+def _cut(num_panels: int, index: int, count: int) -> tuple[int, int]:
+    """First panel and number of panels of part ``index``."""
+    step = BLOCK // PANEL
+    blocks = -(-num_panels // step)
+    first, end = (min(i * blocks // count * step, num_panels) for i in (index, index + 1))
+    return first, end - first
+
+
+def _copy(packed: Packed, index: int, count: int, node: int) -> Part:
+    layout = packed.spec.layout
+    projections = 2 if layout.has_gate else 1
+    first_up, num_up = _cut(layout.gate_up.num_panels, index, count)
+    first_down, num_down = _cut(layout.down.num_panels, index, count)
+    up_bytes = projections * layout.gate_up.panel_bytes
+    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
+    spans = (
+        (first_up * up_bytes, num_up * up_bytes),
+        (
+            layout.down_offset + first_down * layout.down.panel_bytes,
+            num_down * layout.down.panel_bytes,
+        ),
+        (down_end, layout.expert_bytes - down_end),  # biases
+    )
+    size = sum(length for _, length in spans)
+    data = _on_node(packed.spec.num_experts * size, node).reshape(packed.spec.num_experts, size)
+    at = 0
+    for start, length in spans:
+        data[:, at : at + length] = packed.data[:, start : start + length]
+        at += length
+    down_offset = spans[0][1]
+    moved = down_offset + spans[1][1] - down_end
+    gate_bias, up_bias, down_bias = (
+        offset if offset < 0 else offset + moved
+        for offset in (layout.gate_bias_offset, layout.up_bias_offset, layout.down_bias_offset)
+    )
+    return Part(
+        data, down_offset, gate_bias, up_bias, down_bias, first_up, num_up, first_down, num_down
+    )
+
+
+def _on_node(num_bytes: int, node: int) -> np.ndarray:
+    buffer = aligned_buffer(num_bytes)
+    try:
+        if num_bytes:
+            numa.bind(buffer.ctypes.data, num_bytes, node)
+    except (OSError, ValueError) as error:  # a container may forbid it: slower, not wrong
+        if "bind" not in _warned:
+            _warned.add("bind")
+            log.warning("weights are not bound to NUMA nodes: %s", error)
+    return buffer
+
+
+def join(spec: MoESpec, parts: list[Part]) -> Packed:
+    """The experts in one piece again."""
+    layout = spec.layout
+    projections = 2 if layout.has_gate else 1
+    data = aligned_buffer(spec.num_experts * layout.expert_bytes).reshape(spec.num_experts, -1)
+    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
+    for part in parts:
+        start = part.first_up_panel * projections * layout.gate_up.panel_bytes
+        data[:, start : start + part.down_offset] = part.data[:, : part.down_offset]
+        size = part.num_down_panels * layout.down.panel_bytes
+        start = layout.down_offset + part.first_down_panel * layout.down.panel_bytes
+        data[:, start : start + size] = part.data[:, part.down_offset : part.down_offset + size]
+        data[:, down_end:] = part.data[:, part.down_offset + size :]
+    return Packed(spec, data)
