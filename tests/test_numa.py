@@ -95,7 +95,7 @@ def bound_ranges() -> list[tuple[int, int, int]]:
     maps = Path("/proc/self/maps").read_text()
     ends = {int(a, 16): int(b, 16) for a, b in re.findall(r"^(\w+)-(\w+) ", maps, re.M)}
     policies = re.findall(
-        r"^(\w+) (?:bind|prefer)[^:\n]*:(\d+) ", Path("/proc/self/numa_maps").read_text(), re.M
+        r"^(\w+) (?:bind|prefer)[^:\n]*:(\d+)\b", Path("/proc/self/numa_maps").read_text(), re.M
     )
     starts = [(int(node), int(start, 16)) for start, node in policies]
     return [(node, start, ends[start] - start) for node, start in starts if start in ends]
