@@ -6,7 +6,7 @@
  *
  * The rows of a call are split into tiles of at most MAX_ROWS and copied to `work`, a tile's rows side by side
  * for every four k: one stream of memory, one address register, every activation an embedded broadcast. Loop
- * order: panels, tiles, k. While the first tile runs over a panel, the next panel is fetched.
+ * order: panels, tiles, k. While the tiles run over a panel, the next panel is fetched.
  *
  * VPDPBUSD, VPMADDUBSW, VPMADDWD: Intel SDM vol. 2. */
 #include <string.h>
@@ -141,10 +141,16 @@ INLINE VF weight_scale(const ktk_matrix *w, const uint8_t *scales, int v) {
     return VF_LOAD(scales + 4 * v * LANES);
 }
 
-/* One panel, one tile. ahead: a panel to fetch meanwhile, or NULL. Sums over coarse groups wait in out. */
+/* A panel to fetch meanwhile, or NULL: the turn-th of every `turns` steps of 32 k, so that a panel's tiles share it. */
+typedef struct {
+    const uint8_t *ahead;
+    int turn, turns;
+} fetching;
+
+/* One panel, one tile. Sums over coarse groups wait in out. */
 INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const ktk_matrix *w,
-                         const uint8_t *panel, const uint8_t *ahead, const tile_rows *rows,
-                         float *restrict out, int64_t out_stride) {
+                         const uint8_t *panel, fetching fetch, const tile_rows *rows, float *restrict out,
+                         int64_t out_stride) {
     const int bytes_32k = FORMAT == KTK_INT8 ? 512 : 256, unit = FORMAT == KTK_INT8 ? INT8_UNIT : 4;
     const int num_k = w->padded_in, scale_bytes = KTK_PANEL * (w->scales_are_bf16 ? 2 : 4);
     const int fine = KIND == ACTIVATION_FINE ? w->activation_group : w->group_size;
@@ -152,6 +158,7 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
     const uint8_t *a = rows->codes, *codes = panel, *scales = panel + w->code_bytes;
     const float *a_scale = rows->scales;
     const int32_t *correction = rows->correction;
+    int until = fetch.turn;
     VF y[MAX_ROWS][PV]; /* fixed sizes: GCC keeps variable ones in memory */
     UNROLL
     for (int m = 0; m < MR; m++) UNROLL
@@ -169,9 +176,10 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
                 for (int v = 0; v < PV; v++) acc[m][v] = m < MR ? VI_SET32(correction[m]) : VI_ZERO();
             correction += MR;
             for (int k = f; k < f_end; k += 32, codes += bytes_32k, a += 8 * unit * MR) {
-                if (ahead) {
-                    prefetch(ahead + (codes - panel), bytes_32k);
-                    if (KIND != ACTIVATION_FINE) prefetch(ahead + w->code_bytes + k, 32);
+                if (fetch.ahead && until-- == 0) {
+                    until = fetch.turns - 1;
+                    prefetch(fetch.ahead + (codes - panel), bytes_32k);
+                    if (KIND != ACTIVATION_FINE) prefetch(fetch.ahead + w->code_bytes + k, 32);
                 }
                 dot32(MR, FORMAT, codes, a, acc);
             }
@@ -266,11 +274,11 @@ INLINE uint8_t *pack_tile(const int UNIT, const ktk_matrix *w, const ktk_rows *a
 }
 
 INLINE void tile_of(const int FORMAT, const int KIND, int num_rows, const ktk_matrix *w, const uint8_t *panel,
-                    const uint8_t *ahead, const tile_rows *rows, float *out, int64_t out_stride) {
+                    fetching fetch, const tile_rows *rows, float *out, int64_t out_stride) {
     switch (num_rows) {
 #define TILE(MR)                                                                                             \
     case MR:                                                                                                 \
-        tile_integer(MR, FORMAT, KIND, w, panel, ahead, rows, out, out_stride);                              \
+        tile_integer(MR, FORMAT, KIND, w, panel, fetch, rows, out, out_stride);                              \
         break;
         TILE(1)
         TILE(2)
@@ -297,7 +305,7 @@ INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w, 
         const uint8_t *ahead = p + 1 < num_panels ? panel + w->panel_bytes : next;
         for (int t = 0; t < num_tiles; t++) {
             int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
-            tile_of(FORMAT, KIND, end - first, w, panel, t ? NULL : ahead, &tile[t],
+            tile_of(FORMAT, KIND, end - first, w, panel, (fetching){ahead, t, num_tiles}, &tile[t],
                     out + first * out_stride + p * KTK_PANEL, out_stride);
         }
     }
