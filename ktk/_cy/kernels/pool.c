@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "ktk.h"
 
@@ -247,9 +248,12 @@ void ktk_pool_unlock(ktk_pool *pool) { pthread_mutex_unlock(&pool->operator_lock
 
 void *ktk_pool_scratch(ktk_pool *pool, int64_t size) {
     if (size > pool->scratch_size) {
+        const size_t huge = 2 << 20, unit = size < (int64_t)huge ? 4096 : huge;
+        const size_t bytes = ((size_t)size + unit - 1) / unit * unit;
         free(pool->scratch);
-        pool->scratch = aligned_alloc(4096, ((size_t)size + 4095) / 4096 * 4096);
-        pool->scratch_size = pool->scratch ? size : 0;
+        pool->scratch = aligned_alloc(unit, bytes);
+        pool->scratch_size = pool->scratch ? (int64_t)bytes : 0;
+        if (pool->scratch && unit == huge) madvise(pool->scratch, bytes, MADV_HUGEPAGE);
     }
     return pool->scratch;
 }
