@@ -21,6 +21,7 @@ from cases import assert_exact, pack_all, random_experts, random_hidden, random_
 
 import ktk
 from ktk import cpu, numa
+from ktk.backends import _parts
 from ktk.memory import HUGE_PAGE, aligned_buffer, node_of_pages
 from ktk.pack import best_isa
 from ktk.reference.moe import ExactExperts
@@ -37,7 +38,6 @@ pytestmark = [
     pytest.mark.skipif(len(NODES) < 2, reason="this machine has not two NUMA nodes"),
     pytest.mark.skipif(best_isa() is None, reason="no compiled kernels run here"),
 ]
-not_yet = pytest.mark.xfail(strict=True, reason="the engine does not place threads and weights yet")
 
 TOKENS, TOP_K, EXPERTS = 40, 3, 6
 # 17 panels of channels and 13 of outputs: neither halves evenly.
@@ -216,6 +216,28 @@ def test_two_parts_give_the_bits_of_one_and_of_the_reference(
             del moe
 
 
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_two_parts_give_the_packed_experts_back(has_gate: bool) -> None:
+    spec = MoESpec(4, 64, 272, "int4", has_gate=has_gate, has_bias=True)
+    packed = pack_all(spec, random_experts(spec, 1))
+    with layout_of(4, 2):
+        assert_exact(packed.data, ktk.MoE(packed).packed.data)
+
+
+def test_a_refused_binding_is_a_warning_and_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EPERM, "refused")
+
+    monkeypatch.setattr(numa, "bind", refuse)
+    monkeypatch.setattr(_parts, "_warned", set())
+    packed, want = small("int8")
+    with layout_of(4, 2), caplog.at_level("WARNING", "ktk"):
+        assert_exact(want[:3], ktk.MoE(packed)(*inputs(3)))
+    assert caplog.text.count("refused") == 1
+
+
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 def test_two_parts_give_the_same_linear(projection: str) -> None:
     packed, _ = small("int8")
@@ -252,7 +274,6 @@ def test_a_forked_child_gives_the_same_bits() -> None:
 # -- placement ---------------------------------------------------------------------------------------
 
 
-@not_yet
 @pytest.mark.parametrize(
     ("num_threads", "threadpool_count", "numa_nodes"),
     [
@@ -278,7 +299,6 @@ def test_workers_and_weights_are_where_the_layout_says(
         del moe
 
 
-@not_yet
 def test_a_process_confined_to_one_node_uses_that_node() -> None:
     callers = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {i for i in callers if numa.node_of_cpu(i) == NODES[1]})
@@ -323,7 +343,6 @@ def test_the_callers_affinity_is_given_back(node: int) -> None:
         del moe
 
 
-@not_yet
 def test_wrapper_beside_torch_is_placed_and_exact() -> None:
     """In a process of its own: torch takes half a minute to import in an emulated machine."""
     code = """
