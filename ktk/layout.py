@@ -1,6 +1,7 @@
 """panel16: the one layout of every packed expert, on disk and in memory.
 
-A panel is sixteen output channels by all of in_features, its codes first, its scales behind them:
+A panel is sixteen output channels by all of in_features, its scales first, its codes behind them, so that a kernel
+which needs the scales at once reads memory in one stream:
 
     8 bit  codes [K/4][16][4] bytes               scales fp32 [16] (per channel) or bf16 [groups][16]
     4 bit  codes [K/8][16][4] bytes; low nibble = k..k+3, high nibble = k+4..k+7; scales as above
@@ -27,7 +28,7 @@ from ktk.types import MoESpec
 PANEL = 16  # output channels in a panel
 K_ALIGN = 32  # in_features padding: the smallest group, and eight nibble rows' worth of k
 EXPERT_ALIGN = 4096  # one O_DIRECT read
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2  # 1 had scales behind the codes
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -56,8 +57,12 @@ class MatrixLayout:
     def scales(self, panels: np.ndarray) -> np.ndarray:
         """The stored scales of uint8 (panels, panel_bytes): uint16 bf16 bits or float32 (panels, groups * 16); a copy."""
         width = self.num_groups * PANEL * (2 if self.scales_are_bf16 else 4)
-        raw = np.ascontiguousarray(panels[:, self.code_bytes : self.code_bytes + width])
+        raw = np.ascontiguousarray(panels[:, :width])
         return raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
+
+    def codes(self, panels: np.ndarray) -> np.ndarray:
+        """The stored codes of uint8 (panels, panel_bytes): uint8 (panels, code_bytes); a copy."""
+        return np.ascontiguousarray(panels[:, self.scale_bytes :])
 
     @property
     def fine_group(self) -> int:

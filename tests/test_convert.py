@@ -35,6 +35,7 @@ from ktk.checkpoint.packed import STATE_FILE, TEMPORARY_PREFIX
 from ktk.convert import Progress, convert
 from ktk.errors import CheckpointError
 from ktk.formats.floats import f32_to_bf16
+from ktk.layout import LAYOUT_VERSION
 from ktk.models import find_experts
 from ktk.pack import pack_expert
 from ktk.types import MoESpec
@@ -105,7 +106,7 @@ def test_options_reach_the_layers_and_config(
         "weight_format": quant_method,
         "group_size": spec.group_size,
         "activation_group": spec.activation_group,
-        "layout_version": 1,
+        "layout_version": LAYOUT_VERSION,
         "layers": [0, 1],
         "family": "deepseek",
         "source_dtype": "bf16",

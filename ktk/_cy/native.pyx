@@ -25,7 +25,7 @@ cdef extern from "ktk.h" nogil:
         int32_t group_size
         int32_t activation_group
         int32_t scales_are_bf16
-        int64_t code_bytes
+        int64_t code_offset
         int64_t panel_bytes
 
     ctypedef struct ktk_activation:
@@ -182,7 +182,7 @@ cdef void _fill_matrix(ktk_matrix *m, layout, str weight_format):
     m.group_size = layout.group_size
     m.activation_group = layout.activation_group
     m.scales_are_bf16 = layout.scales_are_bf16
-    m.code_bytes = layout.code_bytes
+    m.code_offset = layout.scale_bytes
     m.panel_bytes = layout.panel_bytes
 
 

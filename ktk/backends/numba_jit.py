@@ -46,13 +46,13 @@ class NumbaRunner(Runner):
             stored = matrix.scales(panels)
             scales = bf16_to_f32(stored) if matrix.scales_are_bf16 else stored
             self.kernels.gemm_integer(
-                panels, fmt.bits, scales.reshape(len(panels), -1, PANEL), act.codes, act.scales,
+                panels[:, matrix.scale_bytes :], fmt.bits, scales.reshape(len(panels), -1, PANEL), act.codes, act.scales,
                 correction, matrix.group_size, matrix.activation_group, out,
             )  # fmt: skip
         else:
             padded = np.zeros((len(x), matrix.padded_in), F)
             padded[:, : x.shape[1]] = x
-            raw = np.ascontiguousarray(panels[:, : matrix.code_bytes])
+            raw = matrix.codes(panels)
             if fmt.bits == 16:
                 pairs = bf16_to_f32(raw.view(np.uint16)).reshape(len(panels), -1, PANEL, 2)
                 weights = np.ascontiguousarray(pairs.transpose(0, 1, 3, 2)).reshape(

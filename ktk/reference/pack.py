@@ -106,13 +106,13 @@ def lay_panels(
     rows = codes.reshape(p, PANEL, k // 4, 4).transpose(0, 2, 1, 3)  # (panels, K/4, 16, 4)
     if fmt.bits == 4:
         rows = rows[:, 0::2] | (rows[:, 1::2] << 4)  # (panels, K/8, 16, 4)
-    out[:, : layout.code_bytes] = rows.reshape(p, -1)
+    out[:, layout.scale_bytes :] = rows.reshape(p, -1)
     by_group = np.ascontiguousarray(
         scales.reshape(p, PANEL, -1).transpose(0, 2, 1)
     )  # (panels, groups, 16)
     stored = f32_to_bf16(by_group) if layout.scales_are_bf16 else by_group
     raw = stored.reshape(p, -1).view(np.uint8)
-    out[:, layout.code_bytes : layout.code_bytes + raw.shape[1]] = raw
+    out[:, : raw.shape[1]] = raw
     return out
 
 
@@ -139,7 +139,7 @@ def read_panels(
     """Panels back to (codes uint8 (padded_out, padded_in), scales float32 (padded_out, num_groups));
     for float formats (weights float32 (padded_out, padded_in), an empty array)."""
     p, k = layout.num_panels, layout.padded_in
-    raw = np.ascontiguousarray(panels[:, : layout.code_bytes])
+    raw = layout.codes(panels)
     if not fmt.is_integer:
         if fmt.bits == 16:
             w = bf16_to_f32(raw.view(np.uint16)).reshape(p, k // 2, PANEL, 2).transpose(0, 2, 1, 3)

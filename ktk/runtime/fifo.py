@@ -68,6 +68,7 @@ class Fifo:
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Callable[[], Any], Ticket]] = SimpleQueue()
         self._lock = threading.Lock()
+        self._turn = threading.RLock()  # held by whoever runs a task
         self._num_pending = 0  # queued, or running on the worker
         self._thread: threading.Thread | None = None
 
@@ -86,12 +87,13 @@ class Fifo:
     def run(self, task: Callable[[], Any]) -> Ticket:
         """As submit, but on the calling thread if nothing is pending: saves two thread switches.
 
-        It holds nothing meanwhile, so an interrupt here leaves the queue as it was.
+        An interrupt here leaves the queue as it was.
         """
         if self._num_pending:
             return self.submit(task)
         ticket = Ticket()
-        ticket.run(task)
+        with self._turn:
+            ticket.run(task)
         return ticket
 
     def drain(self) -> None:
@@ -105,7 +107,8 @@ class Fifo:
             native.own_threads_only()  # torch keeps its threads for the caller
         while True:
             task, ticket = self._queue.get()
-            ticket.run(task)
+            with self._turn:
+                ticket.run(task)
             with self._lock:
                 self._num_pending -= 1
             del task, ticket  # a task holds weights and buffers: not until the next one comes

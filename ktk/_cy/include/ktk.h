@@ -28,7 +28,7 @@ typedef struct {
     int32_t group_size;       /* k per weight scale; padded_in = per channel */
     int32_t activation_group; /* k per activation scale */
     int32_t scales_are_bf16;
-    int64_t code_bytes;  /* of one panel */
+    int64_t code_offset; /* in a panel; scales come first */
     int64_t panel_bytes; /* codes and scales */
 } ktk_matrix;
 

@@ -27,6 +27,10 @@ enum { INT8_UNIT = 4 }; /* bytes of four activation codes */
 enum { INT8_UNIT = 8 };
 #endif
 
+/* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them, and any help only
+ * costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
+#define STREAMED_ROWS(FORMAT) ((FORMAT) == KTK_INT8 ? 4 : 2)
+
 /* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale comes first. */
 enum { WEIGHT_FINE, ACTIVATION_FINE, EQUAL };
 
@@ -155,7 +159,7 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
     const int num_k = w->padded_in, scale_bytes = KTK_PANEL * (w->scales_are_bf16 ? 2 : 4);
     const int fine = KIND == ACTIVATION_FINE ? w->activation_group : w->group_size;
     const int coarse = KIND == ACTIVATION_FINE ? w->group_size : w->activation_group;
-    const uint8_t *a = rows->codes, *codes = panel, *scales = panel + w->code_bytes;
+    const uint8_t *a = rows->codes, *codes = panel + w->code_offset, *scales = panel;
     const float *a_scale = rows->scales;
     const int32_t *correction = rows->correction;
     int until = fetch.turn;
@@ -176,10 +180,9 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
                 for (int v = 0; v < PV; v++) acc[m][v] = m < MR ? VI_SET32(correction[m]) : VI_ZERO();
             correction += MR;
             for (int k = f; k < f_end; k += 32, codes += bytes_32k, a += 8 * unit * MR) {
-                if (fetch.ahead && until-- == 0) {
+                if (MR > STREAMED_ROWS(FORMAT) && fetch.ahead && until-- == 0) {
                     until = fetch.turns - 1;
                     prefetch(fetch.ahead + (codes - panel), bytes_32k);
-                    if (KIND != ACTIVATION_FINE) prefetch(fetch.ahead + w->code_bytes + k, 32);
                 }
                 dot32(MR, FORMAT, codes, a, acc);
             }
@@ -303,6 +306,8 @@ INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w, 
     for (int p = 0; p < num_panels; p++) {
         const uint8_t *panel = panels + p * w->panel_bytes;
         const uint8_t *ahead = p + 1 < num_panels ? panel + w->panel_bytes : next;
+        /* All scales at once, so that memory is read in one stream: they lie before the codes. */
+        for (int i = 0; i < w->code_offset; i += 64) _mm_prefetch((const char *)panel + i, _MM_HINT_T0);
         for (int t = 0; t < num_tiles; t++) {
             int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
             tile_of(FORMAT, KIND, end - first, w, panel, (fetching){ahead, t, num_tiles}, &tile[t],

@@ -125,7 +125,7 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
                           w->scales_are_bf16};
     float *x = work;                                /* [padded_in][16] */
     uint8_t *codes = (uint8_t *)(work + num_k * L); /* [padded_in][16] */
-    uint8_t *scales = panel + w->code_bytes;
+    uint8_t *scales = panel, *stored_codes = panel + w->code_offset;
     if (transpose(w, in_features, src, src_is_bf16, x)) return 1;
     for (int g = 0; g * w->group_size < num_k; g++) {
         const int k0 = g * w->group_size, k1 = k0 + w->group_size < num_k ? k0 + w->group_size : num_k;
@@ -173,9 +173,9 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
         for (int l = 0; l < L; l++) {
             uint8_t q = codes[k * L + l];
             if (is_int8) {
-                panel[(k / 4) * 64 + l * 4 + k % 4] = q;
+                stored_codes[(k / 4) * 64 + l * 4 + k % 4] = q;
             } else {
-                uint8_t *at = panel + (k / 8) * 64 + l * 4 + k % 4;
+                uint8_t *at = stored_codes + (k / 8) * 64 + l * 4 + k % 4;
                 *at = k % 8 < 4 ? q : (uint8_t)(*at | q << 4);
             }
         }
