@@ -17,7 +17,7 @@ import numpy as np
 
 # arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/linux/mempolicy.h
 _SYS_MBIND, _SYS_MOVE_PAGES = 237, 279
-_MPOL_BIND, _MPOL_MF_MOVE = 2, 2
+_MPOL_PREFERRED, _MPOL_MF_MOVE = 1, 2
 _MAX_NODES = 1024  # the kernel's own limit, CONFIG_NODES_SHIFT=10
 
 
@@ -76,13 +76,13 @@ def page_nodes(address: int, num_bytes: int) -> np.ndarray:
 
 
 def bind(address: int, num_bytes: int, node: int) -> None:
-    """Let the pages from ``address`` on come from ``node`` only, and move those that are elsewhere.
+    """Let the pages from ``address`` on come from ``node``, others only if it is full, and move those that are elsewhere.
 
     address : multiple of the page size. num_bytes : above 0; the last page is bound whole.
     Bounds that are multiples of 2 MiB leave huge pages whole. Each bound range is a mapping of its own to the
     kernel, of which a process may have 65530 (vm.max_map_count, ENOMEM above).
     Raises ValueError for arguments out of range or on other systems, OSError if the kernel refuses: EINVAL for
-    a node that is not there, EPERM where a container forbids it. Source: mbind(2), MPOL_BIND and MPOL_MF_MOVE.
+    a node that is not there, EPERM where a container forbids it. Source: mbind(2), MPOL_PREFERRED and MPOL_MF_MOVE.
     """
     if address % mmap.PAGESIZE:
         raise ValueError(f"address={address:#x}: must be a multiple of {mmap.PAGESIZE}")
@@ -97,7 +97,7 @@ def bind(address: int, num_bytes: int, node: int) -> None:
         _SYS_MBIND,
         ctypes.c_void_p(address),
         num_bytes,
-        _MPOL_BIND,
+        _MPOL_PREFERRED,
         ctypes.c_void_p(mask.ctypes.data),
         _MAX_NODES + 1,  # the kernel takes one bit fewer than it is told
         _MPOL_MF_MOVE,

@@ -73,7 +73,7 @@ cdef extern from "ktk.h" nogil:
 
     ctypedef struct ktk_pool:
         pass
-    ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores)
+    ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int may_borrow)
     void ktk_pool_free(ktk_pool *pool)
     void ktk_pool_borrow(void *gomp_parallel)
     void ktk_pool_own_threads_only()
@@ -132,7 +132,7 @@ cdef class _Pool:
     cdef object pid
     cdef object __weakref__
 
-    def __cinit__(self, int num_threads, int num_parts, cores):
+    def __cinit__(self, int num_threads, int num_parts, cores, bint may_borrow):
         cdef cpu_set_t *masks = NULL
         cdef int i
         self.pid = os.getpid()
@@ -144,7 +144,7 @@ cdef class _Pool:
                 CPU_ZERO(&masks[i])
                 for cpu in cores[i]:
                     CPU_SET(cpu, &masks[i])
-        self.pool = ktk_pool_new(num_threads, num_parts, masks)
+        self.pool = ktk_pool_new(num_threads, num_parts, masks, may_borrow)
         free(masks)
         if self.pool == NULL:
             raise MemoryError(f"cannot start {num_threads} threads")
@@ -170,7 +170,8 @@ _pools = weakref.WeakValueDictionary()
 
 
 def _pool_of(engine):
-    key = (os.getpid(), engine.num_threads, engine.threadpool_count, engine.cores)
+    # Borrowed threads stay where torch has them: not for weights bound to a node.
+    key = (os.getpid(), engine.num_threads, engine.threadpool_count, engine.cores, not engine.is_bound)
     # Several threads may come here first.
     return _pools.get(key) or _pools.setdefault(key, _Pool(*key[1:]))
 

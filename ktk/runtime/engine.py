@@ -118,15 +118,16 @@ def _pin(
 ) -> tuple[tuple[int, ...], ...]:
     """CPUs of each thread: a physical core of its part's node, where there is one for each.
 
-    Threads that leave cores free stay unpinned unless the layout was named: another process's would be on the
-    same ones.
+    Threads that leave cores free may move within their node unless the layout was named: another process's would
+    be pinned to the same ones.
     """
     count = len(cores)
     parts = [thread * count // threads for thread in range(threads)]
     wanted = [parts.count(part) for part in range(count)]
-    if any(want > len(have) for want, have in zip(wanted, cores, strict=True)):
-        return ()
-    if not is_named and threads < sum(map(len, cores)):
-        return ()
+    is_short = any(want > len(have) for want, have in zip(wanted, cores, strict=True))
+    if is_short or (not is_named and threads < sum(map(len, cores))):
+        if not all(cores) or (count == 1 and not is_named):
+            return ()
+        return tuple(tuple(cpu for core in cores[part] for cpu in core) for part in parts)
     place = [thread - parts.index(part) for thread, part in enumerate(parts)]
     return tuple(cores[part][i] for part, i in zip(parts, place, strict=True))

@@ -108,7 +108,8 @@ const ktk_kernels *ktk_kernels_row(int index);
  * Workers spin for a moment after a run, then sleep. The pool also owns the operator's scratch memory. */
 typedef struct ktk_pool ktk_pool;
 typedef void ktk_task_fn(void *context, int64_t task, int thread);
-ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores); /* NULL: no memory or no threads */
+/* May_borrow: see ktk_pool_borrow. NULL: no memory or no threads. */
+ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int may_borrow);
 void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin, int num_lists);
 int ktk_pool_num_threads(const ktk_pool *pool);
 void ktk_pool_lock(ktk_pool *pool); /* one operator at a time */

@@ -35,7 +35,7 @@ struct ktk_pool {
     _Atomic int sleepers, stop, arrivals;
     pthread_mutex_t sleep_lock, operator_lock;
     pthread_cond_t wake;
-    int num_threads, num_parts;
+    int num_threads, num_parts, may_borrow;
     pthread_t *threads;
     worker *workers;
     cpu_set_t *cores; /* of each thread, NULL: not pinned */
@@ -144,10 +144,10 @@ static void wake_all(ktk_pool *pool) {
     pthread_mutex_unlock(&pool->sleep_lock);
 }
 
-ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores) {
+ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int may_borrow) {
     ktk_pool *pool = aligned_alloc(64, (sizeof(ktk_pool) + 63) / 64 * 64);
     if (!pool) return NULL;
-    *pool = (ktk_pool){.num_threads = 1, .num_parts = num_parts};
+    *pool = (ktk_pool){.num_threads = 1, .num_parts = num_parts, .may_borrow = may_borrow};
     pthread_mutex_init(&pool->sleep_lock, NULL);
     pthread_mutex_init(&pool->operator_lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
@@ -220,7 +220,7 @@ void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t 
         run_tasks(pool, 0);
         return;
     }
-    parallel_fn *parallel = is_own_only || pool->num_parts > 1 ? NULL : atomic_load(&borrowed_parallel);
+    parallel_fn *parallel = is_own_only || !pool->may_borrow ? NULL : atomic_load(&borrowed_parallel);
     if (parallel) {
         atomic_store(&pool->arrivals, 0);
         parallel(run_borrowed, pool, (unsigned)pool->num_threads, 0);
