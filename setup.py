@@ -41,7 +41,7 @@ class BuildKernels(build_ext):
         objects = compile_row(ISA["BASE_SOURCES"], "base", ISA["BASE_FLAGS"])
         for row in ISA["ISA_ROWS"]:
             objects += compile_row(
-                ISA["ROW_SOURCES"], row.name, [f"-DKTK_ISA={row.name}", *row.flags]
+                (*ISA["ROW_SOURCES"], *row.sources), row.name, [f"-DKTK_ISA={row.name}", *row.flags]
             )
         ext.extra_objects = objects
 

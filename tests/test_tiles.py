@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tile_code as tc
-from cases import assert_exact
+import torch
+from cases import assert_exact, pack_all, random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktk import cpu
+import ktk
+from ktk import backends, cpu
 from ktk._cy import emulate_tiles
 from ktk.cli import doctor
 from ktk.memory import aligned_buffer
 from ktk.reference.tiles import DOTS, TileFault, Tiles, configuration
+from ktk.types import MoESpec
 
 HERE = os.path.dirname(__file__)
 
@@ -597,3 +600,28 @@ def test_ktk_tile_makes_the_features_count_as_present(monkeypatch, capsys, emula
     monkeypatch.setenv("KTK_DISABLE_CPU_FEATURES", "")
     with pytest.raises(ValueError, match="KTK_TILE=emulated: the AMX kernels also need avx512vnni"):
         cpu._emulate_tiles(cpu.detect().names - {"avx512vnni"})
+
+
+@pytest.mark.parametrize("method", ["AMXINT4", "AMXINT8"])
+def test_emulated_amx_runs_when_named_and_never_by_auto(monkeypatch, caplog, method: str) -> None:
+    found = machine()
+    if found is None:
+        pytest.skip("the CPU has tiles of its own")
+    spec = MoESpec(1, 64, 64, method.removeprefix("AMX").lower())
+    packed = pack_all(spec, random_experts(spec, 1))
+    x, ids, weights = torch.randn(12, 64), torch.zeros(12, 1, dtype=int), torch.ones(12, 1)
+    assert ktk.MoE(packed, method=method).backend != method  # without KTK_TILE there are no tiles
+    monkeypatch.setenv("KTK_TILE", "emulated")
+    monkeypatch.setenv("KTK_STRICT_BACKEND", "1")
+    found.reset_counts()
+    auto = ktk.MoE(packed, method="auto")
+    assert not auto.backend.startswith("AMX")
+    want = auto.forward(x, ids, weights)
+    assert not any(found.counts().values())
+    named = ktk.MoE(packed, method=method)
+    assert named.backend == method
+    assert backends.backends()[method].kernel(spec).startswith("amx(emulated) int")
+    assert torch.equal(want, named.forward(x, ids, weights))
+    assert found.counts()["tdpbssd"] > 0
+    monkeypatch.setenv("KTK_BACKEND", method)
+    assert ktk.MoE(packed, method="auto").backend == method

@@ -24,7 +24,7 @@ def main() -> int:
     jobs += [
         (f"kernels/{source}", (f"-DKTK_ISA={row.name}", *row.flags))
         for row in isa["ISA_ROWS"]
-        for source in isa["ROW_SOURCES"]
+        for source in (*isa["ROW_SOURCES"], *row.sources)
     ]
     if sys.platform == "linux":
         jobs.append(("emulator/tile_emulator.c", ()))

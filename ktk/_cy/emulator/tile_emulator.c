@@ -153,6 +153,10 @@ static int decode(const uint8_t *code, const greg_t *regs, instruction *in) {
 /* num_rows rows of `bytes` at address + r * stride, to or from one 64-byte row of `rows` each. */
 static int copy_rows(uint8_t (*rows)[MAX_COLSB], int num_rows, int bytes, uint64_t address, int64_t stride,
                      int is_write) {
+    if (bytes == MAX_COLSB && stride == MAX_COLSB) { /* one piece: half the cost of sixteen */
+        bytes *= num_rows;
+        num_rows = 1;
+    }
     struct iovec local[MAX_ROWS], remote[MAX_ROWS];
     for (int r = 0; r < num_rows; r++) {
         local[r] = (struct iovec){rows[r], (size_t)bytes};
@@ -163,8 +167,8 @@ static int copy_rows(uint8_t (*rows)[MAX_COLSB], int num_rows, int bytes, uint64
     if (done == (ssize_t)num_rows * bytes) return 0;
     if (done < 0 && (errno == EPERM || errno == ENOSYS)) { /* a sandbox: a bad address is SIGSEGV then */
         for (int r = 0; r < num_rows; r++)
-            memcpy(is_write ? remote[r].iov_base : rows[r], is_write ? rows[r] : remote[r].iov_base,
-                   (size_t)bytes);
+            memcpy(is_write ? remote[r].iov_base : local[r].iov_base,
+                   is_write ? local[r].iov_base : remote[r].iov_base, (size_t)bytes);
         return 0;
     }
     return is_write ? FAULT(UNWRITABLE) : FAULT(UNREADABLE);

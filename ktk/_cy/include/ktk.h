@@ -49,9 +49,11 @@ typedef struct {
     int64_t scale_stride, correction_stride;
 } ktk_rows;
 
-/* out[i*out_stride + 16*p + n] for row index rows[i], panels p at panels + p*panel_bytes. */
+/* out[i*out_stride + 16*p + n] for row index rows[i], panels p at panels + p*panel_bytes; at most 64 rows.
+ * work: the thread's own, 64-byte aligned, KTK_WORK_BYTES(padded_in). */
 typedef void ktk_gemm_fn(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,
-                         const int32_t *rows, int num_rows, float *out, int64_t out_stride);
+                         const int32_t *rows, int num_rows, float *out, int64_t out_stride, uint8_t *work);
+#define KTK_WORK_BYTES(padded_in) (64 * (int64_t)(padded_in) + 65536)
 
 /* One ISA row's kernels. */
 typedef struct {

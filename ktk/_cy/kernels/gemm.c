@@ -223,7 +223,8 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const int W
 
 #define GEMM(NAME, TILE, FORMAT, FINE)                                                                       \
     static void NAME(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,          \
-                     const int32_t *rows, int num_rows, float *out, int64_t out_stride) {                    \
+                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, uint8_t *work) {     \
+        (void)work;                                                                                          \
         int p = 0;                                                                                           \
         if (num_rows <= 3)                                                                                   \
             for (; p + 4 / PV <= num_panels; p += 4 / PV) {                                                  \
@@ -245,18 +246,30 @@ GEMM(int8_weight_fine, tile_integer, KTK_INT8, 1)
 GEMM(CAT(ktk_gemm_bf16_, KTK_ISA), tile_float, KTK_BF16, 0)
 GEMM(CAT(ktk_gemm_fp32_, KTK_ISA), tile_float, KTK_FP32, 0)
 
+#ifdef __AMX_INT8__ /* gemm_amx.c; from this many rows on it needs fewer cycles */
+enum { TILE_MIN_ROWS = 9 };
+ktk_gemm_fn CAT(ktk_gemm_tiles_, KTK_ISA);
+#define GEMM_ON_TILES                                                                                        \
+    if (num_rows >= TILE_MIN_ROWS) {                                                                         \
+        CAT(ktk_gemm_tiles_, KTK_ISA)(w, panels, num_panels, a, rows, num_rows, out, out_stride, work);      \
+        return;                                                                                              \
+    }
+#else
+#define GEMM_ON_TILES
+#endif
+
 static void CAT(ktk_gemm_int4_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
                                          const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                                         int64_t out_stride) {
-    (w->group_size <= w->activation_group ? int4_weight_fine : int4_activation_fine)(
-        w, panels, num_panels, a, rows, num_rows, out, out_stride);
+                                         int64_t out_stride, uint8_t *work) {
+    GEMM_ON_TILES(w->group_size <= w->activation_group ? int4_weight_fine : int4_activation_fine)(
+        w, panels, num_panels, a, rows, num_rows, out, out_stride, work);
 }
 
 static void CAT(ktk_gemm_int8_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
                                          const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                                         int64_t out_stride) {
-    (w->group_size <= w->activation_group ? int8_weight_fine : int8_activation_fine)(
-        w, panels, num_panels, a, rows, num_rows, out, out_stride);
+                                         int64_t out_stride, uint8_t *work) {
+    GEMM_ON_TILES(w->group_size <= w->activation_group ? int8_weight_fine : int8_activation_fine)(
+        w, panels, num_panels, a, rows, num_rows, out, out_stride, work);
 }
 
 /* Elementwise kernels of this row, in rows.c. */

@@ -47,6 +47,8 @@ typedef struct {
     float *y;
     float *thread_buffer; /* per thread */
     int64_t thread_floats;
+    uint8_t *work; /* per thread, for gemm */
+    int64_t work_bytes;
     int is_down;       /* ktk_moe_linear */
     float *linear_out; /* ktk_moe_linear */
 } operation;
@@ -143,7 +145,8 @@ static void gate_up_task(void *context, int64_t index, int thread) {
     if (layer->up_bias_offset >= 0) up_bias = (const float *)(expert + layer->up_bias_offset) + column;
     op->kernels->gemm[layer->gate_up.format](
         &layer->gate_up, expert + (int64_t)panel * projections * layer->gate_up.panel_bytes,
-        projections * panels, &op->x, op->token_of + t.first_row, t.num_rows, v, stride);
+        projections * panels, &op->x, op->token_of + t.first_row, t.num_rows, v, stride,
+        op->work + thread * op->work_bytes);
     for (int i = 0; i < t.num_rows; i++) {
         op->kernels->activate(&layer->activation, v + (int64_t)i * stride, panels, gate_bias, up_bias, h);
         /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must
@@ -156,7 +159,6 @@ static void gate_up_task(void *context, int64_t index, int thread) {
 }
 
 static void down_task(void *context, int64_t index, int thread) {
-    (void)thread;
     operation *op = context;
     const ktk_layer *layer = op->layer;
     const task t = op->tasks[index];
@@ -165,9 +167,9 @@ static void down_task(void *context, int64_t index, int thread) {
     int panels = min_int(KTK_BLOCK / KTK_PANEL, layer->down.num_panels - panel);
     int64_t stride = (int64_t)layer->down.num_panels * KTK_PANEL;
     float *y = op->y + t.first_row * stride + panel * KTK_PANEL;
-    op->kernels->gemm[layer->down.format](&layer->down,
-                                          expert + layer->down_offset + panel * layer->down.panel_bytes,
-                                          panels, &op->h, op->row_index + t.first_row, t.num_rows, y, stride);
+    op->kernels->gemm[layer->down.format](
+        &layer->down, expert + layer->down_offset + panel * layer->down.panel_bytes, panels, &op->h,
+        op->row_index + t.first_row, t.num_rows, y, stride, op->work + thread * op->work_bytes);
     if (layer->down_bias_offset < 0) return;
     const float *bias = (const float *)(expert + layer->down_bias_offset) + panel * KTK_PANEL;
     for (int i = 0; i < t.num_rows; i++) op->kernels->add(y + i * stride, bias, (int64_t)panels * KTK_PANEL);
@@ -243,6 +245,7 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
     int64_t y_stride = (int64_t)layer->down.num_panels * KTK_PANEL;
     op->thread_floats =
         round_up(max_int(max_int(layer->gate_up.padded_in, (int)y_stride), 2 * ROW_BLOCK * KTK_BLOCK), 16);
+    op->work_bytes = KTK_WORK_BYTES(max_int(layer->gate_up.padded_in, layer->down.padded_in));
     arena a = {0};
     for (int pass = 0; pass < 2; pass++) { /* count, then hand out */
         take_groups(&a, op, pairs, max_int(up_blocks, down_blocks));
@@ -250,6 +253,7 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
         op->h = take_rows(&a, &layer->down, op->kernels, pairs);
         op->y = take(&a, 4 * y_stride * pairs);
         op->thread_buffer = take(&a, 4 * op->thread_floats * ktk_pool_num_threads(pool));
+        op->work = take(&a, op->work_bytes * ktk_pool_num_threads(pool));
         if (pass == 0) {
             void *base = ktk_pool_scratch(pool, a.used);
             if (!base) return 1;
@@ -306,7 +310,7 @@ static void linear_task(void *context, int64_t index, int thread) {
         layer->data + t.expert * layer->expert_bytes + (op->is_down ? layer->down_offset : 0);
     op->kernels->gemm[w->format](w, expert + (int64_t)panel * projections * w->panel_bytes,
                                  projections * panels, &op->x, op->token_of + t.first_row, t.num_rows, v,
-                                 stride);
+                                 stride, op->work + thread * op->work_bytes);
     for (int i = 0; i < t.num_rows; i++)
         for (int p = 0; p < projections * panels; p++) {
             int at = column + p / projections * KTK_PANEL;
@@ -331,12 +335,14 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
                     .linear_out = y};
     int blocks = blocks_of(w->num_panels * KTK_PANEL), status = 0;
     op.thread_floats = round_up(max_int(w->padded_in, 2 * ROW_BLOCK * KTK_BLOCK), 16);
+    op.work_bytes = KTK_WORK_BYTES(w->padded_in);
     arena a = {0};
     ktk_pool_lock(pool);
     for (int pass = 0; pass < 2 && !status; pass++) {
         take_groups(&a, &op, num_rows, blocks);
         op.x = take_rows(&a, w, kernels, num_rows);
         op.thread_buffer = take(&a, 4 * op.thread_floats * ktk_pool_num_threads(pool));
+        op.work = take(&a, op.work_bytes * ktk_pool_num_threads(pool));
         if (pass == 0) {
             void *base = ktk_pool_scratch(pool, a.used);
             status = base == NULL;
