@@ -40,7 +40,7 @@ test-numa: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror ktk/_cy/include/*.h ktk/_cy/kernels/*.c ktk/_cy/kernels/*.h
+	$(BIN)/clang-format --dry-run -Werror ktk/_cy/include/*.h ktk/_cy/kernels/*.c ktk/_cy/kernels/*.h ktk/_cy/emulator/*.c ktk/_cy/emulator/*.h
 	$(BIN)/mypy
 	$(BIN)/python ktk/_cy/check.py
 
@@ -51,4 +51,4 @@ doctor: setup
 	$(BIN)/ktk doctor
 
 clean:
-	rm -rf $(VENV) .cache/numa build *.egg-info ktk/_cy/native.c ktk/_cy/*.so .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache/numa build *.egg-info ktk/_cy/native.c ktk/_cy/tile_emulator.c ktk/_cy/*.so .mypy_cache .ruff_cache

@@ -1,5 +1,7 @@
 """Builds ktk._cy.native: each kernel source once per ISA row, linked into one extension.
 
+Beside it, on Linux, ktk._cy.tile_emulator: for tests of AMX kernels on a CPU without tiles.
+
 Without a C compiler, or on another architecture, the package installs without it: Numba and NumPy run then.
 """
 
@@ -13,12 +15,18 @@ from setuptools.command.build_ext import build_ext
 
 CY = Path("ktk/_cy")
 ISA = runpy.run_path(str(CY / "isa.py"))
+NATIVE = "ktk._cy.native"
 
 
 class BuildKernels(build_ext):
     """build_ext that compiles the ISA rows first and hands their objects to the linker."""
 
     def build_extension(self, ext):
+        if ext.name == NATIVE:
+            self.compile_rows(ext)
+        super().build_extension(ext)
+
+    def compile_rows(self, ext):
         build = Path(self.build_temp)
         common = {"include_dirs": ext.include_dirs, "debug": self.debug}
 
@@ -33,10 +41,9 @@ class BuildKernels(build_ext):
         objects = compile_row(ISA["BASE_SOURCES"], "base", ISA["BASE_FLAGS"])
         for row in ISA["ISA_ROWS"]:
             objects += compile_row(
-                ISA["ROW_SOURCES"], row.name, [f"-DKTK_ISA={row.name}", *row.flags]
+                (*ISA["ROW_SOURCES"], *row.sources), row.name, [f"-DKTK_ISA={row.name}", *row.flags]
             )
         ext.extra_objects = objects
-        super().build_extension(ext)
 
 
 def extensions():
@@ -45,15 +52,23 @@ def extensions():
     from Cython.Build import cythonize
 
     depends = [str(p) for folder in ("include", "kernels") for p in sorted((CY / folder).iterdir())]
-    ext = Extension(
-        "ktk._cy.native",
+    native = Extension(
+        NATIVE,
         [str(CY / "native.pyx")],
         include_dirs=[str(CY / "include")],
         depends=[*depends, "setup.py", str(CY / "isa.py")],
         extra_compile_args=["-O2", "-fno-lto"],
         extra_link_args=["-pthread"],
     )
-    modules = cythonize([ext], language_level=3)
+    emulator = Extension(
+        "ktk._cy.tile_emulator",
+        [str(CY / "tile_emulator.pyx"), str(CY / "emulator/tile_emulator.c")],
+        include_dirs=[str(CY / "emulator")],
+        depends=["setup.py", str(CY / "emulator/tile_emulator.h")],
+        extra_compile_args=[f for f in ISA["COMMON_FLAGS"] if not f.startswith("-W")],
+    )
+    wanted = [native, emulator] if sys.platform == "linux" else [native]
+    modules = cythonize(wanted, language_level=3)
     for module in modules:
         module.optional = True  # set here: cythonize does not keep it
     return modules

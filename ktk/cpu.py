@@ -1,7 +1,8 @@
 """What this CPU, this OS and this process may use: features, ISA levels, cores, NUMA nodes, memory.
 
 Features come from cpuid, xcr0 and the AMX tile permission where the extension is built, else from
-/proc/cpuinfo, else from py-cpuinfo (slow, so last), minus KTK_DISABLE_CPU_FEATURES. Nothing is read on import.
+/proc/cpuinfo, else from py-cpuinfo (slow, so last), plus emulated tiles (KTK_TILE), minus
+KTK_DISABLE_CPU_FEATURES. Nothing is read on import.
 Functions take ``root`` so that tests can show them another machine.
 """
 
@@ -15,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ktk import env
-from ktk._cy import native_module
+from ktk._cy import emulate_tiles, native_module
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -27,21 +28,26 @@ ISA_LEVELS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512, "avx512vnni", "amx_tile", "amx_int8"),
 }
 FEATURES = (*ISA_LEVELS["amx"], "avx_vnni", "avx512vbmi", "avx512_bf16", "amx_bf16")
+_TILES = frozenset(name for name in FEATURES if name.startswith("amx_"))
 # What stops working when a feature is switched off.
 _NEEDS = {
     **{name: ("avx512f", "avx2") for name in FEATURES if name.startswith("avx512")},
-    **{name: ("amx_tile",) for name in FEATURES if name.startswith("amx_")},
+    **dict.fromkeys(_TILES, ("amx_tile",)),
     "avx_vnni": ("avx2",),
 }
 
 
 @dataclass(frozen=True)
 class CpuFeatures:
-    """names : features of FEATURES this process may use. source : who said so. disabled : by the environment."""
+    """names : features of FEATURES this process may use. source : who said so. disabled : by the environment.
+
+    emulated : those of ``names`` that no silicon carries out (KTK_TILE).
+    """
 
     names: frozenset[str]
     source: str
     disabled: frozenset[str] = frozenset()
+    emulated: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -89,12 +95,28 @@ def _from_cpuinfo(root: Path) -> tuple[frozenset[str], str]:
 
 
 def detect() -> CpuFeatures:
-    """Features this process may use. ValueError if KTK_DISABLE_CPU_FEATURES names an unknown one."""
-    return _without(*_probe(), env.disabled_cpu_features())
+    """Features this process may use. ValueError if KTK_DISABLE_CPU_FEATURES names an unknown one, or for KTK_TILE
+    where tiles cannot be emulated."""
+    names, source = _probe()
+    emulated = _emulate_tiles(names) if env.tiles_are_emulated() else frozenset()
+    return _without(names | emulated, source, env.disabled_cpu_features(), emulated)
+
+
+def _emulate_tiles(names: frozenset[str]) -> frozenset[str]:
+    """Install the emulator; the features it gives a CPU that has ``names``."""
+    if lacking := [name for name in ISA_LEVELS["avx512vnni"] if name not in names]:
+        raise ValueError(f"KTK_TILE=emulated: the AMX kernels also need {', '.join(lacking)}")
+    emulate_tiles()
+    return _TILES
 
 
 @cache
-def _without(names: frozenset[str], source: str, disabled: tuple[str, ...]) -> CpuFeatures:
+def _without(
+    names: frozenset[str],
+    source: str,
+    disabled: tuple[str, ...],
+    emulated: frozenset[str] = frozenset(),
+) -> CpuFeatures:
     off: set[str] = set()
     for name in map(str.lower, disabled):
         feature = _canonical(name)
@@ -111,7 +133,7 @@ def _without(names: frozenset[str], source: str, disabled: tuple[str, ...]) -> C
                 f"and the levels {', '.join(ISA_LEVELS)}"
             )
     off |= {name for name, needs in _NEEDS.items() if off & set(needs)}
-    return CpuFeatures(names - off, source, frozenset(off & names))
+    return CpuFeatures(names - off, source, frozenset(off & names), emulated - off)
 
 
 def _pairs() -> list[tuple[str, tuple[str, ...]]]:

@@ -48,6 +48,12 @@ def _parse_log(text: str) -> str:
     return text.lower()
 
 
+def _parse_tile(text: str) -> str:
+    if text != "emulated":
+        raise ValueError("must be emulated, or unset")
+    return text
+
+
 def _parse_names(text: str) -> tuple[str, ...]:
     return tuple(name for part in text.split(",") if (name := part.strip()))
 
@@ -79,6 +85,12 @@ VARIABLES: dict[str, Variable] = {
         (),
         "comma list of CPU features or ISA levels",
         "treat the CPU as if it lacked them and what needs them",
+    ),
+    "KTK_TILE": Variable(
+        _parse_tile,
+        None,
+        "emulated",
+        "run AMX kernels on a CPU without tiles, very slowly; auto still takes others",
     ),
 }
 
@@ -141,6 +153,12 @@ def disabled_cpu_features() -> tuple[str, ...]:
     """KTK_DISABLE_CPU_FEATURES split at commas; ``ktk.cpu`` checks the names."""
     value: tuple[str, ...] = _get("KTK_DISABLE_CPU_FEATURES")
     return value
+
+
+def tiles_are_emulated() -> bool:
+    """KTK_TILE=emulated."""
+    value: str | None = _get("KTK_TILE")
+    return value == "emulated"
 
 
 def in_effect() -> dict[str, str]:

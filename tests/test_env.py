@@ -14,6 +14,7 @@ from ktk import env
         ("KTK_NUM_THREADS", "two", env.num_threads),
         ("KTK_STRICT_BACKEND", "yes", env.strict_backend),
         ("KTK_LOG", "loud", env.log_level),
+        ("KTK_TILE", "1", env.tiles_are_emulated),
     ],
 )
 def test_bad_values_name_variable_and_value(monkeypatch, name: str, value: str, read) -> None:

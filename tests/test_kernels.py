@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktk import backends, cpu
-from ktk._cy import native_module
+from ktk._cy import emulate_tiles, native_module
 from ktk._cy.isa import ISA_ROWS
 from ktk.backends._native import NativeBackend, NativeRunner
 from ktk.backends.base import Runner
@@ -23,10 +24,19 @@ from ktk.reference.moe import ExactExperts
 from ktk.types import Activation, EngineLayout, MoESpec, Packed
 
 FORMAT_GROUPS = [(f.name, g) for f in FORMATS.values() for g in f.group_sizes]
+TILE_MIN_ROWS = 9  # gemm.c
 IMPLEMENTATIONS = [
     *(("native", row.name) for row in ISA_ROWS),
     *((name, "") for name, b in backends.backends().items() if not isinstance(b, NativeBackend)),
 ]
+
+
+def emulate_or_skip() -> Any:
+    """The tile emulator, which runs the same machine code as silicon would."""
+    try:
+        return emulate_tiles()
+    except ValueError as error:
+        pytest.skip(f"amx: {error}")
 
 
 def load(implementation: tuple[str, str], packed: Packed, num_threads: int = 2) -> Runner:
@@ -36,7 +46,9 @@ def load(implementation: tuple[str, str], packed: Packed, num_threads: int = 2) 
         if native_module() is None:
             pytest.skip("the compiled extension is not built")
         if lacking := cpu.missing(row, cpu.detect()):
-            pytest.skip(f"{row}: CPU lacks {', '.join(lacking)}")
+            if row != "amx" or cpu.missing("avx512vnni", cpu.detect()):
+                pytest.skip(f"{row}: CPU lacks {', '.join(lacking)}")
+            emulate_or_skip()
         return NativeRunner(packed, row, EngineLayout(num_threads))
     backend = backends.backends()[name]
     if reason := backend.why_not(packed.spec):
@@ -123,6 +135,39 @@ def test_long_reductions_with_few_rows_per_expert(
     assert_exact(want, run(load(implementation, packed), x, ids, weights))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize(
+    ("name", "group", "activation_group"),
+    [(f, g, a) for f, g in FORMAT_GROUPS if FORMATS[f].is_integer for a in (32, 64, 128)],
+)
+def test_rows_around_tile_edges(
+    implementation: tuple[str, str], name: str, group: int, activation_group: int
+) -> None:
+    """One expert's rows in blocks of 64; K 416 and 224, no multiple of 64 or 128; 14 and 26 panels, 7 an odd part."""
+    spec = MoESpec(1, 416, 210, name, group, activation_group)
+    packed = pack_all(spec, random_experts(spec, 81))
+    x = random_hidden(113, 416, 82)
+    ids, weights = np.zeros((113, 1), np.int64), np.ones((113, 1), np.float32)
+    want = ExactExperts(packed).forward(x, ids, weights)
+    runner = load(implementation, packed)
+    for rows in (8, 9, 16, 17, 31, 33, 47, 64, 113):
+        got = run(runner, x[:rows], ids[:rows], weights[:rows])
+        assert_exact(want[:rows], got)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+def test_a_matrix_smaller_than_a_tile(implementation: tuple[str, str]) -> None:
+    """K 32 and 96 are a single group whatever its size; 1 and 3 panels."""
+    for name, group, activation_group in (("int8", 0, 128), ("int4", 128, 128), ("int4", 0, 64)):
+        for hidden, intermediate in ((20, 33), (96, 7)):
+            spec = MoESpec(1, hidden, intermediate, name, group, activation_group, has_gate=False)
+            packed = pack_all(spec, random_experts(spec, 83))
+            x = random_hidden(19, hidden, 84)
+            ids, weights = np.zeros((19, 1), np.int64), np.ones((19, 1), np.float32)
+            want = ExactExperts(packed).forward(x, ids, weights)
+            assert_exact(want, run(load(implementation, packed), x, ids, weights))
+
+
 def test_the_extension_is_built_where_it_can_be() -> None:
     """A build that failed would skip every native test; CI must not stay green then."""
     can = platform.machine() in ("x86_64", "amd64") and shutil.which("cc") and shutil.which("gcc")
@@ -183,6 +228,28 @@ def test_threads_do_not_change_a_bit(implementation: tuple[str, str], name: str)
     want = run(load(implementation, packed, 1), x, ids, weights)
     for threads in (2, 3, 8):
         assert_exact(want, run(load(implementation, packed, threads), x, ids, weights))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_amx_multiplies_on_tiles_where_rows_are_enough(name: str) -> None:
+    if native_module() is None:
+        pytest.skip("the compiled extension is not built")
+    emulator = emulate_or_skip()
+    spec = MoESpec(1, 256, 128, name, None, 128)
+    packed = pack_all(spec, random_experts(spec, 85))
+    for rows, uses_tiles in ((TILE_MIN_ROWS - 1, False), (TILE_MIN_ROWS, True), (64, True)):
+        x = random_hidden(rows, 256, 86)
+        ids, weights = np.zeros((rows, 1), np.int64), np.ones((rows, 1), np.float32)
+        emulator.reset_counts()
+        run(load(("native", "amx"), packed), x, ids, weights)
+        counts = emulator.counts()
+        # gate and up: 16 panels over 256 k; down: 16 over 128; 64 k a product, or a group of 32
+        depth = 32 if name == "int4" else 64
+        products = 16 * (256 + 128) // depth * -(-rows // 16) if uses_tiles else 0
+        assert counts["tdpbssd"] == products
+        assert counts["ldtilecfg"] == counts["tilerelease"]
+        if rows == 64:  # four products for two tiles of A and two of B
+            assert counts["tileloadd"] == products
 
 
 def test_chunks_of_tokens_do_not_change_a_bit() -> None:

@@ -20,16 +20,18 @@ def main() -> int:
     if shutil.which(compiler[0]) is None or platform.machine() not in ("x86_64", "amd64"):
         print("C warnings: not checked (no compiler, or not x86-64)")
         return 0
-    jobs = [(source, isa["BASE_FLAGS"]) for source in isa["BASE_SOURCES"]]
+    jobs = [(f"kernels/{source}", isa["BASE_FLAGS"]) for source in isa["BASE_SOURCES"]]
     jobs += [
-        (source, (f"-DKTK_ISA={row.name}", *row.flags))
+        (f"kernels/{source}", (f"-DKTK_ISA={row.name}", *row.flags))
         for row in isa["ISA_ROWS"]
-        for source in isa["ROW_SOURCES"]
+        for source in (*isa["ROW_SOURCES"], *row.sources)
     ]
+    if sys.platform == "linux":
+        jobs.append(("emulator/tile_emulator.c", ()))
     failed = 0
     for source, flags in jobs:
         command = [*compiler, *isa["COMMON_FLAGS"], "-O1", "-Werror", "-fsyntax-only", *flags]
-        command += [f"-I{HERE / 'include'}", str(HERE / "kernels" / source)]
+        command += [f"-I{HERE / 'include'}", str(HERE / source)]
         failed += subprocess.run(command, check=False).returncode != 0
     return min(failed, 1)
 

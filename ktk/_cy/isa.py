@@ -11,6 +11,7 @@ from typing import NamedTuple
 class IsaRow(NamedTuple):
     name: str
     flags: tuple[str, ...]
+    sources: tuple[str, ...] = ()  # besides ROW_SOURCES
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -28,6 +29,7 @@ ISA_ROWS = (
     IsaRow("avx2", _AVX2),
     IsaRow("avx512", _AVX512),
     IsaRow("avx512vnni", (*_AVX512, "-mavx512vnni")),
+    IsaRow("amx", (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"), ("gemm_amx.c",)),
 )
 
 # Compiled once per row.

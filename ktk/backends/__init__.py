@@ -149,7 +149,7 @@ def select(method: str, spec: MoESpec) -> Backend:
 
 def _first(spec: MoESpec) -> Backend:
     for backend in backends().values():
-        if backend.why_not(spec) is None:
+        if backend.why_not(spec) is None and not backend.is_emulated:
             return backend
     raise BackendError(f"no backend runs {spec}:\n{_reasons(spec)}")
 

@@ -1,8 +1,8 @@
-"""What the AMX backends share: one weight format each, on the ``amx`` ISA row, which no build has yet."""
+"""What the AMX backends share: one weight format each, on the ``amx`` ISA row."""
 
 from __future__ import annotations
 
-from ktk._cy import native_module
+from ktk import cpu
 from ktk.backends._native import NativeBackend
 from ktk.types import MoESpec
 
@@ -11,10 +11,15 @@ class AmxBackend(NativeBackend):
     weight_format: str
     isa_rows = ("amx",)
 
+    @property
+    def is_emulated(self) -> bool:
+        return bool(cpu.detect().emulated)
+
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         if spec is not None and spec.weight_format != self.weight_format:
             return f"runs {self.weight_format} weights, these are {spec.weight_format}"
-        native = native_module()
-        if native is not None and "amx" not in native.isa_rows():
-            return "this version of ktk has no AMX kernels"
         return super().why_not(spec)
+
+    def kernel(self, spec: MoESpec) -> str:
+        kernel = super().kernel(spec)
+        return kernel.replace("amx", "amx(emulated)", 1) if self.is_emulated else kernel

@@ -48,6 +48,11 @@ class Backend(ABC):
 
     name: str
 
+    @property
+    def is_emulated(self) -> bool:
+        """Its instructions are (KTK_TILE): it runs when named, ``auto`` passes it over."""
+        return False
+
     @abstractmethod
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         """None if it runs here (and runs ``spec``, if given), else the reason."""

@@ -40,6 +40,7 @@ def diagnosis() -> dict[str, Any]:
             "features": [name for name in cpu.FEATURES if name in features],
             "features_from": features.source,
             "disabled": sorted(features.disabled),
+            "emulated": sorted(features.emulated),
             "levels": {level: cpu.missing(level, features) for level in cpu.ISA_LEVELS},
         },
         "numa_nodes": [
@@ -83,6 +84,9 @@ def command(
         "cores": f"{c['physical_cores']} physical of {c['allowed_cpus']} CPUs this process may use{quota}",
         "features": f"{' '.join(c['features']) or 'none'} (from {c['features_from']})",
         "switched off": " ".join(c["disabled"]),
+        "emulated": f"{' '.join(c['emulated'])} (KTK_TILE: for tests, very slow)"
+        if c["emulated"]
+        else "",
         "ISA levels": ", ".join(
             f"{level} {'no: ' + ' '.join(lacking) if lacking else 'yes'}"
             for level, lacking in c["levels"].items()

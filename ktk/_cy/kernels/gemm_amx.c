@@ -1,0 +1,365 @@
+/* y = A * B on AMX tiles, for the integer formats and up to 64 rows; gemm.c sends calls with enough rows here.
+ * The floats are added in gemm.c's order, so outputs are its bits.
+ *
+ * Tiles: 0-3 C (2 row tiles x 2 panels), 4-5 A (row tiles), 6-7 B (panels): four products for four loads.
+ * A row tile has as many rows as divide evenly, at most 16: a product takes a cycle a row.
+ *
+ * A fine group's sum leaves the tiles through memory, 16 stores a tile, so tile work and vector work must overlap.
+ * A step is STEP_GROUPS fine groups of one pair of row tiles and one pair of panels. While the tile unit makes a
+ * step's sums, one group at a time, the vector units read the previous step's: convert, scale, add. Order: panel
+ * pairs, steps along k, row pairs; the sums in the making (inner, y) wait in memory between the steps of a row.
+ *
+ * B is a signed copy of the codes, made once for all rows as soon as the room of the step before is free. With it
+ * TDPBSSD sums need no zero-point correction, which would be one more vector instruction per row and group
+ * (16 a tile, against 8 per 32 k of a panel for the copy). Groups of 32 k use half of a tile's depth.
+ *
+ * All of `work` (ktk.h) but A stays in L1: 16 KiB sums, 8 KiB codes, 16 KiB inner and y, of which a step with
+ * groups up to 64 touches half. Counted instructions and what they cost: bench/RESULTS.md; no silicon has run this yet.
+ * Intel SDM vol. 2, TDPBSSD; Intel optimization manual, chapter 20 (a product 16 cycles, a load 8, a store 16). */
+#include <string.h>
+
+#include "ktk.h"
+#include "vec.h"
+
+enum {
+    TILE_ROWS = 16,
+    MAX_ROWS = 64,
+    STEP_GROUPS = 2,
+    MAX_FINE = 128,
+    PAIR_ROWS = 2 * TILE_ROWS,
+    PANEL_CODES = MAX_FINE * KTK_PANEL,        /* bytes of one panel's codes in a fine group */
+    PANEL_SUMS = PAIR_ROWS * KTK_PANEL,        /* int32 */
+    GROUP_SUMS = 2 * PANEL_SUMS,               /* of both panels */
+    STEP_SUMS = STEP_GROUPS * GROUP_SUMS,      /* of a step */
+    STEP_SCALES = STEP_GROUPS * 2 * KTK_PANEL, /* weight scales of a step, fp32 */
+    SCALES_KEPT = 4,          /* steps back: the next one's are made before the last one's are read */
+    ROW_SUMS = 2 * KTK_PANEL, /* inner or y of a row, fp32 */
+};
+
+/* Cache lines, so that every part of it starts on one. */
+typedef struct {
+    int32_t sums[2][STEP_SUMS]; /* of the step in the making and of the one before */
+    uint8_t codes[STEP_GROUPS][2][PANEL_CODES];
+    float scales[SCALES_KEPT][STEP_SCALES];
+    float inner[MAX_ROWS][ROW_SUMS];
+    float y[MAX_ROWS][ROW_SUMS];
+    const float *a_scales[MAX_ROWS];
+} buffers;
+_Static_assert(sizeof(buffers) + 32 * MAX_ROWS <= KTK_WORK_BYTES(0),
+               "work must hold buffers and the padding of A");
+
+/* One call. */
+typedef struct {
+    const ktk_matrix *w;
+    const uint8_t *panels;
+    int num_panels;
+    const ktk_rows *a;
+    const int32_t *rows;
+    float *out;
+    int64_t out_stride;
+    buffers *b;
+    uint8_t *packed;        /* A: [k / depth][num_tiles * tile_rows][depth] codes */
+    int tile_rows;          /* of each row tile; rows past the last are zeros */
+    int depth, depth_shift; /* k of one product: 32 or 64, 1 << 5 or 6 */
+    int fine, num_fine, groups_per_coarse;
+    int64_t packed_step; /* bytes of A from one depth of k to the next */
+} gemm;
+
+/* Where a step is, and what reading it has to know. */
+typedef struct {
+    int panel, num_panels; /* 1 or 2 */
+    int first_row, num_rows;
+    int group, num_groups; /* fine groups */
+    int ends[STEP_GROUPS]; /* the coarse group that ends with each, or -1 */
+    int is_last;
+    int inner_is_open; /* a coarse group goes on from the step before; ... */
+    int inner_stays;   /* ... into the next */
+    const int32_t *sums;
+    const float *scales;
+} step;
+
+/* "memory": the compiler must not move stores to what a tile reads, or loads of what it wrote, past it. */
+#define TILE_LOAD(T, FROM, STRIDE)                                                                           \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #T::"r"(FROM), "r"((int64_t)(STRIDE)) : "memory")
+#define TILE_STORE(T, TO, STRIDE)                                                                            \
+    __asm__ volatile("tilestored %%tmm" #T ", (%0,%1,1)" ::"r"(TO), "r"((int64_t)(STRIDE)) : "memory")
+#define TILE_ZERO(T) __asm__ volatile("tilezero %%tmm" #T::)
+#define TILE_DOT(C, A, B) __asm__ volatile("tdpbssd %%tmm" #B ", %%tmm" #A ", %%tmm" #C::)
+
+static void configure(int tile_rows, int depth) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t colsb[16];
+        uint8_t rows[16];
+    } c = {.palette = 1};
+    for (int t = 0; t < 8; t++) {
+        c.colsb[t] = (uint16_t)(t == 4 || t == 5 ? depth : 64);
+        c.rows[t] = (uint8_t)(t < 6 ? tile_rows : depth / 4);
+    }
+    __asm__ volatile("ldtilecfg %0" ::"m"(c));
+}
+
+/* Rows of A side by side for every depth of k; what lies past the last row or the last k is zero. */
+static void pack_rows(const gemm *g, int num_rows, int padded_rows) {
+    const int k = g->w->padded_in;
+    for (int i = 0; i < num_rows; i++) {
+        const uint8_t *from = g->a->codes + g->rows[i] * g->a->code_stride;
+        uint8_t *to = g->packed + (int64_t)i * g->depth;
+        int at = 0;
+        if (g->depth == 64)
+            for (; at + 64 <= k; at += 64, to += g->packed_step) _mm512_store_si512(to, VI_LOAD(from + at));
+        for (; at < k; at += 32, to += g->packed_step) {
+            _mm256_store_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)(from + at)));
+            if (g->depth == 64) _mm256_store_si256((__m256i *)(to + 32), _mm256_setzero_si256());
+        }
+        g->b->a_scales[i] = g->a->scales + g->rows[i] * g->a->scale_stride;
+    }
+    uint8_t *rest = g->packed + (int64_t)num_rows * g->depth;
+    for (int at = 0; at < k; at += g->depth, rest += g->packed_step)
+        memset(rest, 0, (size_t)(padded_rows - num_rows) * (size_t)g->depth);
+}
+
+INLINE __m512 weight_scale(const ktk_matrix *w, const uint8_t *panel, int group) {
+    if (!w->scales_are_bf16) return VF_LOAD(panel + 64 * (int64_t)group);
+    return VF_BITS(VI_SLL32(VI_BF16(panel + 32 * (int64_t)group), 16));
+}
+
+/* Signed codes and the fine scales of one fine group, for a pair of panels, as group `place` of its step. */
+static void unpack_group(const gemm *g, int panel, int group, int place, float *scales) {
+    const ktk_matrix *w = g->w;
+    const int begin = group * g->fine, k = w->padded_in - begin < g->fine ? w->padded_in - begin : g->fine;
+    for (int p = 0; p < 2 && panel + p < g->num_panels; p++) {
+        const uint8_t *from = g->panels + (panel + p) * w->panel_bytes;
+        uint8_t *to = g->b->codes[place][p];
+        VF_STORE(scales + (2 * place + p) * KTK_PANEL,
+                 w->group_size == g->fine ? weight_scale(w, from, group) : VF_ZERO());
+        from += w->code_offset;
+        if (w->format == KTK_INT8) {
+            const VI sign = VI_SET8((char)128);
+            from += (int64_t)begin * KTK_PANEL;
+            for (int at = 0; at < k; at += 32, from += 512, to += 512) UNROLL
+            for (int i = 0; i < 512; i += 64)
+                _mm512_store_si512(to + i, _mm512_xor_si512(VI_LOAD(from + i), sign));
+        } else {
+            const VI mask = VI_SET8(15), zero = VI_SET8(8);
+            from += (int64_t)begin * KTK_PANEL / 2;
+            for (int at = 0; at < k; at += 32, from += 256, to += 512) UNROLL
+            for (int i = 0; i < 256; i += 64) {
+                VI v = VI_LOAD(from + i);
+                _mm512_store_si512(to + 2 * i, _mm512_sub_epi8(VI_AND(v, mask), zero));
+                _mm512_store_si512(to + 2 * i + 64, _mm512_sub_epi8(VI_AND(VI_SRL16(v, 4), mask), zero));
+            }
+        }
+    }
+}
+
+/* Sums of fine group `place` of a step, through the tiles to memory: [panel][row][16]. Codes past a group that
+ * ends within a depth are left over from before; A is zero there. */
+static void multiply_group(const gemm *g, const step *s, int place) {
+    const int depth = g->depth, tile_rows = g->tile_rows, two_panels = s->num_panels == 2;
+    const int two_tiles = s->num_rows > tile_rows;
+    const int begin = (s->group + place) * g->fine;
+    const int left = g->w->padded_in - begin, k = left < g->fine ? left : g->fine;
+    const int64_t packed_step = g->packed_step, tile_bytes = (int64_t)tile_rows * depth;
+    const uint8_t *a = g->packed + (begin >> g->depth_shift) * packed_step + (int64_t)s->first_row * depth;
+    const uint8_t *b = g->b->codes[place][0];
+    int32_t *to = (int32_t *)s->sums + place * GROUP_SUMS;
+    TILE_ZERO(0);
+    if (two_panels) TILE_ZERO(1);
+    if (two_tiles) TILE_ZERO(2);
+    if (two_tiles && two_panels) TILE_ZERO(3);
+    for (int at = 0; at < k; at += depth, a += packed_step, b += depth * KTK_PANEL) {
+        TILE_LOAD(4, a, depth);
+        TILE_LOAD(6, b, 64);
+        TILE_DOT(0, 4, 6);
+        if (two_panels) {
+            TILE_LOAD(7, b + PANEL_CODES, 64);
+            TILE_DOT(1, 4, 7);
+        }
+        if (two_tiles) {
+            TILE_LOAD(5, a + tile_bytes, depth);
+            TILE_DOT(2, 5, 6);
+            if (two_panels) TILE_DOT(3, 5, 7);
+        }
+    }
+    TILE_STORE(0, to, 64);
+    if (two_panels) TILE_STORE(1, to + PANEL_SUMS, 64);
+    if (!two_tiles) return;
+    to += tile_rows * KTK_PANEL;
+    TILE_STORE(2, to, 64);
+    if (two_panels) TILE_STORE(3, to + PANEL_SUMS, 64);
+}
+
+enum { READ_ROWS = 8 };
+
+/* inner += sum * fine scale, for `run` fine groups from the step's group u on. Array sizes are constants: with
+ * [MR] they would be variable to the compiler, which then leaves them in memory. */
+INLINE void add_groups(const int MR, const int NP, const int WEIGHT_IS_FINE, const int run, const gemm *g,
+                       const step *s, int i, int u, VF inner[2][READ_ROWS]) {
+    const int32_t *sums = s->sums + u * GROUP_SUMS + i * KTK_PANEL;
+    const float *const *a_scales = g->b->a_scales + s->first_row + i;
+    /* Hides where both come from, so that what they point at is loaded where it is used: hoisted out of the
+     * branches around this, it does not fit the registers. */
+    __asm__ volatile("" : "+r"(a_scales), "+r"(sums));
+    VF scale[STEP_GROUPS][2];
+    for (int v = 0; v < run; v++) UNROLL
+    for (int p = 0; p < NP; p++)
+        scale[v][p] = WEIGHT_IS_FINE ? VF_LOAD(s->scales + (2 * (u + v) + p) * KTK_PANEL) : VF_ZERO();
+    UNROLL
+    for (int m = 0; m < MR; m++) {
+        const float *a_scale = WEIGHT_IS_FINE ? NULL : a_scales[m] + s->group + u;
+        UNROLL
+        for (int v = 0; v < run; v++) {
+            if (!WEIGHT_IS_FINE) scale[v][0] = scale[v][1] = VF_SET(a_scale[v]);
+            UNROLL
+            for (int p = 0; p < NP; p++) {
+                VI sum = VI_LOAD(sums + v * GROUP_SUMS + p * PANEL_SUMS + m * KTK_PANEL);
+                inner[p][m] = VF_FMA(VF_CVT(sum), scale[v][p], inner[p][m]);
+            }
+        }
+    }
+}
+
+/* y += inner * coarse scale, in memory: with y in registers too, eight rows of inner would not fit. */
+INLINE void add_inner(const int MR, const int NP, const int WEIGHT_IS_FINE, const gemm *g, const step *s,
+                      int i, int coarse, VF inner[2][READ_ROWS]) {
+    const float *const *a_scales = g->b->a_scales + s->first_row + i;
+    float *y = g->b->y[s->first_row + i];
+    VF scale[2] = {VF_ZERO(), VF_ZERO()};
+    if (!WEIGHT_IS_FINE) UNROLL
+    for (int p = 0; p < NP; p++)
+        scale[p] = weight_scale(g->w, g->panels + (s->panel + p) * g->w->panel_bytes, coarse);
+    UNROLL
+    for (int m = 0; m < MR; m++, y += ROW_SUMS) {
+        if (WEIGHT_IS_FINE) scale[0] = scale[1] = VF_SET(a_scales[m][coarse]);
+        UNROLL
+        for (int p = 0; p < NP; p++) {
+            VF sum = coarse ? VF_LOAD(y + p * KTK_PANEL) : VF_ZERO();
+            VF_STORE(y + p * KTK_PANEL, VF_FMA(inner[p][m], scale[p], sum));
+            inner[p][m] = VF_ZERO();
+        }
+    }
+}
+
+/* MR rows from row i of a step, NP panels. */
+INLINE void read_rows(const int MR, const int NP, const int WEIGHT_IS_FINE, const gemm *g, const step *s,
+                      int i) {
+    float *const kept = g->b->inner[s->first_row + i];
+    VF inner[2][READ_ROWS];
+    UNROLL
+    for (int m = 0; m < MR; m++) UNROLL
+    for (int p = 0; p < NP; p++)
+        inner[p][m] = s->inner_is_open ? VF_LOAD(kept + m * ROW_SUMS + p * KTK_PANEL) : VF_ZERO();
+    for (int u = 0; u < s->num_groups; u++) {
+        if (u + 1 < s->num_groups && s->ends[u] < 0)
+            add_groups(MR, NP, WEIGHT_IS_FINE, 2, g, s, i, u++, inner);
+        else
+            add_groups(MR, NP, WEIGHT_IS_FINE, 1, g, s, i, u, inner);
+        if (s->ends[u] >= 0) add_inner(MR, NP, WEIGHT_IS_FINE, g, s, i, s->ends[u], inner);
+    }
+    if (s->inner_stays) UNROLL
+    for (int m = 0; m < MR; m++) UNROLL
+    for (int p = 0; p < NP; p++) VF_STORE(kept + m * ROW_SUMS + p * KTK_PANEL, inner[p][m]);
+    if (s->is_last) UNROLL
+    for (int m = 0; m < MR; m++) UNROLL
+    for (int p = 0; p < NP; p++)
+        VF_STORE(g->out + (s->first_row + i + m) * g->out_stride + (s->panel + p) * KTK_PANEL,
+                 VF_LOAD(g->b->y[s->first_row + i + m] + p * KTK_PANEL));
+}
+
+/* Eight rows of two panels: 16 chains of FMAs, and half the registers left for what they need. */
+#define READ_ALL(NP, FINE)                                                                                   \
+    static void read_##NP##_##FINE(const gemm *g, const step *s, int i, int end) {                           \
+        for (; i + 8 <= end; i += 8) read_rows(8, NP, FINE, g, s, i);                                        \
+        for (; i + 2 <= end; i += 2) read_rows(2, NP, FINE, g, s, i);                                        \
+        for (; i < end; i++) read_rows(1, NP, FINE, g, s, i);                                                \
+    }
+READ_ALL(1, 0)
+READ_ALL(1, 1)
+READ_ALL(2, 0)
+READ_ALL(2, 1)
+
+/* Part `part` of `parts` of a step's rows. */
+static void read_part(const gemm *g, const step *s, int part, int parts) {
+    static void (*const read[2][2])(const gemm *, const step *, int, int) = {{read_1_0, read_1_1},
+                                                                             {read_2_0, read_2_1}};
+    int size = ((s->num_rows + parts - 1) / parts + READ_ROWS - 1) & ~(READ_ROWS - 1);
+    int begin = part * size, end = part == parts - 1 ? s->num_rows : begin + size;
+    if (end > s->num_rows) end = s->num_rows;
+    if (begin < end) read[s->num_panels - 1][g->w->group_size == g->fine](g, s, begin, end);
+}
+
+/* The step at a panel and a group; rows, sums and scales are still to be said. */
+static step make_step(const gemm *g, int panel, int group) {
+    step s = {.panel = panel, .group = group};
+    s.num_panels = g->num_panels - panel > 1 ? 2 : 1;
+    s.num_groups = g->num_fine - group < STEP_GROUPS ? g->num_fine - group : STEP_GROUPS;
+    s.is_last = group + s.num_groups == g->num_fine;
+    int coarse = group / g->groups_per_coarse, place = group % g->groups_per_coarse;
+    s.inner_is_open = place != 0;
+    for (int u = 0; u < s.num_groups; u++) {
+        const int ends = ++place == g->groups_per_coarse || group + u + 1 == g->num_fine;
+        s.ends[u] = ends ? coarse : -1;
+        if (ends) coarse++, place = 0;
+    }
+    s.inner_stays = place != 0;
+    return s;
+}
+
+void CAT(ktk_gemm_tiles_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
+                                   const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
+                                   int64_t out_stride, const uint8_t *next, uint8_t *work) {
+    (void)next;
+    const int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    gemm g = {.w = w,
+              .panels = panels,
+              .num_panels = num_panels,
+              .a = a,
+              .rows = rows,
+              .out = out,
+              .out_stride = out_stride,
+              .b = (buffers *)work,
+              .packed = work + sizeof(buffers)};
+    g.fine = w->group_size < w->activation_group ? w->group_size : w->activation_group;
+    const int coarse = w->group_size < w->activation_group ? w->activation_group : w->group_size;
+    g.num_fine = (w->padded_in + g.fine - 1) / g.fine;
+    g.groups_per_coarse = (coarse + g.fine - 1) / g.fine;
+    g.depth_shift = g.fine % 64 && g.num_fine > 1 ? 5 : 6;
+    g.depth = 1 << g.depth_shift;
+    g.tile_rows = (num_rows + num_tiles - 1) / num_tiles;
+    const int padded_rows = num_tiles * g.tile_rows;
+    g.packed_step = (int64_t)padded_rows * g.depth;
+    pack_rows(&g, num_rows, padded_rows);
+    configure(g.tile_rows, g.depth);
+
+    int steps = 0, parity = 0;
+    step made[2] = {{0}}, *s = &made[0], *last = &made[1]; /* last: made, not yet read */
+    for (int u = 0; u < STEP_GROUPS && u < g.num_fine; u++) unpack_group(&g, 0, u, u, g.b->scales[0]);
+    for (int panel = 0; panel < num_panels; panel += 2)
+        for (int group = 0; group < g.num_fine; group += STEP_GROUPS, steps++) {
+            int next_panel = panel, next_group = group + STEP_GROUPS;
+            if (next_group >= g.num_fine) next_panel += 2, next_group = 0;
+            const int next_end = next_panel < num_panels ? g.num_fine : 0;
+            float *next_scales = g.b->scales[(steps + 1) % SCALES_KEPT];
+            const step here = make_step(&g, panel, group);
+            for (int row = 0; row < num_rows; row += 2 * g.tile_rows, parity ^= 1) {
+                const int is_last_of_codes = row + 2 * g.tile_rows >= num_rows;
+                *s = here;
+                s->scales = g.b->scales[steps % SCALES_KEPT];
+                s->first_row = row;
+                s->num_rows = num_rows - row < 2 * g.tile_rows ? num_rows - row : 2 * g.tile_rows;
+                s->sums = g.b->sums[parity];
+                for (int u = 0; u < STEP_GROUPS; u++) {
+                    if (u < s->num_groups) multiply_group(&g, s, u);
+                    if (is_last_of_codes && next_group + u < next_end)
+                        unpack_group(&g, next_panel, next_group + u, u, next_scales);
+                    if (last->num_rows) read_part(&g, last, u, STEP_GROUPS);
+                }
+                step *swap = last;
+                last = s;
+                s = swap;
+            }
+        }
+    read_part(&g, last, 0, 1);
+    __asm__ volatile("tilerelease" ::);
+}

@@ -1,0 +1,53 @@
+# cython: language_level=3, embedsignature=True
+"""Tile instructions on a CPU without them, for tests (KTK_TILE=emulated); see emulator/tile_emulator.c."""
+
+import os
+
+from libc.stdint cimport uint64_t
+
+
+cdef extern from "tile_emulator.h" nogil:
+    enum:
+        KTK_TILE_NUM_KINDS
+        KTK_TILE_NUM_FAULTS
+    int ktk_tile_install()
+    uint64_t ktk_tile_count(int kind)
+    void ktk_tile_reset_counts()
+    const char *ktk_tile_kind_name(int kind)
+    void ktk_tile_record_faults(int on)
+    int ktk_tile_take_fault()
+    const char *ktk_tile_fault_name(int fault)
+
+
+KINDS = tuple(ktk_tile_kind_name(i).decode() for i in range(KTK_TILE_NUM_KINDS))
+FAULTS = tuple(ktk_tile_fault_name(i).decode() for i in range(1, KTK_TILE_NUM_FAULTS))
+
+
+def install():
+    """Handle SIGILL of tile instructions from now on, once per process. OSError, or ValueError on a CPU with tiles."""
+    cdef int status = ktk_tile_install()
+    if status < 0:
+        raise ValueError("KTK_TILE=emulated: this CPU has tiles of its own; unset KTK_TILE")
+    if status:
+        raise OSError(status, os.strerror(status))
+
+
+def counts():
+    """Instructions carried out since the last reset, by all threads: dict of str to int."""
+    return {name: ktk_tile_count(i) for i, name in enumerate(KINDS)}
+
+
+def reset_counts():
+    """Count from 0 again."""
+    ktk_tile_reset_counts()
+
+
+def record_faults(on):
+    """True: a fault skips its instruction and waits for take_fault. False: it ends the process, as on silicon."""
+    ktk_tile_record_faults(bool(on))
+
+
+def take_fault():
+    """The name of the calling thread's last recorded fault, one of FAULTS, or None; then forgotten."""
+    cdef int fault = ktk_tile_take_fault()
+    return ktk_tile_fault_name(fault).decode() if fault else None
