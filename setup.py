@@ -1,4 +1,4 @@
-"""Builds ktk._cy.native: each kernel source once per ISA row, linked into one extension.
+"""Builds ktk._cy.native and ktk._cy.measure: each kernel source once per ISA row, linked into one extension.
 
 Without a C compiler, or on another architecture, the package installs without it: Numba and NumPy run then.
 """
@@ -13,6 +13,11 @@ from setuptools.command.build_ext import build_ext
 
 CY = Path("ktk/_cy")
 ISA = runpy.run_path(str(CY / "isa.py"))
+# Extension: sources compiled once, sources compiled once per ISA row.
+EXTENSIONS = {
+    "native": (ISA["BASE_SOURCES"], ISA["ROW_SOURCES"]),
+    "measure": (ISA["MEASURE_BASE_SOURCES"], ISA["MEASURE_ROW_SOURCES"]),
+}
 
 
 class BuildKernels(build_ext):
@@ -30,11 +35,10 @@ class BuildKernels(build_ext):
                 **common,
             )
 
-        objects = compile_row(ISA["BASE_SOURCES"], "base", ISA["BASE_FLAGS"])
+        base_sources, row_sources = EXTENSIONS[ext.name.rpartition(".")[2]]
+        objects = compile_row(base_sources, "base", ISA["BASE_FLAGS"])
         for row in ISA["ISA_ROWS"]:
-            objects += compile_row(
-                ISA["ROW_SOURCES"], row.name, [f"-DKTK_ISA={row.name}", *row.flags]
-            )
+            objects += compile_row(row_sources, row.name, [f"-DKTK_ISA={row.name}", *row.flags])
         ext.extra_objects = objects
         super().build_extension(ext)
 
@@ -45,15 +49,18 @@ def extensions():
     from Cython.Build import cythonize
 
     depends = [str(p) for folder in ("include", "kernels") for p in sorted((CY / folder).iterdir())]
-    ext = Extension(
-        "ktk._cy.native",
-        [str(CY / "native.pyx")],
-        include_dirs=[str(CY / "include")],
-        depends=[*depends, "setup.py", str(CY / "isa.py")],
-        extra_compile_args=["-O2", "-fno-lto"],
-        extra_link_args=["-pthread"],
-    )
-    modules = cythonize([ext], language_level=3)
+    described = [
+        Extension(
+            f"ktk._cy.{name}",
+            [str(CY / f"{name}.pyx")],
+            include_dirs=[str(CY / "include")],
+            depends=[*depends, "setup.py", str(CY / "isa.py")],
+            extra_compile_args=["-O2", "-fno-lto"],
+            extra_link_args=["-pthread"],
+        )
+        for name in EXTENSIONS
+    ]
+    modules = cythonize(described, language_level=3)
     for module in modules:
         module.optional = True  # set here: cythonize does not keep it
     return modules
