@@ -1,0 +1,276 @@
+"""The flow of a benchmark: rounds over token counts; in each, ceilings, every method's calls, ceilings again.
+
+A round's figures were taken within a second of its ceilings, so their ratio holds on a machine whose speed changes
+from one second to the next; the median over rounds then drops the rounds in which something else ran.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktk import __version__, cpu
+from ktk.bench.layer import Layer, Method, build, check_memory, has_torch, hidden_states
+from ktk.bench.roofline import READ, Bound, Roofline, bound, l3_bytes
+from ktk.bench.shapes import Routing, Shape, routings
+
+# Calls of one method in one round: as many as fit CALL_SECONDS, but MIN_CALLS to MAX_CALLS.
+CALL_SECONDS = 0.1
+MIN_CALLS, MAX_CALLS = 2, 20
+# A call longer than this needs no other before it to be warm.
+WARM_UP_BELOW = 0.25
+# Different routings in turn: enough for a round of short calls; long ones touch every expert anyway.
+FEW_TOKENS, MANY_ROUTINGS, FEW_ROUTINGS = 16, 64, 8
+# A layer below this many times the last-level caches does not show what RAM gives.
+CACHE_FACTOR = 4
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Round:
+    """One method's calls in one round. seconds, touched : per call. read (bytes/s), peak (operations/s) : the ceilings."""
+
+    seconds: list[float]
+    touched: list[int]
+    read: float
+    peak: float
+
+
+@dataclass
+class Case:
+    """One method at one number of tokens."""
+
+    shape: Shape
+    method: str
+    kernel: str
+    peak_name: str
+    expert_bytes: int
+    num_tokens: int
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def operations(self) -> int:
+        return self.shape.operations(self.num_tokens)
+
+    @property
+    def round_medians(self) -> list[float]:
+        """Seconds of a call, the median of each round."""
+        return [statistics.median(r.seconds) for r in self.rounds]
+
+    @property
+    def seconds(self) -> float:
+        """Median over rounds of the median call."""
+        return statistics.median(self.round_medians)
+
+    @property
+    def touched_experts(self) -> float:
+        """Different experts of a call, the mean of all calls."""
+        return statistics.fmean(n for r in self.rounds for n in r.touched)
+
+    @property
+    def bound(self) -> Bound:
+        """Of the average call, by the medians of the ceilings."""
+        read = statistics.median(r.read for r in self.rounds)
+        peak = statistics.median(r.peak for r in self.rounds)
+        return bound(self.touched_experts * self.expert_bytes, self.operations, read, peak)
+
+    @property
+    def round_fractions(self) -> list[float]:
+        """Of each round: the median over its calls of bound / time, by that round's ceilings."""
+        found = []
+        for r in self.rounds:
+            bounds = [
+                bound(n * self.expert_bytes, self.operations, r.read, r.peak) for n in r.touched
+            ]
+            pairs = zip(bounds, r.seconds, strict=True)
+            found.append(statistics.median(b.seconds / s for b, s in pairs))
+        return found
+
+    @property
+    def fraction(self) -> float:
+        """Of the bound, median over rounds. Above 1 where a disturbance hit the ceilings only."""
+        return statistics.median(self.round_fractions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Times in ms, rates in GB/s of touched experts and GOP/s."""
+        touched_bytes = self.touched_experts * self.expert_bytes
+        limit = self.bound
+        calls = [s for r in self.rounds for s in r.seconds]
+        return {
+            "method": self.method,
+            "kernel": self.kernel,
+            "tokens": self.num_tokens,
+            "calls": len(calls),
+            "median_ms": self.seconds * 1e3,
+            "min_ms": min(calls) * 1e3,
+            "max_ms": max(calls) * 1e3,
+            "round_ms": [s * 1e3 for s in self.round_medians],
+            "touched_experts": self.touched_experts,
+            "touched_bytes": touched_bytes,
+            "operations": self.operations,
+            "gb_per_s": touched_bytes / self.seconds / 1e9,
+            "gop_per_s": self.operations / self.seconds / 1e9,
+            "tokens_per_s": self.num_tokens / self.seconds,
+            "peak": self.peak_name,
+            "bound_by": limit.by,
+            "bound_ms": limit.seconds * 1e3,
+            "fraction": self.fraction,
+            "round_fractions": self.round_fractions,
+            "fraction_of_medians": limit.seconds / self.seconds,
+        }
+
+
+@dataclass
+class Result:
+    """One shape: its methods as they were built, and a case per method and number of tokens."""
+
+    shape: Shape
+    layers: list[dict[str, Any]]
+    cases: list[Case]
+    ceilings: dict[str, dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape.name,
+            "hidden_size": self.shape.hidden_size,
+            "intermediate_size": self.shape.intermediate_size,
+            "num_experts": self.shape.num_experts,
+            "cut_from": self.shape.cut_from,
+            "top_k": self.shape.top_k,
+            "methods": self.layers,
+            "ceilings": self.ceilings,
+            "cases": [case.to_json() for case in self.cases],
+        }
+
+
+def describe(layer: Layer) -> dict[str, Any]:
+    return {
+        "method": layer.method,
+        "backend": layer.backend,
+        "kernel": layer.kernel,
+        "bits_per_weight": layer.bits_per_weight,
+        "expert_bytes": layer.expert_bytes,
+        "layer_bytes": layer.layer_bytes,
+        "peak": layer.peak,
+        "in_cache": layer.layer_bytes < CACHE_FACTOR * l3_bytes(),
+    }
+
+
+class Caller:
+    """One layer at one number of tokens: calls it with another routing each time and takes the time."""
+
+    def __init__(self, layer: Layer, hidden: Any, pool: list[Routing]) -> None:
+        self.layer = layer
+        self.arguments = [layer.prepare(hidden, routing) for routing in pool]
+        self.touched = [routing.touched for routing in pool]
+        self.next = 0
+        self.last = 0.0
+
+    def __call__(self) -> tuple[float, int]:
+        """Seconds, and the experts it touched."""
+        i = self.next % len(self.arguments)
+        self.next += 1
+        begin = time.perf_counter()
+        self.layer.call(*self.arguments[i])
+        self.last = time.perf_counter() - begin
+        return self.last, self.touched[i]
+
+    def round(self) -> tuple[list[float], list[int]]:
+        """Seconds and experts touched of each call of a round; the first, if short, only warms up."""
+        if self.last < WARM_UP_BELOW:
+            self()
+        count = min(max(int(CALL_SECONDS / self.last), MIN_CALLS), MAX_CALLS)
+        if self.last >= WARM_UP_BELOW:
+            count = 1
+        calls = [self() for _ in range(count)]
+        return [seconds for seconds, _ in calls], [touched for _, touched in calls]
+
+
+def run(
+    shape: Shape,
+    methods: list[Method],
+    tokens: list[int],
+    *,
+    num_threads: int | None = None,
+    rounds: int = 7,
+    roofline: Roofline | None = None,
+    progress: Progress = lambda done, total, what: None,
+) -> Result:
+    """Build every method's layer, check each at every number of tokens, and measure them in rounds.
+
+    progress : told (steps done, steps in all, what comes).
+    Raises MemoryError if the layers do not fit at once, RuntimeError if one computes wrong, else as ``layer.build``.
+    """
+    roofline = roofline or Roofline(num_threads)
+    check_memory(shape, methods, 0 if READ in roofline.samples else roofline.buffer_bytes)
+    steps = len(methods) + len(tokens) * (1 + rounds)
+    layers: list[Layer] = []
+    for method in methods:
+        progress(len(layers), steps, f"{shape.name}: packing {method.text}")
+        layers.append(build(shape, method, num_threads))
+    hidden = hidden_states(shape, max(tokens))
+    callers: dict[tuple[int, int], Caller] = {}
+    cases: dict[tuple[int, int], Case] = {}
+    for i, num_tokens in enumerate(tokens):
+        progress(len(methods) + i, steps, f"{shape.name}: checking {num_tokens} tokens")
+        count = MANY_ROUTINGS if num_tokens <= FEW_TOKENS else FEW_ROUTINGS
+        pool = routings(shape, num_tokens, count, seed=num_tokens)
+        for j, layer in enumerate(layers):
+            layer.check(hidden[:num_tokens], pool[0])
+            callers[i, j] = Caller(layer, hidden[:num_tokens], pool)
+            cases[i, j] = Case(
+                shape, layer.method, layer.kernel, layer.peak, layer.expert_bytes, num_tokens
+            )
+    gc.collect()
+    names = [READ, *dict.fromkeys(layer.peak for layer in layers)]
+    already = {name: len(values) for name, values in roofline.samples.items()}
+    for number in range(rounds):
+        for i, num_tokens in enumerate(tokens):
+            done = len(methods) + len(tokens) * (1 + number) + i
+            progress(done, steps, f"{shape.name}: round {number + 1}, {num_tokens} tokens")
+            before = roofline.sample(names)
+            measured = [callers[i, j].round() for j in range(len(layers))]
+            after = roofline.sample(names)
+            # The higher of the two: a disturbed sample is too low, and a high ceiling flatters nobody.
+            high = {name: max(before[name], after[name]) for name in names}
+            for j, (seconds, touched) in enumerate(measured):
+                cases[i, j].rounds.append(Round(seconds, touched, high[READ], high[layers[j].peak]))
+    progress(steps, steps, f"{shape.name}: done")
+    return Result(
+        shape, [describe(layer) for layer in layers], list(cases.values()), roofline.report(already)
+    )
+
+
+def machine(num_threads: int) -> dict[str, Any]:
+    """What was measured on, JSON-able."""
+    return {
+        "cpu": cpu.brand(),
+        "features": sorted(cpu.detect().names),
+        "threads": num_threads,
+        "physical_cores": cpu.num_physical_cores(),
+        "allowed_cpus": len(cpu.allowed_cpus()),
+        "numa_nodes": len(cpu.numa_nodes()),
+        "l3_bytes": l3_bytes(),
+        "memory_bytes": cpu.memory()[0],
+        "huge_pages": cpu.huge_pages(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def report(results: list[Result], num_threads: int, rounds: int) -> dict[str, Any]:
+    """The whole run as one JSON-able object."""
+    return {
+        "ktk": __version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(num_threads),
+        "rounds": rounds,
+        "on_torch_threads": has_torch(),
+        "results": [result.to_json() for result in results],
+    }
