@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -24,6 +25,11 @@ from ktk.reference.moe import ExactExperts, oracle_forward
 from ktk.types import ExpertWeights, MoESpec, Packed
 
 TORCH = "torch"
+# Calls of one method in one round: as many as fit CALL_SECONDS, but MIN_CALLS to MAX_CALLS.
+CALL_SECONDS = 0.1
+MIN_CALLS, MAX_CALLS = 2, 20
+# A call longer than this needs no other before it to be warm, and stands for a round alone.
+WARM_UP_BELOW = 0.25
 CHECKED_TOKENS = 2
 # torch rounds to bf16 (2**-9) at four places of a layer.
 TORCH_TOLERANCE = 0.02
@@ -81,6 +87,34 @@ def hidden_states(shape: Shape, num_tokens: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((num_tokens, shape.hidden_size), np.float32)
 
 
+class Caller:
+    """One layer at one number of tokens: calls it with another routing each time and takes the time."""
+
+    def __init__(self, layer: Layer, hidden: np.ndarray, pool: list[Routing]) -> None:
+        self.layer = layer
+        self.arguments = [layer.prepare(hidden, routing) for routing in pool]
+        self.touched = [float(routing.touched) for routing in pool]
+        self.next = 0
+        self.last = 0.0
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds, and the experts it touched."""
+        i = self.next % len(self.arguments)
+        self.next += 1
+        begin = time.perf_counter()
+        self.layer.call(*self.arguments[i])
+        self.last = time.perf_counter() - begin
+        return self.last, self.touched[i]
+
+    def round(self) -> tuple[list[float], list[float]]:
+        """Seconds and experts touched of each call of a round; one before them, if short, only warms up."""
+        if self.last < WARM_UP_BELOW:
+            self()
+        many = min(max(int(CALL_SECONDS / self.last), MIN_CALLS), MAX_CALLS)
+        calls = [self() for _ in range(1 if self.last >= WARM_UP_BELOW else many)]
+        return [seconds for seconds, _ in calls], [touched for _, touched in calls]
+
+
 class Layer(ABC):
     """One layer, ready to be called.
 
@@ -103,6 +137,10 @@ class Layer(ABC):
     @abstractmethod
     def call(self, *arguments: Any) -> Any:
         """One forward call."""
+
+    def caller(self, hidden: np.ndarray, pool: list[Routing]) -> Caller:
+        """What calls it in rounds. hidden : float32 (tokens, hidden_size). pool : the routings to use in turn."""
+        return Caller(self, hidden, pool)
 
     @abstractmethod
     def check(self, hidden: np.ndarray, routing: Routing) -> None:

@@ -10,7 +10,6 @@ import datetime
 import gc
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +17,8 @@ from typing import Any
 from ktk import __version__, cpu
 from ktk.bench.layer import Layer, Method, build, check_memory, has_torch, hidden_states
 from ktk.bench.roofline import READ, Bound, Roofline, bound, l3_bytes
-from ktk.bench.shapes import Routing, Shape, routings
+from ktk.bench.shapes import Shape, routings
 
-# Calls of one method in one round: as many as fit CALL_SECONDS, but MIN_CALLS to MAX_CALLS.
-CALL_SECONDS = 0.1
-MIN_CALLS, MAX_CALLS = 2, 20
-# A call longer than this needs no other before it to be warm.
-WARM_UP_BELOW = 0.25
 # Different routings in turn: enough for a round of short calls; long ones touch every expert anyway.
 FEW_TOKENS, MANY_ROUTINGS, FEW_ROUTINGS = 16, 64, 8
 # A layer below this many times the last-level caches does not show what RAM gives.
@@ -33,12 +27,16 @@ CACHE_FACTOR = 4
 Progress = Callable[[int, int, str], None]
 
 
+def silent(done: int, total: int, what: str) -> None:
+    """Progress that nobody sees."""
+
+
 @dataclass
 class Round:
     """One method's calls in one round. seconds, touched : per call. read (bytes/s), peak (operations/s) : the ceilings."""
 
     seconds: list[float]
-    touched: list[int]
+    touched: list[float]
     read: float
     peak: float
 
@@ -150,6 +148,10 @@ class Result:
         }
 
 
+def case_of(shape: Shape, layer: Layer, num_tokens: int) -> Case:
+    return Case(shape, layer.method, layer.kernel, layer.peak, layer.expert_bytes, num_tokens)
+
+
 def describe(layer: Layer) -> dict[str, Any]:
     return {
         "method": layer.method,
@@ -163,88 +165,70 @@ def describe(layer: Layer) -> dict[str, Any]:
     }
 
 
-class Caller:
-    """One layer at one number of tokens: calls it with another routing each time and takes the time."""
-
-    def __init__(self, layer: Layer, hidden: Any, pool: list[Routing]) -> None:
-        self.layer = layer
-        self.arguments = [layer.prepare(hidden, routing) for routing in pool]
-        self.touched = [routing.touched for routing in pool]
-        self.next = 0
-        self.last = 0.0
-
-    def __call__(self) -> tuple[float, int]:
-        """Seconds, and the experts it touched."""
-        i = self.next % len(self.arguments)
-        self.next += 1
-        begin = time.perf_counter()
-        self.layer.call(*self.arguments[i])
-        self.last = time.perf_counter() - begin
-        return self.last, self.touched[i]
-
-    def round(self) -> tuple[list[float], list[int]]:
-        """Seconds and experts touched of each call of a round; the first, if short, only warms up."""
-        if self.last < WARM_UP_BELOW:
-            self()
-        count = min(max(int(CALL_SECONDS / self.last), MIN_CALLS), MAX_CALLS)
-        if self.last >= WARM_UP_BELOW:
-            count = 1
-        calls = [self() for _ in range(count)]
-        return [seconds for seconds, _ in calls], [touched for _, touched in calls]
-
-
-def run(
+def build_layers(
     shape: Shape,
     methods: list[Method],
-    tokens: list[int],
     *,
     num_threads: int | None = None,
-    rounds: int = 7,
-    roofline: Roofline | None = None,
-    progress: Progress = lambda done, total, what: None,
-) -> Result:
-    """Build every method's layer, check each at every number of tokens, and measure them in rounds.
+    more_bytes: int = 0,
+    progress: Progress = silent,
+) -> list[Layer]:
+    """One layer per method. more_bytes : memory needed beside them.
 
-    progress : told (steps done, steps in all, what comes).
-    Raises MemoryError if the layers do not fit at once, RuntimeError if one computes wrong, else as ``layer.build``.
+    Raises MemoryError if they do not fit at once, else as ``ktk.bench.layer.build``.
     """
-    roofline = roofline or Roofline(num_threads)
-    check_memory(shape, methods, 0 if READ in roofline.samples else roofline.buffer_bytes)
-    steps = len(methods) + len(tokens) * (1 + rounds)
+    gc.collect()  # layers of the shape before
+    check_memory(shape, methods, more_bytes)
     layers: list[Layer] = []
     for method in methods:
-        progress(len(layers), steps, f"{shape.name}: packing {method.text}")
+        progress(len(layers), len(methods), f"{shape.name}: packing {method.text}")
         layers.append(build(shape, method, num_threads))
+    return layers
+
+
+def measure(
+    shape: Shape,
+    layers: list[Layer],
+    tokens: list[int],
+    *,
+    rounds: int,
+    roofline: Roofline,
+    progress: Progress = silent,
+) -> Result:
+    """Check each layer at every number of tokens, and measure them in rounds.
+
+    progress : told (steps done, steps in all, what comes). Raises RuntimeError if a layer computes wrong.
+    """
+    steps = len(tokens) * (1 + rounds)
     hidden = hidden_states(shape, max(tokens))
-    callers: dict[tuple[int, int], Caller] = {}
-    cases: dict[tuple[int, int], Case] = {}
+    cases: list[list[Case]] = []
+    callers = []
     for i, num_tokens in enumerate(tokens):
-        progress(len(methods) + i, steps, f"{shape.name}: checking {num_tokens} tokens")
+        progress(i, steps, f"{shape.name}: checking {num_tokens} tokens")
         count = MANY_ROUTINGS if num_tokens <= FEW_TOKENS else FEW_ROUTINGS
         pool = routings(shape, num_tokens, count, seed=num_tokens)
-        for j, layer in enumerate(layers):
+        for layer in layers:
             layer.check(hidden[:num_tokens], pool[0])
-            callers[i, j] = Caller(layer, hidden[:num_tokens], pool)
-            cases[i, j] = Case(
-                shape, layer.method, layer.kernel, layer.peak, layer.expert_bytes, num_tokens
-            )
+        callers.append([layer.caller(hidden[:num_tokens], pool) for layer in layers])
+        cases.append([case_of(shape, layer, num_tokens) for layer in layers])
     gc.collect()
     names = [READ, *dict.fromkeys(layer.peak for layer in layers)]
     already = {name: len(values) for name, values in roofline.samples.items()}
     for number in range(rounds):
         for i, num_tokens in enumerate(tokens):
-            done = len(methods) + len(tokens) * (1 + number) + i
+            done = len(tokens) * (1 + number) + i
             progress(done, steps, f"{shape.name}: round {number + 1}, {num_tokens} tokens")
             before = roofline.sample(names)
-            measured = [callers[i, j].round() for j in range(len(layers))]
+            calls = [caller.round() for caller in callers[i]]
             after = roofline.sample(names)
             # The higher of the two: a disturbed sample is too low, and a high ceiling flatters nobody.
             high = {name: max(before[name], after[name]) for name in names}
-            for j, (seconds, touched) in enumerate(measured):
-                cases[i, j].rounds.append(Round(seconds, touched, high[READ], high[layers[j].peak]))
+            for layer, case, (seconds, touched) in zip(layers, cases[i], calls, strict=True):
+                case.rounds.append(Round(seconds, touched, high[READ], high[layer.peak]))
     progress(steps, steps, f"{shape.name}: done")
+    described = [describe(layer) for layer in layers]
     return Result(
-        shape, [describe(layer) for layer in layers], list(cases.values()), roofline.report(already)
+        shape, described, [c for row in cases for c in row], roofline.report(skip=already)
     )
 
 

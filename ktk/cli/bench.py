@@ -118,29 +118,28 @@ def command(
     from ktk import cpu, env
     from ktk.bench.layer import parse_method
     from ktk.bench.roofline import Roofline
-    from ktk.bench.run import report, run
+    from ktk.bench.run import build_layers, measure, report
 
     shapes = chosen_shapes(split(shape or []), hidden, intermediate, experts, top_k)
     methods = [parse_method(text) for text in split(method or [METHODS])]
     counts = [number(text, "--tokens") for text in split(tokens or [TOKENS])]
     if not methods or not counts:
         raise ValueError("--method and --tokens must not be empty")
+    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise ValueError(f"--json {json_file}: must be a file in a directory that exists, or -")
     num_threads = threads or env.num_threads() or cpu.num_physical_cores()
     roofline = Roofline(num_threads)
-    results = []
+    results: list[Result] = []
     with StepProgress() as progress:
         for each in shapes:
-            results.append(
-                run(
-                    each,
-                    methods,
-                    counts,
-                    num_threads=num_threads,
-                    rounds=rounds,
-                    roofline=roofline,
-                    progress=progress,
-                )
+            more = 0 if results else roofline.buffer_bytes
+            layers = build_layers(
+                each, methods, num_threads=num_threads, more_bytes=more, progress=progress
             )
+            results.append(
+                measure(each, layers, counts, rounds=rounds, roofline=roofline, progress=progress)
+            )
+            del layers  # before the next shape's
     found = report(results, num_threads, rounds)
     if json_file is not None and str(json_file) != "-":
         json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
