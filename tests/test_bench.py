@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -324,6 +325,8 @@ def test_layers_that_do_not_fit_are_refused_with_their_sizes(
 def test_a_layer_agrees_with_its_reference(text: str) -> None:
     if text == "torch":
         pytest.importorskip("torch")
+        if measure_module() is None:
+            pytest.skip("torch's peak is unknown: the compiled extension is not built")
     made = build(TINY, parse_method(text), None)
     for tokens in (1, 2, 33):
         made.check(hidden_states(TINY, tokens), routings(TINY, tokens, 1, seed=tokens)[0])
@@ -447,3 +450,48 @@ def test_wrong_arguments_fail_at_once_and_say_what_is_allowed(
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.startswith("ktk: error: ")
+
+
+# --- other engines -----------------------------------------------------------------------------
+
+PROGRAM = """#!{python}
+import json, sys
+at = sys.argv.index
+kind, buffer = sys.argv[at("--type") + 1], sys.argv[at("--buf") + 1]
+if buffer == "repack":
+    sys.exit("no such buffer") if kind == "bad" else sys.exit(6)
+print("chatter")
+print(json.dumps({{"tokens": int(sys.argv[at("--tokens") + 1]), "ms_median": 2.0, "experts_touched": 8.0, "bpw": 4.5}}))
+"""
+
+
+@pytest.fixture
+def peers() -> Any:
+    path = Path(__file__).parents[1] / "bench" / "peers.py"
+    spec = importlib.util.spec_from_file_location("peers", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_extension
+def test_another_engines_program_is_read(peers: Any, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    shape = SHAPES["qwen3-30b-a3b"]
+    engine = peers.LlamaCpp(str(program), shape, "q4_0", "cpu", 2)
+    assert engine.expert_bytes == shape.num_weights * 4.5 / 8
+    seconds, touched = engine.caller(hidden_states(TINY, 3), []).round()
+    assert (seconds, touched) == ([0.002], [8.0])
+    with pytest.raises(LookupError):
+        peers.LlamaCpp(str(program), shape, "q4_0", "repack", 2)
+    with pytest.raises(RuntimeError, match="ended with 1: no such buffer"):
+        peers.LlamaCpp(str(program), shape, "bad", "repack", 2)
+
+
+@needs_extension
+def test_an_engine_that_does_not_start_is_an_error_with_its_command(peers: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"kt-kernel ended with .*peers_kt_kernel\.py"):
+        peers.KtKernel("false", TINY, "AMXINT4", 1, 4)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends, cpu
-from ktk.bench.roofline import Roofline, peak_of
+from ktk.bench.roofline import peak_of, peaks
 from ktk.bench.shapes import Routing, Shape
 from ktk.formats import get_format
 from ktk.memory import aligned_buffer
@@ -263,8 +263,8 @@ def expert_bytes(spec: MoESpec) -> int:
 
 
 def torch_peak() -> str:
-    """The widest bf16 arithmetic this CPU has."""
-    here = Roofline(1).names
+    """The widest bf16 arithmetic this CPU has. BackendError if the extension is not built."""
+    here = {peak.name for peak in peaks() if not peak.missing}
     return next(n for n in ("amx bf16", "avx512 bf16", "avx512 fp32", "avx2 fp32") if n in here)
 
 

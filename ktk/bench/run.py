@@ -219,12 +219,14 @@ def measure(
             done = len(tokens) * (1 + number) + i
             progress(done, steps, f"{shape.name}: round {number + 1}, {num_tokens} tokens")
             before = roofline.sample(names)
-            calls = [caller.round() for caller in callers[i]]
+            first = number % len(layers)  # nobody is always the one behind the ceilings
+            order = [*range(first, len(layers)), *range(first)]
+            calls = {j: callers[i][j].round() for j in order}
             after = roofline.sample(names)
             # The higher of the two: a disturbed sample is too low, and a high ceiling flatters nobody.
             high = {name: max(before[name], after[name]) for name in names}
-            for layer, case, (seconds, touched) in zip(layers, cases[i], calls, strict=True):
-                case.rounds.append(Round(seconds, touched, high[READ], high[layer.peak]))
+            for j, (seconds, touched) in calls.items():
+                cases[i][j].rounds.append(Round(seconds, touched, high[READ], high[layers[j].peak]))
     progress(steps, steps, f"{shape.name}: done")
     described = [describe(layer) for layer in layers]
     return Result(

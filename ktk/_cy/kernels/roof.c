@@ -114,11 +114,8 @@ static const struct {
 } full_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 PEAK_TILES(tdpbsud, _tile_dpbsud)
-#pragma GCC push_options
-#pragma GCC target("amx-bf16")
-PEAK_TILES(tdpbf16ps, _tile_dpbf16ps)
-#pragma GCC pop_options
-static const ktk_roof_peak peaks[] = {
+__attribute__((target("amx-bf16"))) PEAK_TILES(tdpbf16ps,
+                                               _tile_dpbf16ps) static const ktk_roof_peak peaks[] = {
     {"amx int8", "", 6 * 16 * 16 * 64, tdpbsud},
     {"amx bf16", "amx_bf16", 6 * 16 * 16 * 32, tdpbf16ps},
 };
@@ -142,17 +139,15 @@ PEAK_NIBBLES(maddubs, __m512i, 16, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_s
              _mm512_maddubs_epi16, _mm512_add_epi16, _mm512_madd_epi16, _mm512_add_epi32)
 PEAK(fmadd, __m512, 16, _mm512_setzero_ps(), _mm512_set1_ps(1), _mm512_set1_ps(0.5f),
      a[j] = _mm512_fmadd_ps(x, y, a[j]))
-#pragma GCC push_options
-#pragma GCC target("avx512bf16")
+__attribute__((target("avx512bf16")))
 PEAK(dpbf16, __m512, 16, _mm512_setzero_ps(), (__m512bh)_mm512_set1_epi16(0x3f80),
      (__m512bh)_mm512_set1_epi16(0x3f00), a[j] = _mm512_dpbf16_ps(a[j], x, y))
-#pragma GCC pop_options
-READS(__m512i, _mm512_setzero_si512, _mm512_load_si512, _mm512_or_si512)
-static const ktk_roof_peak peaks[] = {
-    {"avx512 int8", "", 16 * 32, madd},
-    {"avx512 int4", "", 16 * 8 * 64, maddubs},
-    {"avx512 fp32", "", 16 * 16, fmadd},
-    {"avx512 bf16", "avx512_bf16", 16 * 32, dpbf16},
+    READS(__m512i, _mm512_setzero_si512, _mm512_load_si512,
+          _mm512_or_si512) static const ktk_roof_peak peaks[] = {
+        {"avx512 int8", "", 16 * 32, madd},
+        {"avx512 int4", "", 16 * 8 * 64, maddubs},
+        {"avx512 fp32", "", 16 * 16, fmadd},
+        {"avx512 bf16", "avx512_bf16", 16 * 32, dpbf16},
 };
 #define HAS_PATTERNS
 
@@ -164,17 +159,14 @@ PEAK_NIBBLES(maddubs, __m256i, 10, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_s
              _mm256_maddubs_epi16, _mm256_add_epi16, _mm256_madd_epi16, _mm256_add_epi32)
 PEAK(fmadd, __m256, 12, _mm256_setzero_ps(), _mm256_set1_ps(1), _mm256_set1_ps(0.5f),
      a[j] = _mm256_fmadd_ps(x, y, a[j]))
-#pragma GCC push_options
-#pragma GCC target("avxvnni")
-PEAK(dpbusd, __m256i, 12, _mm256_setzero_si256(), _mm256_set1_epi8(3), _mm256_set1_epi8(2),
-     a[j] = _mm256_dpbusd_avx_epi32(a[j], x, y))
-#pragma GCC pop_options
-READS(__m256i, _mm256_setzero_si256, _mm256_load_si256, _mm256_or_si256)
-static const ktk_roof_peak peaks[] = {
-    {"avx2 int8", "", 12 * 16, madd},
-    {"avx2 int4", "", 10 * 8 * 32, maddubs},
-    {"avx2 fp32", "", 12 * 8, fmadd},
-    {"avxvnni int8", "avx_vnni", 12 * 32, dpbusd},
+__attribute__((target("avxvnni"))) PEAK(dpbusd, __m256i, 12, _mm256_setzero_si256(), _mm256_set1_epi8(3),
+                                        _mm256_set1_epi8(2), a[j] = _mm256_dpbusd_avx_epi32(a[j], x, y))
+    READS(__m256i, _mm256_setzero_si256, _mm256_load_si256,
+          _mm256_or_si256) static const ktk_roof_peak peaks[] = {
+        {"avx2 int8", "", 12 * 16, madd},
+        {"avx2 int4", "", 10 * 8 * 32, maddubs},
+        {"avx2 fp32", "", 12 * 8, fmadd},
+        {"avxvnni int8", "avx_vnni", 12 * 32, dpbusd},
 };
 #define HAS_PATTERNS
 
