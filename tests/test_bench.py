@@ -17,6 +17,7 @@ from ktk import cpu
 from ktk._cy import measure_module
 from ktk.bench import layer as bench_layer
 from ktk.bench import roofline as bench_roofline
+from ktk.bench import run as bench_run
 from ktk.bench.layer import (
     Layer,
     build,
@@ -208,8 +209,8 @@ def case(*rounds: Round) -> Case:
 
 def test_a_fraction_uses_the_ceilings_of_its_own_round() -> None:
     # 2000 bytes a call: 1 s at 2000 B/s, then 2 s at 1000 B/s; the calls take twice that
-    slow = Round([4.0, 4.0], [2.0, 2.0], 1000.0, 1e12)
-    found = case(Round([2.0], [2.0], 2000.0, 1e12), slow, slow)
+    slow = Round([4.0, 4.0], [2.0, 2.0], (1000.0, 1000.0), (1e12, 1e12))
+    found = case(Round([2.0], [2.0], (2000.0, 2000.0), (1e12, 1e12)), slow, slow)
     assert found.round_fractions == [0.5, 0.5, 0.5]
     assert found.fraction == 0.5
     assert found.seconds == 4.0
@@ -217,18 +218,36 @@ def test_a_fraction_uses_the_ceilings_of_its_own_round() -> None:
 
 
 def test_a_disturbed_round_does_not_move_the_fraction() -> None:
-    good = Round([2.0], [2.0], 2000.0, 1e12)
-    assert case(good, Round([60.0], [2.0], 2000.0, 1e12), good).fraction == 0.5
+    good = Round([2.0], [2.0], (2000.0, 2000.0), (1e12, 1e12))
+    assert case(good, Round([60.0], [2.0], (2000.0, 2000.0), (1e12, 1e12)), good).fraction == 0.5
+
+
+def test_a_round_whose_ceiling_moved_does_not_count() -> None:
+    good = Round([2.0], [2.0], (2000.0, 1900.0), (1e12, 1e12))
+    moved = Round([2.0], [2.0], (1000.0, 9000.0), (1e12, 1e12))
+    other = Round([2.0], [2.0], (2000.0, 2000.0), (1e11, 1e12))  # not the one that sets the bound
+    found = case(moved, good, moved, moved, other)
+    assert found.steady_rounds == [False, True, False, False, True]
+    assert found.fraction == 0.5
+    assert case(moved, moved).fraction == pytest.approx(1 / 9)
+
+
+def test_long_calls_get_ceilings_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_run, "SAMPLE_AGAIN", -1.0)
+    roofline = FakeRoofline([1.0, 3.0, 5.0], [10.0, 30.0, 20.0])
+    result = measure(TINY, [FakeLayer(), FakeLayer()], [1], rounds=1, roofline=roofline)
+    assert [c.rounds[0].reads for c in result.cases] == [(1.0, 3.0), (3.0, 5.0)]
+    assert [c.rounds[0].peaks for c in result.cases] == [(10.0, 30.0), (30.0, 20.0)]
 
 
 def test_each_call_counts_the_experts_it_touched() -> None:
-    found = case(Round([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 1000.0, 1e12))
+    found = case(Round([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], (1000.0, 1000.0), (1e12, 1e12)))
     assert found.fraction == 1.0
     assert found.touched_experts == pytest.approx(7 / 3)
 
 
 def test_many_tokens_are_bound_by_arithmetic() -> None:
-    found = case(Round([1.0], [5.0], 1e12, TINY.operations(4) * 4.0))
+    found = case(Round([1.0], [5.0], (1e12, 1e12), (TINY.operations(4) * 4.0,) * 2))
     assert found.bound == (0.25, "compute")
     assert found.to_json()["gop_per_s"] == pytest.approx(TINY.operations(4) / 1e9)
 
@@ -354,7 +373,8 @@ CASE_KEYS = {
     "method": str, "kernel": str, "tokens": int, "calls": int, "median_ms": float, "min_ms": float,
     "max_ms": float, "round_ms": list, "touched_experts": float, "touched_bytes": float, "operations": int,
     "gb_per_s": float, "gop_per_s": float, "tokens_per_s": float, "peak": str, "bound_by": str,
-    "bound_ms": float, "fraction": float, "round_fractions": list, "fraction_of_medians": float,
+    "bound_ms": float, "fraction": float, "round_fractions": list, "steady_rounds": list,
+    "fraction_of_medians": float,
 }  # fmt: skip
 
 
@@ -390,7 +410,7 @@ def test_a_run_reports_every_case(shape: Shape) -> None:
         assert c["bound_by"] in ("memory", "compute")
         assert 0 < c["min_ms"] <= c["median_ms"] <= c["max_ms"]
     for c in one["ceilings"].values():
-        assert len(c["samples"]) == 2 * 2 * 2  # before and after, per number of tokens and round
+        assert len(c["samples"]) >= 2 * 2 * 2  # before and after, per number of tokens and round
         assert c["min"] <= c["median"] <= c["max"]
 
 

@@ -129,19 +129,20 @@ class Roofline:
         self.samples: dict[str, list[float]] = {}
         self._buffer: np.ndarray | None = None
         self._start = 0
-        widest = {
-            isa: 0 for isa, _ in self._measure.patterns() if not cpu.missing(isa, cpu.detect())
-        }
+        # Of every row that runs: wider loads are not always the faster ones.
         self._patterns: dict[tuple[str, str], list[float]] = {
             (isa, name): []
             for isa, name in self._measure.patterns()
-            if isa == next(reversed(widest), "")
+            if not cpu.missing(isa, cpu.detect())
         }
 
     @property
     def names(self) -> list[str]:
         """Every ceiling that can be measured here."""
-        return [READ, *(p.name for p in self.peaks.values() if not p.missing)]
+        return [
+            *([READ] if self._patterns else []),
+            *(p.name for p in self.peaks.values() if not p.missing),
+        ]
 
     def check(self, name: str) -> None:
         """ValueError if a ceiling is unknown, BackendError if this CPU lacks it."""

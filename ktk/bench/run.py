@@ -10,6 +10,7 @@ import datetime
 import gc
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,10 @@ from ktk.bench.shapes import Shape, routings
 
 # Different routings in turn: enough for a round of short calls; long ones touch every expert anyway.
 FEW_TOKENS, MANY_ROUTINGS, FEW_ROUTINGS = 16, 64, 8
+# Ceilings are sampled again before the next method once this many seconds have passed.
+SAMPLE_AGAIN = 0.3
+# A ceiling that moved by more than this factor within a round is not the same any more.
+STEADY = 1.2
 # A layer below this many times the last-level caches does not show what RAM gives.
 CACHE_FACTOR = 4
 
@@ -33,12 +38,30 @@ def silent(done: int, total: int, what: str) -> None:
 
 @dataclass
 class Round:
-    """One method's calls in one round. seconds, touched : per call. read (bytes/s), peak (operations/s) : the ceilings."""
+    """One method's calls in one round. seconds, touched : per call.
+
+    reads (bytes/s), peaks (operations/s) : the ceilings, sampled before and after.
+    """
 
     seconds: list[float]
     touched: list[float]
-    read: float
-    peak: float
+    reads: tuple[float, float]
+    peaks: tuple[float, float]
+
+    @property
+    def read(self) -> float:
+        """The higher sample: a disturbed one is too low, and a high ceiling flatters nobody."""
+        return max(self.reads)
+
+    @property
+    def peak(self) -> float:
+        """Likewise."""
+        return max(self.peaks)
+
+    def is_steady(self, by: str) -> bool:
+        """Whether the ceiling that sets the bound stayed the same: else nobody knows which one the calls met."""
+        pair = self.reads if by == "memory" else self.peaks
+        return max(pair) <= STEADY * min(pair)
 
 
 @dataclass
@@ -92,9 +115,17 @@ class Case:
         return found
 
     @property
+    def steady_rounds(self) -> list[bool]:
+        """Which rounds count: those with steady ceilings, all if there is none."""
+        by = self.bound.by
+        steady = [r.is_steady(by) for r in self.rounds]
+        return steady if any(steady) else [True] * len(steady)
+
+    @property
     def fraction(self) -> float:
-        """Of the bound, median over rounds. Above 1 where a disturbance hit the ceilings only."""
-        return statistics.median(self.round_fractions)
+        """Of the bound, median over the steady rounds. Above 1 where a disturbance hit the ceilings only."""
+        pairs = zip(self.round_fractions, self.steady_rounds, strict=True)
+        return statistics.median(fraction for fraction, counts in pairs if counts)
 
     def to_json(self) -> dict[str, Any]:
         """Times in ms, rates in GB/s of touched experts and GOP/s."""
@@ -121,6 +152,7 @@ class Case:
             "bound_ms": limit.seconds * 1e3,
             "fraction": self.fraction,
             "round_fractions": self.round_fractions,
+            "steady_rounds": self.steady_rounds,
             "fraction_of_medians": limit.seconds / self.seconds,
         }
 
@@ -218,15 +250,20 @@ def measure(
         for i, num_tokens in enumerate(tokens):
             done = len(tokens) * (1 + number) + i
             progress(done, steps, f"{shape.name}: round {number + 1}, {num_tokens} tokens")
-            before = roofline.sample(names)
             first = number % len(layers)  # nobody is always the one behind the ceilings
             order = [*range(first, len(layers)), *range(first)]
-            calls = {j: callers[i][j].round() for j in order}
-            after = roofline.sample(names)
-            # The higher of the two: a disturbed sample is too low, and a high ceiling flatters nobody.
-            high = {name: max(before[name], after[name]) for name in names}
-            for j, (seconds, touched) in calls.items():
-                cases[i][j].rounds.append(Round(seconds, touched, high[READ], high[layers[j].peak]))
+            ceilings = [roofline.sample(names)]
+            sampled = time.perf_counter()
+            calls = {}
+            for j in order:
+                calls[j] = (len(ceilings) - 1, *callers[i][j].round())
+                if j == order[-1] or time.perf_counter() - sampled > SAMPLE_AGAIN:
+                    ceilings.append(roofline.sample(names))
+                    sampled = time.perf_counter()
+            for j, (at, seconds, touched) in calls.items():
+                before, after, peak = ceilings[at], ceilings[at + 1], layers[j].peak
+                reads, peaks = (before[READ], after[READ]), (before[peak], after[peak])
+                cases[i][j].rounds.append(Round(seconds, touched, reads, peaks))
     progress(steps, steps, f"{shape.name}: done")
     described = [describe(layer) for layer in layers]
     return Result(
