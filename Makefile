@@ -51,4 +51,4 @@ doctor: setup
 	$(BIN)/ktk doctor
 
 clean:
-	rm -rf $(VENV) .cache/numa build *.egg-info ktk/_cy/native.c ktk/_cy/tile_emulator.c ktk/_cy/*.so .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache/numa build *.egg-info ktk/_cy/native.c ktk/_cy/tile_emulator.c ktk/_cy/measure.c ktk/_cy/*.so .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Builds ktk._cy.native: each kernel source once per ISA row, linked into one extension.
+"""Builds ktk._cy.native and ktk._cy.measure: each kernel source once per ISA row, linked into one extension.
 
 Beside it, on Linux, ktk._cy.tile_emulator: for tests of AMX kernels on a CPU without tiles.
 
@@ -15,14 +15,18 @@ from setuptools.command.build_ext import build_ext
 
 CY = Path("ktk/_cy")
 ISA = runpy.run_path(str(CY / "isa.py"))
-NATIVE = "ktk._cy.native"
+# Extension: sources compiled once, sources compiled once per ISA row.
+EXTENSIONS = {
+    "native": (ISA["BASE_SOURCES"], ISA["ROW_SOURCES"]),
+    "measure": (ISA["MEASURE_BASE_SOURCES"], ISA["MEASURE_ROW_SOURCES"]),
+}
 
 
 class BuildKernels(build_ext):
     """build_ext that compiles the ISA rows first and hands their objects to the linker."""
 
     def build_extension(self, ext):
-        if ext.name == NATIVE:
+        if ext.name.rpartition(".")[2] in EXTENSIONS:
             self.compile_rows(ext)
         super().build_extension(ext)
 
@@ -38,10 +42,12 @@ class BuildKernels(build_ext):
                 **common,
             )
 
-        objects = compile_row(ISA["BASE_SOURCES"], "base", ISA["BASE_FLAGS"])
+        base_sources, row_sources = EXTENSIONS[ext.name.rpartition(".")[2]]
+        objects = compile_row(base_sources, "base", ISA["BASE_FLAGS"])
         for row in ISA["ISA_ROWS"]:
+            own = row.sources if ext.name.endswith("native") else ()
             objects += compile_row(
-                (*ISA["ROW_SOURCES"], *row.sources), row.name, [f"-DKTK_ISA={row.name}", *row.flags]
+                (*row_sources, *own), row.name, [f"-DKTK_ISA={row.name}", *row.flags]
             )
         ext.extra_objects = objects
 
@@ -52,23 +58,27 @@ def extensions():
     from Cython.Build import cythonize
 
     depends = [str(p) for folder in ("include", "kernels") for p in sorted((CY / folder).iterdir())]
-    native = Extension(
-        NATIVE,
-        [str(CY / "native.pyx")],
-        include_dirs=[str(CY / "include")],
-        depends=[*depends, "setup.py", str(CY / "isa.py")],
-        extra_compile_args=["-O2", "-fno-lto"],
-        extra_link_args=["-pthread"],
-    )
-    emulator = Extension(
-        "ktk._cy.tile_emulator",
-        [str(CY / "tile_emulator.pyx"), str(CY / "emulator/tile_emulator.c")],
-        include_dirs=[str(CY / "emulator")],
-        depends=["setup.py", str(CY / "emulator/tile_emulator.h")],
-        extra_compile_args=[f for f in ISA["COMMON_FLAGS"] if not f.startswith("-W")],
-    )
-    wanted = [native, emulator] if sys.platform == "linux" else [native]
-    modules = cythonize(wanted, language_level=3)
+    described = [
+        Extension(
+            f"ktk._cy.{name}",
+            [str(CY / f"{name}.pyx")],
+            include_dirs=[str(CY / "include")],
+            depends=[*depends, "setup.py", str(CY / "isa.py")],
+            extra_compile_args=["-O2", "-fno-lto"],
+            extra_link_args=["-pthread"],
+        )
+        for name in EXTENSIONS
+    ]
+    if sys.platform == "linux":
+        emulator = Extension(
+            "ktk._cy.tile_emulator",
+            [str(CY / "tile_emulator.pyx"), str(CY / "emulator/tile_emulator.c")],
+            include_dirs=[str(CY / "emulator")],
+            depends=["setup.py", str(CY / "emulator/tile_emulator.h")],
+            extra_compile_args=[f for f in ISA["COMMON_FLAGS"] if not f.startswith("-W")],
+        )
+        described.append(emulator)
+    modules = cythonize(described, language_level=3)
     for module in modules:
         module.optional = True  # set here: cythonize does not keep it
     return modules

@@ -20,6 +20,7 @@ LAYERS = (
     ("backends",),
     ("runtime",),
     ("moe",),
+    ("bench",),
     ("wrapper_arguments", "wrapper"),
     ("convert",),
     ("integration",),

@@ -1,4 +1,4 @@
-"""The compiled part: ``native`` wraps the C kernels; absent where there was no compiler.
+"""The compiled parts, absent where there was no compiler: ``native`` wraps the C kernels, ``measure`` the ceilings' loops.
 
 ``tile_emulator`` runs AMX instructions in tests; nothing loads it unless KTK_TILE says so.
 """
@@ -11,12 +11,21 @@ from typing import Any
 
 
 @cache
-def native_module() -> Any:
-    """The compiled extension, or None where it was not built."""
+def _extension(name: str) -> Any:
     try:
-        return importlib.import_module("ktk._cy.native")
+        return importlib.import_module(f"ktk._cy.{name}")
     except ImportError:
         return None
+
+
+def native_module() -> Any:
+    """The kernels' extension, or None where it was not built."""
+    return _extension("native")
+
+
+def measure_module() -> Any:
+    """The extension that measures the machine's ceilings, or None where it was not built."""
+    return _extension("measure")
 
 
 @cache

@@ -20,11 +20,12 @@ def main() -> int:
     if shutil.which(compiler[0]) is None or platform.machine() not in ("x86_64", "amd64"):
         print("C warnings: not checked (no compiler, or not x86-64)")
         return 0
-    jobs = [(f"kernels/{source}", isa["BASE_FLAGS"]) for source in isa["BASE_SOURCES"]]
+    base = (*isa["BASE_SOURCES"], *isa["MEASURE_BASE_SOURCES"])
+    jobs = [(f"kernels/{source}", isa["BASE_FLAGS"]) for source in base]
     jobs += [
         (f"kernels/{source}", (f"-DKTK_ISA={row.name}", *row.flags))
         for row in isa["ISA_ROWS"]
-        for source in (*isa["ROW_SOURCES"], *row.sources)
+        for source in (*isa["ROW_SOURCES"], *isa["MEASURE_ROW_SOURCES"], *row.sources)
     ]
     if sys.platform == "linux":
         jobs.append(("emulator/tile_emulator.c", ()))

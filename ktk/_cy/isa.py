@@ -36,6 +36,9 @@ ISA_ROWS = (
 ROW_SOURCES = ("gemm.c", "quantise.c", "rows.c")
 # Compiled once, with baseline flags: they run before the CPU is known, or on any.
 BASE_SOURCES = ("moe.c", "pool.c", "probe.c")
+# The same two for ktk._cy.measure, the ceilings that `ktk bench` measures.
+MEASURE_ROW_SOURCES = ("roof.c",)
+MEASURE_BASE_SOURCES = ("roof_run.c",)
 BASE_FLAGS = ("-DKTK_ROWS=" + " ".join(f"ROW({row.name})" for row in ISA_ROWS),)
 # -ffp-contract=off: FMA only where written. No -ffast-math: sums keep their stated order.
 COMMON_FLAGS = (
