@@ -29,10 +29,10 @@ static const ktk_kernels *const ISA_ROWS[] = {KTK_ROWS NULL};
 const ktk_kernels *ktk_kernels_row(int index) { return ISA_ROWS[index]; }
 
 /* Columns of a task, most; tasks for each thread below which they get narrower. */
-enum { UP_COLUMNS = 256, DOWN_COLUMNS = 256, LEAST_DOWN_COLUMNS = 64, TASKS_PER_THREAD = 16 };
+enum { UP_COLUMNS = 256, DOWN_COLUMNS = 1024, LEAST_DOWN_COLUMNS = 64, TASKS_PER_THREAD = 16 };
 enum { COMBINE_TOKENS = 64, QUANTISE_TOKENS = 16, UP_STEP = 128 /* every activation group divides it */ };
 /* Pairs in one go: h and two blocks of y stay below some tens of MB. */
-enum { MAX_PAIRS = 16384, MAX_WHOLE_Y = 4 << 20 };
+enum { MAX_PAIRS = 8192, MAX_WHOLE_Y = 4 << 20 };
 enum { SPINS = 2000 };
 
 typedef struct operation operation;
