@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TOKENS = "1,4,16,64,256,1024"
 METHODS = "INT4:32,INT4:128,INT8,BF16"
-BAR = 20  # characters of a full bar
+BAR = 14  # characters of a full bar
 PROGRESS_AFTER = 2.0  # seconds: shorter runs show no progress
 
 

@@ -1,7 +1,7 @@
-"""One worker thread per process that runs tasks in the order they came: what makes submit_forward return.
+"""The process's queue of tasks, run one after the other in the order they came: what makes submit_forward return.
 
-Kernels have their own threads; this one only waits for them, so that the caller need not. It starts
-with the first submit, is a daemon, and is made anew in a forked child.
+A daemon thread runs them, or whoever waits for one: a caller that submits and at once waits pays for no thread
+switch. Kernels have their own threads. The daemon starts with the first submit and is made anew in a forked child.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any
 
 from ktk._cy import native_module
@@ -20,11 +20,10 @@ from ktk.errors import EngineError
 class Ticket:
     """A submitted task: its result, or the exception it raised."""
 
-    __slots__ = ("_done", "_pid", "_result", "error", "is_done", "was_raised")
+    __slots__ = ("_fifo", "_pid", "_result", "error", "is_done", "was_raised")
 
-    def __init__(self) -> None:
-        self._done = threading.Lock()  # held until done: cheaper than an Event
-        self._done.acquire()
+    def __init__(self, fifo: Fifo) -> None:
+        self._fifo = fifo
         self._pid = os.getpid()
         self._result: Any = None
         self.error: BaseException | None = None
@@ -38,10 +37,9 @@ class Ticket:
             self.error = error
         finally:
             self.is_done = True
-            self._done.release()
 
     def wait(self) -> None:
-        """Return once the task has run. EngineError in a forked child, where it never will."""
+        """Return once the task has run, here if nobody has begun it. EngineError in a forked child."""
         if self.is_done:
             return
         if self._pid != os.getpid():
@@ -49,8 +47,8 @@ class Ticket:
                 "the task was submitted before fork(), which does not copy the thread that runs it: "
                 "submit it again in this process"
             )
-        with self._done:
-            pass
+        while not self.is_done:
+            self._fifo.run_next(self)
 
     def take(self) -> Any:
         """Wait, then hand over the result (once) or raise what the task raised."""
@@ -63,55 +61,62 @@ class Ticket:
 
 
 class Fifo:
-    """Tasks in, run one after the other: by a daemon thread, or by a caller who waits anyway."""
+    """Tasks in, run one after the other."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Callable[[], Any], Ticket]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._turn = threading.RLock()  # held by whoever runs a task
-        self._num_pending = 0  # queued, or running on the worker
+        self._tasks: deque[tuple[Callable[[], Any], Ticket]] = deque()
+        self._turn = threading.RLock()  # held by whoever takes and runs a task
+        self._start = threading.Lock()
+        self._news = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
 
     def submit(self, task: Callable[[], Any]) -> Ticket:
         """Queue ``task``. Does not wait."""
-        ticket = Ticket()
-        with self._lock:
-            if self._thread is None:
-                thread = threading.Thread(target=self._work, name="ktk-fifo", daemon=True)
-                thread.start()
-                self._thread = thread  # not before it runs
-            self._num_pending += 1
-            self._queue.put((task, ticket))
+        ticket = Ticket(self)
+        if self._thread is None:
+            self._start_thread()
+        self._tasks.append((task, ticket))
+        self._news.release()
         return ticket
 
     def run(self, task: Callable[[], Any]) -> Ticket:
-        """As submit, but on the calling thread if nothing is pending: saves two thread switches.
+        """As submit, but on the calling thread if nothing is pending. An interrupt leaves the queue as it was."""
+        if not self._tasks and self._turn.acquire(blocking=False):
+            try:
+                if not self._tasks:
+                    ticket = Ticket(self)
+                    ticket.run(task)
+                    return ticket
+            finally:
+                self._turn.release()
+        return self.submit(task)
 
-        An interrupt here leaves the queue as it was.
-        """
-        if self._num_pending:
-            return self.submit(task)
-        ticket = Ticket()
+    def run_next(self, wanted: Ticket | None = None) -> None:
+        """Run the oldest task, unless there is none or ``wanted`` has run meanwhile."""
         with self._turn:
-            ticket.run(task)
-        return ticket
+            if self._tasks and not (wanted and wanted.is_done):
+                task, ticket = self._tasks.popleft()
+                ticket.run(task)
 
     def drain(self) -> None:
         """Wait until everything submitted so far has run."""
         if self._thread is not None:
             self.submit(lambda: None).wait()
 
+    def _start_thread(self) -> None:
+        with self._start:
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="ktk-fifo", daemon=True)
+                thread.start()
+                self._thread = thread  # not before it runs
+
     def _work(self) -> None:
         native = native_module()
         if native is not None:
             native.own_threads_only()  # torch keeps its threads for the caller
         while True:
-            task, ticket = self._queue.get()
-            with self._turn:
-                ticket.run(task)
-            with self._lock:
-                self._num_pending -= 1
-            del task, ticket  # a task holds weights and buffers: not until the next one comes
+            self._news.acquire()
+            self.run_next()
 
 
 _fifo = Fifo()
