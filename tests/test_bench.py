@@ -93,7 +93,7 @@ def test_every_ceiling_of_this_cpu_is_a_positive_number() -> None:
 
 
 @needs_extension
-def test_two_threads_do_not_share_one_count() -> None:
+def test_a_peak_of_two_threads_is_near_that_of_one_or_twice_it() -> None:
     if cpu.num_physical_cores() < 2:
         pytest.skip("one core")
     name = peaks()[0].name

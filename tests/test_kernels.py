@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -173,6 +175,9 @@ def test_the_extension_is_built_where_it_can_be() -> None:
     can = platform.machine() in ("x86_64", "amd64") and shutil.which("cc") and shutil.which("gcc")
     if can and os.environ.get("CC", "cc") in ("cc", "gcc"):
         assert native_module() is not None
+        assert measure_module() is not None
+        if sys.platform == "linux":
+            assert importlib.util.find_spec("ktk._cy.tile_emulator") is not None
 
 
 @settings(max_examples=60, deadline=None)
@@ -253,18 +258,17 @@ def test_amx_multiplies_on_tiles_where_rows_are_enough(name: str) -> None:
 
 
 def test_chunks_of_tokens_do_not_change_a_bit() -> None:
-    """More rows than the y buffer's budget: 40 slots x 8192 channels x 4 bytes, 128 MiB hold 102 tokens."""
-    spec = MoESpec(2, 8192, 16, "int4", 32)
+    """More pairs than MAX_PAIRS of moe.c: 8192 / 40 slots = 204 tokens a chunk."""
+    spec = MoESpec(2, 64, 48, "int4", 32)
     packed = pack_all(spec, random_experts(spec, 35))
-    x = random_hidden(150, 8192, 36)
-    ids = np.random.default_rng(37).integers(0, 2, (150, 40))
+    x, add = random_hidden(420, 64, 36), random_hidden(420, 64, 38)
+    ids = np.random.default_rng(37).integers(0, 2, (420, 40))
     weights = np.full(ids.shape, 1 / 40, np.float32)
     runner = load(("native", "avx2"), packed)
-    together = run(runner, x, ids, weights)
-    for t in (0, 101, 102, 149):
-        assert_exact(
-            together[t : t + 1], run(runner, x[t : t + 1], ids[t : t + 1], weights[t : t + 1])
-        )
+    together = run(runner, x, ids, weights, None, add)
+    for t in (0, 203, 204, 407, 408, 419):
+        one = slice(t, t + 1)
+        assert_exact(together[one], run(runner, x[one], ids[one], weights[one], None, add[one]))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])

@@ -136,6 +136,8 @@ cdef class _Pool:
         cdef cpu_set_t *masks = NULL
         cdef int i
         self.pid = os.getpid()
+        if num_threads < num_parts:
+            raise ValueError(f"num_threads={num_threads}: must be at least the number of parts, {num_parts}")
         if cores and max(max(cpus) for cpus in cores) < CPU_SETSIZE:
             masks = <cpu_set_t *>malloc(<size_t>num_threads * sizeof(cpu_set_t))
             if masks == NULL:

@@ -153,12 +153,14 @@ class KtkLayer(Layer):
     def __init__(self, shape: Shape, method: Method, num_threads: int | None) -> None:
         spec = spec_of(shape, method)
         backends.select(method.backend, spec)  # refuse before the long part
-        self.one = pack_experts(
-            dataclasses.replace(spec, num_experts=1), lambda e: random_expert(shape)
+        # Two different experts take turns, so that a check sees which one was run.
+        self.two = pack_experts(
+            dataclasses.replace(spec, num_experts=2), lambda e: random_expert(shape, e)
         )
         data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
         data = data.reshape(spec.num_experts, -1)
-        data[:] = self.one.data
+        for e in range(2):
+            data[e::2] = self.two.data[e]
         self.moe = MoE(Packed(spec, data), method=method.backend, num_threads=num_threads)
         self.method, self.backend, self.kernel = method.text, self.moe.backend, self.moe.kernel
         self.peak = peak_of(self.kernel, spec.weight_format)
@@ -175,8 +177,8 @@ class KtkLayer(Layer):
     def check(self, hidden: np.ndarray, routing: Routing) -> None:
         """Bit for bit; the tokens of a large batch too must be those of the reference."""
         got = self.call(*self.prepare(hidden, routing))[:CHECKED_TOKENS]
-        ids = np.zeros_like(routing.ids[:CHECKED_TOKENS])  # all experts are the same one
-        model = ExactExperts(self.one)
+        ids = routing.ids[:CHECKED_TOKENS] % 2
+        model = ExactExperts(self.two)
         expected = model.forward(hidden[:CHECKED_TOKENS], ids, routing.weights[:CHECKED_TOKENS])
         if not np.array_equal(expected, got):
             worst = float(np.abs(expected - got).max())

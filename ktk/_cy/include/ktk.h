@@ -65,7 +65,7 @@ typedef struct {
 
 /* out[i*out_stride + 16*p + n] for row index rows[i] (at most KTK_MAX_ROWS), panels p at panels + p*panel_bytes.
  * next: the panels that this thread will probably want afterwards, or NULL; work: KTK_WORK_BYTES(a row's codes),
- * of this thread, 64-byte aligned. */
+ * of this thread, 64-byte aligned; its fixed part is what AMX kernels keep beside the rows. */
 enum { KTK_MAX_ROWS = 64 };
 #define KTK_WORK_BYTES(code_stride) (2 * KTK_MAX_ROWS * (code_stride) + 65536)
 typedef void ktk_gemm_fn(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,
@@ -104,11 +104,11 @@ const ktk_kernels *ktk_kernels_row(int index);
 
 /* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread). The threads are split evenly over
  * num_parts; task lists [begin[i], begin[i + 1]) belong to part i, whose threads take from them first, in order.
- * cores: num_threads masks of CPUs, one physical core each, that workers are pinned to, the caller's left free; or NULL.
+ * num_threads >= num_parts. cores: num_threads masks of the CPUs that each may run on, or NULL; the caller's is left free.
  * Workers spin for a moment after a run, then sleep. The pool also owns the operator's scratch memory. */
 typedef struct ktk_pool ktk_pool;
 typedef void ktk_task_fn(void *context, int64_t task, int thread);
-/* May_borrow: see ktk_pool_borrow. NULL: no memory or no threads. */
+/* may_borrow: see ktk_pool_borrow. NULL: no memory or no threads. */
 ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int may_borrow);
 void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin, int num_lists);
 int ktk_pool_num_threads(const ktk_pool *pool);

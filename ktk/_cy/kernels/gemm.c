@@ -32,7 +32,7 @@ enum { INT8_UNIT = 8 };
 
 /* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them, and any help only
  * costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
-#define STREAMED_ROWS(FORMAT) ((FORMAT) == KTK_INT8 ? 4 : 2)
+#define STREAMED_ROWS(FORMAT) (PV == 1 && (FORMAT) == KTK_INT8 ? 4 : 2)
 
 /* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale comes first. */
 enum { WEIGHT_FINE, ACTIVATION_FINE, EQUAL };

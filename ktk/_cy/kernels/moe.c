@@ -7,9 +7,9 @@
  *   combine   tokens x columns: out = sum over slots, in top-k order, of weight * y; cast once
  *
  * A task waits until a counter is down to zero and lowers another when done: gate|up waits for the tokens, down for
- * its expert's gate|up, combine for its columns' down. What a task waits for stands before it in the list, so that
- * nobody waits for long and there is no barrier. Down goes column block by column block, and combine follows one
- * block behind: y is a few blocks in cache, not a pass over memory.
+ * its expert's gate|up, combine for its columns' down. Every list (one a NUMA part) has them in this order and a thread
+ * of its own, so what a task waits for is done or being done: no barrier, no deadlock. Down goes column block by
+ * column block, and combine follows one block behind: y is two blocks of columns, not all of them.
  *
  * Every output element is computed by the same chain of operations whatever the batch, the tasks and
  * the threads. */
@@ -31,9 +31,9 @@ const ktk_kernels *ktk_kernels_row(int index) { return ISA_ROWS[index]; }
 /* Columns of a task, most; tasks for each thread below which they get narrower. */
 enum { UP_COLUMNS = 256, DOWN_COLUMNS = 1024, LEAST_DOWN_COLUMNS = 64, TASKS_PER_THREAD = 16 };
 enum { COMBINE_TOKENS = 64, QUANTISE_TOKENS = 16, UP_STEP = 128 /* every activation group divides it */ };
-/* Pairs in one go: h and two blocks of y stay below some tens of MB. */
+/* Pairs in one go: two blocks of y are then at most 64 MiB a part. MAX_WHOLE_Y: bytes up to which y is kept whole. */
 enum { MAX_PAIRS = 8192, MAX_WHOLE_Y = 4 << 20 };
-enum { SPINS = 2000 };
+enum { SPINS = 2000 }; /* pauses before a waiting thread yields */
 
 typedef struct operation operation;
 typedef struct {
@@ -262,8 +262,8 @@ static void run_task(void *context, int64_t index, int thread) {
     atomic_fetch_sub_explicit(&op->counters[t->lower], 1, memory_order_release);
 }
 
-/* Rows of each expert, in token order; returns their number. */
-static int64_t group_pairs(operation *op, const uint8_t *skip) {
+/* Rows of each expert, in token order. */
+static void group_pairs(operation *op, const uint8_t *skip) {
     int32_t num_experts = op->layer->num_experts;
     int64_t pairs = op->num_tokens * op->top_k;
     memset(op->first_row, 0, 4 * (size_t)(num_experts + 1));
@@ -285,7 +285,6 @@ static int64_t group_pairs(operation *op, const uint8_t *skip) {
         op->first_row[e] = op->first_row[e - 1]; /* ... and is set back */
     op->first_row[0] = 0;
     for (int64_t i = 0; i < num_rows; i++) op->row_index[i] = (int32_t)i;
-    return num_rows;
 }
 
 static void put_task(operation *op, task t) {
@@ -398,7 +397,7 @@ static void take_tasks(arena *a, operation *op, int64_t num_tasks, int64_t num_c
 static void take_thread_buffers(arena *a, operation *op) {
     const ktk_layer *layer = op->layer;
     int64_t floats = max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
-                             2 * KTK_MAX_ROWS * max_int(UP_COLUMNS, DOWN_COLUMNS));
+                             2 * KTK_MAX_ROWS * UP_COLUMNS); /* gate and up of a task */
     int64_t code_bytes = 2 * (int64_t)max_int(layer->gate_up.padded_in, layer->down.padded_in);
     op->work_offset = round_up(4 * floats, 64);
     op->thread_bytes = round_up(op->work_offset + KTK_WORK_BYTES(code_bytes), 4096) + 64;
