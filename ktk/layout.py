@@ -3,10 +3,11 @@
 A panel is sixteen output channels by all of in_features, its scales first, its codes behind them, so that a kernel
 which needs the scales at once reads memory in one stream:
 
-    8 bit  codes [K/4][16][4] bytes               scales fp32 [16] (per channel) or bf16 [groups][16]
-    4 bit  codes [K/8][16][4] bytes; low nibble = k..k+3, high nibble = k+4..k+7; scales as above
-    bf16   [K/2][16][2]                           no scales
-    fp32   [K][16]                                no scales
+           scales                                               codes
+    8 bit  fp32 [16] (per channel) or bf16 [groups][16]         [K/4][16][4] bytes
+    4 bit  as above                                             [K/8][16][4] bytes; low nibble = k..k+3, high = k+4..k+7
+    bf16   none                                                 [K/2][16][2]
+    fp32   none                                                 [K][16]
 
 K is in_features padded to a multiple of 32, out_features is padded to a multiple of 16; padding holds
 the zero point, so it adds nothing. One 64-byte row of codes is at once a ``vpdpbusd`` operand, two

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktk import backends, cpu
-from ktk._cy import emulate_tiles, native_module
+from ktk._cy import emulate_tiles, measure_module, native_module
 from ktk._cy.isa import ISA_ROWS
 from ktk.backends._native import NativeBackend, NativeRunner
 from ktk.backends.base import Runner
