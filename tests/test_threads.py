@@ -141,3 +141,46 @@ def test_experts_split_over_nodes_give_the_same_bits(name: str, group: int, coun
             whole.linear(projection, rows, experts), runner.linear(projection, rows, experts)
         )
     assert np.array_equal(runner.packed().data, packed.data)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [EngineLayout(1, 2, (0, 0), is_bound=True), EngineLayout(3, 1, (0,), ((0,),))],
+    ids=["a part without a thread", "a thread without a core"],
+)
+def test_a_layout_that_could_not_finish_is_refused(layout: EngineLayout) -> None:
+    spec = MoESpec(2, 64, 32, "int8")
+    packed = pack_all(spec, random_experts(spec, 1))
+    backend = next(b for b in backends.backends().values() if b.why_not(spec) is None)
+    with pytest.raises(ValueError, match=f"num_threads={layout.num_threads}"):
+        backend.load(packed, layout)
+
+
+def test_ten_thousand_layers_made_and_dropped_leave_nothing() -> None:
+    """In a process of its own: what others have allocated here would hide it."""
+    code = """
+import gc, os, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from cases import pack_all, random_experts
+import ktk
+from ktk.types import MoESpec
+spec = MoESpec(2, 64, 32, "int8")
+packed = pack_all(spec, random_experts(spec, 1))
+x, ids, weights = np.ones((3, 64), np.float32), np.array([[0, 1]] * 3), np.ones((3, 2), np.float32)
+def made(count):
+    for _ in range(count):
+        ktk.MoE(packed, num_threads=2)(x, ids, weights)
+    gc.collect()
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE"), len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+before, after = made(500), made(10000)
+assert after[0] - before[0] < 2 << 20, (before, after)
+assert after[1] <= before[1] and after[2] <= before[2], (before, after)
+print("nothing")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout == "nothing\n", done.stderr

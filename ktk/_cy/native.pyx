@@ -136,8 +136,11 @@ cdef class _Pool:
         cdef cpu_set_t *masks = NULL
         cdef int i
         self.pid = os.getpid()
-        if num_threads < num_parts:
-            raise ValueError(f"num_threads={num_threads}: must be at least the number of parts, {num_parts}")
+        if num_threads < num_parts or (cores and len(cores) != num_threads):
+            raise ValueError(
+                f"num_threads={num_threads}, {num_parts} parts, {len(cores)} cores: each part needs a thread, each "
+                "thread a core (or none has one)"
+            )
         if cores and max(max(cpus) for cpus in cores) < CPU_SETSIZE:
             masks = <cpu_set_t *>malloc(<size_t>num_threads * sizeof(cpu_set_t))
             if masks == NULL:

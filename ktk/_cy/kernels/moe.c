@@ -102,8 +102,9 @@ static ktk_rows take_rows(arena *a, const ktk_matrix *w, const ktk_kernels *kern
     r.code_stride = round_up((int64_t)w->padded_in * bytes_of[kernels->codes_kind[w->format]], 128) + 64;
     r.codes = take(a, r.code_stride * num_rows);
     if (is_float(w)) return r;
-    r.scale_stride = (w->padded_in + w->activation_group - 1) / w->activation_group;
-    r.correction_stride = (w->padded_in + fine_group(w) - 1) / fine_group(w);
+    /* Whole steps of gemm.c's interleave: it would read into the next row, which another thread may be writing. */
+    r.scale_stride = round_up((w->padded_in + w->activation_group - 1) / w->activation_group, 4);
+    r.correction_stride = round_up((w->padded_in + fine_group(w) - 1) / fine_group(w), 4);
     r.scales = take(a, 4 * r.scale_stride * num_rows);
     r.correction = take(a, 4 * r.correction_stride * num_rows);
     return r;

@@ -111,7 +111,6 @@ static void *work(void *argument) {
     worker *self = argument;
     ktk_pool *pool = self->pool;
     pthread_setname_np(pthread_self(), "ktk-worker");
-    if (pool->cores) pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &pool->cores[self->index]);
     uint64_t seen = 0;
     int spins = 0;
     while (!atomic_load(&pool->stop)) {
@@ -166,6 +165,7 @@ ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int ma
             return NULL;
         }
         pool->num_threads = i + 1;
+        if (cores) pthread_setaffinity_np(pool->threads[i], sizeof(cpu_set_t), &pool->cores[i]);
     }
     return pool;
 }
