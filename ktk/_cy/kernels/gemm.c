@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "ktk.h"
+#include "row.h"
 #include "vec.h"
 
 /* Rows of a tile: the most, and the best where there are more. 512 bit: integer and float sums of 8 rows, weights, mask
@@ -448,17 +449,6 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const ktk_m
 
 GEMM_FLOAT(CAT(ktk_gemm_bf16_, KTK_ISA), KTK_BF16)
 GEMM_FLOAT(CAT(ktk_gemm_fp32_, KTK_ISA), KTK_FP32)
-
-/* Elementwise kernels of this row, in rows.c. */
-void CAT(ktk_quantise_, KTK_ISA)(const float *, int, int, int, int, int, uint8_t *, float *, int32_t *);
-void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *, const float *, int, const float *, const float *,
-                                 float *);
-void CAT(ktk_load_, KTK_ISA)(int, const void *, int64_t, float *);
-void CAT(ktk_store_, KTK_ISA)(int, const float *, int64_t, void *);
-void CAT(ktk_combine_, KTK_ISA)(const float *, int64_t, const int32_t *, const float *, int, int, float *);
-void CAT(ktk_add_, KTK_ISA)(float *, const float *, int64_t);
-int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *, int, const void *const *, int, const float *, int, int,
-                                  float *, uint8_t *);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "ktk.h"
+#include "row.h"
 #include "vec.h"
 
 enum { L = 16 };
