@@ -220,6 +220,11 @@ def num_physical_cores(root: Path | str = "/", allowed: list[int] | None = None)
     return max(1, limit)
 
 
+def default_threads() -> int:
+    """KTK_NUM_THREADS, else the physical cores this process may use."""
+    return env.num_threads() or num_physical_cores()
+
+
 def numa_nodes(root: Path | str = "/") -> list[NumaNode]:
     """Online NUMA nodes; one node 0 with every allowed CPU where the OS tells none."""
     base = Path(root) / "sys/devices/system/node"

@@ -85,6 +85,11 @@ class ExpertLayout:
     has_gate: bool
 
     @property
+    def down_end(self) -> int:
+        """Where the down panels end: codes and scales of one expert, in bytes."""
+        return self.down_offset + self.down.num_panels * self.down.panel_bytes
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """Names of the projections, in the order they are computed."""
         return ("gate", "up", "down") if self.has_gate else ("up", "down")
@@ -96,8 +101,7 @@ class ExpertLayout:
         """One projection's panels in an expert's span: uint8 (num_panels, panel_bytes), a view."""
         matrix = self.matrix(projection)
         if projection == "down":
-            end = self.down_offset + matrix.num_panels * matrix.panel_bytes
-            return span[self.down_offset : end].reshape(-1, matrix.panel_bytes)
+            return span[self.down_offset : self.down_end].reshape(-1, matrix.panel_bytes)
         both = span[: self.down_offset].reshape(-1, matrix.panel_bytes)
         return both[int(projection == "up") :: 2] if self.has_gate else both
 

@@ -73,14 +73,13 @@ def _copy(packed: Packed, index: int, count: int, node: int) -> Part:
     first_up, num_up = _cut(layout.gate_up.num_panels, index, count)
     first_down, num_down = _cut(layout.down.num_panels, index, count)
     up_bytes = projections * layout.gate_up.panel_bytes
-    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
     spans = (
         (first_up * up_bytes, num_up * up_bytes),
         (
             layout.down_offset + first_down * layout.down.panel_bytes,
             num_down * layout.down.panel_bytes,
         ),
-        (down_end, layout.expert_bytes - down_end),  # biases
+        (layout.down_end, layout.expert_bytes - layout.down_end),  # biases
     )
     size = sum(length for _, length in spans)
     data = _on_node(packed.spec.num_experts * size, node).reshape(packed.spec.num_experts, size)
@@ -89,7 +88,7 @@ def _copy(packed: Packed, index: int, count: int, node: int) -> Part:
         data[:, at : at + length] = packed.data[:, start : start + length]
         at += length
     down_offset = spans[0][1]
-    moved = down_offset + spans[1][1] - down_end
+    moved = down_offset + spans[1][1] - layout.down_end
     gate_bias, up_bias, down_bias = (
         offset if offset < 0 else offset + moved
         for offset in (layout.gate_bias_offset, layout.up_bias_offset, layout.down_bias_offset)
@@ -116,12 +115,11 @@ def join(spec: MoESpec, parts: list[Part]) -> Packed:
     layout = spec.layout
     projections = 2 if layout.has_gate else 1
     data = aligned_buffer(spec.num_experts * layout.expert_bytes).reshape(spec.num_experts, -1)
-    down_end = layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
     for part in parts:
         start = part.first_up_panel * projections * layout.gate_up.panel_bytes
         data[:, start : start + part.down_offset] = part.data[:, : part.down_offset]
         size = part.num_down_panels * layout.down.panel_bytes
         start = layout.down_offset + part.first_down_panel * layout.down.panel_bytes
         data[:, start : start + size] = part.data[:, part.down_offset : part.down_offset + size]
-        data[:, down_end:] = part.data[:, part.down_offset + size :]
+        data[:, layout.down_end :] = part.data[:, part.down_offset + size :]
     return Packed(spec, data)

@@ -260,8 +260,7 @@ def spec_of(shape: Shape, method: Method) -> MoESpec:
 
 def expert_bytes(spec: MoESpec) -> int:
     """Codes and scales of one expert, in bytes; the span's padding is not read."""
-    layout = spec.layout
-    return layout.down_offset + layout.down.num_panels * layout.down.panel_bytes
+    return spec.layout.down_end
 
 
 def torch_peak() -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ktk import cpu, env
+from ktk import cpu
 from ktk._cy import measure_module
 from ktk.errors import BackendError
 from ktk.memory import aligned_buffer
@@ -99,16 +99,9 @@ def l3_bytes(root: Path | str = "/") -> int:
 
 def cpus_for(num_threads: int, root: Path | str = "/") -> list[int]:
     """A CPU for each thread: every physical core once, then their second threads, then from the start again."""
-    cores: dict[str, list[int]] = {}
-    for number in cpu.allowed_cpus():
-        file = Path(root) / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
-        try:
-            siblings = file.read_text().strip()
-        except OSError:
-            siblings = str(number)
-        cores.setdefault(siblings, []).append(number)
-    depth = max(map(len, cores.values()))
-    ordered = [core[i] for i in range(depth) for core in cores.values() if i < len(core)]
+    cores = cpu.cores_of(tuple(cpu.allowed_cpus()), root)
+    depth = max(map(len, cores))
+    ordered = [core[i] for i in range(depth) for core in cores if i < len(core)]
     return [ordered[i % len(ordered)] for i in range(num_threads)]
 
 
@@ -122,7 +115,7 @@ class Roofline:
 
     def __init__(self, num_threads: int | None = None, buffer_bytes: int | None = None) -> None:
         self._measure = _measure()
-        self.num_threads = num_threads or env.num_threads() or cpu.num_physical_cores()
+        self.num_threads = num_threads or cpu.default_threads()
         self.buffer_bytes = buffer_bytes or max(MIN_BUFFER_BYTES, 4 * l3_bytes())
         self.cpus = cpus_for(self.num_threads)
         self.peaks = {p.name: p for p in peaks()}

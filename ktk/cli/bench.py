@@ -115,7 +115,7 @@ def command(
     ktk bench --method AVX512:INT8,AVX2:INT8 --json speeds.json
     ktk bench --hidden 4096 --intermediate 1536 --experts 64 --top-k 6
     """
-    from ktk import cpu, env
+    from ktk import cpu
     from ktk.bench.layer import parse_method
     from ktk.bench.roofline import Roofline
     from ktk.bench.run import build_layers, measure, report
@@ -127,7 +127,7 @@ def command(
         raise ValueError("--method and --tokens must not be empty")
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise ValueError(f"--json {json_file}: must be a file in a directory that exists, or -")
-    num_threads = threads or env.num_threads() or cpu.num_physical_cores()
+    num_threads = threads or cpu.default_threads()
     roofline = Roofline(num_threads)
     results: list[Result] = []
     with StepProgress() as progress:

@@ -76,7 +76,7 @@ def acquire(
 def _new_layout(
     num_threads: int | None, threadpool_count: int | None, numa_nodes: tuple[int, ...] | None
 ) -> EngineLayout:
-    threads = num_threads or env.num_threads() or cpu.num_physical_cores()
+    threads = num_threads or cpu.default_threads()
     present = {node.id: node for node in cpu.numa_nodes()}
     cores = {node: cpu.cores_of(present[node].cpus) for node in present}
     usable = tuple(node for node in present if cores[node]) or tuple(present)
