@@ -114,7 +114,7 @@ class MoESpec:
     """Shape and coding of one layer's experts.
 
     num_experts, hidden_size, intermediate_size : positive ints.
-    weight_format : a name of ``ktk.formats.FORMATS``.
+    weight_format : a name of ``ktk.formats.FORMATS``, or "gguf": block formats, see ``BlockExperts``.
     group_size : weights along in_features that share a scale; 0 = one scale per output channel;
         None = the format's default.
     activation_group : activations along in_features that share a scale (32, 64 or 128);
@@ -156,7 +156,7 @@ class MoESpec:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits at rest per weight, scales, padding and biases included."""
+        """Bits at rest per weight, scales, padding and biases included; of packed formats."""
         return self.layout.expert_bytes * 8 / self.num_weights
 
     @property
@@ -224,6 +224,102 @@ class Packed:
     def bits_per_weight(self) -> float:
         """Bits at rest per weight, scales, padding and biases included."""
         return self.spec.bits_per_weight
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """One projection of all experts of a layer as a GGUF file holds it.
+
+    type : the ggml type's name, e.g. "Q4_K".
+    in_features : weights of a row. data : uint8 (num_experts, out_features, row bytes); each expert's rows lie
+        one behind the other, experts at any distance (the gate half of a fused tensor is one).
+    """
+
+    type: str
+    in_features: int
+    data: np.ndarray
+
+    def __post_init__(self) -> None:
+        data = self.data
+        if data.dtype != np.uint8 or data.ndim != 3 or 0 in data.shape:
+            raise ValueError(
+                f"{self.type} blocks are {data.dtype} {data.shape}: must be uint8 (experts, rows, row bytes)"
+            )
+        if data.strides[1:] != (data.shape[2], 1):
+            raise ValueError(f"{self.type} blocks: an expert's rows must lie one behind the other")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all experts."""
+        return int(self.data.size)
+
+
+@dataclass(frozen=True)
+class BlockExperts:
+    """One layer's experts in a GGUF file's blocks, each projection in its own type.
+
+    spec : weight_format is "gguf". gate : None without a gate projection.
+    Biases : float32 (num_experts, out_features) or None.
+    """
+
+    spec: MoESpec
+    gate: BlockMatrix | None
+    up: BlockMatrix
+    down: BlockMatrix
+    gate_bias: np.ndarray | None = None
+    up_bias: np.ndarray | None = None
+    down_bias: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        if spec.weight_format != "gguf" or spec.has_gate != (self.gate is not None):
+            raise ValueError(
+                f"{spec}: weight_format must be 'gguf', has_gate must be as the blocks"
+            )
+        for name, matrix in self.matrices.items():
+            ins, outs = spec.hidden_size, spec.intermediate_size
+            if name == "down":
+                ins, outs = outs, ins
+            if (matrix.in_features, *matrix.data.shape[:2]) != (ins, spec.num_experts, outs):
+                raise ValueError(
+                    f"{name} is ({matrix.data.shape[0]}, {matrix.data.shape[1]}, {matrix.in_features}): "
+                    f"must be ({spec.num_experts}, {outs}, {ins}), experts x out x in"
+                )
+        for name, bias in self.biases.items():
+            shape = (
+                spec.num_experts,
+                spec.hidden_size if name == "down" else spec.intermediate_size,
+            )
+            if bias.dtype != np.float32 or bias.shape != shape:
+                raise ValueError(
+                    f"{name} bias is {bias.dtype} {bias.shape}: must be float32 {shape}"
+                )
+        if spec.has_bias != bool(self.biases):
+            raise ValueError(f"has_bias={spec.has_bias}, but there are {len(self.biases)} biases")
+
+    @property
+    def matrices(self) -> dict[str, BlockMatrix]:
+        """The projections there are, by name."""
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: matrix for name, matrix in named.items() if matrix is not None}
+
+    @property
+    def biases(self) -> dict[str, np.ndarray]:
+        """The biases there are, by projection."""
+        named = {"gate": self.gate_bias, "up": self.up_bias, "down": self.down_bias}
+        return {name: bias for name, bias in named.items() if bias is not None}
+
+    @property
+    def types(self) -> str:
+        """``Q4_K``, or ``Q4_K/Q4_K/Q6_K`` where projections differ."""
+        types = [matrix.type for matrix in self.matrices.values()]
+        return types[0] if len(set(types)) == 1 else "/".join(types)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight, scales included."""
+        num_bytes = sum(matrix.num_bytes for matrix in self.matrices.values())
+        return num_bytes * 8 / (self.spec.num_weights * self.spec.num_experts)
 
 
 class ExpertWeights(NamedTuple):

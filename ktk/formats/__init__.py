@@ -5,6 +5,7 @@ from __future__ import annotations
 from ktk.formats.base import QuantFormat
 from ktk.formats.bf16 import BF16
 from ktk.formats.fp32 import FP32
+from ktk.formats.gguf import GGUF
 from ktk.formats.int4 import INT4
 from ktk.formats.int8 import INT8
 
@@ -14,10 +15,12 @@ FORMATS: dict[str, QuantFormat] = {f.name: f for f in (INT4, INT8, BF16, FP32)}
 
 def get_format(name: str) -> QuantFormat:
     """The format called ``name``; ValueError lists the known ones."""
+    if name == GGUF.name:
+        return GGUF
     try:
         return FORMATS[name]
     except (KeyError, TypeError):
         raise ValueError(f"weight_format={name!r}: must be one of {', '.join(FORMATS)}") from None
 
 
-__all__ = ["FORMATS", "QuantFormat", "get_format"]
+__all__ = ["FORMATS", "GGUF", "QuantFormat", "get_format"]
