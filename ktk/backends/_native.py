@@ -19,7 +19,9 @@ class NativeRunner(Runner):
         self.native: Any = native_module()
         self.spec = packed.spec
         self.parts = parts_of(packed, engine)
-        self.experts = self.native.Experts(packed.spec, packed.spec.layout, self.parts, isa, engine)
+        self.experts = self.native.Experts.of_panels(
+            packed.spec, packed.spec.layout, self.parts, isa, engine
+        )
 
     def packed(self) -> Packed:
         if len(self.parts) == 1:

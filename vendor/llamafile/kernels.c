@@ -116,13 +116,15 @@ INLINE void gather_heads(const int BYTES, const uint8_t *const row[LANES / 4], i
         x = _mm_insert_epi16(x, v, i);                                                                       \
     }
             PUT(0)
-            PUT(1) PUT(2) PUT(3) PUT(4) PUT(5) PUT(6) PUT(7)
+            PUT(1)
+            PUT(2) PUT(3) PUT(4) PUT(5) PUT(6) PUT(7)
 #undef PUT
                 _mm_storeu_si128((__m128i *)(out + 16 * half), x);
         } else {
 #define PUT(i) x = _mm_insert_epi8(x, *HEAD(8 * half + i), i);
             PUT(0)
-            PUT(1) PUT(2) PUT(3) PUT(4) PUT(5) PUT(6) PUT(7)
+            PUT(1)
+            PUT(2) PUT(3) PUT(4) PUT(5) PUT(6) PUT(7)
 #undef PUT
                 _mm_storel_epi64((__m128i *)(out + 8 * half), x);
         }

@@ -33,3 +33,9 @@ int64_t lf_work_bytes(const lf_matrix *w, int num_rows) {
     const int64_t row = 4 * K + 4 * (K / 32 + 1) + 4 * K / 16 + 64;
     return panel + (num_rows ? num_rows * row + 4096 : 0);
 }
+
+int lf_codes_of(const lf_kernels *kernels, int format) {
+    enum { BF16 = 30 };
+    if (!lf_formats[format].is_float) return LF_CODES_I8;
+    return lf_formats[format].ggml_type == BF16 ? kernels->bf16_codes : LF_CODES_F32;
+}

@@ -65,6 +65,9 @@ typedef struct {
                    uint8_t *work);
 } lf_kernels;
 
+/* What activations must be: one of lf_codes. */
+int lf_codes_of(const lf_kernels *kernels, int format);
+
 /* The ISAs of this build, slowest first; NULL past the last. */
 const lf_kernels *lf_kernels_row(int index);
 
