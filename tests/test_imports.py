@@ -20,6 +20,7 @@ LAYERS = (
     ("backends",),
     ("runtime",),
     ("requantise", "moe"),
+    ("gguf_model",),
     ("bench",),
     ("wrapper_arguments", "wrapper"),
     ("convert",),
