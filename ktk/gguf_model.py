@@ -6,6 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ktk.checkpoint.gguf import GgufCheckpoint
@@ -111,6 +113,26 @@ class GgufModel(Mapping[int, MoE]):
 
     def __repr__(self) -> str:
         return f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, {self._experts.checkpoint.path})"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path names a GGUF model: a .gguf file, or a directory that holds one and no config.json."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    return path.suffix == ".gguf"
+
+
+@lru_cache(maxsize=4)
+def _opened(path: str, stamp: tuple[tuple[str, int, int], ...]) -> GgufExperts:
+    return find_gguf_experts(GgufCheckpoint.open(path))
+
+
+def open_experts(path: Path) -> GgufExperts:
+    """``find_gguf_experts`` of a path; the same object for every layer that asks while the files stay as they are."""
+    files = sorted(path.parent.glob("*.gguf") if path.is_file() else path.glob("*.gguf"))
+    stats = ((str(file), file.stat()) for file in files if file.is_file())
+    stamp = tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+    return _opened(str(path), stamp)
 
 
 def load_gguf(

@@ -28,6 +28,7 @@ import numpy as np
 
 from ktk import backends
 from ktk.formats.floats import to_f32
+from ktk.gguf_model import is_gguf, open_experts
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE, as_hidden, as_routing, as_weights, expert_reader, is_bf16, to_numpy
 from ktk.pack import pack_experts
@@ -42,7 +43,7 @@ from ktk.runtime.devices import (
     tensor_like,
 )
 from ktk.runtime.staging import Buffers
-from ktk.types import Activation, MoESpec, Packed
+from ktk.types import Activation, BlockExperts, MoESpec, Packed
 from ktk.wrapper_arguments import check_mode, checked_int, mask_of, swiglu_activation
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -65,7 +66,8 @@ class KTMoEWrapper:
         Layout of the process-wide engine: threads in all, the parts they and each expert are split into, the NUMA
         node of each part. None takes what is there, at first every physical core and every node.
     weight_path : str, path or None
-        A packed directory (``ktk convert``) or an ordinary Hugging Face one, quantised at load.
+        A packed directory (``ktk convert``); an ordinary Hugging Face one, quantised at load; a GGUF file, one part
+        of a split one, or their directory, run as it is mapped (method "LLAMAFILE" or "auto") or quantised anew.
     chunked_prefill_size : int
         Tokens that run at a time; more are run in chunks, with the same results.
     cpu_save : bool
@@ -81,6 +83,8 @@ class KTMoEWrapper:
     swiglu_limit, swiglu_alpha : float
         limit > 0 clamps gate from above and up on both sides; alpha > 0 is the swigluoai activation,
         gate clamped on both sides too. Both 0: what the weights' own directory says, else SiLU.
+    repack : bool or None
+        ktk's own: as ``ktk.MoE`` takes it, for GGUF files.
     group_size, weight_format, activation_group : int, str, int or None
         ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has it.
 
@@ -125,6 +129,7 @@ class KTMoEWrapper:
         *,
         weight_format: str | None = None,
         activation_group: int | None = None,
+        repack: bool | None = None,
     ) -> None:
         sft_only = {
             "lora_rank": lora_rank,
@@ -156,6 +161,7 @@ class KTMoEWrapper:
         self._weight_format = weight_format or backends.method_format(self.method)
         self._group_size = group_size
         self._activation_group = activation_group
+        self._repack = repack
         if self._weight_format is not None:
             backends.select(self.method, self._spec())  # refuse now rather than after the long part
         self._mask = mask_of(gpu_experts_mask, num_gpu_experts, self.num_experts)
@@ -212,7 +218,7 @@ class KTMoEWrapper:
     def load_weights(
         self, physical_to_logical_map: Any = None, *, physical_to_logical_map_cpu: Any = None
     ) -> None:
-        """Load the layer from ``weight_path``: packed experts as they are, others quantised on the way.
+        """Load the layer from ``weight_path``: packed experts and GGUF blocks as they are, others quantised on the way.
 
         physical_to_logical_map : int64 (num_experts,), CPU, or None for the identity; slot p gets the
             weights of logical expert map[p]. (KT-Kernel's keyword with ``_cpu`` is the same argument.)
@@ -228,6 +234,10 @@ class KTMoEWrapper:
             )
         from ktk.checkpoint.packed import layer_path, read_layer
 
+        if is_gguf(path):
+            blocks = self._blocks(path)
+            self._use(dataclasses.replace(blocks, order=order))
+            return
         if layer_path(path, self.layer_idx).exists():
             packed = read_layer(path, self.layer_idx)
             packed = Packed(self._check_packed(packed.spec, path), packed.data)
@@ -358,6 +368,19 @@ class KTMoEWrapper:
             )
         return asked
 
+    def _blocks(self, path: Path) -> BlockExperts:
+        """The layer of a GGUF file, with this wrapper's activation and activation_group."""
+        blocks = open_experts(path).experts(self.layer_idx)
+        source = f"{path}, layer {self.layer_idx},"
+        self._check_shapes(dataclasses.asdict(blocks.spec), source)
+        group = self._activation_group
+        spec = dataclasses.replace(
+            blocks.spec,
+            activation=self._agreed_activation(blocks.spec.activation, source),
+            activation_group=blocks.spec.activation_group if group is None else group,
+        )
+        return dataclasses.replace(blocks, spec=spec)
+
     def _quantise_checkpoint(self, path: Path) -> Packed:
         """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""
         from ktk.checkpoint import Checkpoint, list_layers
@@ -398,8 +421,11 @@ class KTMoEWrapper:
             self.weight_path.mkdir(parents=True, exist_ok=True)
             write_layer(self.weight_path, packed.spec, self.layer_idx, packed.data)
 
-    def _use(self, packed: Packed) -> None:
-        self._moe = MoE(packed, method=self.method, num_threads=self.cpuinfer_threads)
+    def _use(self, experts: Packed | BlockExperts) -> None:
+        repack = self._repack if isinstance(experts, BlockExperts) else None
+        self._moe = MoE(
+            experts, method=self.method, num_threads=self.cpuinfer_threads, repack=repack
+        )
 
     # -- running -------------------------------------------------------------------------------
 
