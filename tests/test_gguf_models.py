@@ -413,6 +413,23 @@ def test_the_next_layer_is_read_ahead_only_if_it_is_not_in_memory(
     ] * 2
 
 
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_layer_whose_moe_has_its_own_weights_is_not_read_ahead_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_copied: bool
+) -> None:
+    path, _ = family_file(tmp_path / "a.gguf", "qwen3moe")
+    monkeypatch.setattr("ktk.gguf_model.MoE", lambda blocks, **_: None if is_copied else blocks)
+    monkeypatch.setattr(GgufExperts, "is_resident", lambda self, layer: False)
+    asked: list[int] = []
+    monkeypatch.setattr(GgufExperts, "prefetch", lambda self, layer: asked.append(layer))
+    model = ktk.load_gguf(path)
+    for layer in (1, 2, 1):
+        model.moe(layer)
+        if model._reader is not None:
+            model._reader.join()
+    assert asked == ([2] if is_copied else [2, 1, 2])
+
+
 def test_a_layer_of_a_model_runs(tmp_path: Path) -> None:
     if "LLAMAFILE" not in backends():
         pytest.skip("LLAMAFILE: no such backend yet")

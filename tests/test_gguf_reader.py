@@ -281,3 +281,16 @@ def test_readahead_takes_any_range_and_read_pages_are_resident(tmp_path: Path) -
     for begin, num_bytes in ((0, 0), (1, 1), (-5, 10), (file.size - 1, 1 << 70), (1 << 70, 5)):
         file.will_need(begin, num_bytes)
         assert file.is_resident(begin, num_bytes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
+def test_reading_blocks_takes_no_memory_of_the_process_own(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "big.gguf", "llama", {"t": np.ones((4096, 2048), np.float32)})
+    blocks = GgufCheckpoint.open(path).blocks("t")
+    assert blocks.max() == 128
+    parts = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    assert parts
+    for part in parts:
+        fields = dict(line.split(":", 1) for line in part.splitlines()[1:20] if ":" in line)
+        assert int(fields["Rss"].split()[0]) > 30_000  # kB
+        assert int(fields["Anonymous"].split()[0]) == 0  # all of it is the page cache's
