@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +41,7 @@ class GgufModel(Mapping[int, MoE]):
             self._options["repack"] = repack
         self._layers: dict[int, MoE] = {}
         self._lock = threading.Lock()
+        self._copied: set[int] = set()  # layers whose MoE has weights of its own
         self._seen: dict[int, float] = {}  # layer -> when it was last found in memory
         self._reader: threading.Thread | None = None
 
@@ -76,18 +78,23 @@ class GgufModel(Mapping[int, MoE]):
         self._read_ahead(layer)
         with self._lock:
             if layer not in self._layers:
-                made: Any = MoE  # repack is an argument for blocks only
-                self._layers[layer] = made(self._experts.experts(layer), **self._options)
+                made: Any = MoE
+                blocks = self._experts.experts(layer)
+                kept = weakref.ref(blocks)
+                self._layers[layer] = made(blocks, **self._options)
+                del blocks
+                if kept() is None:  # repacked, or quantised anew: the file is not read again
+                    self._copied.add(layer)
             return self._layers[layer]
 
     def _read_ahead(self, layer: int) -> None:
         """Have the layer that runs after this one read, unless it is in memory; the first follows the last."""
         following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
         now = time.monotonic()
+        if following in self._copied:
+            return
         if now - self._seen.get(following, -RESIDENT_FOR) < RESIDENT_FOR:
             return
-        if self._options.get("repack") and following in self._layers:
-            return  # it has its own copy
         if self._experts.is_resident(following):
             self._seen[following] = now
         elif self._reader is None or not self._reader.is_alive():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -238,13 +239,21 @@ def test_a_directory_that_links_to_itself_is_not_followed(tmp_path: Path) -> Non
         GgufCheckpoint.open(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_files_without_permission_are_named(tmp_path: Path) -> None:
+def test_files_without_permission_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama", {"t": np.ones(4, np.float32)})
-    path.chmod(0)
+
+    def refused(*_: object) -> int:  # root may read whatever the mode
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
     for given in (path, tmp_path):
         with pytest.raises(CheckpointError, match=f"{path}: cannot be opened: Permission denied"):
             GgufCheckpoint.open(given)
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be listed: Permission denied"):
+        GgufCheckpoint.open(tmp_path)
 
 
 # Mutations

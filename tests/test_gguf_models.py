@@ -413,21 +413,53 @@ def test_the_next_layer_is_read_ahead_only_if_it_is_not_in_memory(
     ] * 2
 
 
-def test_a_layer_of_a_model_runs(tmp_path: Path) -> None:
-    if "LLAMAFILE" not in backends():
-        pytest.skip("LLAMAFILE: no such backend yet")
-    path, tensors = family_file(tmp_path / "a.gguf", "qwen3moe")
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_layer_whose_moe_has_its_own_weights_is_not_read_ahead_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_copied: bool
+) -> None:
+    path, _ = family_file(tmp_path / "a.gguf", "qwen3moe")
+    monkeypatch.setattr("ktk.gguf_model.MoE", lambda blocks, **_: None if is_copied else blocks)
+    monkeypatch.setattr(GgufExperts, "is_resident", lambda self, layer: False)
+    asked: list[int] = []
+    monkeypatch.setattr(GgufExperts, "prefetch", lambda self, layer: asked.append(layer))
     model = ktk.load_gguf(path)
+    for layer in (1, 2, 1):
+        model.moe(layer)
+        if model._reader is not None:
+            model._reader.join()
+    assert asked == ([2] if is_copied else [2, 1, 2])
+
+
+@pytest.mark.parametrize("repack", [False, True])
+@pytest.mark.parametrize("style", ["stacked", "fused", "even", "uneven"])
+def test_a_layer_of_a_model_runs(tmp_path: Path, style: str, repack: bool) -> None:
+    if "LLAMAFILE" not in backends():
+        pytest.skip("LLAMAFILE: no such backend")
+    if reason := backends()["LLAMAFILE"].why_not():
+        pytest.skip(f"LLAMAFILE: {reason}")
     rng = np.random.default_rng(2)
+    tensors: dict[str, Any] = (
+        stacked(rng, (0,), FUSED if style == "fused" else ("gate", "up", "down"))
+        if style in ("stacked", "fused")
+        else singles(rng, style)
+    )
+    path = write_gguf(tmp_path / "a.gguf", "llama", tensors, sizes("llama"))
+    model = ktk.load_gguf(path, method="LLAMAFILE", repack=repack)
     hidden = rng.standard_normal((3, HIDDEN), np.float32)
     ids = np.array([[0, 1], [2, 3], [1, 1]])
-    weights = np.full((3, 2), 0.5, np.float32)
-    got = model.moe(1)(hidden, ids, weights)
-    assert model.moe(1) is model[1]
-    w = {
-        part: quants.dequantize(*tensors[f"blk.1.ffn_{part}_exps.weight"])
-        for part in ("gate", "up", "down")
-    }
+    weights = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.5]], np.float32)
+    got = model.moe(0)(hidden, ids, weights)
+    assert model.moe(0) is model[0] and model._copied == ({0} if repack else set())
+    values = {name: quants.dequantize(*given) for name, given in tensors.items()}
+    w: dict[str, np.ndarray] = {}
+    for part in ("gate", "up", "down"):
+        if style == "fused" and part != "down":
+            rows = slice(0, INTERMEDIATE) if part == "gate" else slice(INTERMEDIATE, None)
+            w[part] = values["blk.0.ffn_gate_up_exps.weight"][:, rows]
+        elif style in ("even", "uneven"):
+            w[part] = np.stack([values[f"blk.0.ffn_{part}.{e}.weight"] for e in range(EXPERTS)])
+        else:
+            w[part] = values[f"blk.0.ffn_{part}_exps.weight"]
     want = np.zeros_like(got)
     for t, slot in np.ndindex(ids.shape):
         e = ids[t, slot]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import gguf
@@ -281,3 +282,31 @@ def test_readahead_takes_any_range_and_read_pages_are_resident(tmp_path: Path) -
     for begin, num_bytes in ((0, 0), (1, 1), (-5, 10), (file.size - 1, 1 << 70), (1 << 70, 5)):
         file.will_need(begin, num_bytes)
         assert file.is_resident(begin, num_bytes)
+
+
+def test_readahead_brings_dropped_pages_back(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", "llama", {"t": np.ones((4096, 1024), np.float32)})
+    checkpoint = GgufCheckpoint.open(path)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())  # dirty pages are not dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if checkpoint.is_resident("t"):
+        pytest.skip("the file system keeps its pages, or mincore does not tell")
+    checkpoint.will_need("t")
+    deadline = time.monotonic() + 10
+    while not checkpoint.is_resident("t") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert checkpoint.is_resident("t")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
+def test_reading_blocks_takes_no_memory_of_the_process_own(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "big.gguf", "llama", {"t": np.ones((4096, 2048), np.float32)})
+    blocks = GgufCheckpoint.open(path).blocks("t")
+    assert blocks.max() == 128
+    parts = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    assert parts
+    for part in parts:
+        fields = dict(line.split(":", 1) for line in part.splitlines()[1:20] if ":" in line)
+        assert int(fields["Rss"].split()[0]) > 30_000  # kB
+        assert int(fields["Anonymous"].split()[0]) == 0  # all of it is the page cache's

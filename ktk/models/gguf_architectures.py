@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture("minimax-m3", Activation.swigluoai(), None, None),
         Architecture("deepseek4", gating=None, is_normalised=None, clamps_swiglu=True),
+        Architecture("deepseek32", gating=None, is_normalised=None),
         Architecture("deepseek", is_normalised=False),
         Architecture("deepseek2-ocr", is_normalised=None),
         Architecture("glm-dsa", gating=None, is_normalised=None),
