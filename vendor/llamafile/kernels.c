@@ -337,6 +337,9 @@ INLINE void nibbles_16(block b, int i, VI low[4], VI high[4]) {
 }
 INLINE VF unsigned_byte(VI x, int i) { return VF_CVT(VI_AND(i ? VI_SRL32(x, 8 * i) : x, VI_SET32(255))); }
 INLINE VF signed_byte(VI x, int i) { return VF_CVT(VI_SRA32(i == 3 ? x : VI_SLL32(x, 24 - 8 * i), 24)); }
+/* The low six bits of byte i, signed. */
+INLINE VF signed_six_bits(VI x, int i) { return VF_CVT(VI_SRA32(VI_SLL32(x, 26 - 8 * i), 26)); }
+INLINE VF high_half(VI x) { return VF_LOW_HALF(VI_SRL32(x, 16)); }
 INLINE VF negative(VF x) { return VF_BITS(VI_XOR(VI_BITS(x), VI_SET32((int)0x80000000u))); }
 
 /* The scales and minima of Q4_K and Q5_K: dword 0 holds halves d and dmin, 1..3 eight of each. */
@@ -350,7 +353,7 @@ INLINE k_scales six_bit_scales(block b) {
     VI both = dword(b, 0), first = dword(b, 1), second = dword(b, 2), third = dword(b, 3);
     k_scales k;
     k.d = VF_LOW_HALF(both);
-    k.minus_dmin = negative(VF_LOW_HALF(VI_SRL32(both, 16)));
+    k.minus_dmin = negative(high_half(both));
     k.scales[0] = VI_AND(first, six);
     k.minima[0] = VI_AND(second, six);
     k.scales[1] = VI_OR(VI_AND(third, low), VI_AND(VI_SRL16(first, 2), high));
@@ -365,10 +368,70 @@ INLINE void put_k_group(const int MR, const int FORMAT, sink *s, const VI *codes
     put_32(MR, FORMAT, s, codes, scale, minimum);
 }
 
+/* Bits 2 * quarter and the next of eight dwords' bytes. */
+INLINE void two_bits(block b, int i, int quarter, VI codes[8]) {
+    const VI mask = VI_SET8(3);
+    UNROLL
+    for (int j = 0; j < 8; j++) {
+        VI x = dword(b, i + j);
+        codes[j] = VI_AND(quarter ? VI_SRL16(x, 2 * quarter) : x, mask);
+    }
+}
+
+/* Byte i of every dword in all its four bytes. */
+INLINE VI byte_everywhere(VI x, int i) {
+    static const uint8_t FROM[4][16] = {{0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12},
+                                        {1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13},
+                                        {2, 2, 2, 2, 6, 6, 6, 6, 10, 10, 10, 10, 14, 14, 14, 14},
+                                        {3, 3, 3, 3, 7, 7, 7, 7, 11, 11, 11, 11, 15, 15, 15, 15}};
+    return VI_SHUFFLE8(x, VI_LOAD_TABLE(FROM[i]));
+}
+
+/* Bit k of a dword belongs to code k: these are the masks for even and odd dwords of codes. */
+INLINE VI nibble_bits(int is_odd) { return VI_SET32(is_odd ? (int)0x80402010u : 0x08040201); }
+
+INLINE void add_16_where_bits(VI codes[8], VI bits) {
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        VI more = VI_ADD8(codes[i], VI_SET8(16));
+        codes[i] = VI_WHERE_BIT(byte_everywhere(bits, i / 2), nibble_bits(i % 2), more, codes[i]);
+    }
+}
+
+/* Values of nibbles, plus the format's zero point. */
+static const uint8_t IQ4_TABLE[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                      129, 141, 153, 166, 181, 197, 217, 241};
+static const uint8_t MXFP4_TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+INLINE void look_up_16(const uint8_t *table, VI codes[8]) {
+    const VI values = VI_LOAD_TABLE(table);
+    UNROLL
+    for (int i = 0; i < 8; i++) codes[i] = VI_SHUFFLE8(values, codes[i]);
+}
+
+/* The integer part of 3 * x / 256 of each byte; x becomes the fraction: (x > 85) + (x > 170). */
+INLINE VI ternary_digit(VI *x) {
+    const VI one = VI_SET8(1);
+    VI digit = VI_ADD8(VI_MIN_U8(VI_SUBS_U8(*x, VI_SET8(85)), one),
+                       VI_MIN_U8(VI_SUBS_U8(*x, VI_SET8((char)170)), one));
+    *x = VI_ADD8(VI_ADD8(*x, *x), *x);
+    return digit;
+}
+
 #include "blocks/q4_0.h"
-#include "blocks/q4_k.h"
-#include "blocks/q6_k.h"
+#include "blocks/q4_1.h"
+#include "blocks/q5_0.h"
+#include "blocks/q5_1.h"
 #include "blocks/q8_0.h"
+#include "blocks/q2_k.h"
+#include "blocks/q3_k.h"
+#include "blocks/q4_k.h"
+#include "blocks/q5_k.h"
+#include "blocks/q6_k.h"
+#include "blocks/iq4_nl.h"
+#include "blocks/iq4_xs.h"
+#include "blocks/mxfp4.h"
+#include "blocks/tq1_0.h"
+#include "blocks/tq2_0.h"
 
 /* -- one panel ------------------------------------------------------------------------------------------------- */
 
@@ -534,7 +597,9 @@ typedef void tile_fn(int num_rows, const lf_matrix *w, const laid *p, const tile
 enum { SAME = 1 };
 #else
 #define SHAPES(SHAPE)                                                                                        \
-    SHAPE(32, 0, 255) SHAPE(32, 0, 63) SHAPE(32, 1, 31) SHAPE(16, 0, 255) SHAPE(16, 0, 127) SHAPE(16, 1, 15)
+    SHAPE(32, 0, 255) SHAPE(32, 0, 127) SHAPE(32, 0, 31) SHAPE(32, 0, 15)                                    \
+    SHAPE(32, 1, 31) SHAPE(32, 1, 15)                                                                        \
+    SHAPE(16, 0, 127) SHAPE(16, 0, 63) SHAPE(16, 0, 31) SHAPE(16, 1, 15)
 enum { SAME = 0 };
 #endif
 #define SHAPE(FINE, HAS_MIN, MOST)                                                                           \
