@@ -17,6 +17,7 @@
  * SDM vol. 2. */
 #include <string.h>
 
+#include "grids.h"
 #include "interleave.h"
 #include "llamafile.h"
 #include "vec.h"
@@ -170,6 +171,12 @@ typedef struct {
 INLINE int32_t load32(const uint8_t *p) {
     int32_t v;
     memcpy(&v, p, 4);
+    return v;
+}
+
+INLINE uint32_t load16(const uint8_t *p) {
+    uint16_t v;
+    memcpy(&v, p, 2);
     return v;
 }
 
@@ -417,6 +424,107 @@ INLINE VI ternary_digit(VI *x) {
     return digit;
 }
 
+/* -- grids */
+
+/* Entries of 8 bytes at LANES indices, of `bytes` bytes, 4 bytes apart: two dwords a lane. Scalar loads, because a gather of
+ * 16 lanes costs more (measured on Zen 4). */
+INLINE void grid_8(const uint64_t *grid, const uint8_t *index, const int bytes, VI out[2]) {
+#define ENTRY(n) (grid + (bytes == 1 ? index[4 * (n)] : load16(index + 4 * (n))))
+    __m256i low[LANES / 8], high[LANES / 8];
+    UNROLL
+    for (int i = 0; i < LANES / 8; i++) {
+        __m128 pairs[4]; /* of lanes */
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+            pairs[j] = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)ENTRY(8 * i + 2 * j)));
+            pairs[j] = _mm_loadh_pi(pairs[j], (const __m64 *)ENTRY(8 * i + 2 * j + 1));
+        }
+        __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(pairs[0]), pairs[2], 1);
+        __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(pairs[1]), pairs[3], 1);
+        low[i] = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+        high[i] = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+    }
+#ifdef __AVX512F__
+    out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low[0]), low[1], 1);
+    out[1] = _mm512_inserti64x4(_mm512_castsi256_si512(high[0]), high[1], 1);
+#else
+    out[0] = low[0];
+    out[1] = high[0];
+#endif
+#undef ENTRY
+}
+
+/* The same for entries of 4 bytes. */
+INLINE VI grid_4(const uint32_t *grid, const uint8_t *index, const int bytes) {
+#define ENTRY(n) (int)grid[bytes == 1 ? index[4 * (n)] : load16(index + 4 * (n))]
+    __m128i x[LANES / 4];
+    UNROLL
+    for (int i = 0; i < LANES / 4; i++) {
+        x[i] = _mm_cvtsi32_si128(ENTRY(4 * i));
+        x[i] = _mm_insert_epi32(x[i], ENTRY(4 * i + 1), 1);
+        x[i] = _mm_insert_epi32(x[i], ENTRY(4 * i + 2), 2);
+        x[i] = _mm_insert_epi32(x[i], ENTRY(4 * i + 3), 3);
+    }
+    __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(x[0]), x[1], 1);
+#ifdef __AVX512F__
+    __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(x[2]), x[3], 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    return low;
+#endif
+#undef ENTRY
+}
+
+/* Indices of more than eight bits, stored as words: at[0] those of bytes 0 and 2 of `bytes`, at[1] of 1 and 3. Where their
+ * high bits are, masked by `mask`: one dword for each byte. */
+INLINE void word_indices(VI bytes, uint8_t at[][64], VI mask, VI high_0, VI high_2, VI high_1, VI high_3) {
+    const VI low = VI_SET32(0x00ff00ff), first = VI_SET32(0x0000ffff);
+    VI even = VI_OR(VI_AND(high_0, first), VI_ANDNOT(first, high_2));
+    VI odd = VI_OR(VI_AND(high_1, first), VI_ANDNOT(first, high_3));
+    VI_STORE(at[0], VI_OR(VI_AND(bytes, low), VI_AND(even, mask)));
+    VI_STORE(at[1], VI_OR(VI_AND(VI_SRL16(bytes, 8), low), VI_AND(odd, mask)));
+}
+
+/* Bit 7 of each byte becomes the parity of the other seven: an even number of signs. */
+INLINE VI with_parity(VI x) {
+    static const uint8_t PARITY[16] = {0, 128, 128, 0, 128, 0, 0, 128, 128, 0, 0, 128, 0, 128, 128, 0};
+    const VI table = VI_LOAD_TABLE(PARITY), mask = VI_SET8(15);
+    VI parity = VI_XOR(VI_SHUFFLE8(table, VI_AND(x, mask)), VI_SHUFFLE8(table, VI_AND(VI_SRL16(x, 4), mask)));
+    return VI_OR(x, parity);
+}
+
+/* Four times seven bits of sign from a dword's lowest, a byte each. */
+INLINE VI seven_bit_signs(VI x) {
+    VI a = VI_AND(x, VI_SET32(0x7f)), b = VI_AND(VI_SLL32(x, 1), VI_SET32(0x7f00));
+    VI c = VI_AND(VI_SLL32(x, 2), VI_SET32(0x7f0000)), d = VI_AND(VI_SLL32(x, 3), VI_SET32(0x7f000000));
+    return with_parity(VI_OR(VI_OR(a, b), VI_OR(c, d)));
+}
+
+INLINE VI swap_middle_bytes(VI x) {
+    static const uint8_t FROM[16] = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
+    return VI_SHUFFLE8(x, VI_LOAD_TABLE(FROM));
+}
+
+/* Code k is negated about half of `twice_zero` where bit k of `signs` is set. */
+INLINE void negate_where(VI codes[8], VI signs, int twice_zero) {
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        VI negated = VI_SUB8(VI_SET8((char)twice_zero), codes[i]);
+        codes[i] = VI_WHERE_BIT(byte_everywhere(signs, i / 2), nibble_bits(i % 2), negated, codes[i]);
+    }
+}
+
+/* (nibble i + 1 / 2) / 4 */
+INLINE VF quarter_scale(VI x, int i) {
+    VI nibble = VI_AND(i ? VI_SRL32(x, 4 * i) : x, VI_SET32(15));
+    return VF_FMA(VF_CVT(nibble), VF_SET(0.25f), VF_SET(0.125f));
+}
+/* 2 * (three bits at `bit`) + 1 */
+INLINE VF odd_scale(VI x, int bit) {
+    VI twice = bit ? VI_SRL32(x, bit - 1) : VI_SLL32(x, 1);
+    return VF_CVT(VI_OR(VI_AND(twice, VI_SET32(14)), VI_SET32(1)));
+}
+
 #include "blocks/q4_0.h"
 #include "blocks/q4_1.h"
 #include "blocks/q5_0.h"
@@ -432,6 +540,13 @@ INLINE VI ternary_digit(VI *x) {
 #include "blocks/mxfp4.h"
 #include "blocks/tq1_0.h"
 #include "blocks/tq2_0.h"
+#include "blocks/iq1_s.h"
+#include "blocks/iq1_m.h"
+#include "blocks/iq2_xxs.h"
+#include "blocks/iq2_xs.h"
+#include "blocks/iq2_s.h"
+#include "blocks/iq3_xxs.h"
+#include "blocks/iq3_s.h"
 
 /* -- one panel ------------------------------------------------------------------------------------------------- */
 

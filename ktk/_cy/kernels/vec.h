@@ -19,6 +19,7 @@ typedef __m512i VI;
 typedef __m512 VF;
 #define VI_LOAD(p) _mm512_loadu_si512((const void *)(p))
 #define VI_AND _mm512_and_si512
+#define VI_ANDNOT _mm512_andnot_si512 /* ~a & b */
 #define VI_OR _mm512_or_si512
 #define VI_SHUFFLE8 _mm512_shuffle_epi8
 #define VI_LOAD_TABLE(p)                                                                                     \
@@ -80,6 +81,7 @@ typedef __m256i VI;
 typedef __m256 VF;
 #define VI_LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define VI_AND _mm256_and_si256
+#define VI_ANDNOT _mm256_andnot_si256 /* ~a & b */
 #define VI_OR _mm256_or_si256
 #define VI_SHUFFLE8 _mm256_shuffle_epi8
 #define VI_LOAD_TABLE(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p)))
