@@ -5,6 +5,9 @@
 
 #include "formats.h"
 
+#define LF_DEFINE_GRIDS
+#include "grids.h"
+
 #define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ...)                      \
     {TEXT, TYPE, WEIGHTS, BYTES, FINE, 0},
 #define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD) {TEXT, TYPE, 1, BYTES, 0, 1},

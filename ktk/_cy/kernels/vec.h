@@ -19,6 +19,7 @@ typedef __m512i VI;
 typedef __m512 VF;
 #define VI_LOAD(p) _mm512_loadu_si512((const void *)(p))
 #define VI_AND _mm512_and_si512
+#define VI_ANDNOT _mm512_andnot_si512 /* ~a & b */
 #define VI_OR _mm512_or_si512
 #define VI_SHUFFLE8 _mm512_shuffle_epi8
 #define VI_LOAD_TABLE(p)                                                                                     \
@@ -38,6 +39,12 @@ typedef __m512 VF;
 #define VI_SLL32 _mm512_slli_epi32
 #define VI_ADD32 _mm512_add_epi32
 #define VI_ADD16 _mm512_add_epi16
+#define VI_ADD8 _mm512_add_epi8
+#define VI_SUB8 _mm512_sub_epi8
+#define VI_SUBS_U8 _mm512_subs_epu8
+#define VI_MIN_U8 _mm512_min_epu8
+/* yes where x has a byte's bit of mask, which is one bit in every byte. */
+#define VI_WHERE_BIT(x, mask, yes, no) _mm512_mask_mov_epi8(no, _mm512_test_epi8_mask(x, mask), yes)
 #define VI_MADD _mm512_madd_epi16
 #define VI_MADDUBS _mm512_maddubs_epi16
 /* acc += u8 w * s8 broadcast of the four bytes at p. In assembly: GCC 12 would load the broadcast by itself. */
@@ -74,6 +81,7 @@ typedef __m256i VI;
 typedef __m256 VF;
 #define VI_LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define VI_AND _mm256_and_si256
+#define VI_ANDNOT _mm256_andnot_si256 /* ~a & b */
 #define VI_OR _mm256_or_si256
 #define VI_SHUFFLE8 _mm256_shuffle_epi8
 #define VI_LOAD_TABLE(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p)))
@@ -94,6 +102,13 @@ INLINE __m256 VF_LOW_HALF(__m256i x) {
 #define VI_SLL32 _mm256_slli_epi32
 #define VI_ADD32 _mm256_add_epi32
 #define VI_ADD16 _mm256_add_epi16
+#define VI_ADD8 _mm256_add_epi8
+#define VI_SUB8 _mm256_sub_epi8
+#define VI_SUBS_U8 _mm256_subs_epu8
+#define VI_MIN_U8 _mm256_min_epu8
+INLINE __m256i VI_WHERE_BIT(__m256i x, __m256i mask, __m256i yes, __m256i no) {
+    return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(_mm256_and_si256(x, mask), mask));
+}
 #define VI_MADD _mm256_madd_epi16
 #define VI_MADDUBS _mm256_maddubs_epi16
 #define VI_ZERO _mm256_setzero_si256

@@ -1,0 +1,9 @@
+/* Half d; 32 bits, the fifth of each weight; 16 bytes: low nibbles are weights 0..15, high ones 16..31.
+ * Weight = (code - 16) * d. */
+INLINE void decode_q5_0(const int MR, block b, sink *s) {
+    VI codes[8];
+    nibbles_16(b, 1, codes, codes + 4);
+    add_16_where_bits(codes, dword(b, 0));
+    VF scale[1] = {half_head(b)};
+    put_32(MR, FORMAT_q5_0, s, codes, scale, NULL);
+}
