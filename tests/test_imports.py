@@ -16,7 +16,7 @@ LAYERS = (
     ("cpu",),
     ("checkpoint",),
     ("models",),
-    ("reference", "_pack_numba", "pack"),
+    ("reference", "_pack_numba", "_ggml_numba", "pack", "ggml_quantise"),
     ("backends",),
     ("runtime",),
     ("moe",),
