@@ -55,6 +55,7 @@ from ktk.pack import pack_expert
 from ktk.types import MoESpec
 
 QUANT_METHODS = ("int4", "int8", "bf16")
+GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4")
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20
 DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
@@ -84,6 +85,7 @@ class Summary:
     """What a conversion did. input_bytes, expert_bytes (written), other_bytes in bytes; seconds of this run.
 
     reused_layers : layers an earlier run had finished. mb_per_second : input bytes of this run's own work.
+    notes : what a reader of the output should know, a sentence each.
     """
 
     output: str
@@ -101,6 +103,7 @@ class Summary:
     bits_per_weight: float
     seconds: float
     mb_per_second: float
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -118,21 +121,20 @@ def convert(
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Convert a checkpoint's experts to ``quant_method`` and write a packed directory that loads alone.
+    """Convert a checkpoint's experts to ``quant_method``: a packed directory that loads alone, or a GGUF file.
 
-    quant_method : int4, int8 or bf16. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
+    quant_method : int4, int8 or bf16 for a directory; q8_0, q6_k, q4_k, q4_0 or mxfp4 for an ``output`` that ends in
+    .gguf, which holds the experts only. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
     must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a time,
-    default the physical cores. resume : go on where an interrupted run of the same job stopped.
+    default the physical cores. resume : go on where an interrupted run of the same job stopped; a GGUF file is
+    written in one go.
 
     Memory: one expert's input and output per thread, whatever the model's size.
     Raises CheckpointError for a bad input, ValueError for arguments that do not fit, FileExistsError if
-    ``output`` is not empty, OSError if the disk is full; what is finished stays for ``resume``.
+    ``output`` is not empty (a GGUF file: exists), OSError if the disk is full; what is finished stays for ``resume``.
     """
     started = time.monotonic()
-    if quant_method not in QUANT_METHODS:
-        raise ValueError(
-            f"quant_method={quant_method!r}: must be one of {', '.join(QUANT_METHODS)}"
-        )
+    _check_method(quant_method, Path(output))
     if input_type is not None and input_type not in SOURCE_DTYPES:
         raise ValueError(
             f"input_type={input_type!r}: must be one of {', '.join(SOURCE_DTYPES)}, or left out"
@@ -143,6 +145,19 @@ def convert(
         threads = num_physical_cores()
     if type(threads) is not int or threads < 1:
         raise ValueError(f"threads={threads!r}: must be a positive int")
+    if quant_method in GGUF_METHODS:
+        from ktk.convert_to_gguf import convert_to_gguf
+
+        for name, value in (("group_size", group_size), ("activation_group", activation_group)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r}: {quant_method} has groups of its own, leave it out"
+                )
+        if resume:
+            raise ValueError("resume: a GGUF file is written in one go; run again without --resume")
+        return convert_to_gguf(
+            input_path, output, quant_method=quant_method, input_type=input_type, threads=threads, progress=progress
+        )  # fmt: skip
     with Checkpoint.open(input_path) as checkpoint:
         destination = _check_places(checkpoint.directory, Path(output))
         said = checkpoint.config.get("quantization_config")
@@ -177,6 +192,24 @@ def convert(
                     ) from error
                 raise
         return job.summary(time.monotonic() - started)
+
+
+def _check_method(quant_method: str, output: Path) -> None:
+    """ValueError unless the method is known and the output is named for it."""
+    if quant_method not in (*QUANT_METHODS, *GGUF_METHODS):
+        raise ValueError(
+            f"quant_method={quant_method!r}: must be one of {', '.join(QUANT_METHODS)}, "
+            f"or for a GGUF file {', '.join(GGUF_METHODS)}"
+        )
+    is_file = output.name.lower().endswith(".gguf")
+    if is_file and quant_method in QUANT_METHODS:
+        raise ValueError(
+            f"output {output}: {quant_method} writes a directory; give one, or one of {', '.join(GGUF_METHODS)}"
+        )
+    if not is_file and quant_method in GGUF_METHODS:
+        raise ValueError(
+            f"output {output}: {quant_method} writes a GGUF file; give a name that ends in .gguf"
+        )
 
 
 class _Job:
@@ -252,7 +285,7 @@ class _Job:
                 self.done_bytes += size
         self._write_index()
         self._copy_side_files()
-        changed = _changed(self.state["source"], _fingerprint(self.checkpoint))
+        changed = changed_source(self.state["source"], fingerprint(self.checkpoint))
         if changed:
             raise CheckpointError(
                 f"{self.source}: {changed} while it was converted; convert it again"
@@ -578,7 +611,7 @@ def _side_files(source: Path) -> list[Path]:
     return found
 
 
-def _fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Names, sizes and modification times of everything that is read."""
     source = checkpoint.directory
     names = {file.path.relative_to(source) for file in checkpoint.files} | set(_side_files(source))
@@ -605,7 +638,7 @@ def _state(checkpoint: Checkpoint, spec: MoESpec) -> dict[str, Any]:
         "quant_method": spec.weight_format,
         "group_size": spec.group_size,
         "activation_group": spec.activation_group,
-        "source": _fingerprint(checkpoint),
+        "source": fingerprint(checkpoint),
     }
 
 
@@ -617,12 +650,12 @@ def _check_state(have: dict[str, Any], want: dict[str, Any], path: Path) -> None
                 f"{path}: was begun with {key}={have.get(key)!r}, now {value!r}: "
                 "resume with the same options, or give another output"
             )
-    changed = _changed(have.get("source"), want["source"])
+    changed = changed_source(have.get("source"), want["source"])
     if changed:
         raise ValueError(f"{path}: {changed} since the conversion began: give another output")
 
 
-def _changed(before: Any, now: list[dict[str, Any]]) -> str | None:
+def changed_source(before: Any, now: list[dict[str, Any]]) -> str | None:
     """What differs between two fingerprints, or None."""
     if before == now:
         return None

@@ -22,7 +22,7 @@ LAYERS = (
     ("moe",),
     ("bench",),
     ("wrapper_arguments", "wrapper"),
-    ("convert",),
+    ("convert", "convert_to_gguf"),
     ("integration",),
     ("demo",),
     ("cli", "__main__"),
