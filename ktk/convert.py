@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -52,7 +53,7 @@ from ktk.models import SOURCE_DTYPES, Config, Experts, find_experts
 from ktk.models.base import FOREIGN_SUFFIXES, NESTED_KEYS
 from ktk.models.coding import SCALE_SUFFIXES, Coding, infer_coding, read_rows
 from ktk.pack import pack_expert
-from ktk.types import MoESpec
+from ktk.types import ExpertWeights, MoESpec
 
 QUANT_METHODS = ("int4", "int8", "bf16")
 GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4")
@@ -133,7 +134,6 @@ def convert(
     Raises CheckpointError for a bad input, ValueError for arguments that do not fit, FileExistsError if
     ``output`` is not empty (a GGUF file: exists), OSError if the disk is full; what is finished stays for ``resume``.
     """
-    started = time.monotonic()
     _check_method(quant_method, Path(output))
     if input_type is not None and input_type not in SOURCE_DTYPES:
         raise ValueError(
@@ -179,19 +179,27 @@ def convert(
             )
             for layer in experts.layers
         }
-        with _locked(destination):
-            job = _Job(checkpoint, experts, specs, destination, threads, progress)
-            try:
-                job.start(resume)
-                job.run()
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise OSError(
-                        error.errno,
-                        f"{destination}: the disk is full ({error.strerror}); make room and run again with --resume",
-                    ) from error
-                raise
-        return job.summary(time.monotonic() - started)
+        return run_job(
+            lambda: _DirectoryJob(checkpoint, experts, specs, destination, threads, progress), destination, resume
+        )  # fmt: skip
+
+
+def run_job(make: Callable[[], Job], output: Path, resume: bool) -> Summary:
+    """Do what a conversion into a packed directory has to do, alone in its directory."""
+    started = time.monotonic()
+    with _locked(output):
+        job = make()
+        try:
+            job.start(resume)
+            job.run()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(
+                    error.errno,
+                    f"{output}: the disk is full ({error.strerror}); make room and run again with --resume",
+                ) from error
+            raise
+    return job.summary(time.monotonic() - started)
 
 
 def _check_method(quant_method: str, output: Path) -> None:
@@ -212,34 +220,57 @@ def _check_method(quant_method: str, output: Path) -> None:
         )
 
 
-class _Job:
-    """One conversion: what there is to write, and the writing of it."""
+class ExpertSource(Protocol):
+    """What a conversion reads experts from."""
+
+    family: str
+    source_dtype: str
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """One expert, decoded; called from several threads."""
+
+
+class Job(ABC):
+    """One conversion into a packed directory: what there is to write, and the writing of it.
+
+    layer_bytes : of the input, by layer. shards : the tensors that are not experts'.
+    """
+
+    shards: Sequence[list[_Plain]] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        experts: Experts,
+        where: Path,
+        experts: ExpertSource,
         specs: dict[int, MoESpec],
+        layer_bytes: dict[int, int],
         output: Path,
         threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.checkpoint, self.experts, self.specs = checkpoint, experts, specs
+        self.where, self.experts, self.specs = where, experts, specs
+        self.layer_bytes = layer_bytes
         self.output, self.threads, self.progress = output, threads, progress
-        self.source = checkpoint.directory
-        expert_names = {layer: experts.tensor_names(layer) for layer in specs}
-        taken = set().union(*expert_names.values())
-        config = Config(checkpoint.config, str(self.source / "config.json"))
-        self.shards = _plan_shards(_plain_tensors(checkpoint, taken, config.fp8_block))
-        self.layer_bytes = {
-            layer: sum(checkpoint.tensors[name].nbytes for name in names)
-            for layer, names in expert_names.items()
-        }
-        self.total_bytes = sum(self.layer_bytes.values()) + sum(
-            t.nbytes for s in self.shards for t in s
-        )
+        self.total_bytes = sum(layer_bytes.values())
         self.done_bytes = self.reused_bytes = self.reused_layers = 0
-        self.state = _state(checkpoint, next(iter(specs.values())))
+        self.state = _state(self.fingerprint(), next(iter(specs.values())))
+
+    @abstractmethod
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Names, sizes and modification times of everything that is read."""
+
+    @abstractmethod
+    def source_config(self) -> dict[str, Any]:
+        """What config.json shall say beside our quantization_config."""
+
+    def write_shard(self, index: int) -> None:
+        """Write one of ``shards``; a source that has any does."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def write_side_files(self) -> None:
+        """Write what is no tensor, but config.json."""
 
     def start(self, resume: bool) -> None:
         """Take possession of the output directory: check or write its state, remove temporary files."""
@@ -273,22 +304,21 @@ class _Job:
             with contextlib.suppress(FileNotFoundError):
                 (self.output / "config.json").unlink()
         self._check_room(todo, shards)
-        with _Packer(self.experts, todo, self.threads, str(self.checkpoint.path)) as packer:
+        with _Packer(self.experts, todo, self.threads, str(self.where)) as packer:
             for layer, spec in todo.items():
                 write_layer(self.output, spec, layer, self._counted(packer.spans(layer), layer))
         for index, tensors in enumerate(self.shards):
             if index in shards:
-                self._write_shard(index)
+                self.write_shard(index)
             else:
                 size = sum(t.nbytes for t in tensors)
                 self.reused_bytes += size
                 self.done_bytes += size
-        self._write_index()
-        self._copy_side_files()
-        changed = changed_source(self.state["source"], fingerprint(self.checkpoint))
+        self.write_side_files()
+        changed = changed_source(self.state["source"], self.fingerprint())
         if changed:
             raise CheckpointError(
-                f"{self.source}: {changed} while it was converted; convert it again"
+                f"{self.where}: {changed} while it was converted; convert it again"
             )
         _write_json(self.output / "config.json", self._config())
         self._report("done", 0)
@@ -322,8 +352,6 @@ class _Job:
                 f"{needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
             )
 
-    # the tensors that are not experts'
-
     def _shard_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
@@ -338,56 +366,8 @@ class _Job:
         have = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
         return have == {t.name: (t.dtype, t.shape) for t in self.shards[index]}
 
-    def _write_shard(self, index: int) -> None:
-        name = self._shard_name(index)
-        with replacing(self.output / name) as file:
-            write_all(file, _shard_header(self.shards[index]))
-            for tensor in self.shards[index]:
-                if tensor.coding is None:
-                    for piece in self.checkpoint.chunks(tensor.name, CHUNK_BYTES):
-                        write_all(file, piece)
-                        self._report(name, len(piece))
-                else:
-                    self._write_dequantised(file, tensor, tensor.coding, name)
-
-    def _write_dequantised(
-        self, file: IO[bytes], tensor: _Plain, coding: Coding, what: str
-    ) -> None:
-        rows, columns = coding.shape
-        block = coding.block[0]
-        band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
-        for start in range(0, rows, band):
-            stop = min(start + band, rows)
-            w = read_rows(self.checkpoint, tensor.name, tensor.scale, coding, start, stop)
-            write_all(file, f32_to_bf16(w).data)
-            self._report(what, (stop - start) * columns * 2)
-
-    def _write_index(self) -> None:
-        placed = {t.name: self._shard_name(i) for i, shard in enumerate(self.shards) for t in shard}
-        size = sum(t.nbytes for shard in self.shards for t in shard)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
-        _write_json(self.output / "model.safetensors.index.json", index)
-
-    def _copy_side_files(self) -> None:
-        for relative in _side_files(self.source):
-            target = self.output / relative
-            target.parent.mkdir(exist_ok=True)
-            fd, size = open_regular(self.source / relative)
-            try:
-                with replacing(target) as file:
-                    for offset in range(0, size, CHUNK_BYTES):
-                        piece = bytearray(min(CHUNK_BYTES, size - offset))
-                        read_into(fd, memoryview(piece), offset, str(self.source / relative))
-                        write_all(file, memoryview(piece))
-            finally:
-                os.close(fd)
-
     def _config(self) -> dict[str, Any]:
-        """The source's config.json with our quantization_config in place of its own."""
-        config = {k: v for k, v in self.checkpoint.config.items() if k != "quantization_config"}
-        for key in NESTED_KEYS:
-            if isinstance(config.get(key), dict):
-                config[key] = {k: v for k, v in config[key].items() if k != "quantization_config"}
+        config = self.source_config()
         spec = next(iter(self.specs.values()))
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
@@ -420,8 +400,90 @@ class _Job:
             other_bytes=sum(t.nbytes for shard in self.shards for t in shard),
             bits_per_weight=expert_bytes * 8 / weights,
             seconds=seconds,
+            notes=self.notes,
             mb_per_second=(self.done_bytes - self.reused_bytes) / 1e6 / max(seconds, 1e-9),
         )
+
+
+class _DirectoryJob(Job):
+    """From a Hugging Face directory, or a .safetensors file: everything but the experts comes along."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experts: Experts,
+        specs: dict[int, MoESpec],
+        output: Path,
+        threads: int,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.checkpoint, self.source = checkpoint, checkpoint.directory
+        expert_names = {layer: experts.tensor_names(layer) for layer in specs}
+        layer_bytes = {
+            layer: sum(checkpoint.tensors[name].nbytes for name in names)
+            for layer, names in expert_names.items()
+        }
+        super().__init__(checkpoint.path, experts, specs, layer_bytes, output, threads, progress)
+        taken = set().union(*expert_names.values())
+        config = Config(checkpoint.config, str(self.source / "config.json"))
+        self.shards = _plan_shards(_plain_tensors(checkpoint, taken, config.fp8_block))
+        self.total_bytes += sum(t.nbytes for s in self.shards for t in s)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        return fingerprint(self.checkpoint)
+
+    def source_config(self) -> dict[str, Any]:
+        """The source's config.json without its own quantization_config."""
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "quantization_config"}
+        for key in NESTED_KEYS:
+            if isinstance(config.get(key), dict):
+                config[key] = {k: v for k, v in config[key].items() if k != "quantization_config"}
+        return config
+
+    def write_shard(self, index: int) -> None:
+        name = self._shard_name(index)
+        with replacing(self.output / name) as file:
+            write_all(file, _shard_header(self.shards[index]))
+            for tensor in self.shards[index]:
+                if tensor.coding is None:
+                    for piece in self.checkpoint.chunks(tensor.name, CHUNK_BYTES):
+                        write_all(file, piece)
+                        self._report(name, len(piece))
+                else:
+                    self._write_dequantised(file, tensor, tensor.coding, name)
+
+    def _write_dequantised(
+        self, file: IO[bytes], tensor: _Plain, coding: Coding, what: str
+    ) -> None:
+        rows, columns = coding.shape
+        block = coding.block[0]
+        band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
+        for start in range(0, rows, band):
+            stop = min(start + band, rows)
+            w = read_rows(self.checkpoint, tensor.name, tensor.scale, coding, start, stop)
+            write_all(file, f32_to_bf16(w).data)
+            self._report(what, (stop - start) * columns * 2)
+
+    def _write_index(self) -> None:
+        placed = {t.name: self._shard_name(i) for i, shard in enumerate(self.shards) for t in shard}
+        size = sum(t.nbytes for shard in self.shards for t in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
+        _write_json(self.output / "model.safetensors.index.json", index)
+
+    def write_side_files(self) -> None:
+        self._write_index()
+        for relative in _side_files(self.source):
+            target = self.output / relative
+            target.parent.mkdir(exist_ok=True)
+            fd, size = open_regular(self.source / relative)
+            try:
+                with replacing(target) as file:
+                    for offset in range(0, size, CHUNK_BYTES):
+                        piece = bytearray(min(CHUNK_BYTES, size - offset))
+                        read_into(fd, memoryview(piece), offset, str(self.source / relative))
+                        write_all(file, memoryview(piece))
+            finally:
+                os.close(fd)
 
 
 class _Packer:
@@ -431,7 +493,7 @@ class _Packer:
     """
 
     def __init__(
-        self, experts: Experts, specs: dict[int, MoESpec], threads: int, where: str
+        self, experts: ExpertSource, specs: dict[int, MoESpec], threads: int, where: str
     ) -> None:
         self._experts, self._specs, self._where = experts, specs, where
         self._jobs = iter(
@@ -629,7 +691,7 @@ def fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return entries
 
 
-def _state(checkpoint: Checkpoint, spec: MoESpec) -> dict[str, Any]:
+def _state(source: list[dict[str, Any]], spec: MoESpec) -> dict[str, Any]:
     from ktk import __version__
 
     return {
@@ -638,7 +700,7 @@ def _state(checkpoint: Checkpoint, spec: MoESpec) -> dict[str, Any]:
         "quant_method": spec.weight_format,
         "group_size": spec.group_size,
         "activation_group": spec.activation_group,
-        "source": fingerprint(checkpoint),
+        "source": source,
     }
 
 
