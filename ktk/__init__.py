@@ -1,7 +1,7 @@
 """ktk: experts of mixture-of-experts language models on the CPU.
 
 ``ktk.MoE`` is the operator, ``ktk.KTMoEWrapper`` its KT-Kernel-compatible face, ``ktk.convert.convert``
-packs a checkpoint, ``ktk.backends.report()`` says what runs here. Heavy imports happen on first use.
+packs a checkpoint, ``ktk.load_gguf`` opens a GGUF model, ``ktk.backends.report()`` says what runs here. Heavy imports happen on first use.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ktk.gguf_model import GgufModel, load_gguf
     from ktk.moe import MoE
     from ktk.types import Activation, MoESpec, Packed
     from ktk.wrapper import KTMoEWrapper
@@ -21,15 +22,26 @@ _LAZY = {
     "BackendError": "ktk.errors",
     "CheckpointError": "ktk.errors",
     "EngineError": "ktk.errors",
+    "GgufModel": "ktk.gguf_model",
     "KTMoEWrapper": "ktk.wrapper",
     "KtkError": "ktk.errors",
     "MoE": "ktk.moe",
     "MoESpec": "ktk.types",
     "Packed": "ktk.types",
+    "load_gguf": "ktk.gguf_model",
 }
 _MODULES = ("backends", "convert", "cpu", "formats", "models", "reference")
 
-__all__ = ["Activation", "KTMoEWrapper", "MoE", "MoESpec", "Packed", "__version__"]
+__all__ = [
+    "Activation",
+    "GgufModel",
+    "KTMoEWrapper",
+    "MoE",
+    "MoESpec",
+    "Packed",
+    "__version__",
+    "load_gguf",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ LAYERS = (
     ("backends",),
     ("runtime",),
     ("moe",),
+    ("gguf_model",),
     ("bench",),
     ("wrapper_arguments", "wrapper"),
     ("convert", "convert_to_gguf"),

@@ -1,0 +1,129 @@
+"""GgufModel: the MoE layers of a GGUF model, each made on first use, the next one read ahead meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ktk.checkpoint.gguf import GgufCheckpoint
+from ktk.models.gguf import GgufExperts, Routing, find_gguf_experts
+from ktk.moe import MoE
+from ktk.types import BlockExperts, MoESpec
+
+RESIDENT_FOR = 1.0  # seconds that a layer found in memory is believed to stay there
+
+
+class GgufModel(Mapping[int, MoE]):
+    """The MoE layers of a GGUF model: ``model[layer]`` is ``model.moe(layer)``; ``load_gguf`` makes one.
+
+    layers : indices of the MoE layers, ascending. metadata : the file's key-values. routing, num_experts_per_tok :
+    what a caller's router needs; Llama 4 weighs the experts' input and Gemma 4 scales their output, see ``Routing``
+    and ``GgufExperts.output_scale``. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        experts: GgufExperts,
+        *,
+        method: str = "auto",
+        num_threads: int | None = None,
+        repack: bool | None = None,
+    ) -> None:
+        self._experts = experts
+        self._options: dict[str, Any] = {"method": method, "num_threads": num_threads}
+        if repack is not None:
+            self._options["repack"] = repack
+        self._layers: dict[int, MoE] = {}
+        self._lock = threading.Lock()
+        self._seen: dict[int, float] = {}  # layer -> when it was last found in memory
+        self._reader: threading.Thread | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self._experts.layers
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._experts.checkpoint.metadata
+
+    @property
+    def routing(self) -> Routing:
+        return self._experts.routing
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        return self._experts.num_experts_per_tok
+
+    def spec(self, layer: int) -> MoESpec:
+        """Shape and activation of one layer. Raises CheckpointError."""
+        return self._experts.spec(layer)
+
+    def experts(self, layer: int) -> BlockExperts:
+        """One layer's blocks, views of the file. Raises CheckpointError."""
+        return self._experts.experts(layer)
+
+    def moe(self, layer: int) -> MoE:
+        """The operator of one layer, made on first use; asks the OS to read the next layer ahead.
+
+        Raises CheckpointError for a layer without experts or of unusable types, BackendError if nothing can run it.
+        """
+        self._experts.spec(layer)
+        self._read_ahead(layer)
+        with self._lock:
+            if layer not in self._layers:
+                made: Any = MoE  # repack is an argument for blocks only
+                self._layers[layer] = made(self._experts.experts(layer), **self._options)
+            return self._layers[layer]
+
+    def _read_ahead(self, layer: int) -> None:
+        """Have the layer that runs after this one read, unless it is in memory; the first follows the last."""
+        following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
+        now = time.monotonic()
+        if now - self._seen.get(following, -RESIDENT_FOR) < RESIDENT_FOR:
+            return
+        if self._options.get("repack") and following in self._layers:
+            return  # it has its own copy
+        if self._experts.is_resident(following):
+            self._seen[following] = now
+        elif self._reader is None or not self._reader.is_alive():
+            # Advice alone takes 0.2 ms per MB, which the layer that runs meanwhile should not wait for.
+            self._reader = threading.Thread(
+                target=self._experts.prefetch, args=(following,), name="ktk-readahead", daemon=True
+            )
+            self._reader.start()
+
+    def __getitem__(self, layer: int) -> MoE:
+        if layer not in self._experts.layers:
+            raise KeyError(layer)
+        return self.moe(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.layers
+
+    def __repr__(self) -> str:
+        return f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, {self._experts.checkpoint.path})"
+
+
+def load_gguf(
+    path: str | os.PathLike[str],
+    *,
+    method: str = "auto",
+    num_threads: int | None = None,
+    repack: bool | None = None,
+) -> GgufModel:
+    """Open the experts of a GGUF model; nothing is read but the header.
+
+    path : a .gguf file, any part of a split one, or a directory of one model. method, num_threads, repack : as ``MoE``
+    takes them; repack None leaves its default. Raises CheckpointError.
+    """
+    experts = find_gguf_experts(GgufCheckpoint.open(path))
+    return GgufModel(experts, method=method, num_threads=num_threads, repack=repack)
