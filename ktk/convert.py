@@ -1,4 +1,4 @@
-"""Hugging Face directory -> packed directory, expert by expert, interruptible at any moment.
+"""Hugging Face directory -> packed directory (GGUF: convert_to_gguf, convert_from_gguf), expert by expert, interruptible at any moment.
 
 Order of writing: the state file, one file per MoE layer, shards of the other tensors, their index, the small
 files, config.json. Each appears under its final name complete (temporary name, fsync, rename), so a file
@@ -124,6 +124,8 @@ def convert(
 ) -> Summary:
     """Convert a checkpoint's experts to ``quant_method``: a packed directory that loads alone, or a GGUF file.
 
+    input_path : a Hugging Face directory, a .safetensors file, or a GGUF model (a file, a part of a split one, a
+    directory), whose packed directory holds the experts only.
     quant_method : int4, int8 or bf16 for a directory; q8_0, q6_k, q4_k, q4_0 or mxfp4 for an ``output`` that ends in
     .gguf, which holds the experts only. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
     must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a time,
@@ -153,13 +155,24 @@ def convert(
                 raise ValueError(
                     f"{name}={value!r}: {quant_method} has groups of its own, leave it out"
                 )
+        if is_gguf(Path(input_path)):
+            raise ValueError(
+                f"input {input_path}: GGUF to GGUF adds one error to another; convert the original weights"
+            )
         if resume:
             raise ValueError("resume: a GGUF file is written in one go; run again without --resume")
         return convert_to_gguf(
             input_path, output, quant_method=quant_method, input_type=input_type, threads=threads, progress=progress
         )  # fmt: skip
+    if is_gguf(Path(input_path)):
+        from ktk.convert_from_gguf import convert_from_gguf
+
+        return convert_from_gguf(
+            input_path, output, quant_method=quant_method, input_type=input_type, group_size=group_size,
+            activation_group=activation_group, threads=threads, resume=resume, progress=progress,
+        )  # fmt: skip
     with Checkpoint.open(input_path) as checkpoint:
-        destination = _check_places(checkpoint.directory, Path(output))
+        destination = check_places(checkpoint.directory, Path(output))
         said = checkpoint.config.get("quantization_config")
         if isinstance(said, dict) and said.get("quant_method") == QUANT_METHOD:
             raise CheckpointError(
@@ -200,6 +213,16 @@ def run_job(make: Callable[[], Job], output: Path, resume: bool) -> Summary:
                 ) from error
             raise
     return job.summary(time.monotonic() - started)
+
+
+def is_gguf(path: Path) -> bool:
+    """A .gguf file, or a directory that holds such files and no safetensors."""
+    if not path.is_dir():
+        return path.name.lower().endswith(".gguf")
+    names = [name.lower() for name in os.listdir(path)]
+    return any(name.endswith(".gguf") for name in names) and not any(
+        name.endswith(".safetensors") for name in names
+    )
 
 
 def _check_method(quant_method: str, output: Path) -> None:
@@ -623,7 +646,7 @@ def _shard_header(tensors: list[_Plain]) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _check_places(source: Path, output: Path) -> Path:
+def check_places(source: Path, output: Path) -> Path:
     """The output directory, made if need be; ValueError if it lies in the input."""
     inside, outside = output.resolve(), source.resolve()
     if inside == outside or outside in inside.parents:

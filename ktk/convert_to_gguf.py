@@ -366,6 +366,8 @@ def _metadata(config: Config, experts: Experts, specs: dict[int, MoESpec]) -> di
         "leading_dense_block_count": _count(config, "first_k_dense_replace"),
     }
     values: dict[str, Any] = {key: value for key, value in counted.items() if value is not None}
+    if values["embedding_length"] != spec.hidden_size:
+        values["moe_latent_size"] = spec.hidden_size
     with contextlib.suppress(CheckpointError):  # the experts' weights do not depend on it
         values["expert_used_count"] = experts.num_experts_per_tok
     norm = config.get(("norm_topk_prob",))[1]

@@ -16,9 +16,11 @@ from ktk.ggml_quantise import (
     CHUNK_WEIGHTS,
     LARGEST,
     _quantiser,
+    expert_weights,
     quantise_rows,
     with_numpy,
 )
+from ktk.types import BlockExperts, BlockMatrix, MoESpec
 
 F = np.float32
 TYPES = sorted(BLOCK_TYPES)
@@ -212,3 +214,42 @@ def test_weights_beyond_half_precision_are_refused(name: str) -> None:
 def test_arguments_that_do_not_fit(call: Callable[[], object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def block_experts(name: str, has_gate: bool = True, has_bias: bool = False) -> BlockExperts:
+    """Three experts of 512 x 256, down's rows behind two that are not its own."""
+    rng = np.random.default_rng(9)
+
+    def matrix(outs: int, ins: int) -> BlockMatrix:
+        w = rng.standard_normal((3 * (outs + 2), ins)).astype(F)
+        blocks = quantise_rows(w, name).reshape(3, outs + 2, -1)
+        return BlockMatrix(name, ins, blocks[:, 2:])
+
+    spec = MoESpec(3, 512, 256, "gguf", has_gate=has_gate, has_bias=has_bias)
+    biases = [rng.standard_normal((3, n)).astype(F) for n in (256, 256, 512)] if has_bias else []
+    gate = matrix(256, 512) if has_gate else None
+    return BlockExperts(spec, gate, matrix(256, 512), matrix(512, 256), *biases)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_an_expert_is_decoded_to_float32(name: str) -> None:
+    experts = block_experts(name, has_bias=True)
+    weights = expert_weights(experts, 1)
+    for projection, matrix in experts.matrices.items():
+        got = getattr(weights, projection)
+        assert got.dtype == F and got.flags.c_contiguous
+        np.testing.assert_array_equal(got, decode(matrix.data[1].copy(), name))
+        np.testing.assert_array_equal(getattr(weights, f"{projection}_bias"), experts.biases[projection][1])  # fmt: skip
+    gateless = expert_weights(block_experts(name, has_gate=False), 2)
+    assert gateless.gate is None and gateless.up_bias is None
+
+
+def test_experts_that_cannot_be_decoded() -> None:
+    experts = block_experts("Q8_0")
+    with pytest.raises(ValueError, match="expert 3: must be 0 to 2"):
+        expert_weights(experts, 3)
+    for name in ("Q8_1", "Q9_X"):
+        down = BlockMatrix(name, 256, experts.down.data)
+        odd = BlockExperts(experts.spec, experts.gate, experts.up, down)
+        with pytest.raises(ValueError, match=f"down: the gguf package does not decode {name}"):
+            expert_weights(odd, 0)

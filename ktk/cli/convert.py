@@ -16,7 +16,9 @@ def command(
     input_path: Annotated[
         Path,
         typer.Option(
-            "--input-path", "-i", help="A Hugging Face directory, or a .safetensors file."
+            "--input-path",
+            "-i",
+            help="A Hugging Face directory, a .safetensors file, or a GGUF model.",
         ),
     ],
     output: Annotated[
