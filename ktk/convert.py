@@ -173,16 +173,7 @@ def convert(
         )  # fmt: skip
     with Checkpoint.open(input_path) as checkpoint:
         destination = check_places(checkpoint.directory, Path(output))
-        said = checkpoint.config.get("quantization_config")
-        if isinstance(said, dict) and said.get("quant_method") == QUANT_METHOD:
-            raise CheckpointError(
-                f"{checkpoint.path}: is a packed directory already; convert its original"
-            )
-        experts = find_experts(checkpoint)
-        if input_type is not None and input_type != experts.source_dtype:
-            raise ValueError(
-                f"input_type={input_type!r}: the experts of {checkpoint.path} are {experts.source_dtype}; leave it out"
-            )
+        experts = experts_to_convert(checkpoint, input_type)
         specs = {
             layer: MoESpec(
                 **experts.spec_fields(layer),
@@ -195,6 +186,21 @@ def convert(
         return run_job(
             lambda: _DirectoryJob(checkpoint, experts, specs, destination, threads, progress), destination, resume
         )  # fmt: skip
+
+
+def experts_to_convert(checkpoint: Checkpoint, input_type: str | None) -> Experts:
+    """CheckpointError for a packed directory, ValueError if the experts are not of ``input_type``."""
+    said = checkpoint.config.get("quantization_config")
+    if isinstance(said, dict) and said.get("quant_method") == QUANT_METHOD:
+        raise CheckpointError(
+            f"{checkpoint.path}: is a packed directory already; convert its original"
+        )
+    experts = find_experts(checkpoint)
+    if input_type is not None and input_type != experts.source_dtype:
+        raise ValueError(
+            f"input_type={input_type!r}: the experts of {checkpoint.path} are {experts.source_dtype}; leave it out"
+        )
+    return experts
 
 
 def run_job(make: Callable[[], Job], output: Path, resume: bool) -> Summary:

@@ -30,10 +30,10 @@ import numpy as np
 from ktk import _log
 from ktk.checkpoint.packed import TEMPORARY_PREFIX, replacing, write_all
 from ktk.checkpoint.safetensors import Checkpoint
-from ktk.convert import Progress, Summary, changed_source, fingerprint
+from ktk.convert import Progress, Summary, changed_source, experts_to_convert, fingerprint
 from ktk.errors import CheckpointError
 from ktk.ggml_quantise import BLOCK_TYPES, block_type, quantise_rows
-from ktk.models import Config, Experts, find_experts
+from ktk.models import Config, Experts
 from ktk.models.base import INTERMEDIATE_KEYS
 from ktk.types import ExpertWeights, MoESpec
 
@@ -108,11 +108,7 @@ def convert_to_gguf(
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output}: exists; give another output, or remove it")
     with Checkpoint.open(input_path) as checkpoint:
-        experts = find_experts(checkpoint)
-        if input_type is not None and input_type != experts.source_dtype:
-            raise ValueError(
-                f"input_type={input_type!r}: the experts of {checkpoint.path} are {experts.source_dtype}; leave it out"
-            )
+        experts = experts_to_convert(checkpoint, input_type)
         source = fingerprint(checkpoint)
         job = _Job(checkpoint, experts, quant_method, threads, progress)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -222,6 +222,13 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").read_bytes() == b"mine"
 
 
+def test_a_packed_directory_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "in", "deepseek")
+    convert(tmp_path / "in", tmp_path / "packed", quant_method="int8")
+    with pytest.raises(CheckpointError, match="is a packed directory already"):
+        convert(tmp_path / "packed", tmp_path / "m.gguf", quant_method="q8_0")
+
+
 def test_nan_names_the_expert_and_leaves_nothing(tmp_path: Path) -> None:
     tensors = {}
     for expert in range(3):
