@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 CY = Path("ktk/_cy")
 ISA = runpy.run_path(str(CY / "isa.py"))
+BLOCKS = Path(ISA["BLOCKS"])
 # Extension: sources compiled once, sources compiled once per ISA row.
 EXTENSIONS = {
     "native": (ISA["BASE_SOURCES"], ISA["ROW_SOURCES"]),
@@ -34,9 +35,9 @@ class BuildKernels(build_ext):
         build = Path(self.build_temp)
         common = {"include_dirs": ext.include_dirs, "debug": self.debug}
 
-        def compile_row(sources, folder, flags):
+        def compile_row(sources, folder, flags, where=CY / "kernels"):
             return self.compiler.compile(
-                [str(CY / "kernels" / s) for s in sources],
+                [str(where / s) for s in sources],
                 output_dir=str(build / folder),
                 extra_postargs=[*ISA["COMMON_FLAGS"], *flags],
                 **common,
@@ -49,6 +50,11 @@ class BuildKernels(build_ext):
             objects += compile_row(
                 (*row_sources, *own), row.name, [f"-DKTK_ISA={row.name}", *row.flags]
             )
+        if ext.name.endswith("native"):
+            objects += compile_row(ISA["BLOCKS_BASE_SOURCES"], "base", ISA["BASE_FLAGS"], BLOCKS)
+            for row in ISA["BLOCKS_ROWS"]:
+                flags = [f"-DKTK_ISA={row.name}", *row.flags]
+                objects += compile_row(ISA["BLOCKS_SOURCES"], row.name, flags, BLOCKS)
         ext.extra_objects = objects
 
 
@@ -57,12 +63,13 @@ def extensions():
         return []
     from Cython.Build import cythonize
 
-    depends = [str(p) for folder in ("include", "kernels") for p in sorted((CY / folder).iterdir())]
+    folders = (CY / "include", CY / "kernels", BLOCKS, BLOCKS / "blocks")
+    depends = [str(p) for folder in folders for p in sorted(folder.glob("*.[ch]"))]
     described = [
         Extension(
             f"ktk._cy.{name}",
             [str(CY / f"{name}.pyx")],
-            include_dirs=[str(CY / "include")],
+            include_dirs=[str(CY / "include"), str(CY / "kernels"), str(BLOCKS)],
             depends=[*depends, "setup.py", str(CY / "isa.py")],
             extra_compile_args=["-O2", "-fno-lto"],
             extra_link_args=["-pthread"],

@@ -25,9 +25,10 @@ ISA_LEVELS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512vnni": (*_AVX512, "avx512vnni"),
-    "amx": (*_AVX512, "avx512vnni", "amx_tile", "amx_int8"),
+    "avx512bf16": (*_AVX512, "avx512vnni", "avx512_bf16"),
+    "amx": (*_AVX512, "avx512vnni", "avx512_bf16", "amx_tile", "amx_int8"),
 }
-FEATURES = (*ISA_LEVELS["amx"], "avx_vnni", "avx512vbmi", "avx512_bf16", "amx_bf16")
+FEATURES = (*ISA_LEVELS["amx"], "avx_vnni", "avx512vbmi", "amx_bf16")
 _TILES = frozenset(name for name in FEATURES if name.startswith("amx_"))
 # What stops working when a feature is switched off.
 _NEEDS = {
@@ -104,7 +105,7 @@ def detect() -> CpuFeatures:
 
 def _emulate_tiles(names: frozenset[str]) -> frozenset[str]:
     """Install the emulator; the features it gives a CPU that has ``names``."""
-    if lacking := [name for name in ISA_LEVELS["avx512vnni"] if name not in names]:
+    if lacking := [name for name in ISA_LEVELS["avx512bf16"] if name not in names]:
         raise ValueError(f"KTK_TILE=emulated: the AMX kernels also need {', '.join(lacking)}")
     emulate_tiles()
     return _TILES

@@ -74,6 +74,12 @@ VARIABLES: dict[str, Variable] = {
     "KTK_STRICT_BACKEND": Variable(
         _parse_flag, False, "0 or 1", "1: a method that cannot run here is an error, no stand-in"
     ),
+    "KTK_REPACK": Variable(
+        _parse_flag,
+        False,
+        "0 or 1",
+        "1: copy experts from a GGUF file into memory in the order the kernels read them",
+    ),
     "KTK_LOG": Variable(
         _parse_log,
         "warning",
@@ -134,6 +140,12 @@ def backend() -> str | None:
 def num_threads() -> int | None:
     """KTK_NUM_THREADS, or None."""
     value: int | None = _get("KTK_NUM_THREADS")
+    return value
+
+
+def repack() -> bool:
+    """KTK_REPACK: whether GGUF experts are copied and repacked unless a caller says."""
+    value: bool = _get("KTK_REPACK")
     return value
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from ktk import backends
 from ktk.formats.floats import bf16_to_f32, to_f32
 from ktk.pack import pack_experts
+from ktk.requantise import plan
 from ktk.runtime import engine
 from ktk.runtime.devices import is_tensor
-from ktk.types import Activation, ExpertWeights, MoESpec, Packed
+from ktk.types import Activation, BlockExperts, ExpertWeights, MoESpec, Packed
 
 MAX_TOP_K = 65536
 
@@ -140,12 +141,14 @@ class MoE:
 
     Parameters
     ----------
-    packed : Packed
-        The experts. Shared, not copied.
+    packed : Packed or BlockExperts
+        The experts. Shared, not copied; but GGUF blocks with a method for packed weights are quantised anew.
     method : str
         "auto", a backend ("AVX512", "AMXINT4", ...) or a format ("INT8", ...): see ``ktk.backends.report()``.
     num_threads : int or None
         Threads of the process-wide engine; None takes the engine's, at first KTK_NUM_THREADS or the physical cores.
+    repack : bool or None
+        Copy GGUF blocks into memory in the order the kernels read them; None: KTK_REPACK, default no.
 
     Raises
     ------
@@ -153,13 +156,30 @@ class MoE:
     """
 
     def __init__(
-        self, packed: Packed, *, method: str = "auto", num_threads: int | None = None
+        self,
+        packed: Packed | BlockExperts,
+        *,
+        method: str = "auto",
+        num_threads: int | None = None,
+        repack: bool | None = None,
     ) -> None:
-        backend = backends.select(method, packed.spec)
+        spec = packed.spec
+        make: Callable[[int], Packed | BlockExperts] = lambda num_threads: packed  # noqa: E731
+        if isinstance(packed, BlockExperts):
+            spec, make = plan(packed, method, repack)
+        elif repack:
+            raise ValueError("repack=True: these experts are packed already; it is for GGUF blocks")
+        backend = backends.select(
+            method, spec
+        )  # refuse before the long part, and so does the engine
         layout = engine.acquire(self, num_threads)
-        self.spec = packed.spec
+        packed = make(layout.num_threads)
+        self.spec = spec
         self.backend = backend.name
-        self.kernel = backend.kernel(packed.spec)
+        self.kernel = backend.kernel(spec)
+        if isinstance(packed, BlockExperts):
+            self.kernel += f" {packed.types}"
+        self.bits_per_weight = packed.bits_per_weight
         self.num_threads = layout.num_threads
         self.runner = backend.load(packed, layout)
 
@@ -312,13 +332,13 @@ class MoE:
         return self.runner.linear(projection, x, ids)
 
     @property
-    def packed(self) -> Packed:
-        """The experts; on a machine of several NUMA nodes a copy, put together from its parts."""
+    def packed(self) -> Any:
+        """The experts, Packed or BlockExperts; on a machine of several NUMA nodes a copy, put together from its parts."""
         return self.runner.packed()
 
     def __repr__(self) -> str:
         s = self.spec
         return (
             f"MoE({s.num_experts} experts, {s.hidden_size} x {s.intermediate_size}, {self.backend}: {self.kernel}, "
-            f"{s.bits_per_weight:.2f} bits per weight, {self.num_threads} threads)"
+            f"{self.bits_per_weight:.2f} bits per weight, {self.num_threads} threads)"
         )

@@ -233,11 +233,13 @@ class BlockMatrix:
     type : the ggml type's name, e.g. "Q4_K".
     in_features : weights of a row. data : uint8 (num_experts, out_features, row bytes); each expert's rows lie
         one behind the other, experts at any distance (the gate half of a fused tensor is one).
+    is_repacked : the same bytes in the order kernels read them, see ``ktk.backends.llamafile.repack``.
     """
 
     type: str
     in_features: int
     data: np.ndarray
+    is_repacked: bool = False
 
     def __post_init__(self) -> None:
         data = self.data
@@ -260,6 +262,7 @@ class BlockExperts:
 
     spec : weight_format is "gguf". gate : None without a gate projection.
     Biases : float32 (num_experts, out_features) or None.
+    order : int64 (num_experts,) or None: expert e is the one stored at order[e].
     """
 
     spec: MoESpec
@@ -269,6 +272,7 @@ class BlockExperts:
     gate_bias: np.ndarray | None = None
     up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+    order: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         spec = self.spec
@@ -280,6 +284,8 @@ class BlockExperts:
             ins, outs = spec.hidden_size, spec.intermediate_size
             if name == "down":
                 ins, outs = outs, ins
+            if matrix.is_repacked:  # padded to whole panels
+                continue
             if (matrix.in_features, *matrix.data.shape[:2]) != (ins, spec.num_experts, outs):
                 raise ValueError(
                     f"{name} is ({matrix.data.shape[0]}, {matrix.data.shape[1]}, {matrix.in_features}): "

@@ -19,7 +19,7 @@ LAYERS = (
     ("reference", "_pack_numba", "_ggml_numba", "pack", "ggml_quantise"),
     ("backends",),
     ("runtime",),
-    ("moe",),
+    ("requantise", "moe"),
     ("gguf_model",),
     ("bench",),
     ("wrapper_arguments", "wrapper"),

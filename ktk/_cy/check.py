@@ -27,12 +27,20 @@ def main() -> int:
         for row in isa["ISA_ROWS"]
         for source in (*isa["ROW_SOURCES"], *isa["MEASURE_ROW_SOURCES"], *row.sources)
     ]
+    blocks = HERE.parents[1] / isa["BLOCKS"]
+    jobs += [(str(blocks / source), isa["BASE_FLAGS"]) for source in isa["BLOCKS_BASE_SOURCES"]]
+    jobs += [
+        (str(blocks / source), (f"-DKTK_ISA={row.name}", *row.flags))
+        for row in isa["BLOCKS_ROWS"]
+        for source in isa["BLOCKS_SOURCES"]
+    ]
     if sys.platform == "linux":
         jobs.append(("emulator/tile_emulator.c", ()))
     failed = 0
     for source, flags in jobs:
         command = [*compiler, *isa["COMMON_FLAGS"], "-O1", "-Werror", "-fsyntax-only", *flags]
-        command += [f"-I{HERE / 'include'}", str(HERE / source)]
+        command += [f"-I{folder}" for folder in (HERE / "include", HERE / "kernels", blocks)]
+        command.append(str(HERE / source))
         failed += subprocess.run(command, check=False).returncode != 0
     return min(failed, 1)
 

@@ -32,14 +32,26 @@ ISA_ROWS = (
     IsaRow("amx", (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"), ("gemm_amx.c",)),
 )
 
+# ISAs of the kernels over GGUF blocks, slowest first; compiled once per row: BLOCKS_SOURCES in BLOCKS.
+BLOCKS = "vendor/llamafile"
+BLOCKS_ROWS = (
+    *ISA_ROWS[:3],
+    IsaRow("avx512bf16", (*_AVX512, "-mavx512vnni", "-mavx512bf16")),
+)
+BLOCKS_SOURCES = ("kernels.c",)
+BLOCKS_BASE_SOURCES = ("llamafile.c",)
+
 # Compiled once per row.
 ROW_SOURCES = ("gemm.c", "quantise.c", "rows.c")
 # Compiled once, with baseline flags: they run before the CPU is known, or on any.
-BASE_SOURCES = ("moe.c", "pool.c", "probe.c")
+BASE_SOURCES = ("matrix.c", "moe.c", "pool.c", "probe.c")
 # The same two for ktk._cy.measure, the ceilings that `ktk bench` measures.
 MEASURE_ROW_SOURCES = ("roof.c",)
 MEASURE_BASE_SOURCES = ("roof_run.c",)
-BASE_FLAGS = ("-DKTK_ROWS=" + " ".join(f"ROW({row.name})" for row in ISA_ROWS),)
+BASE_FLAGS = (
+    "-DKTK_ROWS=" + " ".join(f"ROW({row.name})" for row in ISA_ROWS),
+    "-DLF_ROWS=" + " ".join(f"ROW({row.name})" for row in BLOCKS_ROWS),
+)
 # -ffp-contract=off: FMA only where written. No -ffast-math: sums keep their stated order.
 COMMON_FLAGS = (
     "-std=c11",

@@ -27,6 +27,7 @@ cdef extern from "ktk.h" nogil:
         int32_t scales_are_bf16
         int64_t code_offset
         int64_t panel_bytes
+        int64_t work_bytes
 
     ctypedef struct ktk_activation:
         int32_t kind
@@ -41,12 +42,12 @@ cdef extern from "ktk.h" nogil:
     enum: KTK_MAX_PARTS
 
     ctypedef struct ktk_part:
-        const uint8_t *data
-        int64_t expert_bytes
-        int64_t down_offset
-        int64_t gate_bias_offset
-        int64_t up_bias_offset
-        int64_t down_bias_offset
+        const uint8_t **gate_up
+        const uint8_t **up
+        const uint8_t **down
+        const float **gate_bias
+        const float **up_bias
+        const float **down_bias
         int32_t first_up_panel
         int32_t num_up_panels
         int32_t first_down_panel
@@ -57,6 +58,7 @@ cdef extern from "ktk.h" nogil:
         int32_t hidden_size
         int32_t intermediate_size
         ktk_matrix gate_up
+        ktk_matrix up
         ktk_matrix down
         ktk_activation activation
         int32_t num_parts
@@ -70,6 +72,9 @@ cdef extern from "ktk.h" nogil:
         pack_panel_fn pack_panel
 
     const ktk_kernels *ktk_kernels_row(int index)
+    void ktk_use_packed(ktk_matrix *m, const ktk_kernels *kernels)
+    void ktk_use_blocks(ktk_matrix *m, int format, int isa, int in_features, int num_panels, int activation_group,
+                        int is_repacked)
 
     ctypedef struct ktk_pool:
         pass
@@ -84,6 +89,35 @@ cdef extern from "ktk.h" nogil:
                         const uint8_t *skip, const float *add, void *out)
     int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                        int64_t num_rows, const float *x, const int64_t *ids, float *y)
+
+
+cdef extern from "llamafile.h" nogil:
+    ctypedef struct lf_format:
+        const char *name
+        int32_t ggml_type
+        int32_t block_weights
+        int32_t block_bytes
+        int32_t fine
+        int32_t is_float
+
+    const lf_format *lf_formats
+    int32_t lf_num_formats
+
+    ctypedef struct lf_matrix:
+        int32_t format
+        int32_t is_repacked
+        int32_t in_features
+        int32_t activation_group
+
+    ctypedef struct lf_kernels:
+        const char *name
+        void (*repack)(const lf_matrix *w, const uint8_t *panel, uint8_t *out) noexcept nogil
+        void (*unpack)(const lf_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
+                       uint8_t *work) noexcept nogil
+
+    const lf_kernels *lf_kernels_row(int index)
+    int64_t lf_panel_bytes(const lf_matrix *w)
+    int64_t lf_work_bytes(const lf_matrix *w, int num_rows)
 
 
 # Order of the C enums.
@@ -202,7 +236,7 @@ cdef void *_address(array) except? NULL:
 
 
 cdef class Experts:
-    """One layer's packed experts with the kernels of one ISA row. The caller has checked shapes and dtypes."""
+    """One layer's experts with the kernels of one ISA row. The caller has checked shapes and dtypes."""
 
     cdef ktk_layer layer
     cdef const ktk_kernels *kernels
@@ -210,9 +244,13 @@ cdef class Experts:
     cdef object engine
     cdef object parts
     cdef int pid
+    cdef const void **tables  # every part's pointers, one behind the other
+    cdef int64_t num_tables
 
-    def __init__(self, spec, layout, parts, str isa, engine):
-        """parts : list of ktk.backends._parts.Part, at most KTK_MAX_PARTS. engine : ktk.types.EngineLayout."""
+    def __dealloc__(self):
+        free(self.tables)
+
+    cdef void _begin(self, spec, str isa, engine, parts) except *:
         self.kernels = _kernels(isa)
         self.parts = parts
         self.engine = engine
@@ -222,8 +260,6 @@ cdef class Experts:
         layer.num_experts = spec.num_experts
         layer.hidden_size = spec.hidden_size
         layer.intermediate_size = spec.intermediate_size
-        _fill_matrix(&layer.gate_up, layout.gate_up, spec.weight_format)
-        _fill_matrix(&layer.down, layout.down, spec.weight_format)
         act = spec.activation
         layer.activation.kind = _ACTIVATIONS[act.kind]
         layer.activation.has_gate = spec.has_gate
@@ -233,21 +269,91 @@ cdef class Experts:
         layer.activation.up_min = act.up_min
         layer.activation.up_max = act.up_max
         layer.activation.up_offset = act.up_offset
-        cdef ktk_part *part
         assert len(parts) <= KTK_MAX_PARTS
         layer.num_parts = len(parts)
+        # Six tables a part at most.
+        self.tables = <const void **>malloc(<size_t>(6 * len(parts) * spec.num_experts) * sizeof(void *))
+        if self.tables == NULL:
+            raise MemoryError("no memory for the experts' addresses")
+        cdef ktk_part *part
         for i, given in enumerate(parts):
             part = &layer.parts[i]
-            part.data = <const uint8_t *>_address(given.data)
-            part.expert_bytes = given.data.shape[1]
-            part.down_offset = given.down_offset
-            part.gate_bias_offset = given.gate_bias_offset
-            part.up_bias_offset = given.up_bias_offset
-            part.down_bias_offset = given.down_bias_offset
             part.first_up_panel = given.first_up_panel
             part.num_up_panels = given.num_up_panels
             part.first_down_panel = given.first_down_panel
             part.num_down_panels = given.num_down_panels
+
+    cdef const void **_table(self, array, int64_t offset, order=None) except? NULL:
+        """Addresses of each expert's bytes, `offset` bytes into array[expert]; NULL without an array.
+
+        order : int64 (num_experts,): expert e stands at array[order[e]].
+        """
+        cdef int64_t e, n = self.layer.num_experts
+        if array is None or offset < 0:
+            return NULL
+        cdef const uint8_t *first = <const uint8_t *>_address(array) + offset
+        cdef int64_t stride = array.strides[0]
+        cdef const void **table = self.tables + self.num_tables * n
+        cdef const int64_t[::1] places
+        self.num_tables += 1
+        if order is None:
+            for e in range(n):
+                table[e] = first + e * stride
+        else:
+            places = order
+            for e in range(n):
+                table[e] = first + places[e] * stride
+        return table
+
+    @staticmethod
+    def of_panels(spec, layout, parts, str isa, engine):
+        """Packed experts. parts : list of ktk.backends._parts.Part. engine : ktk.types.EngineLayout."""
+        cdef Experts self = Experts()
+        self._begin(spec, isa, engine, parts)
+        _fill_matrix(&self.layer.gate_up, layout.gate_up, spec.weight_format)
+        _fill_matrix(&self.layer.down, layout.down, spec.weight_format)
+        ktk_use_packed(&self.layer.gate_up, self.kernels)
+        ktk_use_packed(&self.layer.down, self.kernels)
+        cdef ktk_part *part
+        for i, given in enumerate(parts):
+            part = &self.layer.parts[i]
+            part.gate_up = <const uint8_t **>self._table(given.data, 0)
+            part.up = NULL
+            part.down = <const uint8_t **>self._table(given.data, given.down_offset)
+            part.gate_bias = <const float **>self._table(given.data, given.gate_bias_offset)
+            part.up_bias = <const float **>self._table(given.data, given.up_bias_offset)
+            part.down_bias = <const float **>self._table(given.data, given.down_bias_offset)
+        return self
+
+    @staticmethod
+    def of_blocks(spec, matrices, parts, str isa, str blocks_isa, engine):
+        """Experts in GGUF blocks.
+
+        matrices : {"gate", "up", "down": (index of the format, in_features, panels, is_repacked)}, no gate without one.
+        parts : list of ktk.backends.llamafile.Part.
+        """
+        cdef Experts self = Experts()
+        self._begin(spec, isa, engine, parts)
+        cdef int row = _blocks_isa(blocks_isa), group = spec.activation_group
+        cdef bint has_gate = "gate" in matrices
+        cdef ktk_matrix *m
+        for name, given in matrices.items():
+            m = &self.layer.down if name == "down" else &self.layer.gate_up
+            if name == "up" and has_gate:
+                m = &self.layer.up
+            ktk_use_blocks(m, given[0], row, given[1], given[2], group, given[3])
+        cdef ktk_part *part
+        for i, part_given in enumerate(parts):
+            part = &self.layer.parts[i]
+            order = part_given.order
+            up = <const uint8_t **>self._table(part_given.up, 0, order)
+            part.gate_up = <const uint8_t **>self._table(part_given.gate, 0, order) if has_gate else up
+            part.up = up if has_gate else NULL
+            part.down = <const uint8_t **>self._table(part_given.down, 0, order)
+            part.gate_bias = <const float **>self._table(part_given.gate_bias, 0, order)
+            part.up_bias = <const float **>self._table(part_given.up_bias, 0, order)
+            part.down_bias = <const float **>self._table(part_given.down_bias, 0, order)
+        return self
 
     cdef _Pool _pool(self):
         """The pool, a new one after a fork. Callers keep the reference while they run."""
@@ -337,3 +443,63 @@ def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panel
         free(work)
     if status:
         raise ValueError("weights hold NaN or inf: mend the checkpoint")
+
+
+def blocks_isa_rows():
+    """Names of the ISAs that the kernels over GGUF blocks are compiled for, slowest first, tuple of str."""
+    cdef int i = 0
+    names = []
+    while lf_kernels_row(i) != NULL:
+        names.append(lf_kernels_row(i).name.decode())
+        i += 1
+    return tuple(names)
+
+
+def block_formats():
+    """{ggml type's name: (index, weights of a block, bytes of a block, weights that share a scale; 0: floats)}."""
+    cdef const lf_format *f
+    found = {}
+    for i in range(lf_num_formats):
+        f = &lf_formats[i]
+        found[f.name.decode()] = (i, f.block_weights, f.block_bytes, f.fine)
+    return found
+
+
+cdef int _blocks_isa(str isa) except -1:
+    names = blocks_isa_rows()
+    if isa not in names:
+        raise ValueError(f"isa={isa!r}: this build has {', '.join(names)}")
+    return names.index(isa)
+
+
+def repack_blocks(rows, int format, int in_features, str isa, out):
+    """One expert's rows, uint8 (out_features, row bytes), out_features a multiple of 16, to the same bytes in the order
+    the kernels read. out : uint8 of as many bytes, 64-byte aligned."""
+    cdef const lf_kernels *kernels = lf_kernels_row(_blocks_isa(isa))
+    cdef lf_matrix w
+    w.format, w.is_repacked, w.in_features, w.activation_group = format, 0, in_features, 32
+    cdef int64_t p, num_panels = rows.shape[0] // 16, panel_bytes = lf_panel_bytes(&w)
+    cdef const uint8_t *first = <const uint8_t *>_address(rows)
+    cdef uint8_t *to = <uint8_t *>_address(out)
+    with nogil:
+        for p in range(num_panels):
+            kernels.repack(&w, first + p * panel_bytes, to + p * panel_bytes)
+
+
+def unpack_blocks(rows, int format, int in_features, str isa, bint is_repacked):
+    """What 16 rows, uint8 (16, row bytes), hold: float32 codes (in_features, 16), scales and minima (groups, 16).
+
+    Value = code * scale + minimum; of float formats codes are the values, and the rest is None.
+    """
+    cdef const lf_kernels *kernels = lf_kernels_row(_blocks_isa(isa))
+    cdef lf_matrix w
+    w.format, w.is_repacked, w.in_features, w.activation_group = format, is_repacked, in_features, 32
+    cdef int64_t groups = in_features // lf_formats[format].fine if lf_formats[format].fine else 1
+    codes = np.zeros((in_features, 16), np.float32)
+    scales, minima = np.zeros((groups, 16), np.float32), np.zeros((groups, 16), np.float32)
+    work = np.zeros(lf_work_bytes(&w, 1) + 64, np.uint8)
+    cdef uint8_t *at = <uint8_t *>_address(work)
+    at += -<uintptr_t>at & 63
+    kernels.unpack(&w, <const uint8_t *>_address(rows), <float *>_address(codes), <float *>_address(scales),
+                   <float *>_address(minima), at)
+    return (codes, scales, minima) if lf_formats[format].fine else (codes, None, None)

@@ -25,6 +25,7 @@ _BUILT_IN = (
     "ktk.backends.amx_int8:AmxInt8Backend",
     "ktk.backends.avx512:Avx512Backend",
     "ktk.backends.avx2:Avx2Backend",
+    "ktk.backends.llamafile:LlamafileBackend",
     "ktk.backends.numba_jit:NumbaBackend",
     "ktk.backends.numpy_ref:NumpyBackend",
 )

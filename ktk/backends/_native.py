@@ -10,21 +10,15 @@ from ktk import cpu
 from ktk._cy import native_module
 from ktk.backends._openmp import borrow
 from ktk.backends._parts import join, parts_of
-from ktk.backends.base import Backend, Runner, describe
+from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.types import EngineLayout, MoESpec, Packed
 
 
-class NativeRunner(Runner):
-    def __init__(self, packed: Packed, isa: str, engine: EngineLayout) -> None:
-        self.native: Any = native_module()
-        self.spec = packed.spec
-        self.parts = parts_of(packed, engine)
-        self.experts = self.native.Experts(packed.spec, packed.spec.layout, self.parts, isa, engine)
+class OperatorRunner(Runner):
+    """Experts behind the C operator; what they are made of is the subclass's."""
 
-    def packed(self) -> Packed:
-        if len(self.parts) == 1:
-            return Packed(self.spec, self.parts[0].data)
-        return join(self.spec, self.parts)
+    native: Any
+    experts: Any
 
     def forward(
         self,
@@ -42,6 +36,23 @@ class NativeRunner(Runner):
         borrow(self.native)
         result: np.ndarray = self.experts.linear(projection, x, expert_ids)
         return result
+
+
+class NativeRunner(OperatorRunner):
+    """Packed experts."""
+
+    def __init__(self, packed: Packed, isa: str, engine: EngineLayout) -> None:
+        self.native = native_module()
+        self.spec = packed.spec
+        self.parts = parts_of(packed, engine)
+        self.experts = self.native.Experts.of_panels(
+            packed.spec, packed.spec.layout, self.parts, isa, engine
+        )
+
+    def packed(self) -> Packed:
+        if len(self.parts) == 1:
+            return Packed(self.spec, self.parts[0].data)
+        return join(self.spec, self.parts)
 
 
 class NativeBackend(Backend):
@@ -68,7 +79,7 @@ class NativeBackend(Backend):
             return f"CPU lacks {', '.join(lacking)}"
         if self.isa() is None:
             return f"this build has none of {', '.join(self.isa_rows)}"
-        return None
+        return refuse_blocks(spec)
 
     def kernel(self, spec: MoESpec) -> str:
         return f"{self.isa()} {describe(spec)}"

@@ -59,7 +59,7 @@ def parts_of(packed: Packed, engine: EngineLayout) -> list[Part]:
     return [_copy(packed, i, count, node) for i, node in enumerate(engine.numa_nodes)]
 
 
-def _cut(num_panels: int, index: int, count: int) -> tuple[int, int]:
+def cut(num_panels: int, index: int, count: int) -> tuple[int, int]:
     """First panel and number of panels of part ``index``."""
     step = BLOCK // PANEL
     blocks = -(-num_panels // step)
@@ -70,8 +70,8 @@ def _cut(num_panels: int, index: int, count: int) -> tuple[int, int]:
 def _copy(packed: Packed, index: int, count: int, node: int) -> Part:
     layout = packed.spec.layout
     projections = 2 if layout.has_gate else 1
-    first_up, num_up = _cut(layout.gate_up.num_panels, index, count)
-    first_down, num_down = _cut(layout.down.num_panels, index, count)
+    first_up, num_up = cut(layout.gate_up.num_panels, index, count)
+    first_down, num_down = cut(layout.down.num_panels, index, count)
     up_bytes = projections * layout.gate_up.panel_bytes
     spans = (
         (first_up * up_bytes, num_up * up_bytes),
@@ -82,7 +82,7 @@ def _copy(packed: Packed, index: int, count: int, node: int) -> Part:
         (layout.down_end, layout.expert_bytes - layout.down_end),  # biases
     )
     size = sum(length for _, length in spans)
-    data = _on_node(packed.spec.num_experts * size, node).reshape(packed.spec.num_experts, size)
+    data = bound_buffer(packed.spec.num_experts * size, node).reshape(packed.spec.num_experts, size)
     at = 0
     for start, length in spans:
         data[:, at : at + length] = packed.data[:, start : start + length]
@@ -98,7 +98,8 @@ def _copy(packed: Packed, index: int, count: int, node: int) -> Part:
     )
 
 
-def _on_node(num_bytes: int, node: int) -> np.ndarray:
+def bound_buffer(num_bytes: int, node: int) -> np.ndarray:
+    """uint8 (num_bytes,) in the node's memory, or with one warning wherever the OS puts it."""
     buffer = aligned_buffer(num_bytes)
     try:
         if num_bytes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
-from ktk.types import EngineLayout, MoESpec, Packed
+from ktk.formats import GGUF
+from ktk.types import BlockExperts, EngineLayout, MoESpec, Packed
 
 
 class Runner(ABC):
@@ -39,12 +41,12 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    def packed(self) -> Packed:
+    def packed(self) -> Packed | BlockExperts:
         """The experts it runs, in one piece; put together again if they were split over NUMA nodes."""
 
 
 class Backend(ABC):
-    """Kernels for one kind of CPU."""
+    """Kernels for one kind of CPU. They run ``Packed`` experts; LLAMAFILE's run ``BlockExperts``."""
 
     name: str
 
@@ -62,8 +64,15 @@ class Backend(ABC):
         """What will really run, e.g. ``avx512vnni int4 g32``."""
 
     @abstractmethod
-    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+    def load(self, packed: Any, engine: EngineLayout) -> Runner:
         """A runner over ``packed``: shared, not copied, but where ``engine`` binds weights to NUMA nodes."""
+
+
+def refuse_blocks(spec: MoESpec | None) -> str | None:
+    """Why a backend for packed weights does not run ``spec``: None if they are packed."""
+    if spec is not None and spec.weight_format == GGUF.name:
+        return "runs packed weights, these are GGUF blocks: LLAMAFILE runs them as they are"
+    return None
 
 
 def describe(spec: MoESpec) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ktk.backends.base import Backend, Runner, describe
+from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.backends.numpy_ref import store_rows
 from ktk.formats.floats import bf16_to_f32, to_f32
 from ktk.layout import PANEL
@@ -135,7 +135,7 @@ class NumbaBackend(Backend):
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         if importlib.util.find_spec("numba") is None:
             return "numba is not installed (pip install numba)"
-        return None
+        return refuse_blocks(spec)
 
     def kernel(self, spec: MoESpec) -> str:
         return f"numba {describe(spec)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.backends.base import Backend, Runner, describe
+from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.formats.floats import f32_to_bf16, to_f32
 from ktk.reference.moe import ExactExperts, poison_rows
 from ktk.types import EngineLayout, MoESpec, Packed
@@ -52,7 +52,7 @@ class NumpyBackend(Backend):
     name = "NUMPY"
 
     def why_not(self, spec: MoESpec | None = None) -> str | None:
-        return None
+        return refuse_blocks(spec)
 
     def kernel(self, spec: MoESpec) -> str:
         return f"numpy {describe(spec)}"

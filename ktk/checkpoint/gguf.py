@@ -253,8 +253,9 @@ class _Header:
         self.version = version
         self.cursor = cursor = _Cursor(data, version)
         cursor.position = 8
-        num_tensors = self._bounded(cursor, "number of tensors", MAX_TENSORS)
-        num_keys = self._bounded(cursor, "number of keys", MAX_KEYS)
+        width = cursor.length.size  # name, dimensions, type, offset; name, type, value:
+        num_tensors = self._bounded(cursor, "number of tensors", MAX_TENSORS, 2 * width + 16)
+        num_keys = self._bounded(cursor, "number of keys", MAX_KEYS, width + 5)
         self.values: dict[str, Any] = {}
         self._alignment_at = self._nested = 0
         for _ in range(num_keys):
@@ -272,11 +273,16 @@ class _Header:
         self._check_overlap()
 
     @staticmethod
-    def _bounded(cursor: _Cursor, what: str, limit: int) -> int:
+    def _bounded(cursor: _Cursor, what: str, limit: int, smallest: int) -> int:
+        """A count of things of at least ``smallest`` bytes."""
         begin = cursor.position
         count = cursor.count(f"the {what}")
         if count > limit:
             raise _Malformed(f"byte {begin}: {what} is {count}: at most {limit}")
+        if count * smallest > cursor.size - cursor.position:
+            raise _Malformed(
+                f"byte {begin}: {what} is {count}, each of {smallest} bytes or more: the file ends at {cursor.size}"
+            )
         return count
 
     def _key(self, cursor: _Cursor) -> None:

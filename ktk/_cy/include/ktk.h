@@ -18,59 +18,72 @@ enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16 };
 enum ktk_activation_kind { KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2 };
 
 /* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with
- * each four k ordered 0 2 1 3; or fp32 as they are. */
-enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32 };
+ * each four k ordered 0 2 1 3; or fp32 as they are; or bf16. */
+enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32, KTK_CODES_BF16 };
 
-typedef struct {
-    int32_t format;
+/* out[i*out_stride + 16*p + n] for row index rows[i] (at most w->max_rows), panels p at panels + p*panel_bytes.
+ * next: the panels that this thread will probably want afterwards, or NULL; work: w->work_bytes of this thread, 64-byte
+ * aligned. */
+typedef struct ktk_matrix ktk_matrix;
+typedef struct ktk_rows ktk_rows;
+typedef void ktk_gemm_fn(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,
+                         const int32_t *rows, int num_rows, float *out, int64_t out_stride,
+                         const uint8_t *next, uint8_t *work);
+
+struct ktk_matrix {
+    int32_t format;           /* ktk_format; of GGUF blocks the index into lf_formats */
     int32_t padded_in;        /* multiple of 32 */
     int32_t num_panels;       /* of one projection */
-    int32_t group_size;       /* k per weight scale; padded_in = per channel */
+    int32_t group_size;       /* k per weight scale; padded_in = per channel; of packed formats */
     int32_t activation_group; /* k per activation scale */
     int32_t scales_are_bf16;
-    int64_t code_offset; /* in a panel; scales come first */
+    int64_t code_offset; /* in a panel; scales come first; of packed formats */
     int64_t panel_bytes; /* codes and scales */
-} ktk_matrix;
+    /* What the operator needs to know of the kernel: */
+    ktk_gemm_fn *gemm;
+    const void *blocks; /* lf_kernels, of GGUF blocks */
+    int32_t is_repacked;
+    int32_t codes_kind; /* ktk_codes of its activations */
+    int32_t fine_group; /* k per correction */
+    int32_t zero_point; /* correction = -zero_point * sum of codes */
+    int32_t max_rows;   /* of a call */
+    int64_t work_bytes;
+};
 
 typedef struct {
     int32_t kind, has_gate;
     float alpha, gate_min, gate_max, up_min, up_max, up_offset;
 } ktk_activation;
 
-/* A part of every expert: some panels of gate|up and of down, and all biases (offsets -1: none). One part: the expert
- * as it is packed. */
+/* A part of every expert: some panels of gate|up and of down, and all biases. One part: the expert as it is. The tables
+ * hold a pointer for each expert. up: NULL where the panels of gate and up alternate behind gate_up (or there is no
+ * gate). Biases: NULL without. */
 typedef struct {
-    const uint8_t *data;
-    int64_t expert_bytes, down_offset;
-    int64_t gate_bias_offset, up_bias_offset, down_bias_offset;
+    const uint8_t *const *gate_up, *const *up, *const *down;
+    const float *const *gate_bias, *const *up_bias, *const *down_bias; /* whole, padded to panels */
     int32_t first_up_panel, num_up_panels, first_down_panel, num_down_panels;
 } ktk_part;
 
 typedef struct {
     int32_t num_experts, hidden_size, intermediate_size;
-    ktk_matrix gate_up, down; /* num_panels: of all parts */
+    ktk_matrix gate_up, up, down; /* num_panels: of all parts; up: where it is apart */
     ktk_activation activation;
     int32_t num_parts;
     ktk_part parts[KTK_MAX_PARTS];
 } ktk_layer;
 
 /* Rows of quantised activations; for float formats codes holds float and the rest is unused. */
-typedef struct {
+struct ktk_rows {
     uint8_t *codes;
     float *scales;       /* [rows][scale_stride] */
     int32_t *correction; /* [rows][correction_stride]: -zero_point * sum of codes, per fine group */
     int64_t code_stride; /* bytes */
     int64_t scale_stride, correction_stride;
-} ktk_rows;
+};
 
-/* out[i*out_stride + 16*p + n] for row index rows[i] (at most KTK_MAX_ROWS), panels p at panels + p*panel_bytes.
- * next: the panels that this thread will probably want afterwards, or NULL; work: KTK_WORK_BYTES(a row's codes),
- * of this thread, 64-byte aligned; its fixed part is what AMX kernels keep beside the rows. */
+/* Rows of a call and work of the packed formats' kernels: the fixed part is what AMX kernels keep beside the rows. */
 enum { KTK_MAX_ROWS = 64 };
 #define KTK_WORK_BYTES(code_stride) (2 * KTK_MAX_ROWS * (code_stride) + 65536)
-typedef void ktk_gemm_fn(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,
-                         const int32_t *rows, int num_rows, float *out, int64_t out_stride,
-                         const uint8_t *next, uint8_t *work);
 
 /* One ISA row's kernels. */
 typedef struct {
@@ -81,11 +94,9 @@ typedef struct {
      */
     void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
                      uint8_t *codes, float *scales, int32_t *correction);
-    /* v: columns in panels of 16, gate and up alternating (up alone without a gate) -> h, 16*panels
-     * floats.
-     */
-    void (*activate)(const ktk_activation *act, const float *v, int num_panels, const float *gate_bias,
-                     const float *up_bias, float *h);
+    /* Columns in panels of 16 that lie `step` floats apart (gate: NULL without one) -> h, 16*panels floats. */
+    void (*activate)(const ktk_activation *act, const float *gate, const float *up, int step, int num_panels,
+                     const float *gate_bias, const float *up_bias, float *h);
     void (*load)(int dtype, const void *src, int64_t n, float *dst);
     void (*store)(int dtype, const float *src, int64_t n, void *dst);
     /* acc[i] = sum over j, in order, of y[place[j]*stride + i] * weights[j], one fma each; place -1 adds nothing;
@@ -123,6 +134,12 @@ void ktk_float_mode_leave(unsigned callers);
 void ktk_pool_borrow(void *gomp_parallel);
 /* ... but not those that the calling thread starts. */
 void ktk_pool_own_threads_only(void);
+
+/* Fill in what the operator needs to know of a packed matrix: format to activation_group are set. */
+void ktk_use_packed(ktk_matrix *m, const ktk_kernels *kernels);
+/* A matrix in GGUF blocks: format an index into lf_formats, isa into lf_kernels_row. */
+void ktk_use_blocks(ktk_matrix *m, int format, int isa, int in_features, int num_panels, int activation_group,
+                    int is_repacked);
 
 /* The operator (see moe.c). 0, or 1 when scratch memory cannot be had.
  * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip

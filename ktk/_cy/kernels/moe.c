@@ -52,6 +52,7 @@ struct operation {
     const ktk_layer *layer;
     const ktk_kernels *kernels;
     int num_threads, up_columns, down_columns;
+    int max_rows; /* of a task */
     int64_t num_tokens;
     int32_t top_k, dtype;
     const void *hidden;
@@ -65,9 +66,9 @@ struct operation {
     _Atomic int32_t *counters;
     task *tasks;
     int64_t num_tasks, list_begin[KTK_MAX_PARTS + 1];
-    ktk_rows x, h;
-    float *y;        /* (buffers, pairs, down_columns) */
-    int num_buffers; /* of a part */
+    ktk_rows x, x_up, h; /* x_up: x, or where up wants other activations than gate */
+    float *y;            /* (buffers, pairs, down_columns) */
+    int num_buffers;     /* of a part */
     uint8_t *thread_buffers;
     int64_t thread_bytes, work_offset;
     int is_down;       /* ktk_moe_linear */
@@ -77,9 +78,13 @@ struct operation {
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static int min_int(int a, int b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
-static int fine_group(const ktk_matrix *w) { return min_int(w->group_size, w->activation_group); }
-static int zero_point(const ktk_matrix *w) { return w->format == KTK_INT8 ? 128 : 8; }
-static int is_float(const ktk_matrix *w) { return w->format == KTK_BF16 || w->format == KTK_FP32; }
+static int is_float(const ktk_matrix *w) {
+    return w->codes_kind == KTK_CODES_F32 || w->codes_kind == KTK_CODES_BF16;
+}
+static int up_is_apart(const ktk_layer *layer) { return layer->parts[0].up != NULL; }
+static int up_has_own_rows(const ktk_layer *layer) {
+    return up_is_apart(layer) && layer->up.codes_kind != layer->gate_up.codes_kind;
+}
 static int num_projections(const ktk_layer *layer) { return layer->activation.has_gate ? 2 : 1; }
 static int64_t dtype_bytes(int dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
 
@@ -96,15 +101,15 @@ static void *take(arena *a, int64_t bytes) {
 }
 
 /* Rows lie an odd number of cache lines apart: equal distances of whole pages would share few cache sets. */
-static ktk_rows take_rows(arena *a, const ktk_matrix *w, const ktk_kernels *kernels, int64_t num_rows) {
-    static const int bytes_of[] = {1, 2, 4};
+static ktk_rows take_rows(arena *a, const ktk_matrix *w, int64_t num_rows) {
+    static const int bytes_of[] = {1, 2, 4, 2};
     ktk_rows r = {0};
-    r.code_stride = round_up((int64_t)w->padded_in * bytes_of[kernels->codes_kind[w->format]], 128) + 64;
+    r.code_stride = round_up((int64_t)w->padded_in * bytes_of[w->codes_kind], 128) + 64;
     r.codes = take(a, r.code_stride * num_rows);
     if (is_float(w)) return r;
     /* Whole steps of gemm.c's interleave: it would read into the next row, which another thread may be writing. */
     r.scale_stride = round_up((w->padded_in + w->activation_group - 1) / w->activation_group, 4);
-    r.correction_stride = round_up((w->padded_in + fine_group(w) - 1) / fine_group(w), 4);
+    r.correction_stride = round_up((w->padded_in + w->fine_group - 1) / w->fine_group, 4);
     r.scales = take(a, 4 * r.scale_stride * num_rows);
     r.correction = take(a, 4 * r.correction_stride * num_rows);
     return r;
@@ -113,17 +118,19 @@ static ktk_rows take_rows(arena *a, const ktk_matrix *w, const ktk_kernels *kern
 /* Columns [column, column + n) of one row. column is a multiple of both groups. */
 static void put_row(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_rows *rows, int64_t row,
                     int column, const float *values, int n) {
-    int kind = kernels->codes_kind[w->format];
     uint8_t *codes = rows->codes + row * rows->code_stride;
-    if (is_float(w)) {
+    if (w->codes_kind == KTK_CODES_F32) {
         memcpy(codes + 4 * (int64_t)column, values, 4 * (size_t)n);
         return;
     }
-    int fine = fine_group(w);
-    kernels->quantise(values, n, w->activation_group, fine, zero_point(w), kind,
-                      codes + (int64_t)column * (kind == KTK_CODES_I16 ? 2 : 1),
+    if (w->codes_kind == KTK_CODES_BF16) {
+        kernels->store(KTK_DTYPE_BF16, values, n, codes + 2 * (int64_t)column);
+        return;
+    }
+    kernels->quantise(values, n, w->activation_group, w->fine_group, w->zero_point, w->codes_kind,
+                      codes + (int64_t)column * (w->codes_kind == KTK_CODES_I16 ? 2 : 1),
                       rows->scales + row * rows->scale_stride + column / w->activation_group,
-                      rows->correction + row * rows->correction_stride + column / fine);
+                      rows->correction + row * rows->correction_stride + column / w->fine_group);
 }
 
 static int is_finite_row(const float *x, int n) {
@@ -145,6 +152,15 @@ static uint8_t *work_buffer(const operation *op, int thread) {
     return op->thread_buffers + thread * op->thread_bytes + op->work_offset;
 }
 
+/* A token's row. Integer formats make a group with inf or NaN NaN; float ones must make the row NaN: a clamp would make
+ * inf finite. */
+static void put_token(const operation *op, const ktk_matrix *w, const ktk_rows *rows, int64_t token,
+                      float *x) {
+    if (is_float(w) && !is_finite_row(x, w->padded_in))
+        for (int i = 0; i < w->padded_in; i++) x[i] = __builtin_nanf("");
+    put_row(op->kernels, w, rows, token, 0, x, w->padded_in);
+}
+
 static void quantise_task(operation *op, int64_t index, int thread) {
     const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
@@ -154,50 +170,82 @@ static void quantise_task(operation *op, int64_t index, int thread) {
     for (int64_t token = t->first; token < t->first + t->count; token++) {
         op->kernels->load(op->dtype, (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
         memset(x + n, 0, 4 * (size_t)(w->padded_in - n));
-        /* Integer formats make a group with inf or NaN NaN; float ones must too: a clamp would make inf finite. */
-        if (is_float(w) && !is_finite_row(x, n))
-            for (int i = 0; i < n; i++) x[i] = __builtin_nanf("");
-        put_row(op->kernels, w, &op->x, token, 0, x, w->padded_in);
+        if (!op->is_down && up_has_own_rows(layer)) put_token(op, &layer->up, &op->x_up, token, x);
+        put_token(op, w, &op->x, token, x);
     }
 }
 
 static void gate_up_task(operation *op, int64_t index, int thread);
 static void down_task(operation *op, int64_t index, int thread);
 
+/* Panels of a projection of a task's expert, from the task's first on. */
+static const uint8_t *up_panels(const operation *op, const task *t, int is_apart) {
+    const ktk_part *part = &op->layer->parts[t->part];
+    if (is_apart) return part->up[t->expert] + t->panel * op->layer->up.panel_bytes;
+    const int each = part->up ? 1 : num_projections(op->layer);
+    return part->gate_up[t->expert] + (int64_t)t->panel * each * op->layer->gate_up.panel_bytes;
+}
+
+static const uint8_t *down_panels(const operation *op, const task *t) {
+    return op->layer->parts[t->part].down[t->expert] + t->panel * op->layer->down.panel_bytes;
+}
+
 /* First panel a task reads, NULL if it reads none. */
 static const uint8_t *panels_of(const operation *op, int64_t index) {
     if (index >= op->num_tasks) return NULL;
     const task *t = &op->tasks[index];
-    const ktk_part *part = &op->layer->parts[t->part];
-    const uint8_t *expert = part->data + t->expert * part->expert_bytes;
-    if (t->run == gate_up_task)
-        return expert + (int64_t)t->panel * num_projections(op->layer) * op->layer->gate_up.panel_bytes;
-    if (t->run == down_task) return expert + part->down_offset + t->panel * op->layer->down.panel_bytes;
+    if (t->run == gate_up_task) return up_panels(op, t, 0);
+    if (t->run == down_task) return down_panels(op, t);
     return NULL;
+}
+
+/* Where gate and up columns lie: channel 16 * p + n of row i at i * stride + p * step + n. gate NULL: there is none. */
+typedef struct {
+    const float *gate, *up;
+    int stride, step;
+} columns;
+
+/* Gate and up of a task's rows, `panels` panels of each, into v. */
+static columns multiply_up(const operation *op, const task *t, int panels, int thread, float *v,
+                           const uint8_t *next) {
+    const ktk_layer *layer = op->layer;
+    const int32_t *rows = op->token_of + t->first;
+    uint8_t *work = work_buffer(op, thread);
+    const int n = num_projections(layer) * panels, stride = n * KTK_PANEL;
+    const uint8_t *first = up_panels(op, t, 0);
+    if (!up_is_apart(layer)) {
+        layer->gate_up.gemm(&layer->gate_up, first, n, &op->x, rows, t->count, v, stride, next, work);
+        if (n == panels) return (columns){NULL, v, stride, KTK_PANEL};
+        return (columns){v, v + KTK_PANEL, stride, 2 * KTK_PANEL};
+    }
+    const uint8_t *second = up_panels(op, t, 1);
+    float *up = v + panels * KTK_PANEL;
+    layer->gate_up.gemm(&layer->gate_up, first, panels, &op->x, rows, t->count, v, stride, second, work);
+    layer->up.gemm(&layer->up, second, panels, &op->x_up, rows, t->count, up, stride, next, work);
+    return (columns){v, up, stride, KTK_PANEL};
+}
+
+static const float *bias_of(const float *const *table, const task *t, int column) {
+    return table ? table[t->expert] + column : NULL;
 }
 
 static void gate_up_task(operation *op, int64_t index, int thread) {
     const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
     const ktk_part *part = &layer->parts[t->part];
-    const uint8_t *expert = part->data + t->expert * part->expert_bytes;
-    float *v = float_buffer(op, thread);
     float h[UP_COLUMNS];
     int column = (part->first_up_panel + t->panel) * KTK_PANEL;
-    int panels = min_int(t->panels, part->num_up_panels - t->panel);
-    if (panels < 0) panels = 0;
+    int panels = max_int(min_int(t->panels, part->num_up_panels - t->panel), 0);
     int n = min_int(t->panels * KTK_PANEL, layer->down.padded_in - column);
-    int stride = num_projections(layer) * panels * KTK_PANEL;
     int real = min_int(panels * KTK_PANEL, layer->intermediate_size - column);
-    const float *gate_bias = NULL, *up_bias = NULL;
-    if (part->gate_bias_offset >= 0) gate_bias = (const float *)(expert + part->gate_bias_offset) + column;
-    if (part->up_bias_offset >= 0) up_bias = (const float *)(expert + part->up_bias_offset) + column;
-    op->kernels->gemm[layer->gate_up.format](&layer->gate_up, panels_of(op, index),
-                                             num_projections(layer) * panels, &op->x, op->token_of + t->first,
-                                             t->count, v, stride, panels_of(op, index + op->num_threads),
-                                             work_buffer(op, thread));
+    const float *gate_bias = bias_of(part->gate_bias, t, column),
+                *up_bias = bias_of(part->up_bias, t, column);
+    columns c =
+        multiply_up(op, t, panels, thread, float_buffer(op, thread), panels_of(op, index + op->num_threads));
     for (int i = 0; i < t->count; i++) {
-        op->kernels->activate(&layer->activation, v + (int64_t)i * stride, panels, gate_bias, up_bias, h);
+        const int64_t at = (int64_t)i * c.stride;
+        op->kernels->activate(&layer->activation, c.gate ? c.gate + at : NULL, c.up + at, c.step, panels,
+                              gate_bias, up_bias, h);
         /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must not spread. */
         memset(h + real, 0, 4 * (size_t)(n - real));
         put_row(op->kernels, &layer->down, &op->h, t->first + i, column, h, n);
@@ -214,14 +262,10 @@ static void down_task(operation *op, int64_t index, int thread) {
     const ktk_part *part = &layer->parts[t->part];
     int64_t stride = t->panels * KTK_PANEL;
     float *y = y_buffer(op, t) + t->first * stride;
-    op->kernels->gemm[layer->down.format](&layer->down, panels_of(op, index), t->panels, &op->h,
-                                          op->row_index + t->first, t->count, y, stride,
-                                          panels_of(op, index + op->num_threads), work_buffer(op, thread));
-    if (part->down_bias_offset < 0) return;
-    const float *bias =
-        (const float *)(part->data + t->expert * part->expert_bytes + part->down_bias_offset) +
-        (part->first_down_panel + t->panel) * KTK_PANEL;
-    for (int i = 0; i < t->count; i++) op->kernels->add(y + i * stride, bias, stride);
+    layer->down.gemm(&layer->down, panels_of(op, index), t->panels, &op->h, op->row_index + t->first,
+                     t->count, y, stride, panels_of(op, index + op->num_threads), work_buffer(op, thread));
+    const float *bias = bias_of(part->down_bias, t, (part->first_down_panel + t->panel) * KTK_PANEL);
+    for (int i = 0; bias && i < t->count; i++) op->kernels->add(y + i * stride, bias, stride);
 }
 
 static void combine_task(operation *op, int64_t index, int thread) {
@@ -305,14 +349,20 @@ static void put_quantise(operation *op, int part, int num_parts) {
                             .lower = TOKENS});
 }
 
+/* Calls that so many rows of an expert take. */
+static int row_blocks(const operation *op, int rows) { return (rows + op->max_rows - 1) / op->max_rows; }
+
 /* The expert part of the list: t for every expert's rows and every `width` panels of [panel, end). */
 static void put_experts(operation *op, task t, int panel, int end, int width) {
     for (t.expert = 0; t.expert < op->layer->num_experts; t.expert++) {
         if (t.run == down_task) t.wait = FIRST_EXPERT + t.expert;
         if (t.run == gate_up_task) t.lower = FIRST_EXPERT + t.expert;
         const int last = op->first_row[t.expert + 1];
-        for (t.first = op->first_row[t.expert]; t.first < last; t.first += KTK_MAX_ROWS) {
-            t.count = min_int(KTK_MAX_ROWS, last - t.first);
+        const int blocks = row_blocks(op, last - op->first_row[t.expert]);
+        for (int b = 0; b < blocks; b++) { /* of nearly equal height */
+            const int rows = last - op->first_row[t.expert];
+            t.first = op->first_row[t.expert] + (int32_t)((int64_t)rows * b / blocks);
+            t.count = op->first_row[t.expert] + (int32_t)((int64_t)rows * (b + 1) / blocks) - t.first;
             for (t.panel = panel; t.panel < end; t.panel += width) {
                 t.panels = min_int(width, end - t.panel);
                 put_task(op, t);
@@ -370,15 +420,14 @@ static void put_part(operation *op, int p) {
 
 static void choose_columns(operation *op) {
     const ktk_layer *layer = op->layer;
-    int64_t row_blocks = 0, enough = (int64_t)TASKS_PER_THREAD * op->num_threads;
+    int64_t blocks = 0, enough = (int64_t)TASKS_PER_THREAD * op->num_threads;
     for (int e = 0; e < layer->num_experts; e++)
-        row_blocks += (op->first_row[e + 1] - op->first_row[e] + KTK_MAX_ROWS - 1) / KTK_MAX_ROWS;
+        blocks += row_blocks(op, op->first_row[e + 1] - op->first_row[e]);
     op->up_columns = UP_COLUMNS;
-    while (op->up_columns > UP_STEP && row_blocks * layer->down.padded_in < enough * op->up_columns)
+    while (op->up_columns > UP_STEP && blocks * layer->down.padded_in < enough * op->up_columns)
         op->up_columns /= 2;
     op->down_columns = DOWN_COLUMNS;
-    while (op->down_columns > LEAST_DOWN_COLUMNS &&
-           row_blocks * layer->hidden_size < enough * op->down_columns)
+    while (op->down_columns > LEAST_DOWN_COLUMNS && blocks * layer->hidden_size < enough * op->down_columns)
         op->down_columns /= 2;
 }
 
@@ -395,19 +444,34 @@ static void take_tasks(arena *a, operation *op, int64_t num_tasks, int64_t num_c
     if (a->base) memset((void *)op->counters, 0, 4 * (size_t)num_counters);
 }
 
+static int64_t max_int64(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static void take_thread_buffers(arena *a, operation *op) {
     const ktk_layer *layer = op->layer;
     int64_t floats = max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
-                             2 * KTK_MAX_ROWS * UP_COLUMNS); /* gate and up of a task */
-    int64_t code_bytes = 2 * (int64_t)max_int(layer->gate_up.padded_in, layer->down.padded_in);
+                             2 * op->max_rows * UP_COLUMNS); /* gate and up of a task */
+    int64_t work = max_int64(layer->gate_up.work_bytes, layer->down.work_bytes);
+    if (up_is_apart(layer)) work = max_int64(work, layer->up.work_bytes);
     op->work_offset = round_up(4 * floats, 64);
-    op->thread_bytes = round_up(op->work_offset + KTK_WORK_BYTES(code_bytes), 4096) + 64;
+    op->thread_bytes = round_up(op->work_offset + work, 4096) + 64;
     op->thread_buffers = take(a, op->thread_bytes * op->num_threads);
+}
+
+static int max_rows_of(const ktk_layer *layer) {
+    int rows = min_int(layer->gate_up.max_rows, layer->down.max_rows);
+    return up_is_apart(layer) ? min_int(rows, layer->up.max_rows) : rows;
 }
 
 /* Most row blocks that so many pairs can make. */
 static int64_t most_row_blocks(const operation *op, int64_t pairs) {
-    return pairs / KTK_MAX_ROWS + (pairs < op->layer->num_experts ? pairs : op->layer->num_experts);
+    return pairs / op->max_rows + (pairs < op->layer->num_experts ? pairs : op->layer->num_experts);
+}
+
+static void take_x(arena *a, operation *op, int64_t num_rows) {
+    const ktk_layer *layer = op->layer;
+    op->x = take_rows(a, op->is_down ? &layer->down : &layer->gate_up, num_rows);
+    op->x_up = op->x;
+    if (!op->is_down && up_has_own_rows(layer)) op->x_up = take_rows(a, &layer->up, num_rows);
 }
 
 static void run_tasks(operation *op, ktk_pool *pool) {
@@ -433,8 +497,8 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
     for (int pass = 0; pass < 2; pass++) { /* count, then hand out */
         take_groups(&a, op, pairs);
         take_tasks(&a, op, most_tasks, FIRST_EXPERT + layer->num_experts + 2 * most_blocks);
-        op->x = take_rows(&a, &layer->gate_up, op->kernels, op->num_tokens);
-        op->h = take_rows(&a, &layer->down, op->kernels, pairs);
+        take_x(&a, op, op->num_tokens);
+        op->h = take_rows(&a, &layer->down, pairs);
         op->y = take(&a, 4 * pairs * y_columns * layer->num_parts);
         take_thread_buffers(&a, op);
         if (pass == 0) {
@@ -468,6 +532,7 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
             .layer = layer,
             .kernels = kernels,
             .num_threads = ktk_pool_num_threads(pool),
+            .max_rows = max_rows_of(layer),
             .num_tokens = num_tokens - t < chunk ? num_tokens - t : chunk,
             .top_k = top_k,
             .dtype = dtype,
@@ -483,29 +548,35 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
     return status;
 }
 
+/* Panels of columns [column, ...) to the task's rows of the result, where they are the part-th of `width` columns. */
+static void put_linear(const operation *op, const task *t, const float *v, int stride, int step, int column,
+                       int part, int parts, int width) {
+    for (int i = 0; i < t->count; i++) {
+        float *row = op->linear_out + ((int64_t)op->token_of[t->first + i] * parts + part) * width;
+        for (int p = 0; p < t->panels; p++) {
+            int at = column + p * KTK_PANEL;
+            memcpy(row + at, v + (int64_t)i * stride + p * step, 4 * (size_t)min_int(KTK_PANEL, width - at));
+        }
+    }
+}
+
 static void linear_task(operation *op, int64_t index, int thread) {
     const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
     const ktk_part *part = &layer->parts[t->part];
-    const ktk_matrix *w = op->is_down ? &layer->down : &layer->gate_up;
-    int projections = op->is_down ? 1 : num_projections(layer);
-    int width = op->is_down ? layer->hidden_size : layer->intermediate_size;
-    int first_panel = op->is_down ? part->first_down_panel : part->first_up_panel;
-    int column = (first_panel + t->panel) * KTK_PANEL, stride = projections * t->panels * KTK_PANEL;
+    const int first = op->is_down ? part->first_down_panel : part->first_up_panel;
+    const int column = (first + t->panel) * KTK_PANEL, parts = num_projections(layer);
     float *v = float_buffer(op, thread);
-    const uint8_t *expert =
-        part->data + t->expert * part->expert_bytes + (op->is_down ? part->down_offset : 0);
-    op->kernels->gemm[w->format](w, expert + (int64_t)t->panel * projections * w->panel_bytes,
-                                 projections * t->panels, &op->x, op->token_of + t->first, t->count, v,
-                                 stride, NULL, work_buffer(op, thread));
-    for (int i = 0; i < t->count; i++)
-        for (int p = 0; p < projections * t->panels; p++) {
-            int at = column + p / projections * KTK_PANEL;
-            float *row = op->linear_out +
-                         ((int64_t)op->token_of[t->first + i] * projections + p % projections) * width;
-            memcpy(row + at, v + (int64_t)i * stride + p * KTK_PANEL,
-                   4 * (size_t)min_int(KTK_PANEL, width - at));
-        }
+    if (op->is_down) {
+        const int stride = t->panels * KTK_PANEL;
+        layer->down.gemm(&layer->down, down_panels(op, t), t->panels, &op->x, op->token_of + t->first,
+                         t->count, v, stride, NULL, work_buffer(op, thread));
+        put_linear(op, t, v, stride, KTK_PANEL, column, 0, 1, layer->hidden_size);
+        return;
+    }
+    columns c = multiply_up(op, t, t->panels, thread, v, NULL);
+    if (c.gate) put_linear(op, t, c.gate, c.stride, c.step, column, 0, parts, layer->intermediate_size);
+    put_linear(op, t, c.up, c.stride, c.step, column, parts - 1, parts, layer->intermediate_size);
 }
 
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
@@ -514,6 +585,7 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
     operation op = {.layer = layer,
                     .kernels = kernels,
                     .num_threads = ktk_pool_num_threads(pool),
+                    .max_rows = max_rows_of(layer),
                     .num_tokens = num_rows,
                     .top_k = 1,
                     .dtype = KTK_DTYPE_F32,
@@ -528,7 +600,7 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
     for (int pass = 0; pass < 2 && !status; pass++) {
         take_groups(&a, &op, num_rows);
         take_tasks(&a, &op, most + num_rows, FIRST_EXPERT + layer->num_experts);
-        op.x = take_rows(&a, w, kernels, num_rows);
+        take_x(&a, &op, num_rows);
         take_thread_buffers(&a, &op);
         if (pass == 0) {
             void *base = ktk_pool_scratch(pool, a.used);

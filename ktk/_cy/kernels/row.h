@@ -6,8 +6,8 @@
 #include "vec.h"
 
 void CAT(ktk_quantise_, KTK_ISA)(const float *, int, int, int, int, int, uint8_t *, float *, int32_t *);
-void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *, const float *, int, const float *, const float *,
-                                 float *);
+void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *, const float *, const float *, int, int,
+                                 const float *, const float *, float *);
 void CAT(ktk_load_, KTK_ISA)(int, const void *, int64_t, float *);
 void CAT(ktk_store_, KTK_ISA)(int, const float *, int64_t, void *);
 void CAT(ktk_combine_, KTK_ISA)(const float *, int64_t, const int32_t *, const float *, int, int, float *);

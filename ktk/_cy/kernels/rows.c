@@ -113,19 +113,18 @@ INLINE VF activate_one(const int KIND, const ktk_activation *act, VF x) {
     return VF_MUL(positive, positive);
 }
 
-INLINE void activate(const int KIND, const ktk_activation *a, const float *v, int num_panels,
-                     const float *gate_bias, const float *up_bias, float *h) {
-    const int step = (a->has_gate ? 2 : 1) * KTK_PANEL;
-    for (int p = 0; p < num_panels; p++, v += step)
+INLINE void activate(const int KIND, const ktk_activation *a, const float *gates, const float *ups, int step,
+                     int num_panels, const float *gate_bias, const float *up_bias, float *h) {
+    for (int p = 0; p < num_panels; p++)
         for (int l = p * KTK_PANEL; l < (p + 1) * KTK_PANEL; l += LANES) {
-            const float *at = v + l - p * KTK_PANEL;
-            VF up = VF_LOAD(a->has_gate ? at + KTK_PANEL : at);
+            const int at = p * step + l - p * KTK_PANEL;
+            VF up = VF_LOAD(ups + at);
             if (up_bias) up = VF_ADD(up, VF_LOAD(up_bias + l));
-            if (!a->has_gate) {
+            if (!gates) {
                 VF_STORE(h + l, activate_one(KIND, a, up));
                 continue;
             }
-            VF gate = VF_LOAD(at);
+            VF gate = VF_LOAD(gates + at);
             if (gate_bias) gate = VF_ADD(gate, VF_LOAD(gate_bias + l));
             if (KIND == KTK_SIGMOID_GLU)
                 gate = VF_MIN(VF_SET(a->gate_max), VF_MAX(VF_SET(a->gate_min), gate));
@@ -134,14 +133,14 @@ INLINE void activate(const int KIND, const ktk_activation *a, const float *v, in
         }
 }
 
-void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *act, const float *v, int num_panels,
-                                 const float *gate_bias, const float *up_bias, float *h) {
+void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *act, const float *gate, const float *up, int step,
+                                 int num_panels, const float *gate_bias, const float *up_bias, float *h) {
     if (act->kind == KTK_SIGMOID_GLU)
-        activate(KTK_SIGMOID_GLU, act, v, num_panels, gate_bias, up_bias, h);
+        activate(KTK_SIGMOID_GLU, act, gate, up, step, num_panels, gate_bias, up_bias, h);
     else if (act->kind == KTK_GELU_TANH)
-        activate(KTK_GELU_TANH, act, v, num_panels, gate_bias, up_bias, h);
+        activate(KTK_GELU_TANH, act, gate, up, step, num_panels, gate_bias, up_bias, h);
     else
-        activate(KTK_RELU2, act, v, num_panels, gate_bias, up_bias, h);
+        activate(KTK_RELU2, act, gate, up, step, num_panels, gate_bias, up_bias, h);
 }
 
 INLINE uint16_t to_bf16(float x) {

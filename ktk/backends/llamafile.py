@@ -1,0 +1,234 @@
+"""LLAMAFILE: experts in GGUF blocks, run from the file's own bytes (vendor/llamafile)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ktk import cpu
+from ktk._cy import native_module
+from ktk.backends._native import OperatorRunner
+from ktk.backends._parts import bound_buffer, cut
+from ktk.backends.base import Backend, Runner
+from ktk.errors import BackendError
+from ktk.formats import GGUF
+from ktk.layout import K_ALIGN, PANEL, round_up
+from ktk.memory import aligned_buffer
+from ktk.reference.dequantise import dequantise
+from ktk.types import BlockExperts, BlockMatrix, EngineLayout, MoESpec
+
+log = logging.getLogger("ktk")
+_warned: set[str] = set()
+
+
+class BlockFormat(NamedTuple):
+    """table_index : in the kernels' table. fine : weights that share a scale; 0: a float format."""
+
+    table_index: int
+    block_weights: int
+    block_bytes: int
+    fine: int
+
+
+@cache
+def formats() -> dict[str, BlockFormat]:
+    """What the kernels read, by the ggml type's name; empty where the extension is not built."""
+    native = native_module()
+    if native is None:
+        return {}
+    return {name: BlockFormat(*row) for name, row in native.block_formats().items()}
+
+
+class Part(NamedTuple):
+    """A part of every expert: rows of gate and up, rows of down, and the biases.
+
+    gate, up, down : uint8 (num_experts, rows, row bytes); biases : float32 (num_experts, padded to panels) or None.
+    """
+
+    gate: np.ndarray | None
+    up: np.ndarray
+    down: np.ndarray
+    gate_bias: np.ndarray | None
+    up_bias: np.ndarray | None
+    down_bias: np.ndarray | None
+    order: np.ndarray | None
+    first_up_panel: int
+    num_up_panels: int
+    first_down_panel: int
+    num_down_panels: int
+
+
+def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
+    """The same values in a float format: for types that no kernel reads. BackendError if gguf cannot either."""
+    try:
+        values = np.stack([dequantise(matrix, e) for e in range(len(matrix.data))])
+    except (KeyError, NotImplementedError) as error:
+        raise BackendError(
+            f"LLAMAFILE: GGUF type {matrix.type} is unknown here; it reads {', '.join(formats())}"
+        ) from error
+    half = values.astype(np.float16)
+    exact = np.array_equal(half.astype(np.float32), values)
+    if matrix.type not in _warned:
+        _warned.add(matrix.type)
+        name = "F16" if exact else "F32"
+        log.warning(
+            "GGUF type %s has no kernel: its weights run as a copy in %s", matrix.type, name
+        )
+    raw = (half if exact else values).view(np.uint8)
+    return BlockMatrix("F16" if exact else "F32", matrix.in_features, raw)
+
+
+def _whole_panels(matrix: BlockMatrix) -> BlockMatrix:
+    """Rows in sixteens and, of float formats, in_features in whole steps; a zero-padded copy only where they are not."""
+    if matrix.is_repacked:
+        return matrix
+    if matrix.type not in formats():
+        matrix = _without_kernel(matrix)
+    fmt = formats()[matrix.type]
+    experts, rows, row_bytes = matrix.data.shape
+    if matrix.in_features % fmt.block_weights:
+        raise BackendError(
+            f"LLAMAFILE: {matrix.type} rows of {matrix.in_features} weights: must be blocks of {fmt.block_weights}"
+        )
+    if row_bytes != matrix.in_features // fmt.block_weights * fmt.block_bytes:
+        raise BackendError(
+            f"LLAMAFILE: {matrix.type} rows of {matrix.in_features} weights have {row_bytes} bytes: "
+            f"must have {matrix.in_features // fmt.block_weights * fmt.block_bytes}"
+        )
+    in_features = round_up(matrix.in_features, K_ALIGN)
+    if rows % PANEL == 0 and in_features == matrix.in_features:
+        return matrix
+    bytes_in = in_features // fmt.block_weights * fmt.block_bytes
+    data = aligned_buffer(experts * round_up(rows, PANEL) * bytes_in)
+    data = data.reshape(experts, round_up(rows, PANEL), bytes_in)
+    data[:, :rows, :row_bytes] = matrix.data
+    return BlockMatrix(matrix.type, in_features, data)
+
+
+def repack(experts: BlockExperts, num_threads: int) -> BlockExperts:
+    """A copy in huge-page memory, in the order the kernels read: the same bytes, values and results.
+
+    It costs the experts' size in memory and saves the kernels the gathering of bytes from sixteen rows.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        copies = {
+            name: _repacked(_whole_panels(matrix), pool)
+            for name, matrix in experts.matrices.items()
+        }
+    return dataclasses.replace(
+        experts, gate=copies.get("gate"), up=copies["up"], down=copies["down"]
+    )
+
+
+def _repacked(matrix: BlockMatrix, pool: ThreadPoolExecutor) -> BlockMatrix:
+    if matrix.is_repacked:
+        return matrix
+    native, data = native_module(), matrix.data
+    out = aligned_buffer(data.size).reshape(data.shape)
+    isa = blocks_isa()
+    assert isa is not None
+    index, k = formats()[matrix.type].table_index, matrix.in_features
+    list(pool.map(lambda e: native.repack_blocks(data[e], index, k, isa, out[e]), range(len(data))))
+    return BlockMatrix(matrix.type, matrix.in_features, out, is_repacked=True)
+
+
+def blocks_isa() -> str | None:
+    """The best ISA of the kernels over blocks that this CPU and this build run, or None."""
+    native = native_module()
+    if native is None:
+        return None
+    features = cpu.detect()
+    rows = [row for row in native.blocks_isa_rows() if not cpu.missing(row, features)]
+    return rows[-1] if rows else None
+
+
+def _rows(matrix: BlockMatrix | None, first: int, many: int, node: int | None) -> np.ndarray | None:
+    """Panels [first, first + many) of every expert: a view, or, repacked, a copy in the node's memory."""
+    if matrix is None:
+        return None
+    data = matrix.data[:, first * PANEL : (first + many) * PANEL]
+    if node is None or not matrix.is_repacked:
+        return data
+    own = bound_buffer(data.size, node).reshape(data.shape)
+    own[:] = data
+    return own
+
+
+def _parts_of(
+    experts: BlockExperts, matrices: dict[str, BlockMatrix], engine: EngineLayout
+) -> list[Part]:
+    """Rows of every expert for each NUMA part: of the file as it is mapped, or, repacked, in the node's memory."""
+    spec, count = experts.spec, engine.threadpool_count if engine.is_bound else 1
+    biases = {name: _padded_bias(bias) for name, bias in experts.biases.items()}
+    parts = []
+    for i in range(count):
+        node = engine.numa_nodes[i] if engine.is_bound else None
+        up = cut(-(-spec.intermediate_size // PANEL), i, count)
+        down = cut(-(-spec.hidden_size // PANEL), i, count)
+        gates, ups = (_rows(matrices.get(name), *up, node) for name in ("gate", "up"))
+        downs = _rows(matrices["down"], *down, node)
+        assert ups is not None and downs is not None
+        gate_bias, up_bias, down_bias = (biases.get(name) for name in ("gate", "up", "down"))
+        parts.append(
+            Part(gates, ups, downs, gate_bias, up_bias, down_bias, experts.order, *up, *down)
+        )
+    return parts
+
+
+def _padded_bias(bias: np.ndarray) -> np.ndarray:
+    padded = np.zeros((len(bias), round_up(bias.shape[1], PANEL)), np.float32)
+    padded[:, : bias.shape[1]] = bias
+    return padded
+
+
+class LlamafileRunner(OperatorRunner):
+    def __init__(
+        self, experts: BlockExperts, isa: str, blocks_isa: str, engine: EngineLayout
+    ) -> None:
+        self.native = native_module()
+        self.blocks = experts
+        whole = {name: _whole_panels(matrix) for name, matrix in experts.matrices.items()}
+        self.parts = _parts_of(experts, whole, engine)
+        matrices = {
+            name: (
+                formats()[matrix.type].table_index,
+                matrix.in_features,
+                matrix.data.shape[1] // PANEL,
+                matrix.is_repacked,
+            )
+            for name, matrix in whole.items()
+        }
+        self.experts = self.native.Experts.of_blocks(
+            experts.spec, matrices, self.parts, isa, blocks_isa, engine
+        )
+
+    def packed(self) -> BlockExperts:
+        return self.blocks
+
+
+class LlamafileBackend(Backend):
+    name = "LLAMAFILE"
+
+    def why_not(self, spec: MoESpec | None = None) -> str | None:
+        if native_module() is None:
+            return "the compiled extension is not built (reinstall with a C compiler)"
+        if lacking := cpu.missing("avx2", cpu.detect()):
+            return f"CPU lacks {', '.join(lacking)}"
+        if spec is not None and spec.weight_format != GGUF.name:
+            return f"runs the blocks of GGUF files, these are {spec.weight_format} weights"
+        return None
+
+    def kernel(self, spec: MoESpec) -> str:
+        return f"{blocks_isa()} {GGUF.name}"
+
+    def load(self, packed: Any, engine: EngineLayout) -> Runner:
+        native, features = native_module(), cpu.detect()
+        rows = [r for r in native.isa_rows() if r != "amx" and not cpu.missing(r, features)]
+        isa = blocks_isa()
+        assert isa is not None  # select() asked why_not first
+        return LlamafileRunner(packed, rows[-1], isa, engine)
