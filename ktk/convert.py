@@ -1,4 +1,4 @@
-"""Hugging Face directory -> packed directory, expert by expert, interruptible at any moment.
+"""Hugging Face directory -> packed directory (GGUF: convert_to_gguf, convert_from_gguf), expert by expert, interruptible at any moment.
 
 Order of writing: the state file, one file per MoE layer, shards of the other tensors, their index, the small
 files, config.json. Each appears under its final name complete (temporary name, fsync, rename), so a file
@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -52,9 +53,10 @@ from ktk.models import SOURCE_DTYPES, Config, Experts, find_experts
 from ktk.models.base import FOREIGN_SUFFIXES, NESTED_KEYS
 from ktk.models.coding import SCALE_SUFFIXES, Coding, infer_coding, read_rows
 from ktk.pack import pack_expert
-from ktk.types import MoESpec
+from ktk.types import ExpertWeights, MoESpec
 
 QUANT_METHODS = ("int4", "int8", "bf16")
+GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4")
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20
 DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
@@ -84,6 +86,7 @@ class Summary:
     """What a conversion did. input_bytes, expert_bytes (written), other_bytes in bytes; seconds of this run.
 
     reused_layers : layers an earlier run had finished. mb_per_second : input bytes of this run's own work.
+    notes : what a reader of the output should know, a sentence each.
     """
 
     output: str
@@ -101,6 +104,7 @@ class Summary:
     bits_per_weight: float
     seconds: float
     mb_per_second: float
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -118,21 +122,21 @@ def convert(
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Convert a checkpoint's experts to ``quant_method`` and write a packed directory that loads alone.
+    """Convert a checkpoint's experts to ``quant_method``: a packed directory that loads alone, or a GGUF file.
 
-    quant_method : int4, int8 or bf16. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
+    input_path : a Hugging Face directory, a .safetensors file, or a GGUF model (a file, a part of a split one, a
+    directory), whose packed directory holds the experts only.
+    quant_method : int4, int8 or bf16 for a directory; q8_0, q6_k, q4_k, q4_0 or mxfp4 for an ``output`` that ends in
+    .gguf, which holds the experts only. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
     must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a time,
-    default the physical cores. resume : go on where an interrupted run of the same job stopped.
+    default the physical cores. resume : go on where an interrupted run of the same job stopped; a GGUF file is
+    written in one go.
 
     Memory: one expert's input and output per thread, whatever the model's size.
     Raises CheckpointError for a bad input, ValueError for arguments that do not fit, FileExistsError if
-    ``output`` is not empty, OSError if the disk is full; what is finished stays for ``resume``.
+    ``output`` is not empty (a GGUF file: exists), OSError if the disk is full; what is finished stays for ``resume``.
     """
-    started = time.monotonic()
-    if quant_method not in QUANT_METHODS:
-        raise ValueError(
-            f"quant_method={quant_method!r}: must be one of {', '.join(QUANT_METHODS)}"
-        )
+    _check_method(quant_method, Path(output))
     if input_type is not None and input_type not in SOURCE_DTYPES:
         raise ValueError(
             f"input_type={input_type!r}: must be one of {', '.join(SOURCE_DTYPES)}, or left out"
@@ -143,18 +147,33 @@ def convert(
         threads = num_physical_cores()
     if type(threads) is not int or threads < 1:
         raise ValueError(f"threads={threads!r}: must be a positive int")
-    with Checkpoint.open(input_path) as checkpoint:
-        destination = _check_places(checkpoint.directory, Path(output))
-        said = checkpoint.config.get("quantization_config")
-        if isinstance(said, dict) and said.get("quant_method") == QUANT_METHOD:
-            raise CheckpointError(
-                f"{checkpoint.path}: is a packed directory already; convert its original"
-            )
-        experts = find_experts(checkpoint)
-        if input_type is not None and input_type != experts.source_dtype:
+    if quant_method in GGUF_METHODS:
+        from ktk.convert_to_gguf import convert_to_gguf
+
+        for name, value in (("group_size", group_size), ("activation_group", activation_group)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r}: {quant_method} has groups of its own, leave it out"
+                )
+        if is_gguf(Path(input_path)):
             raise ValueError(
-                f"input_type={input_type!r}: the experts of {checkpoint.path} are {experts.source_dtype}; leave it out"
+                f"input {input_path}: GGUF to GGUF adds one error to another; convert the original weights"
             )
+        if resume:
+            raise ValueError("resume: a GGUF file is written in one go; run again without --resume")
+        return convert_to_gguf(
+            input_path, output, quant_method=quant_method, input_type=input_type, threads=threads, progress=progress
+        )  # fmt: skip
+    if is_gguf(Path(input_path)):
+        from ktk.convert_from_gguf import convert_from_gguf
+
+        return convert_from_gguf(
+            input_path, output, quant_method=quant_method, input_type=input_type, group_size=group_size,
+            activation_group=activation_group, threads=threads, resume=resume, progress=progress,
+        )  # fmt: skip
+    with Checkpoint.open(input_path) as checkpoint:
+        destination = check_places(checkpoint.directory, Path(output))
+        experts = experts_to_convert(checkpoint, input_type)
         specs = {
             layer: MoESpec(
                 **experts.spec_fields(layer),
@@ -164,49 +183,123 @@ def convert(
             )
             for layer in experts.layers
         }
-        with _locked(destination):
-            job = _Job(checkpoint, experts, specs, destination, threads, progress)
-            try:
-                job.start(resume)
-                job.run()
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise OSError(
-                        error.errno,
-                        f"{destination}: the disk is full ({error.strerror}); make room and run again with --resume",
-                    ) from error
-                raise
-        return job.summary(time.monotonic() - started)
+        return run_job(
+            lambda: _DirectoryJob(checkpoint, experts, specs, destination, threads, progress), destination, resume
+        )  # fmt: skip
 
 
-class _Job:
-    """One conversion: what there is to write, and the writing of it."""
+def experts_to_convert(checkpoint: Checkpoint, input_type: str | None) -> Experts:
+    """CheckpointError for a packed directory, ValueError if the experts are not of ``input_type``."""
+    said = checkpoint.config.get("quantization_config")
+    if isinstance(said, dict) and said.get("quant_method") == QUANT_METHOD:
+        raise CheckpointError(
+            f"{checkpoint.path}: is a packed directory already; convert its original"
+        )
+    experts = find_experts(checkpoint)
+    if input_type is not None and input_type != experts.source_dtype:
+        raise ValueError(
+            f"input_type={input_type!r}: the experts of {checkpoint.path} are {experts.source_dtype}; leave it out"
+        )
+    return experts
+
+
+def run_job(make: Callable[[], Job], output: Path, resume: bool) -> Summary:
+    """Do what a conversion into a packed directory has to do, alone in its directory."""
+    started = time.monotonic()
+    with _locked(output):
+        job = make()
+        try:
+            job.start(resume)
+            job.run()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(
+                    error.errno,
+                    f"{output}: the disk is full ({error.strerror}); make room and run again with --resume",
+                ) from error
+            raise
+    return job.summary(time.monotonic() - started)
+
+
+def is_gguf(path: Path) -> bool:
+    """A .gguf file, or a directory that holds such files and no safetensors."""
+    if not path.is_dir():
+        return path.name.lower().endswith(".gguf")
+    names = [name.lower() for name in os.listdir(path)]
+    return any(name.endswith(".gguf") for name in names) and not any(
+        name.endswith(".safetensors") for name in names
+    )
+
+
+def _check_method(quant_method: str, output: Path) -> None:
+    """ValueError unless the method is known and the output is named for it."""
+    if quant_method not in (*QUANT_METHODS, *GGUF_METHODS):
+        raise ValueError(
+            f"quant_method={quant_method!r}: must be one of {', '.join(QUANT_METHODS)}, "
+            f"or for a GGUF file {', '.join(GGUF_METHODS)}"
+        )
+    is_file = output.name.lower().endswith(".gguf")
+    if is_file and quant_method in QUANT_METHODS:
+        raise ValueError(
+            f"output {output}: {quant_method} writes a directory; give one, or one of {', '.join(GGUF_METHODS)}"
+        )
+    if not is_file and quant_method in GGUF_METHODS:
+        raise ValueError(
+            f"output {output}: {quant_method} writes a GGUF file; give a name that ends in .gguf"
+        )
+
+
+class ExpertSource(Protocol):
+    """What a conversion reads experts from."""
+
+    family: str
+    source_dtype: str
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """One expert, decoded; called from several threads."""
+
+
+class Job(ABC):
+    """One conversion into a packed directory: what there is to write, and the writing of it.
+
+    layer_bytes : of the input, by layer. shards : the tensors that are not experts'.
+    """
+
+    shards: Sequence[list[_Plain]] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        experts: Experts,
+        where: Path,
+        experts: ExpertSource,
         specs: dict[int, MoESpec],
+        layer_bytes: dict[int, int],
         output: Path,
         threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.checkpoint, self.experts, self.specs = checkpoint, experts, specs
+        self.where, self.experts, self.specs = where, experts, specs
+        self.layer_bytes = layer_bytes
         self.output, self.threads, self.progress = output, threads, progress
-        self.source = checkpoint.directory
-        expert_names = {layer: experts.tensor_names(layer) for layer in specs}
-        taken = set().union(*expert_names.values())
-        config = Config(checkpoint.config, str(self.source / "config.json"))
-        self.shards = _plan_shards(_plain_tensors(checkpoint, taken, config.fp8_block))
-        self.layer_bytes = {
-            layer: sum(checkpoint.tensors[name].nbytes for name in names)
-            for layer, names in expert_names.items()
-        }
-        self.total_bytes = sum(self.layer_bytes.values()) + sum(
-            t.nbytes for s in self.shards for t in s
-        )
+        self.total_bytes = sum(layer_bytes.values())
         self.done_bytes = self.reused_bytes = self.reused_layers = 0
-        self.state = _state(checkpoint, next(iter(specs.values())))
+        self.state = _state(self.fingerprint(), next(iter(specs.values())))
+
+    @abstractmethod
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Names, sizes and modification times of everything that is read."""
+
+    @abstractmethod
+    def source_config(self) -> dict[str, Any]:
+        """What config.json shall say beside our quantization_config."""
+
+    def write_shard(self, index: int) -> None:
+        """Write one of ``shards``; a source that has any does."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def write_side_files(self) -> None:
+        """Write what is no tensor, but config.json."""
 
     def start(self, resume: bool) -> None:
         """Take possession of the output directory: check or write its state, remove temporary files."""
@@ -240,22 +333,21 @@ class _Job:
             with contextlib.suppress(FileNotFoundError):
                 (self.output / "config.json").unlink()
         self._check_room(todo, shards)
-        with _Packer(self.experts, todo, self.threads, str(self.checkpoint.path)) as packer:
+        with _Packer(self.experts, todo, self.threads, str(self.where)) as packer:
             for layer, spec in todo.items():
                 write_layer(self.output, spec, layer, self._counted(packer.spans(layer), layer))
         for index, tensors in enumerate(self.shards):
             if index in shards:
-                self._write_shard(index)
+                self.write_shard(index)
             else:
                 size = sum(t.nbytes for t in tensors)
                 self.reused_bytes += size
                 self.done_bytes += size
-        self._write_index()
-        self._copy_side_files()
-        changed = _changed(self.state["source"], _fingerprint(self.checkpoint))
+        self.write_side_files()
+        changed = changed_source(self.state["source"], self.fingerprint())
         if changed:
             raise CheckpointError(
-                f"{self.source}: {changed} while it was converted; convert it again"
+                f"{self.where}: {changed} while it was converted; convert it again"
             )
         _write_json(self.output / "config.json", self._config())
         self._report("done", 0)
@@ -289,8 +381,6 @@ class _Job:
                 f"{needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
             )
 
-    # the tensors that are not experts'
-
     def _shard_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
@@ -305,56 +395,8 @@ class _Job:
         have = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
         return have == {t.name: (t.dtype, t.shape) for t in self.shards[index]}
 
-    def _write_shard(self, index: int) -> None:
-        name = self._shard_name(index)
-        with replacing(self.output / name) as file:
-            write_all(file, _shard_header(self.shards[index]))
-            for tensor in self.shards[index]:
-                if tensor.coding is None:
-                    for piece in self.checkpoint.chunks(tensor.name, CHUNK_BYTES):
-                        write_all(file, piece)
-                        self._report(name, len(piece))
-                else:
-                    self._write_dequantised(file, tensor, tensor.coding, name)
-
-    def _write_dequantised(
-        self, file: IO[bytes], tensor: _Plain, coding: Coding, what: str
-    ) -> None:
-        rows, columns = coding.shape
-        block = coding.block[0]
-        band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
-        for start in range(0, rows, band):
-            stop = min(start + band, rows)
-            w = read_rows(self.checkpoint, tensor.name, tensor.scale, coding, start, stop)
-            write_all(file, f32_to_bf16(w).data)
-            self._report(what, (stop - start) * columns * 2)
-
-    def _write_index(self) -> None:
-        placed = {t.name: self._shard_name(i) for i, shard in enumerate(self.shards) for t in shard}
-        size = sum(t.nbytes for shard in self.shards for t in shard)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
-        _write_json(self.output / "model.safetensors.index.json", index)
-
-    def _copy_side_files(self) -> None:
-        for relative in _side_files(self.source):
-            target = self.output / relative
-            target.parent.mkdir(exist_ok=True)
-            fd, size = open_regular(self.source / relative)
-            try:
-                with replacing(target) as file:
-                    for offset in range(0, size, CHUNK_BYTES):
-                        piece = bytearray(min(CHUNK_BYTES, size - offset))
-                        read_into(fd, memoryview(piece), offset, str(self.source / relative))
-                        write_all(file, memoryview(piece))
-            finally:
-                os.close(fd)
-
     def _config(self) -> dict[str, Any]:
-        """The source's config.json with our quantization_config in place of its own."""
-        config = {k: v for k, v in self.checkpoint.config.items() if k != "quantization_config"}
-        for key in NESTED_KEYS:
-            if isinstance(config.get(key), dict):
-                config[key] = {k: v for k, v in config[key].items() if k != "quantization_config"}
+        config = self.source_config()
         spec = next(iter(self.specs.values()))
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
@@ -387,8 +429,90 @@ class _Job:
             other_bytes=sum(t.nbytes for shard in self.shards for t in shard),
             bits_per_weight=expert_bytes * 8 / weights,
             seconds=seconds,
+            notes=self.notes,
             mb_per_second=(self.done_bytes - self.reused_bytes) / 1e6 / max(seconds, 1e-9),
         )
+
+
+class _DirectoryJob(Job):
+    """From a Hugging Face directory, or a .safetensors file: everything but the experts comes along."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experts: Experts,
+        specs: dict[int, MoESpec],
+        output: Path,
+        threads: int,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.checkpoint, self.source = checkpoint, checkpoint.directory
+        expert_names = {layer: experts.tensor_names(layer) for layer in specs}
+        layer_bytes = {
+            layer: sum(checkpoint.tensors[name].nbytes for name in names)
+            for layer, names in expert_names.items()
+        }
+        super().__init__(checkpoint.path, experts, specs, layer_bytes, output, threads, progress)
+        taken = set().union(*expert_names.values())
+        config = Config(checkpoint.config, str(self.source / "config.json"))
+        self.shards = _plan_shards(_plain_tensors(checkpoint, taken, config.fp8_block))
+        self.total_bytes += sum(t.nbytes for s in self.shards for t in s)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        return fingerprint(self.checkpoint)
+
+    def source_config(self) -> dict[str, Any]:
+        """The source's config.json without its own quantization_config."""
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "quantization_config"}
+        for key in NESTED_KEYS:
+            if isinstance(config.get(key), dict):
+                config[key] = {k: v for k, v in config[key].items() if k != "quantization_config"}
+        return config
+
+    def write_shard(self, index: int) -> None:
+        name = self._shard_name(index)
+        with replacing(self.output / name) as file:
+            write_all(file, _shard_header(self.shards[index]))
+            for tensor in self.shards[index]:
+                if tensor.coding is None:
+                    for piece in self.checkpoint.chunks(tensor.name, CHUNK_BYTES):
+                        write_all(file, piece)
+                        self._report(name, len(piece))
+                else:
+                    self._write_dequantised(file, tensor, tensor.coding, name)
+
+    def _write_dequantised(
+        self, file: IO[bytes], tensor: _Plain, coding: Coding, what: str
+    ) -> None:
+        rows, columns = coding.shape
+        block = coding.block[0]
+        band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
+        for start in range(0, rows, band):
+            stop = min(start + band, rows)
+            w = read_rows(self.checkpoint, tensor.name, tensor.scale, coding, start, stop)
+            write_all(file, f32_to_bf16(w).data)
+            self._report(what, (stop - start) * columns * 2)
+
+    def _write_index(self) -> None:
+        placed = {t.name: self._shard_name(i) for i, shard in enumerate(self.shards) for t in shard}
+        size = sum(t.nbytes for shard in self.shards for t in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
+        _write_json(self.output / "model.safetensors.index.json", index)
+
+    def write_side_files(self) -> None:
+        self._write_index()
+        for relative in _side_files(self.source):
+            target = self.output / relative
+            target.parent.mkdir(exist_ok=True)
+            fd, size = open_regular(self.source / relative)
+            try:
+                with replacing(target) as file:
+                    for offset in range(0, size, CHUNK_BYTES):
+                        piece = bytearray(min(CHUNK_BYTES, size - offset))
+                        read_into(fd, memoryview(piece), offset, str(self.source / relative))
+                        write_all(file, memoryview(piece))
+            finally:
+                os.close(fd)
 
 
 class _Packer:
@@ -398,7 +522,7 @@ class _Packer:
     """
 
     def __init__(
-        self, experts: Experts, specs: dict[int, MoESpec], threads: int, where: str
+        self, experts: ExpertSource, specs: dict[int, MoESpec], threads: int, where: str
     ) -> None:
         self._experts, self._specs, self._where = experts, specs, where
         self._jobs = iter(
@@ -528,7 +652,7 @@ def _shard_header(tensors: list[_Plain]) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _check_places(source: Path, output: Path) -> Path:
+def check_places(source: Path, output: Path) -> Path:
     """The output directory, made if need be; ValueError if it lies in the input."""
     inside, outside = output.resolve(), source.resolve()
     if inside == outside or outside in inside.parents:
@@ -578,7 +702,7 @@ def _side_files(source: Path) -> list[Path]:
     return found
 
 
-def _fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Names, sizes and modification times of everything that is read."""
     source = checkpoint.directory
     names = {file.path.relative_to(source) for file in checkpoint.files} | set(_side_files(source))
@@ -596,7 +720,7 @@ def _fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return entries
 
 
-def _state(checkpoint: Checkpoint, spec: MoESpec) -> dict[str, Any]:
+def _state(source: list[dict[str, Any]], spec: MoESpec) -> dict[str, Any]:
     from ktk import __version__
 
     return {
@@ -605,7 +729,7 @@ def _state(checkpoint: Checkpoint, spec: MoESpec) -> dict[str, Any]:
         "quant_method": spec.weight_format,
         "group_size": spec.group_size,
         "activation_group": spec.activation_group,
-        "source": _fingerprint(checkpoint),
+        "source": source,
     }
 
 
@@ -617,12 +741,12 @@ def _check_state(have: dict[str, Any], want: dict[str, Any], path: Path) -> None
                 f"{path}: was begun with {key}={have.get(key)!r}, now {value!r}: "
                 "resume with the same options, or give another output"
             )
-    changed = _changed(have.get("source"), want["source"])
+    changed = changed_source(have.get("source"), want["source"])
     if changed:
         raise ValueError(f"{path}: {changed} since the conversion began: give another output")
 
 
-def _changed(before: Any, now: list[dict[str, Any]]) -> str | None:
+def changed_source(before: Any, now: list[dict[str, Any]]) -> str | None:
     """What differs between two fingerprints, or None."""
     if before == now:
         return None

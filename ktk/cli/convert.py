@@ -1,4 +1,4 @@
-"""``ktk convert``: pack a Hugging Face checkpoint's experts into a directory that loads alone."""
+"""``ktk convert``: a checkpoint's experts into a packed directory that loads alone, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ def command(
     input_path: Annotated[
         Path,
         typer.Option(
-            "--input-path", "-i", help="A Hugging Face directory, or a .safetensors file."
+            "--input-path",
+            "-i",
+            help="A Hugging Face directory, a .safetensors file, or a GGUF model.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The directory to write; new or empty.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="The directory to write, new or empty; or a new .gguf file."
+        ),
     ],
-    quant_method: Annotated[str, typer.Option(help="int4, int8 or bf16.")] = "int4",
+    quant_method: Annotated[
+        str,
+        typer.Option(
+            help="int4, int8 or bf16; for a .gguf output q8_0, q6_k, q4_k, q4_0 or mxfp4."
+        ),
+    ] = "int4",
     input_type: Annotated[
         str | None,
         typer.Option(help="fp32, fp16, bf16, fp8, mxfp8 or mxfp4; default: read from the input."),
@@ -49,7 +59,7 @@ def command(
         bool, typer.Option("--json", help="Print a JSON summary, and no progress.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels; everything else is copied."""
+    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied; or to a GGUF file of experts."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
@@ -93,7 +103,9 @@ def command(
                 progress=show,
             )
     except KeyboardInterrupt:
-        errors.print("interrupted; run again with --resume to go on")
+        is_file = output.name.lower().endswith(".gguf")
+        again = "; nothing was written" if is_file else "; run again with --resume to go on"
+        errors.print(f"interrupted{again}")
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(summary.to_json(), indent=2))
@@ -103,6 +115,10 @@ def command(
 
 def _report(s: Summary) -> str:
     reused = f", {s.reused_layers} of them from an earlier run" if s.reused_layers else ""
+    return "\n".join([_figures(s, reused), *s.notes])
+
+
+def _figures(s: Summary, reused: str) -> str:
     return (
         f"{s.output}: {s.num_layers} layers of {s.num_experts} experts{reused}, {s.family} {s.source_dtype} -> "
         f"{s.weight_format}, {s.bits_per_weight:.2f} bits per weight\n"

@@ -18,6 +18,7 @@ import numpy as np
 
 from ktk._log import logger
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
+from ktk.checkpoint.safetensors import strict_json
 from ktk.errors import CheckpointError
 from ktk.models.gguf_architectures import ARCHITECTURES, Architecture
 from ktk.types import Activation, BlockExperts, BlockMatrix, MoESpec
@@ -117,7 +118,8 @@ class GgufExperts:
                 activation_group=64 if max(map(_bits, types)) >= 5 else 128,
                 has_gate="gate" in parts,
                 has_bias=any(kind == "bias" for _, kind in self._extras.get(layer, {})),
-                activation=Activation.silu(clamp) if clamp else self._row.activation,
+                activation=_written_activation(self.checkpoint)
+                or (Activation.silu(clamp) if clamp else self._row.activation),
             )
         return self._specs[layer]
 
@@ -233,6 +235,24 @@ class GgufExperts:
                 f"{tensor.file}: tensor {name!r} is {tensor.type}: must be {', '.join(BIAS_TYPES)}"
             )
         return self.checkpoint.read(name)
+
+
+def _written_activation(checkpoint: GgufCheckpoint) -> Activation | None:
+    """What ``ktk convert`` wrote as ``ktk.activation``: architectures do not say it of every model."""
+    said = checkpoint.metadata.get("ktk.activation")
+    if said is None:
+        return None
+    try:
+        if not isinstance(said, str):
+            raise ValueError(f"is a {type(said).__name__}")
+        fields = strict_json(said.encode("utf-8", "surrogatepass"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"holds a {type(fields).__name__}")
+        return Activation.from_json(fields)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: ktk.activation must be JSON of an activation: {error}"
+        ) from None
 
 
 def find_gguf_experts(checkpoint: GgufCheckpoint) -> GgufExperts:
