@@ -31,7 +31,8 @@ int64_t lf_panel_bytes(const lf_matrix *w) {
 
 int64_t lf_work_bytes(const lf_matrix *w, int num_rows) {
     const int64_t K = w->in_features;
-    const int64_t panel = LF_PANEL * (lf_formats[w->format].is_float ? 4 * K : K + 2 * 4 * K / 16);
+    /* A chunk as it is laid down, all of a row for `unpack`: four bytes a k at most. */
+    const int64_t panel = 4 * LF_PANEL * (K > 4096 ? K : 4096);
     /* Codes of four bytes at most, a scale for 32, a correction for 16; and what lies between tiles. */
     const int64_t row = 4 * K + 4 * (K / 32 + 1) + 4 * K / 16 + 64;
     return panel + (num_rows ? num_rows * row + 4096 : 0);
