@@ -712,9 +712,16 @@ typedef void tile_fn(int num_rows, const lf_matrix *w, const laid *p, const tile
 enum { SAME = 1 };
 #else
 #define SHAPES(SHAPE)                                                                                        \
-    SHAPE(32, 0, 255) SHAPE(32, 0, 127) SHAPE(32, 0, 31) SHAPE(32, 0, 15)                                    \
-    SHAPE(32, 1, 31) SHAPE(32, 1, 15)                                                                        \
-    SHAPE(16, 0, 127) SHAPE(16, 0, 63) SHAPE(16, 0, 31) SHAPE(16, 1, 15)
+    SHAPE(32, 0, 255)                                                                                        \
+    SHAPE(32, 0, 127)                                                                                        \
+    SHAPE(32, 0, 31)                                                                                         \
+    SHAPE(32, 0, 15)                                                                                         \
+    SHAPE(32, 1, 31)                                                                                         \
+    SHAPE(32, 1, 15)                                                                                         \
+    SHAPE(16, 0, 127)                                                                                        \
+    SHAPE(16, 0, 63)                                                                                         \
+    SHAPE(16, 0, 31)                                                                                         \
+    SHAPE(16, 1, 15)
 enum { SAME = 0 };
 #endif
 #define SHAPE(FINE, HAS_MIN, MOST)                                                                           \
@@ -739,7 +746,7 @@ enum { SAME = 0 };
 SHAPES(SHAPE)
 #undef SHAPE
 
-/* The first shape whose codes reach far enough. */
+/* The last shape whose codes reach far enough; every format has one. */
 INLINE tile_fn *integer_tiles(const int FORMAT) {
     const traits *t = &TRAITS[FORMAT];
 #define SHAPE(FINE, HAS_MIN, MOST)                                                                           \
@@ -751,6 +758,19 @@ INLINE tile_fn *integer_tiles(const int FORMAT) {
 #undef SHAPE
     return found;
 }
+
+#define SHAPE(FINE, HAS_MIN, MOST)                                                                           \
+    || (fine == FINE && has_min == HAS_MIN && most <= MOST && (SAME || IS_WIDE(most) == IS_WIDE(MOST)))
+#define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN, MOST)      \
+    INLINE void check_##NAME(void) {                                                                         \
+        enum { fine = FINE, has_min = HAS_MIN, most = MOST };                                                \
+        _Static_assert(0 SHAPES(SHAPE), "add a shape for " TEXT);                                            \
+        _Static_assert(4 * DWORDS + HEAD_BYTES == BYTES && DWORDS >= 4 && DWORDS <= MAX_DWORDS,              \
+                       "bytes of " TEXT);                                                                    \
+    }
+LF_INTEGER_FORMATS(ROW)
+#undef ROW
+#undef SHAPE
 
 /* -- rows of activations --------------------------------------------------------------------------------------- */
 

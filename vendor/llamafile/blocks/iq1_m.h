@@ -4,15 +4,17 @@
 INLINE void decode_iq1_m(const int MR, block b, sink *s) {
     const VI mask = VI_SET32(0x07000700), two = VI_SET8(2);
     const VI w01 = dword(b, 12), w23 = dword(b, 13);
-    const VI low = VI_OR(VI_AND(VI_SRL32(w01, 12), VI_SET32(0x000f)), VI_AND(VI_SRL32(w01, 24), VI_SET32(0x00f0)));
-    const VI high = VI_OR(VI_AND(VI_SRL32(w23, 4), VI_SET32(0x0f00)), VI_AND(VI_SRL32(w23, 16), VI_SET32(0xf000)));
+    const VI low =
+        VI_OR(VI_AND(VI_SRL32(w01, 12), VI_SET32(0x000f)), VI_AND(VI_SRL32(w01, 24), VI_SET32(0x00f0)));
+    const VI high =
+        VI_OR(VI_AND(VI_SRL32(w23, 4), VI_SET32(0x0f00)), VI_AND(VI_SRL32(w23, 16), VI_SET32(0xf000)));
     const VF d = VF_MUL(VF_LOW_HALF(VI_OR(low, high)), VF_SET(0.125f));
     VI nibbles = VI_ZERO(), scales = w01;
     uint8_t at[16][64] __attribute__((aligned(64)));
     for (int g = 0; g < 8; g++) {
         nibbles = g % 2 ? VI_SRL32(nibbles, 16) : dword(b, 8 + g / 2);
-        word_indices(dword(b, g), at + 2 * g, mask, VI_SLL32(nibbles, 8), VI_SLL32(nibbles, 16), VI_SLL32(nibbles, 4),
-                     VI_SLL32(nibbles, 12));
+        word_indices(dword(b, g), at + 2 * g, mask, VI_SLL32(nibbles, 8), VI_SLL32(nibbles, 16),
+                     VI_SLL32(nibbles, 4), VI_SLL32(nibbles, 12));
     }
     for (int g = 0; g < 8; g++) {
         VI codes[8];

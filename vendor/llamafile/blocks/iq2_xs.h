@@ -10,7 +10,8 @@ INLINE void decode_iq2_xs(const int MR, block b, sink *s) {
         VI codes[8];
         UNROLL
         for (int l = 0; l < 4; l++) grid_8(lf_grid_iq2_xs, at[2 * g + l / 2] + 2 * (l % 2), 2, codes + 2 * l);
-        VI even = VI_AND(VI_SRL16(dword(b, 2 * g), 9), low), odd = VI_AND(VI_SRL16(dword(b, 2 * g + 1), 1), high);
+        VI even = VI_AND(VI_SRL16(dword(b, 2 * g), 9), low),
+           odd = VI_AND(VI_SRL16(dword(b, 2 * g + 1), 1), high);
         negate_where(codes, swap_middle_bytes(with_parity(VI_OR(even, odd))), 2 * 43);
         scales = g % 4 ? VI_SRL32(scales, 8) : dword(b, 16 + g / 4);
         VF scale[2] = {VF_MUL(d, quarter_scale(scales, 0)), VF_MUL(d, quarter_scale(scales, 1))};

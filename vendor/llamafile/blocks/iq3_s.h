@@ -7,8 +7,8 @@ INLINE void decode_iq3_s(const int MR, block b, sink *s) {
     uint8_t at[32][64] __attribute__((aligned(64)));
     for (int g = 0; g < 8; g++) {
         high = g % 4 ? VI_SRL32(high, 8) : dword(b, 16 + g / 4);
-        word_indices(dword(b, 2 * g), at + 4 * g, mask, VI_SLL32(high, 8), VI_SLL32(high, 22), VI_SLL32(high, 7),
-                     VI_SLL32(high, 21));
+        word_indices(dword(b, 2 * g), at + 4 * g, mask, VI_SLL32(high, 8), VI_SLL32(high, 22),
+                     VI_SLL32(high, 7), VI_SLL32(high, 21));
         word_indices(dword(b, 2 * g + 1), at + 4 * g + 2, mask, VI_SLL32(high, 4), VI_SLL32(high, 18),
                      VI_SLL32(high, 3), VI_SLL32(high, 17));
     }

@@ -6,7 +6,8 @@ INLINE void decode_iq3_xxs(const int MR, block b, sink *s) {
         const VI rest = dword(b, 16 + g), signs = seven_bit_signs(rest);
         VI codes[8];
         UNROLL
-        for (int i = 0; i < 8; i++) codes[i] = grid_4(lf_grid_iq3_xxs, b.dwords + 128 * g + 64 * (i / 4) + i % 4, 1);
+        for (int i = 0; i < 8; i++)
+            codes[i] = grid_4(lf_grid_iq3_xxs, b.dwords + 128 * g + 64 * (i / 4) + i % 4, 1);
         negate_where(codes, signs, 2 * 62);
         VF scale[1] = {VF_MUL(d, VF_FMA(VF_CVT(VI_SRL32(rest, 28)), VF_SET(0.5f), VF_SET(0.25f)))};
         put_32(MR, FORMAT_iq3_xxs, s, codes, scale, NULL);
