@@ -265,4 +265,18 @@ INLINE multiply_fn *multiply_of(const int FORMAT) {
     return found;
 }
 
+/* A format without a shape, or whose bytes are not dwords and a head, does not compile. */
+#define SHAPE(FINE, HAS_MIN, MOST)                                                                           \
+    || (fine == FINE && has_min == HAS_MIN && most <= MOST && IS_WIDE(most) == IS_WIDE(MOST))
+#define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN, MOST)      \
+    INLINE void check_##NAME(void) {                                                                         \
+        enum { fine = FINE, has_min = HAS_MIN, most = MOST };                                                \
+        _Static_assert(0 SHAPES(SHAPE), "add a shape for " TEXT);                                            \
+        _Static_assert(4 * DWORDS + HEAD_BYTES == BYTES && DWORDS >= 4 && DWORDS <= MAX_DWORDS,              \
+                       "bytes of " TEXT);                                                                    \
+    }
+LF_INTEGER_FORMATS(ROW)
+#undef ROW
+#undef SHAPE
+
 #endif
