@@ -5,9 +5,11 @@ Beside it, on Linux, ktk._cy.tile_emulator: for tests of AMX kernels on a CPU wi
 Without a C compiler, or on another architecture, the package installs without it: Numba and NumPy run then.
 """
 
+import os
 import platform
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -44,17 +46,21 @@ class BuildKernels(build_ext):
             )
 
         base_sources, row_sources = EXTENSIONS[ext.name.rpartition(".")[2]]
-        objects = compile_row(base_sources, "base", ISA["BASE_FLAGS"])
+        jobs = [(base_sources, "base", ISA["BASE_FLAGS"])]
+        is_native = ext.name.endswith("native")
         for row in ISA["ISA_ROWS"]:
-            own = row.sources if ext.name.endswith("native") else ()
-            objects += compile_row(
-                (*row_sources, *own), row.name, [f"-DKTK_ISA={row.name}", *row.flags]
-            )
-        if ext.name.endswith("native"):
-            objects += compile_row(ISA["BLOCKS_BASE_SOURCES"], "base", ISA["BASE_FLAGS"], BLOCKS)
+            own = row.sources if is_native else ()
+            flags = [f"-DKTK_ISA={row.name}", *row.flags]
+            jobs += [((source,), row.name, flags) for source in (*row_sources, *own)]
+        if is_native:
+            jobs.append((ISA["BLOCKS_BASE_SOURCES"], "base", ISA["BASE_FLAGS"], BLOCKS))
             for row in ISA["BLOCKS_ROWS"]:
                 flags = [f"-DKTK_ISA={row.name}", *row.flags]
-                objects += compile_row(ISA["BLOCKS_SOURCES"], row.name, flags, BLOCKS)
+                jobs.append((ISA["BLOCKS_SOURCES"], row.name, flags, BLOCKS))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [
+                path for paths in pool.map(lambda job: compile_row(*job), jobs) for path in paths
+            ]
         ext.extra_objects = objects
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.convert import Job, Progress, Summary, check_places, run_job
 from ktk.errors import CheckpointError
-from ktk.ggml_quantise import expert_weights
 from ktk.models.gguf import GgufExperts, find_gguf_experts
+from ktk.reference.dequantise import expert_weights
 from ktk.types import BlockExperts, ExpertWeights, MoESpec
 
 EXPERTS_ONLY = "holds the experts only, for ktk.MoE.load and KTMoEWrapper(weight_path=): not a model that loads alone"

@@ -17,7 +17,6 @@ from ktk.formats.floats import to_f32
 from ktk.pack import NOT_FINITE
 from ktk.reference import blocks as oracle
 from ktk.reference.pack import TINY_PEAK
-from ktk.types import BlockExperts, ExpertWeights
 
 LARGEST = (
     2.0**18
@@ -120,27 +119,3 @@ def with_numpy(name: str, w: np.ndarray, out: np.ndarray) -> None:
     x[:, np.abs(x).max(axis=0) < TINY_PEAK] = 0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
         out[:] = getattr(oracle, name.lower())(x)
-
-
-def expert_weights(experts: BlockExperts, expert: int) -> ExpertWeights:
-    """One expert of a GGUF layer as float32, decoded by the gguf package.
-
-    Raises ValueError for an expert that is not there or a type the gguf package does not decode.
-    """
-    import gguf
-
-    if not 0 <= expert < experts.spec.num_experts:
-        raise ValueError(f"expert {expert}: must be 0 to {experts.spec.num_experts - 1}")
-    decoded: dict[str, np.ndarray] = {}
-    for name, matrix in experts.matrices.items():
-        try:
-            kind = gguf.GGMLQuantizationType[matrix.type]
-            with np.errstate(all="ignore"):  # a stranger's scales may be inf or NaN
-                values = gguf.dequantize(matrix.data[expert], kind)
-        except (KeyError, NotImplementedError):
-            raise ValueError(f"{name}: the gguf package does not decode {matrix.type}") from None
-        decoded[name] = np.ascontiguousarray(values, np.float32)
-    biases = {name: bias[expert] for name, bias in experts.biases.items()}
-    return ExpertWeights(
-        decoded.get("gate"), decoded["up"], decoded["down"], biases.get("gate"), biases.get("up"), biases.get("down")
-    )  # fmt: skip

@@ -25,10 +25,11 @@ from ktk.checkpoint.safetensors import Checkpoint
 from ktk.convert import GGUF_METHODS, Progress, Summary, convert
 from ktk.convert_to_gguf import ARCHITECTURES
 from ktk.errors import CheckpointError
-from ktk.ggml_quantise import BLOCK_TYPES, expert_weights, quantise_rows
+from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
 from ktk.models import find_experts
 from ktk.models.gguf import find_gguf_experts
 from ktk.pack import pack_experts
+from ktk.reference.dequantise import expert_weights
 
 F = np.float32
 BIG = (2, 3, 256, 512)  # rows of whole K blocks

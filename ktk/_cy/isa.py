@@ -60,6 +60,7 @@ COMMON_FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-lto",
+    "-g0",
     "-Wall",
     "-Wextra",
 )

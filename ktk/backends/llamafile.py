@@ -67,7 +67,7 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
     """The same values in a float format: for types that no kernel reads. BackendError if gguf cannot either."""
     try:
         values = np.stack([dequantise(matrix, e) for e in range(len(matrix.data))])
-    except (KeyError, NotImplementedError) as error:
+    except ValueError as error:
         raise BackendError(
             f"LLAMAFILE: GGUF type {matrix.type} is unknown here; it reads {', '.join(formats())}"
         ) from error

@@ -8,23 +8,29 @@ from ktk.types import BlockExperts, BlockMatrix, ExpertWeights
 
 
 def dequantise(matrix: BlockMatrix, expert: int) -> np.ndarray:
-    """One expert's projection, float32 (out_features, in_features), by the gguf package."""
+    """One expert's projection, float32 (out_features, in_features). ValueError for a type the gguf package does not decode."""
     import gguf
 
-    kind = gguf.GGMLQuantizationType[matrix.type]
-    values = gguf.quants.dequantize(np.ascontiguousarray(matrix.data[expert]), kind)
-    return np.asarray(values, np.float32).reshape(-1, matrix.in_features)
+    try:
+        kind = gguf.GGMLQuantizationType[matrix.type]
+        with np.errstate(all="ignore"):  # a stranger's scales may be inf or NaN
+            values = gguf.dequantize(np.ascontiguousarray(matrix.data[expert]), kind)
+    except (KeyError, NotImplementedError):
+        raise ValueError(f"the gguf package does not decode {matrix.type}") from None
+    return np.ascontiguousarray(values, np.float32).reshape(-1, matrix.in_features)
 
 
 def expert_weights(experts: BlockExperts, expert: int) -> ExpertWeights:
-    """One expert, dequantised to float32."""
+    """One expert, dequantised to float32. ValueError for one that is not there, or as ``dequantise`` raises it."""
+    if not 0 <= expert < experts.spec.num_experts:
+        raise ValueError(f"expert {expert}: must be 0 to {experts.spec.num_experts - 1}")
     stored = expert if experts.order is None else int(experts.order[expert])
-    matrices = {name: dequantise(matrix, stored) for name, matrix in experts.matrices.items()}
+    decoded = {name: dequantise(matrix, stored) for name, matrix in experts.matrices.items()}
     biases = {name: bias[stored] for name, bias in experts.biases.items()}
     return ExpertWeights(
-        matrices.get("gate"),
-        matrices["up"],
-        matrices["down"],
+        decoded.get("gate"),
+        decoded["up"],
+        decoded["down"],
         biases.get("gate"),
         biases.get("up"),
         biases.get("down"),
