@@ -113,7 +113,8 @@ def test_error_against_float64_is_that_of_activations(kind: str) -> None:
     experts = random_blocks(spec, (kind,) * 3)
     x = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32)
     ids, weights = random_routing(8, 2, 4, 0)
-    want = oracle_forward([expert_weights(experts, e) for e in range(4)], spec, x, ids, weights)
+    with np.errstate(over="ignore"):
+        want = oracle_forward([expert_weights(experts, e) for e in range(4)], spec, x, ids, weights)
     got = ktk.MoE(experts)(x, ids, weights)
     assert np.abs(got - want).mean() <= BOUND.get(kind, BOUND_EIGHT_BITS) * np.abs(want).mean()
 
