@@ -8,8 +8,9 @@
 #include "interleave.h"
 #include "decode.h"
 
-/* k that are laid down at a time: with scales and minima they stay in the second-level cache. */
-enum { CHUNK = 4096, MAX_TILES = LF_MAX_ROWS / MAX_ROWS };
+/* k that are laid down at a time: for up to two tiles they stay in the first-level cache (7-12 % faster at 8 and 16 rows); for
+ * more starting tiles anew would cost what that saves. */
+enum { SHORT_CHUNK = 512, CHUNK = 4096, MAX_TILES = LF_MAX_ROWS / MAX_ROWS };
 /* What is laid down of a chunk: dwords of floats, or codes with a scale and a minimum for 16. */
 enum { LAID_BYTES = CHUNK * LANES * 4 };
 /* Rows that are multiplied with the registers a decoder fills; of formats whose row says so. */
@@ -212,7 +213,7 @@ INLINE void gemm(const int FORMAT, const lf_matrix *w, const uint8_t *panels, in
     const int num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS; /* of nearly equal height */
     fused_fn *straight = num_rows <= FUSED_ROWS ? fused_of(FORMAT) : NULL;
     multiply_fn *multiply = multiply_of(FORMAT);
-    const int chunk = K < CHUNK ? K : CHUNK;
+    const int longest = num_tiles <= 2 ? SHORT_CHUNK : CHUNK, chunk = K < longest ? K : longest;
     const laid p = laid_at(FORMAT, chunk, work);
     tile tiles[MAX_TILES];
     start starts[MAX_TILES];
