@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from block_cases import ExactBlocks, random_blocks, random_matrix, unpack
+from block_cases import ExactBlocks, unpack
 from cases import assert_exact, random_hidden, random_routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,7 @@ from ktk import backends, cpu
 from ktk._cy import native_module
 from ktk._cy.isa import BLOCKS_ROWS
 from ktk.backends.llamafile import LlamafileRunner, formats, repack
+from ktk.bench.blocks import random_blocks, random_matrix
 from ktk.errors import BackendError
 from ktk.formats import GGUF
 from ktk.reference.dequantise import dequantise, expert_weights
