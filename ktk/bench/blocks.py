@@ -1,4 +1,4 @@
-"""Random GGUF blocks of every type that the kernels read."""
+"""GGUF blocks of every type that the kernels read, for benchmarks and tests: floats quantised, or random bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 
 from ktk.backends.llamafile import formats
 from ktk.formats.floats import f32_to_bf16
+from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
+from ktk.memory import aligned_buffer
 from ktk.types import BlockExperts, BlockMatrix, MoESpec
 
 # Where a block holds halves that scale it: random bits there would be inf or NaN.
@@ -16,6 +18,31 @@ HALVES = {
 }  # fmt: skip
 SCALE = 0.01
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def row_bytes(kind: str, in_features: int) -> int:
+    """Bytes of one row. ValueError unless ``kind`` is a type the kernels read and the row whole blocks of it."""
+    if kind not in formats():
+        known = ", ".join(formats()) or "none: the compiled extension is not built"
+        raise ValueError(f"GGUF type {kind!r}: must be one of {known}")
+    fmt = formats()[kind]
+    if in_features % fmt.block_weights:
+        fitting = [name for name, f in formats().items() if in_features % f.block_weights == 0]
+        raise ValueError(
+            f"rows of {in_features} weights: {kind} needs a multiple of {fmt.block_weights}; "
+            f"{', '.join(fitting)} would do"
+        )
+    return in_features // fmt.block_weights * fmt.block_bytes
+
+
+def has_quantiser(kind: str) -> bool:
+    """Whether ``quantised`` makes it of floats."""
+    return kind in FLOATS or kind in BLOCK_TYPES
+
+
+def quantised(kind: str, w: np.ndarray) -> np.ndarray:
+    """float32 (rows, in_features) as uint8 (rows, row bytes). ValueError as ``quantise_rows``."""
+    return float_blocks(kind, w) if kind in FLOATS else quantise_rows(w, kind)
 
 
 def float_blocks(kind: str, w: np.ndarray) -> np.ndarray:
@@ -72,3 +99,12 @@ def random_blocks(
         bias(i),
         bias(h),
     )
+
+
+def in_turns(matrix: BlockMatrix, num_experts: int) -> BlockMatrix:
+    """A copy in huge-page memory: its experts taking turns, each time in memory of their own."""
+    data = aligned_buffer(num_experts * matrix.data[0].size)
+    data = data.reshape(num_experts, *matrix.data.shape[1:])
+    for e in range(num_experts):
+        data[e] = matrix.data[e % len(matrix.data)]
+    return BlockMatrix(matrix.type, matrix.in_features, data, matrix.is_repacked)

@@ -88,7 +88,8 @@ def command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="FORMAT, FORMAT:GROUP, BACKEND:FORMAT or BACKEND:FORMAT:GROUP (INT4:128, AVX2:INT8), "
+            help="FORMAT, FORMAT:GROUP, BACKEND:FORMAT or BACKEND:FORMAT:GROUP (INT4:128, AVX2:INT8), LLAMAFILE:TYPE "
+            "or LLAMAFILE:TYPE:repack (GGUF blocks as they are or in the kernels' order, LLAMAFILE:Q4_K), "
             f"or torch, its bf16 loop over experts; several with commas. Default: {METHODS}."
         ),
     ] = None,
@@ -113,6 +114,7 @@ def command(
     ktk bench
     ktk bench --shape mixtral-8x7b --method INT4:128,torch --tokens 1,512
     ktk bench --method AVX512:INT8,AVX2:INT8 --json speeds.json
+    ktk bench --method LLAMAFILE:Q4_K,LLAMAFILE:Q4_K:repack,LLAMAFILE:BF16
     ktk bench --hidden 4096 --intermediate 1536 --experts 64 --top-k 6
     """
     from ktk import cpu
