@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TOKENS = "1,4,16,64,256,1024"
 METHODS = "INT4:32,INT4:128,INT8,BF16"
 BAR = 14  # characters of a full bar
+OTHER_COLUMNS = 51  # characters beside methods and bars
 PROGRESS_AFTER = 2.0  # seconds: shorter runs show no progress
 
 
@@ -223,10 +224,12 @@ def print_tables(found: dict[str, Any], results: list[Result]) -> None:
                 f"ceiling {name}: {c['median']:.{digits}f} {c['unit']} "
                 f"({c['min']:.{digits}f} - {c['max']:.{digits}f})"
             )
+        longest = max(len(case.method) for case in result.cases)
+        has_bars = console.width >= OTHER_COLUMNS + longest + BAR  # names matter more
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         for heading, justify in (
             ("tokens", "right"), ("method", "left"), ("ms", "right"), ("GB/s", "right"), ("GOP/s", "right"),
-            ("bound by", "left"), ("of bound", "right"), ("", "left"),
+            ("bound by", "left"), ("of bound", "right"), *([("", "left")] if has_bars else []),
         ):  # fmt: skip
             table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         last = None
@@ -242,7 +245,7 @@ def print_tables(found: dict[str, Any], results: list[Result]) -> None:
                 f"{c['gop_per_s']:.0f}",
                 c["bound_by"],
                 f"{case.fraction:.0%}",
-                bar(case.fraction),
+                *([bar(case.fraction)] if has_bars else []),
             )
             last = case.num_tokens
         console.print(table)
