@@ -27,10 +27,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ktk import backends
 from ktk.cli import main
 from ktk.demo import evaluate, run, smollm2
 from ktk.demo.text import stdlib_text, windows
 from ktk.errors import CheckpointError
+
+RUNS_GGUF = backends.backends()["LLAMAFILE"].why_not() is None
 
 # --- the checkpoint -----------------------------------------------------------------------------------
 
@@ -246,24 +249,44 @@ def test_demo_of_a_users_checkpoint_prints_every_method(tmp_path, capsys) -> Non
         main([*arguments, "--json"])
     assert not finished.value.code
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["method"] for row in rows] == ["bf16", "ktk INT8", "ktk INT4"]
+    assert [row["method"] for row in rows] == [
+        "bf16",
+        "ktk INT8",
+        "ktk INT4",
+        *(("ktk Q8_0", "ktk Q4_0") if RUNS_GGUF else ()),
+    ]
     assert rows[0]["bits_per_weight"] == 16
     assert (rows[0]["kl"], rows[0]["top1"]) == (0.0, 1.0)
     assert 0 < rows[1]["kl"] < rows[2]["kl"] < 0.1
+    if RUNS_GGUF:
+        assert 0 < rows[3]["kl"] < rows[4]["kl"] < 0.1
+        assert [row["bits_per_weight"] for row in rows[3:]] == [8.5, 4.5]
+        assert "gguf Q8_0" in rows[3]["kernel"] and "gguf Q4_0" in rows[4]["kernel"]
     assert "int8" in rows[1]["kernel"]
     assert "int4 g32" in rows[2]["kernel"]
     assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in rows)
     assert rows[2]["expert_bytes"] < rows[1]["expert_bytes"] < rows[0]["expert_bytes"] * 0.8
 
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*/ktk-experts-*")}
+    work = tmp_path / "work"
+    files = [*work.glob("*/ktk-experts-*"), *work.glob("*.gguf")]
+    made = {p: p.stat().st_mtime_ns for p in files}
     with pytest.raises(SystemExit) as finished:
         main(arguments)
     assert not finished.value.code
     out = capsys.readouterr().out
     assert all(row["kernel"] in out for row in rows)
     assert "100.0%" in out
-    assert len(made) == 4
+    assert len(made) == (6 if RUNS_GGUF else 4)
     assert made == {p: p.stat().st_mtime_ns for p in made}  # converted once
+
+
+def test_a_method_runs_the_formats_it_has_kernels_for(monkeypatch) -> None:
+    packed, types = ("int8", "int4"), ("q8_0", "q4_0")
+    assert run.chosen_formats("auto") == (packed, types if RUNS_GGUF else ())
+    assert run.chosen_formats("numpy") == (packed, ())
+    assert run.chosen_formats("llamafile") == ((), types)
+    monkeypatch.setenv("KTK_BACKEND", "NUMPY")
+    assert run.chosen_formats("auto") == (packed, ())
 
 
 def options(tmp_path: Path, source: Path) -> run.Options:
@@ -289,6 +312,27 @@ def test_a_strangers_directory_in_the_way_is_left_alone(tmp_path) -> None:
     with pytest.raises(FileExistsError, match="mine-int8"):
         run.prepare_packed(source, "int8", options(tmp_path, source), run.Reporter())
     assert (other / "thesis.txt").exists()
+
+
+def test_a_gguf_file_is_written_again_for_another_source_only(tmp_path) -> None:
+    source = make_source(tmp_path / "mine")
+    given = options(tmp_path, source), run.Reporter()
+    file = run.prepare_gguf(source, "q8_0", *given)
+    first = file.stat().st_mtime_ns
+    assert run.prepare_gguf(source, "q8_0", *given).stat().st_mtime_ns == first
+    os.utime(source / "config.json", ns=(1, 1))
+    assert run.prepare_gguf(source, "q8_0", *given).stat().st_mtime_ns != first
+
+
+def test_a_strangers_gguf_in_the_way_is_left_alone(tmp_path) -> None:
+    source = make_source(tmp_path / "mine")
+    other = tmp_path / "work" / "mine-q8_0.gguf"
+    other.parent.mkdir()
+    other.write_text("do not delete")
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="mine-q8_0"):
+            run.prepare_gguf(source, "q8_0", options(tmp_path, source), run.Reporter())
+    assert other.read_text() == "do not delete"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,12 +26,16 @@ from transformers import (
 )
 from transformers.integrations.moe import use_experts_implementation
 
+import ktk
+from ktk import backends
+from ktk.convert import convert
 from ktk.errors import CheckpointError
 from ktk.integration.transformers import KtkConfig, load_model, recognise, use_ktk
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.loading import layer_of, packed_modules
+from ktk.reference.dequantise import expert_weights
 from ktk.reference.moe import ExactExperts
-from ktk.types import Activation
+from ktk.types import Activation, ExpertWeights
 
 SEED = 7
 
@@ -481,8 +486,6 @@ def test_load_model_of_a_float_checkpoint_is_exact(tmp_path) -> None:
 def test_converted_directory_loads_and_equals_packing_in_memory(
     family: str, weight_format: str, tmp_path
 ) -> None:
-    from ktk.convert import convert
-
     make_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "packed", quant_method=weight_format)
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -505,8 +508,6 @@ def test_converted_directory_loads_and_equals_packing_in_memory(
 
 
 def test_packed_directory_of_another_shape_is_refused(tmp_path) -> None:
-    from ktk.convert import convert
-
     make_model("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "packed", quant_method="int8")
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
@@ -514,6 +515,94 @@ def test_packed_directory_of_another_shape_is_refused(tmp_path) -> None:
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="the model's config says"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+# --- experts of a GGUF file ---------------------------------------------------------------------------
+
+# Rows must be whole blocks of 32.
+WHOLE_BLOCKS = {"qwen3_moe": {"moe_intermediate_size": 64}, "mixtral": {"intermediate_size": 96}}
+
+
+def plain_and_gguf(family: str, tmp_path: Path, method: str = "q8_0") -> tuple[Path, Path]:
+    """A tiny float directory, and the GGUF file of its experts."""
+    model = make_model(family, torch.bfloat16, **WHOLE_BLOCKS.get(family, {}))
+    model.save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "experts.gguf", quant_method=method)
+    return tmp_path / "plain", tmp_path / "experts.gguf"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_a_gguf_file_run_in_place_of_the_directorys(family: str, tmp_path: Path) -> None:
+    plain, file = plain_and_gguf(family, tmp_path)
+    loaded, info = load_model(plain, dtype=torch.float32, gguf=file, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    rows = packed_modules(loaded)
+    runs = backends.backends()["LLAMAFILE"].why_not() is None
+    assert all(("Q8_0" if runs else "int8") in row.kernel for row in rows)
+    blocks = ktk.load_gguf(file).experts(layer_of(rows[0].name))
+    if runs:
+        assert rows[0].bytes == sum(m.num_bytes for m in blocks.matrices.values())
+        assert rows[0].bits_per_weight == 8.5
+    want = make_model(family, **WHOLE_BLOCKS.get(family, {}))
+    with torch.no_grad():
+        for name, module in find_experts(want):
+            found = ktk.load_gguf(file).experts(layer_of(name))
+            for e in range(found.spec.num_experts):
+                put_weights(module, e, expert_weights(found, e))
+    logits, exact = run(loaded)[0], run(want, "eager")[0]
+    assert (logits - exact).abs().mean() <= 0.02 * exact.abs().mean()
+
+
+def put_weights(module: torch.nn.Module, expert: int, weights: ExpertWeights) -> None:
+    """Give an experts module what a GGUF file holds."""
+    first = np.concatenate([weights.gate, weights.up])  # (2 I, H)
+    if not module.is_concatenated:
+        first = np.stack([weights.gate, weights.up], 1).reshape(first.shape)
+    turn = np.transpose if module.is_transposed else np.asarray
+    module.gate_up_proj[expert] = torch.from_numpy(turn(first).copy())
+    module.down_proj[expert] = torch.from_numpy(turn(weights.down).copy())
+
+
+def test_a_method_for_packed_weights_quantises_the_gguf_anew(tmp_path: Path) -> None:
+    plain, file = plain_and_gguf("mixtral", tmp_path)
+    loaded = load_model(plain, method="NUMPY", gguf=file)
+    assert all(row.kernel == "numpy int8" for row in packed_modules(loaded))
+
+
+def test_config_takes_a_gguf_file(tmp_path: Path) -> None:
+    plain, file = plain_and_gguf("mixtral", tmp_path)
+    config = KtkConfig(gguf=file, method="NUMPY")
+    loaded = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
+    assert torch.equal(run(loaded)[0], run(load_model(plain, "NUMPY", gguf=file))[0])
+    assert json.loads(json.dumps(config.to_dict()))["gguf"] == str(file)
+
+
+def test_biases_of_blocks_reach_an_activation_that_ktk_does_not_know(tmp_path: Path) -> None:
+    plain, file = plain_and_gguf("gpt_oss", tmp_path)
+    loaded = load_model(plain, dtype=torch.float32, gguf=file)
+    want = run(loaded)[0]
+    for module in experts_of(loaded):
+        handle_of(module).activation = None
+    assert torch.allclose(run(loaded)[0], want, rtol=1e-2, atol=1e-2)
+
+
+def test_a_gguf_of_another_model_is_refused(tmp_path: Path) -> None:
+    plain, file = plain_and_gguf("mixtral", tmp_path)
+    config = json.loads((plain / "config.json").read_text())
+    for change, match in (
+        ({"intermediate_size": 64}, "the model's config says"),
+        ({"num_hidden_layers": 3}, r"experts.gguf: no packed experts for model.layers.2.mlp"),
+        ({"num_hidden_layers": 1}, r"experts.gguf: packed experts of layers \[1\]"),
+    ):
+        (plain / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=match):
+            load_model(plain, gguf=file)
+    (plain / "config.json").write_text(json.dumps(config))
+    convert(plain, tmp_path / "packed", quant_method="int8")
+    with pytest.raises(CheckpointError, match="packed already"):
+        load_model(tmp_path / "packed", gguf=file)
+    with pytest.raises(CheckpointError, match="nothing.gguf"):
+        load_model(plain, gguf=tmp_path / "nothing.gguf")
 
 
 def test_packing_reads_bf16_without_rounding() -> None:

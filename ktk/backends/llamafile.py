@@ -27,12 +27,16 @@ _warned: set[str] = set()
 
 
 class BlockFormat(NamedTuple):
-    """table_index : in the kernels' table. fine : weights that share a scale; 0: a float format."""
+    """table_index : in the kernels' table. fine : weights that share a scale; 0: a float format.
+
+    is_fused : few tokens are multiplied with what is in registers, not through memory.
+    """
 
     table_index: int
     block_weights: int
     block_bytes: int
     fine: int
+    is_fused: bool
 
 
 @cache

@@ -38,7 +38,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON object instead of the table.")
     ] = False,
 ) -> None:
-    """Convert a model's experts to INT8 and INT4, answer a question with each, and compare with bf16."""
+    """Convert a model's experts to INT8, INT4 and GGUF files, answer a question with each, and compare with bf16."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; read when transformers is imported
     from rich.console import Console
 
@@ -106,5 +106,5 @@ def _print_table(rows: list[Row]) -> None:
     console.print(table)
     console.print(
         "KL (nats per token) and top-1 agreement: against bf16 experts, all else in fp32. "
-        "Speeds: all in the checkpoint's own dtype."
+        "Speeds: all in the checkpoint's own dtype. Kernels named gguf run the mapped file."
     )

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-QUESTION = "What is the capital of France?"
+# The language is named because SmolLM2's first tokens of an English and of a French answer are level without it:
+# the checkpoint's own bf16 rounding then decides, not the experts.
+QUESTION = "What is the capital of France? Answer in English."
 _ROWS = 64  # positions whose float64 distributions are in memory at once
 
 

@@ -9,10 +9,11 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ktk import cpu
+from ktk import backends, cpu, env
 from ktk.demo import evaluate, smollm2
 from ktk.demo.text import stdlib_text, windows
 from ktk.errors import CheckpointError
@@ -20,6 +21,8 @@ from ktk.errors import CheckpointError
 WINDOW = 256
 ANSWER_TOKENS = 32
 FORMATS = ("int8", "int4")
+GGUF_FORMATS = ("q8_0", "q4_0")
+GGUF_METHOD = "LLAMAFILE"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,41 @@ def prepare_packed(source: Path, weight_format: str, options: Options, reporter:
     return packed
 
 
+def prepare_gguf(source: Path, ggml_type: str, options: Options, reporter: Reporter) -> Path:
+    """The GGUF file of a source's experts, written unless one of the same source lies in the work directory."""
+    from ktk.checkpoint import Checkpoint
+    from ktk.convert import Progress, convert, fingerprint
+
+    file = options.work_dir / f"{source.resolve().name}-{ggml_type}.gguf"
+    made_from = file.with_suffix(".gguf.source")  # what tells the demo's own file from another's
+    with Checkpoint.open(source) as checkpoint:
+        stamp = json.dumps(fingerprint(checkpoint))
+    if made_from.is_file():
+        if file.is_file() and made_from.read_text(encoding="utf-8") == stamp:
+            return file
+        file.unlink(missing_ok=True)
+    with reporter.step(f"experts to GGUF {ggml_type.upper()}") as progress:
+
+        def show(done: Progress) -> None:
+            progress(done.done_bytes >> 20, done.total_bytes >> 20)
+
+        if not file.exists():  # else convert refuses
+            made_from.parent.mkdir(parents=True, exist_ok=True)
+            made_from.write_text(stamp, encoding="utf-8")
+        convert(source, file, quant_method=ggml_type, progress=show)
+    return file
+
+
+def chosen_formats(method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Packed formats and types of GGUF files that a method runs here as they are."""
+    backend = backends.backends()[GGUF_METHOD]
+    key = backends.check_method(method)
+    if key == GGUF_METHOD:
+        return (), GGUF_FORMATS
+    is_run = key == "auto" and env.backend() is None and backend.why_not() is None
+    return FORMATS, GGUF_FORMATS if is_run else ()
+
+
 def available_bytes() -> int:
     """Memory this process could still take; where the OS does not tell, as if there were no limit."""
     return cpu.memory()[1] or 1 << 62
@@ -142,12 +180,12 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
     import torch
     from transformers import AutoTokenizer
 
-    from ktk import backends
     from ktk.integration.transformers.loading import load_model, packed_modules
 
-    backends.check_method(options.method)
+    formats, types = chosen_formats(options.method)
     source = prepare_source(options, reporter)
-    packed = {name: prepare_packed(source, name, options, reporter) for name in FORMATS}
+    packed = {name: prepare_packed(source, name, options, reporter) for name in formats}
+    files = {name: prepare_gguf(source, name, options, reporter) for name in types}
     tokenizer = AutoTokenizer.from_pretrained(str(source))
     text = stdlib_text() if options.text is None else options.text.read_text(encoding="utf-8")
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -184,8 +222,14 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
         measure(model, "bf16", name, bits, size)
         del model, experts
         gc.collect()
-    for weight_format, directory in packed.items():
-        model = load_model(directory, method=options.method)
+    loads: dict[str, Callable[[], Any]] = {
+        name: partial(load_model, directory, method=options.method)
+        for name, directory in packed.items()
+    }
+    for name, file in files.items():
+        loads[name] = partial(load_model, source, method=GGUF_METHOD, gguf=file)
+    for weight_format, load in loads.items():
+        model = load()
         modules = packed_modules(model)
         size = sum(m.bytes for m in modules)
         weights = sum(8 * m.bytes / m.bits_per_weight for m in modules)

@@ -20,7 +20,7 @@ from ktk.integration.transformers.activations import join_gate_up, recognise
 from ktk.moe import MoE, as_weights
 from ktk.pack import pack_experts
 from ktk.reference.moe import ExactExperts
-from ktk.types import Activation, ExpertWeights, MoESpec, Packed
+from ktk.types import Activation, BlockExperts, ExpertWeights, MoESpec, Packed
 
 _ATTRIBUTE = "_ktk"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -60,14 +60,18 @@ class ExpertsHandle:
     def biases(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 gate|up (num_experts, 2 I) and down (num_experts, H) biases, from the packed experts."""
         if self._biases is None:
-            experts = ExactExperts(self.moe.packed)
-            first = ("gate", "up") if self.moe.spec.has_gate else ("up",)
-            every = range(self.moe.spec.num_experts)
+            packed, spec = self.moe.packed, self.moe.spec
+            first = ("gate", "up") if spec.has_gate else ("up",)
+
+            def bias(name: str) -> np.ndarray:
+                if isinstance(packed, BlockExperts):
+                    return packed.biases[name]
+                experts = ExactExperts(packed)
+                rows = [experts.bias(e, name) for e in range(spec.num_experts)]
+                return np.stack([row for row in rows if row is not None])
 
             def stacked(*names: str) -> torch.Tensor:
-                found = [[experts.bias(e, name) for name in names] for e in every]
-                rows = [np.concatenate([b for b in row if b is not None]) for row in found]
-                return torch.from_numpy(np.stack(rows))
+                return torch.from_numpy(np.concatenate([bias(name) for name in names], axis=1))
 
             self._biases = (stacked(*first), stacked("down"))
         return self._biases
@@ -189,12 +193,15 @@ def pack_module(
 
 
 def attach(
-    module: Any, packed: Packed, method: str = "auto", num_threads: int | None = None
+    module: Any,
+    packed: Packed | BlockExperts,
+    method: str = "auto",
+    num_threads: int | None = None,
 ) -> ExpertsHandle:
-    """Hang packed experts on a module without weights. The module says the activation, not the file."""
+    """Hang packed experts or GGUF blocks on a module without weights; the module says the activation, not the file."""
     activation = recognise(module)
     spec = dataclasses.replace(packed.spec, activation=activation or Activation())
-    moe = MoE(Packed(spec, packed.data), method=method, num_threads=num_threads)
+    moe = MoE(dataclasses.replace(packed, spec=spec), method=method, num_threads=num_threads)
     handle = ExpertsHandle(moe, activation, None)
     setattr(module, _ATTRIBUTE, handle)
     return handle

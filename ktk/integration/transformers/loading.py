@@ -1,11 +1,13 @@
-"""Models with packed experts: packed in place (``use_ktk``), or loaded from what ``ktk convert`` wrote."""
+"""Models with packed experts: packed in place (``use_ktk``), loaded from what ``ktk convert`` wrote, or from a GGUF file."""
 
 from __future__ import annotations
 
 import contextvars
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktk import backends
 from ktk.errors import CheckpointError
+from ktk.gguf_model import open_experts
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
     attach,
@@ -26,7 +29,8 @@ from ktk.integration.transformers.experts import (
     pack_module,
     weight_names,
 )
-from ktk.types import MoESpec
+from ktk.models.gguf import GgufExperts
+from ktk.types import BlockExperts, MoESpec, Packed
 
 # method= of the load_model() call in progress; from_pretrained has no way to pass it to a packed directory.
 _method: contextvars.ContextVar[str | None] = contextvars.ContextVar("ktk_method", default=None)
@@ -44,12 +48,12 @@ class PackedModule:
 
     @classmethod
     def of(cls, name: str, handle: ExpertsHandle) -> PackedModule:
-        moe = handle.moe
+        moe, spec = handle.moe, handle.moe.spec
         return cls(
             name,
             moe.kernel,
-            moe.spec.bits_per_weight,
-            moe.spec.num_experts * moe.spec.layout.expert_bytes,
+            moe.bits_per_weight,
+            round(moe.bits_per_weight * spec.num_weights * spec.num_experts / 8),
             handle.activation is not None,
         )
 
@@ -118,6 +122,7 @@ class KtkConfig(QuantizationConfigMixin):
 
     weight_format, group_size, activation_group, method : as in ``use_ktk``. A packed directory's own values
     win over given ones; its method is KTK_BACKEND, ``load_model(method=...)`` or "method" in its config.json.
+    gguf : as in ``load_model``; weight_format and the groups do not count then.
     """
 
     def __init__(
@@ -126,6 +131,7 @@ class KtkConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         activation_group: int | None = None,
         method: str = "auto",
+        gguf: str | os.PathLike[str] | None = None,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
@@ -134,6 +140,7 @@ class KtkConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.activation_group = activation_group
         self.method = method
+        self.gguf = None if gguf is None else os.fspath(gguf)
         for name, value in others.items():
             setattr(self, name, value)
 
@@ -147,7 +154,8 @@ class KtkHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KtkConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.directory: Path | None = None
+        self.directory: Path | None = None  # of packed experts
+        self.gguf: GgufExperts | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -160,8 +168,8 @@ class KtkHfQuantizer(HfQuantizer):
         )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The experts' converters find no tensors in a packed directory; without them nothing looks for any."""
-        if not self.pre_quantized:
+        """Without the experts' converters nothing looks for float experts, which come from elsewhere."""
+        if self.directory is None and self.gguf is None:
             return weight_conversions
         packed = {name for _, module in find_experts(model) for name in weight_names(module)}
         targets = [(c, getattr(c, "_original_target_patterns", [])) for c in weight_conversions]
@@ -172,22 +180,16 @@ class KtkHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not self.pre_quantized:
+        specs = self._open(checkpoint_files)
+        if specs is None:
             return
-        from ktk.checkpoint.packed import read_config
-
-        if not checkpoint_files:
-            raise CheckpointError(
-                "a packed ktk model loads from its directory: no state_dict can be given instead"
-            )
-        self.directory = Path(checkpoint_files[0]).parent
-        specs = read_config(self.directory).specs
+        source = self.directory or self.quantization_config.gguf
         modules: dict[str, Any] = dict(find_experts(model))
         for name, module in modules.items():
             layer = layer_of(name)
             if layer not in specs:
                 raise CheckpointError(
-                    f"{self.directory}: no packed experts for {name}; it has layers {sorted(specs)}"
+                    f"{source}: no packed experts for {name}; it has layers {sorted(specs)}"
                 )
             _check_shapes(name, module, specs[layer])
             drop_weights(module)
@@ -195,21 +197,45 @@ class KtkHfQuantizer(HfQuantizer):
         unused = sorted(set(specs) - {layer_of(name) for name in modules})
         if unused:
             raise CheckpointError(
-                f"{self.directory}: packed experts of layers {unused} have no module in {type(model).__name__}"
+                f"{source}: packed experts of layers {unused} have no module in {type(model).__name__}"
             )
+        if self.gguf is not None:  # the directory's own experts stay unread: that is no mistake
+            known = {rf"(^|\.){re.escape(name)}\." for name in modules}
+            ignored = model._keys_to_ignore_on_load_unexpected
+            model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *known}
         _select_ktk(model, list(modules.values()))
 
+    def _open(self, checkpoint_files: list[str] | None) -> dict[int, MoESpec] | None:
+        """The specs of experts that lie packed or in a GGUF file; None if the checkpoint's float ones are to be packed."""
+        if self.pre_quantized:
+            from ktk.checkpoint.packed import read_config
+
+            if not checkpoint_files:
+                raise CheckpointError(
+                    "a packed ktk model loads from its directory: no state_dict can be given instead"
+                )
+            self.directory = Path(checkpoint_files[0]).parent
+            return read_config(self.directory).specs
+        if self.quantization_config.gguf is None:
+            return None
+        self.gguf = open_experts(Path(self.quantization_config.gguf))
+        return {layer: self.gguf.spec(layer) for layer in self.gguf.layers}
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
-        method = _method.get() or config.method
-        if not self.pre_quantized:
-            use_ktk(model, config.weight_format, config.group_size, config.activation_group, method)
-            return
         from ktk.checkpoint.packed import read_layer
 
-        assert self.directory is not None
+        config = self.quantization_config
+        method = _method.get() or config.method
+        read: Callable[[int], Packed | BlockExperts]
+        if self.gguf is not None:
+            read = self.gguf.experts
+        elif self.directory is not None:
+            read = partial(read_layer, self.directory)
+        else:
+            use_ktk(model, config.weight_format, config.group_size, config.activation_group, method)
+            return
         for name, module in find_experts(model):
-            attach(module, read_layer(self.directory, layer_of(name)), method)
+            attach(module, read(layer_of(name)), method)
 
 
 def layer_of(name: str) -> int:
@@ -242,12 +268,19 @@ def _check_shapes(name: str, module: Any, spec: MoESpec) -> None:
 
 
 def load_model(
-    path: str | os.PathLike[str], method: str = "auto", dtype: Any = None, **kwargs: Any
+    path: str | os.PathLike[str],
+    method: str = "auto",
+    dtype: Any = None,
+    *,
+    gguf: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A causal language model from a packed or an ordinary directory, its experts run by ktk.
 
     An ordinary directory's experts run unquantised, packed exactly on each layer's first call.
     method : as in ``ktk.MoE``. dtype : of everything but the experts; None keeps the checkpoint's.
+    gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from the mapped file,
+        in place of those of ``path``, which must be an ordinary directory; they are not read.
     kwargs : for ``AutoModelForCausalLM.from_pretrained``. Raises CheckpointError, BackendError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -262,6 +295,13 @@ def load_model(
         raise CheckpointError(
             f"{path}: its weights are quantised ({given}): run `ktk convert` on it first"
         )
+    if gguf is not None:
+        if quantised is not None:
+            raise CheckpointError(
+                f"{path}: its experts are packed already: leave gguf out, or name the directory they came from"
+            )
+        kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     token = _method.set(None if method.lower() == "auto" else method)
     try:
         if quantised is not None:
