@@ -13,11 +13,11 @@
 enum { SHORT_CHUNK = 512, CHUNK = 4096, MAX_TILES = LF_MAX_ROWS / MAX_ROWS };
 /* What is laid down of a chunk: dwords of floats, or codes with a scale and a minimum for 16. */
 enum { LAID_BYTES = CHUNK * LANES * 4 };
-/* Rows that are multiplied with the registers a decoder fills; of formats whose row says so. */
+/* Rows that are multiplied with the registers a decoder fills: of LF_FUSED_FORMATS, of others. */
 #ifdef __AVX512F__
-enum { FUSED_ROWS = 4 };
+enum { FUSED_ROWS = 4, FEW_FUSED_ROWS = 2 };
 #else
-enum { FUSED_ROWS = 2 };
+enum { FUSED_ROWS = 2, FEW_FUSED_ROWS = 2 };
 #endif
 
 /* -- blocks through the decoder -------------------------------------------------------------------------------- */
@@ -104,26 +104,26 @@ LF_INTEGER_FORMATS(ROW)
     case MR:                                                                                                 \
         fused(FORMAT, MR, w, panel, strip, ahead, rows);                                                     \
         break;
+#define ROW(NAME) +1 * (FORMAT == FORMAT_##NAME)
+INLINE int fused_rows(const int FORMAT) { return (0 LF_FUSED_FORMATS(ROW)) ? FUSED_ROWS : FEW_FUSED_ROWS; }
+#undef ROW
 #ifdef __AVX512F__
-#define FUSED_HEIGHTS(FORMAT) FUSED(1, FORMAT) FUSED(2, FORMAT) FUSED(3, FORMAT) FUSED(4, FORMAT)
+#define MORE_FUSED(FORMAT)                                                                                   \
+    if (fused_rows(FORMAT) > 2) switch (rows->num_rows) {                                                    \
+            FUSED(3, FORMAT) FUSED(4, FORMAT)                                                                \
+        }
 #else
-#define FUSED_HEIGHTS(FORMAT) FUSED(1, FORMAT) FUSED(2, FORMAT)
+#define MORE_FUSED(FORMAT)
 #endif
-#define ROW(NAME)                                                                                            \
+#define ROW(NAME, ...)                                                                                       \
     static void fused_##NAME(const lf_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead,      \
                              tile *rows) {                                                                   \
-        switch (rows->num_rows) { FUSED_HEIGHTS(FORMAT_##NAME) }                                             \
+        switch (rows->num_rows) { FUSED(1, FORMAT_##NAME) FUSED(2, FORMAT_##NAME) }                          \
+        MORE_FUSED(FORMAT_##NAME)                                                                            \
     }
-LF_FUSED_FORMATS(ROW)
+LF_FLOAT_FORMATS(ROW)
+LF_INTEGER_FORMATS(ROW)
 #undef ROW
-
-INLINE fused_fn *fused_of(const int FORMAT) {
-#define ROW(NAME)                                                                                            \
-    if (FORMAT == FORMAT_##NAME) return fused_##NAME;
-    LF_FUSED_FORMATS(ROW)
-#undef ROW
-    return NULL;
-}
 
 /* -- rows of activations --------------------------------------------------------------------------------------- */
 
@@ -207,11 +207,11 @@ INLINE laid laid_at(const int FORMAT, int num_k, uint8_t *at) {
 
 INLINE void gemm(const int FORMAT, const lf_matrix *w, const uint8_t *panels, int num_panels,
                  const lf_rows *a, const int32_t *rows, int num_rows, float *out, int64_t out_stride,
-                 const uint8_t *next, uint8_t *work, lay_fn *lay_down) {
+                 const uint8_t *next, uint8_t *work, lay_fn *lay_down, fused_fn *straight) {
     const int K = w->in_features, weights = TRAITS[FORMAT].weights;
     const int64_t panel_bytes = lf_panel_bytes(w);
     const int num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS; /* of nearly equal height */
-    fused_fn *straight = num_rows <= FUSED_ROWS ? fused_of(FORMAT) : NULL;
+    const int is_fused = num_rows <= fused_rows(FORMAT);
     multiply_fn *multiply = multiply_of(FORMAT);
     const int longest = num_tiles <= 2 ? SHORT_CHUNK : CHUNK, chunk = K < longest ? K : longest;
     const laid p = laid_at(FORMAT, chunk, work);
@@ -229,8 +229,8 @@ INLINE void gemm(const int FORMAT, const lf_matrix *w, const uint8_t *panels, in
         for (int strip = 0; strip < STRIPS; strip++) {
             const uint8_t *strip_ahead = ahead ? ahead + strip * (panel_bytes / STRIPS) : NULL;
             for (int t = 0; t < num_tiles; t++) restart(w, &starts[t], &tiles[t]);
-            if (straight) straight(w, panels, strip, strip_ahead, tiles);
-            for (int k = straight ? K : 0; k < K; k += chunk) {
+            if (is_fused) straight(w, panels, strip, strip_ahead, tiles);
+            for (int k = is_fused ? K : 0; k < K; k += chunk) {
                 const int num_k = K - k < chunk ? K - k : chunk;
                 lay_down(w, panels, strip, k / weights, num_k / weights, strip_ahead, p);
                 for (int t = 0; t < num_tiles; t++) multiply(w, p, num_k, &tiles[t]);
@@ -253,7 +253,7 @@ typedef void gemm_fn(const lf_matrix *w, const uint8_t *panels, int num_panels, 
                             const int32_t *rows, int num_rows, float *out, int64_t out_stride,               \
                             const uint8_t *next, uint8_t *work) {                                            \
         gemm(FORMAT_##NAME, w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work,           \
-             lay_##NAME);                                                                                    \
+             lay_##NAME, fused_##NAME);                                                                      \
     }
 LF_FLOAT_FORMATS(ROW)
 LF_INTEGER_FORMATS(ROW)
