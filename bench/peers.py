@@ -5,12 +5,16 @@
 kt-kernel runs in the Python it is installed in (bench/peers_kt_kernel.py). llama.cpp runs through a program that
 builds one layer as llama.cpp does, on ggml's CPU backend, and prints a JSON line per number of tokens; it is called as
 
-    PROGRAM --shape a|b|c --type q4_K --buf repack|cpu --thp --tokens T --threads N --min-time SECONDS
+    PROGRAM --shape a|b|c --type q4_K|q8_0|mxfp4|bf16|... --buf repack|cpu --thp --tokens T --threads N --min-time SECONDS
 
-(a, b, c: qwen3-30b-a3b, deepseek-v3, mixtral-8x7b), exits with 6 where a type has no such buffer, and must print
+(types as ggml names them; a, b, c: qwen3-30b-a3b, deepseek-v3, mixtral-8x7b), exits with 6 where a type has no such buffer, and must print
 tokens, ms_median, experts_touched and bpw. Engines that are not given are left out.
 
 Rates are ratios of medians over rounds: what another engine takes, divided by what ktk takes; above 1 ktk is faster.
+
+    python bench/peers.py --llama-bench ./ggml_moe_bench --block-types Q4_K,Q4_K:repack,Q6_K,BF16
+
+compares LLAMAFILE with llama.cpp on blocks of the same type, with the better of its two buffers.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ktk import cpu
-from ktk.bench.layer import Caller, Layer, Method, parse_method, torch_peak
+from ktk.bench.layer import BLOCKS, Caller, Layer, Method, parse_method, torch_peak
 from ktk.bench.roofline import Roofline, peak_of
 from ktk.bench.run import Result, build_layers, measure, report
 from ktk.bench.shapes import SHAPES, Routing, Shape
@@ -40,6 +44,8 @@ HERE = Path(__file__).parent
 SECONDS = 0.15  # of calls in a round
 LLAMA_SHAPES = {"qwen3-30b-a3b": "a", "deepseek-v3": "b", "mixtral-8x7b": "c"}
 NO_SUCH_BUFFER = 6
+BUFFERS = ("repack", "cpu")
+METHODS, LLAMA_TYPES = "INT4:32,INT4:128,INT8", "q4_0,q4_K,q8_0"
 
 
 class Rival(Layer):
@@ -166,8 +172,15 @@ class LlamaCpp(Rival):
         return [found["ms_median"] / 1e3], [found["experts_touched"]]
 
 
-def rivals(a: argparse.Namespace, shape: Shape, threads: int, max_tokens: int) -> list[Rival]:
-    """Those that were given; a line on stderr for each that has to be left out."""
+def ggml_name(block_type: str) -> str:
+    """What ggml calls a GGUF type: Q4_K is its q4_K, MXFP4 its mxfp4."""
+    return block_type.lower().replace("_k", "_K")
+
+
+def rivals(
+    a: argparse.Namespace, shape: Shape, kinds: list[str], threads: int, max_tokens: int
+) -> list[Rival]:
+    """Those that were given, llama.cpp with types ``kinds``; a line on stderr for each that has to be left out."""
     found: list[Rival] = []
     if a.kt_python:
         # With as many threads as cores one of its threads, which only waits, takes a core from another.
@@ -177,8 +190,8 @@ def rivals(a: argparse.Namespace, shape: Shape, threads: int, max_tokens: int) -
     if a.llama_bench and shape.name not in LLAMA_SHAPES:
         print(f"llama.cpp left out: its program knows {', '.join(LLAMA_SHAPES)}", file=sys.stderr)
     elif a.llama_bench:
-        for kind in split([a.llama_types]):
-            for buffer in ("repack", "cpu"):
+        for kind in kinds:
+            for buffer in BUFFERS:
                 try:
                     found.append(LlamaCpp(a.llama_bench, shape, kind, buffer, threads))
                 except LookupError as error:
@@ -229,32 +242,86 @@ def print_ratios(result: Result, methods: list[Method]) -> None:
         )
 
 
+def block_ratios(result: Result) -> list[dict[str, Any]]:
+    """Per LLAMAFILE method and number of tokens: llama.cpp's time on the same type, in its better buffer, over ktk's."""
+    cases = {(case.num_tokens, case.method): case for case in result.cases}
+    found = []
+    for (tokens, text), case in cases.items():
+        if not text.upper().startswith(f"{BLOCKS}:"):
+            continue
+        method = parse_method(text)
+        assert method.block_type is not None
+        kind = ggml_name(method.block_type)
+        theirs = {
+            buffer: cases[tokens, f"llama.cpp {kind} {buffer}"].seconds * 1e3
+            for buffer in BUFFERS
+            if (tokens, f"llama.cpp {kind} {buffer}") in cases
+        }
+        if theirs:
+            better = min(theirs, key=lambda buffer: theirs[buffer])
+            ours = case.seconds * 1e3
+            row = {"tokens": tokens, "method": text, "ms": ours, "buffer": better}
+            found.append(row | {"llama_ms": theirs[better], "ratio": theirs[better] / ours})
+    return found
+
+
+def print_block_ratios(rows: list[dict[str, Any]]) -> None:
+    """One row per method, one column per number of tokens."""
+    by_method: dict[str, dict[int, str]] = {}
+    for r in rows:
+        cell = f"{r['ratio']:.2f} ({r['ms']:.3g}, {r['buffer']} {r['llama_ms']:.3g})"
+        by_method.setdefault(r["method"], {})[r["tokens"]] = cell
+    tokens = list(dict.fromkeys(r["tokens"] for r in rows))
+    table = Table("tokens", title="llama.cpp's better buffer / ktk (ms, ms)")
+    for count in tokens:
+        table.add_column(str(count), justify="right")
+    for method, cells in by_method.items():
+        table.add_row(method, *(cells.get(count, "") for count in tokens))
+    Console(highlight=False).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--tokens", default="1,4,16,64,256,1024")
-    parser.add_argument("--method", default="INT4:32,INT4:128,INT8", help="ktk's, as for ktk bench")
+    parser.add_argument(
+        "--method", help=f"ktk's, as for ktk bench; {METHODS} without --block-types"
+    )
     parser.add_argument("--threads", type=int, default=cpu.num_physical_cores())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--kt-python", help="the Python that kt-kernel is installed in")
     parser.add_argument("--kt-methods", default="AMXINT4,AMXINT8,RAWINT4")
     parser.add_argument("--llama-bench", help="the program above")
-    parser.add_argument("--llama-types", default="q4_0,q4_K,q8_0")
+    parser.add_argument("--llama-types", help=f"llama.cpp's; {LLAMA_TYPES} without --block-types")
+    parser.add_argument(
+        "--block-types",
+        default="",
+        help="run by both: Q4_K, or Q4_K:repack for ktk's repacked blocks",
+    )
     a = parser.parse_args()
-    shape, methods = SHAPES[a.shape], [parse_method(text) for text in split([a.method])]
+    if a.block_types and not (a.llama_bench and a.shape in LLAMA_SHAPES):
+        known = ", ".join(LLAMA_SHAPES)
+        raise ValueError(f"--block-types needs --llama-bench and a shape it knows: {known}")
+    shape = SHAPES[a.shape]
+    methods = [
+        parse_method(text) for text in split([a.method or ("" if a.block_types else METHODS)])
+    ]
+    blocks = [parse_method(f"{BLOCKS}:{text}") for text in split([a.block_types])]
+    kinds = split([a.llama_types or ("" if a.block_types else LLAMA_TYPES)])
+    kinds += [ggml_name(m.block_type) for m in blocks if m.block_type]
     tokens = [number(text, "--tokens") for text in split([a.tokens])]
     roofline = Roofline(a.threads)
     others: list[Rival] = []
     with priority(), StepProgress() as progress:
         try:
             progress(0, 1, "starting the other engines")
-            others += rivals(a, shape, a.threads, max(tokens))
+            others += rivals(a, shape, list(dict.fromkeys(kinds)), a.threads, max(tokens))
             layers = build_layers(
                 shape,
-                methods,
+                list(dict.fromkeys([*methods, *blocks])),
                 num_threads=a.threads,
                 more_bytes=roofline.buffer_bytes
                 + max((2 * o.layer_bytes for o in others), default=0),
@@ -271,9 +338,13 @@ def main() -> None:
         finally:
             for other in others:
                 other.close()
+    ratios = block_ratios(result)
     if a.json:
-        a.json.write_text(json.dumps(report([result], a.threads, a.rounds), indent=2) + "\n")
+        found = report([result], a.threads, a.rounds) | {"block_ratios": ratios}
+        a.json.write_text(json.dumps(found, indent=2) + "\n")
     print_ratios(result, methods)
+    if ratios:
+        print_block_ratios(ratios)
 
 
 if __name__ == "__main__":

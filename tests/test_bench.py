@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
@@ -28,7 +29,7 @@ from ktk.bench.layer import (
     spec_of,
 )
 from ktk.bench.roofline import READ, Roofline, bound, cpus_for, l3_bytes, peak_of, peaks
-from ktk.bench.run import Case, Round, build_layers, measure, report
+from ktk.bench.run import Case, Result, Round, build_layers, measure, report
 from ktk.bench.shapes import SHAPES, Shape, routings
 from ktk.errors import BackendError
 
@@ -521,6 +522,32 @@ def test_another_engines_program_is_read(peers: Any, tmp_path: Path) -> None:
         peers.LlamaCpp(str(program), shape, "q4_0", "repack", 2)
     with pytest.raises(RuntimeError, match="ended with 1: no such buffer"):
         peers.LlamaCpp(str(program), shape, "bad", "repack", 2)
+
+
+@needs_extension
+def test_blocks_are_compared_with_the_better_buffer_of_the_same_type(
+    peers: Any, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    given = argparse.Namespace(kt_python=None, llama_bench=str(program))
+    kinds = [peers.ggml_name(name) for name in ("Q4_K", "IQ4_XS")]
+    (k, xs) = peers.rivals(given, SHAPES["qwen3-30b-a3b"], kinds, 2, 1)
+    assert (k.method, xs.method) == ("llama.cpp q4_K cpu", "llama.cpp iq4_xs cpu")
+    seconds = {
+        "LLAMAFILE:Q4_K": 1.0, "llamafile:q4_K:repack": 2.0, "LLAMAFILE:F16": 1.0, "INT8": 1.0,
+        "llama.cpp q4_K repack": 3.0, "llama.cpp q4_K cpu": 5.0, "llama.cpp q8_0 cpu": 0.1,
+    }  # fmt: skip
+    cases = [
+        Case(TINY, name, "", "", 1, 4, [Round([s], [1.0], (1.0, 1.0), (1.0, 1.0))])
+        for name, s in seconds.items()
+    ]
+    rows = peers.block_ratios(Result(TINY, [], cases, {}))
+    assert [(r["method"], r["buffer"], r["ratio"]) for r in rows] == [
+        ("LLAMAFILE:Q4_K", "repack", 3.0),
+        ("llamafile:q4_K:repack", "repack", 1.5),
+    ]
 
 
 @needs_extension

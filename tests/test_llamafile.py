@@ -17,7 +17,7 @@ from ktk import backends, cpu
 from ktk._cy import native_module
 from ktk._cy.isa import BLOCKS_ROWS
 from ktk.backends.llamafile import LlamafileRunner, blocks_isa, formats, repack
-from ktk.bench.blocks import random_blocks, random_matrix
+from ktk.bench.blocks import error_bound, random_blocks, random_matrix
 from ktk.errors import BackendError
 from ktk.formats import GGUF
 from ktk.reference.dequantise import dequantise, expert_weights
@@ -30,10 +30,6 @@ if native_module() is None:
 TYPES = tuple(formats())
 ISAS = tuple(row.name for row in BLOCKS_ROWS)
 FLOATS = ("F32", "F16", "BF16")
-# Mean error against float64 arithmetic on gguf's weights, relative to the mean output: rounding activations to
-# eight bits in groups of 64 is all that is lost; BF16 kernels round them to 8 bits of mantissa.
-BOUND = {"F32": 1e-6, "F16": 1e-6, "BF16": 5e-3}
-BOUND_EIGHT_BITS = 0.03  # random bits as scales: a few channels dominate
 
 
 def load(experts: BlockExperts, isa: str, num_threads: int = 2) -> LlamafileRunner:
@@ -88,7 +84,7 @@ def test_forward_is_the_exact_model(kind: str, isa: str, tokens: int) -> None:
     want = ExactBlocks(experts, isa).forward(x, ids, weights)
     got = run(runner, x, ids, weights)
     if kind == "BF16" and isa == "avx512bf16":
-        assert np.abs(got - want).mean() <= BOUND[kind] * np.abs(want).mean()
+        assert np.abs(got - want).mean() <= error_bound(kind, 64) * np.abs(want).mean()
     else:
         assert_exact(want, got)
 
@@ -117,7 +113,7 @@ def test_error_against_float64_is_that_of_activations(kind: str) -> None:
     with np.errstate(over="ignore"):
         want = oracle_forward([expert_weights(experts, e) for e in range(4)], spec, x, ids, weights)
     got = ktk.MoE(experts)(x, ids, weights)
-    assert np.abs(got - want).mean() <= BOUND.get(kind, BOUND_EIGHT_BITS) * np.abs(want).mean()
+    assert np.abs(got - want).mean() <= error_bound(kind, 64) * np.abs(want).mean()
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,7 +17,16 @@ HALVES = {
     "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
 }  # fmt: skip
 SCALE = 0.01
+# Mean error of a layer's output against float64 on the same weights, relative to the mean output (bench/block_error.py):
+# sums in fp32; BF16 kernels may round activations to 8 bits of mantissa; others round them to eight bits in groups.
+FLOAT_BOUNDS = {"F32": 2e-6, "F16": 2e-6, "BF16": 4e-3}
+EIGHT_BITS_BOUNDS = {64: 0.02, 128: 0.026}  # by activation_group
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def error_bound(kind: str, activation_group: int) -> float:
+    """The bound of a type the kernels read, for normal activations; activation_group one of EIGHT_BITS_BOUNDS."""
+    return FLOAT_BOUNDS.get(kind, EIGHT_BITS_BOUNDS[activation_group])
 
 
 def row_bytes(kind: str, in_features: int) -> int:
