@@ -1,8 +1,7 @@
-"""Random GGUF blocks of every type that the kernels read."""
+"""The stated arithmetic on GGUF blocks, and what the kernels unpack of them."""
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 
 from ktk._cy import native_module
@@ -11,65 +10,7 @@ from ktk.layout import PANEL
 from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float, quantise_activations
 from ktk.reference.moe import ExactExperts
-from ktk.types import BlockExperts, BlockMatrix, MoESpec
-
-# Where a block holds halves that scale it: random bits there would be inf or NaN.
-HALVES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
-    "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
-}  # fmt: skip
-SCALE = 0.01
-
-
-def random_matrix(
-    kind: str, num_experts: int, out_features: int, in_features: int, seed: int
-) -> BlockMatrix:
-    """Blocks of random bits with scales near SCALE, uint8 (num_experts, out_features, row bytes)."""
-    rng = np.random.default_rng(seed)
-    shape = (num_experts, out_features)
-    if kind in ("F32", "F16", "BF16"):
-        w = (rng.standard_normal((*shape, in_features)) * SCALE).astype(np.float32)
-        raw = {"F32": w, "F16": w.astype(np.float16), "BF16": (w.view(np.uint32) >> 16)}[kind]
-        raw = raw.astype(np.uint16) if kind == "BF16" else raw
-        return BlockMatrix(kind, in_features, np.ascontiguousarray(raw).view(np.uint8))
-    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    blocks = rng.integers(0, 256, (*shape, in_features // weights, size), dtype=np.uint8)
-    scales = (rng.random((*blocks.shape[:3], 4)) * SCALE + SCALE).astype(np.float16)
-    for i, at in enumerate(HALVES.get(kind, ())):
-        blocks[..., at : at + 2] = scales[..., i : i + 1].view(np.uint8)
-    if kind == "MXFP4":  # 2 ** (e - 128)
-        blocks[..., 0] = rng.integers(118, 124, blocks.shape[:3])
-    if kind == "IQ1_M":  # its half stands in the high nibbles of four words
-        bits = scales[..., 0].view(np.uint16)
-        words = np.ascontiguousarray(blocks[..., 48:56]).view(np.uint16)
-        for i in range(4):
-            words[..., i] = (words[..., i] & 0xFFF) | ((bits >> (4 * i) & 15) << 12)
-        blocks[..., 48:56] = words.view(np.uint8)
-    return BlockMatrix(kind, in_features, blocks.reshape(*shape, -1))
-
-
-def random_blocks(
-    spec: MoESpec, types: tuple[str, str, str], seed: int = 0, scale_bias: float = 0.1
-) -> BlockExperts:
-    """Experts of ``spec`` whose gate, up and down have the given types."""
-    rng = np.random.default_rng(seed)
-    e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
-
-    def bias(n: int) -> np.ndarray | None:
-        return (
-            (rng.standard_normal((e, n)) * scale_bias).astype(np.float32) if spec.has_bias else None
-        )
-
-    return BlockExperts(
-        spec,
-        random_matrix(types[0], e, i, h, seed + 1) if spec.has_gate else None,
-        random_matrix(types[1], e, i, h, seed + 2),
-        random_matrix(types[2], e, h, i, seed + 3),
-        bias(i) if spec.has_gate else None,
-        bias(i),
-        bias(h),
-    )
+from ktk.types import BlockExperts, BlockMatrix
 
 
 class ExactBlocks(ExactExperts):

@@ -311,12 +311,24 @@ def test_shapes_that_cannot_be_are_refused(sizes: tuple[int, int, int, int], mes
     ],
 )
 def test_methods_are_read(text: str, expected: tuple[str, str | None, int | None]) -> None:
-    assert parse_method(text) == (text, *expected)
+    assert parse_method(text) == (text, *expected, None, False)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "INT5", "INT4:x", "INT4:32:1", "AVX2", "AVX2:32", "auto", "AVX2:INT4:-1", "torch:BF16"],
+    [
+        "",
+        "INT5",
+        "INT4:x",
+        "INT4:32:1",
+        "AVX2",
+        "AVX2:32",
+        "auto",
+        "AVX2:INT4:-1",
+        "torch:BF16",
+        "AVX2:GGUF",
+        "GGUF",
+    ],
 )
 def test_methods_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be FORMAT"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from block_cases import ExactBlocks, random_blocks, random_matrix, unpack
+from block_cases import ExactBlocks, unpack
 from cases import assert_exact, random_hidden, random_routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,8 @@ import ktk
 from ktk import backends, cpu
 from ktk._cy import native_module
 from ktk._cy.isa import BLOCKS_ROWS
-from ktk.backends.llamafile import LlamafileRunner, formats, repack
+from ktk.backends.llamafile import LlamafileRunner, blocks_isa, formats, repack
+from ktk.bench.blocks import random_blocks, random_matrix
 from ktk.errors import BackendError
 from ktk.formats import GGUF
 from ktk.reference.dequantise import dequantise, expert_weights
@@ -113,7 +114,8 @@ def test_error_against_float64_is_that_of_activations(kind: str) -> None:
     experts = random_blocks(spec, (kind,) * 3)
     x = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32)
     ids, weights = random_routing(8, 2, 4, 0)
-    want = oracle_forward([expert_weights(experts, e) for e in range(4)], spec, x, ids, weights)
+    with np.errstate(over="ignore"):
+        want = oracle_forward([expert_weights(experts, e) for e in range(4)], spec, x, ids, weights)
     got = ktk.MoE(experts)(x, ids, weights)
     assert np.abs(got - want).mean() <= BOUND.get(kind, BOUND_EIGHT_BITS) * np.abs(want).mean()
 
@@ -137,9 +139,17 @@ def test_types_may_differ_and_sizes_be_odd(data: st.DataObject) -> None:
     ids = np.random.default_rng(tokens).integers(-1, 4, (tokens, 2))
     weights = np.full((tokens, 2), 0.5, np.float32)
     got = ktk.MoE(experts)(x, ids, weights)
+    isa = blocks_isa()
+    assert isa is not None
     with np.errstate(over="ignore"):
-        want = oracle_forward([expert_weights(experts, e) for e in range(3)], spec, x, ids, weights)
-    assert np.abs(got - want).max(initial=0) <= 0.05 * np.abs(want).max(initial=1e-30)
+        if is_float or "BF16" in kinds:  # no exact model of odd sizes, nor of VDPBF16PS
+            weights_of = [expert_weights(experts, e) for e in range(3)]
+            want = oracle_forward(weights_of, spec, x, ids, weights)
+            # relu2 multiplies three errors, and its output may be small where they are not
+            bound = 0.05 if is_float else 0.3
+            assert np.abs(got - want).max(initial=0) <= bound * np.abs(want).max(initial=1e-30)
+        else:
+            assert_exact(ExactBlocks(experts, isa).forward(x, ids, weights), got)
     assert_exact(got, ktk.MoE(experts, repack=True)(x, ids, weights))
 
 

@@ -1,7 +1,7 @@
-"""Layers to measure: ktk's methods, and torch's bf16 loop over experts as the baseline everyone has.
+"""Layers to measure: ktk's methods, of packed weights and of GGUF blocks, and torch's bf16 loop over experts as the baseline everyone has.
 
-All experts of a layer hold the same random weights, each in its own memory: packing one is quick, and reading them
-costs what it costs in a model.
+The experts of a layer are one or two over and over, each time in memory of their own: packing them is quick, and reading
+them costs what it costs in a model.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends, cpu
-from ktk.bench.roofline import peak_of, peaks
+from ktk.backends.llamafile import blocks_isa, repack
+from ktk.bench.blocks import has_quantiser, in_turns, quantised, random_blocks, row_bytes
+from ktk.bench.roofline import peak_of, peak_of_blocks, peaks
 from ktk.bench.shapes import Routing, Shape
-from ktk.formats import get_format
+from ktk.formats import FORMATS, GGUF
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE
 from ktk.pack import pack_experts
+from ktk.reference.dequantise import expert_weights
 from ktk.reference.moe import ExactExperts, oracle_forward
-from ktk.types import ExpertWeights, MoESpec, Packed
+from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec, Packed
 
 TORCH = "torch"
+BLOCKS = "LLAMAFILE"  # the backend over GGUF blocks
+REPACKED = "REPACK"
 # Calls of one method in one round: as many as fit CALL_SECONDS, but MIN_CALLS to MAX_CALLS.
 CALL_SECONDS = 0.1
 MIN_CALLS, MAX_CALLS = 2, 20
@@ -33,43 +38,69 @@ WARM_UP_BELOW = 0.25
 CHECKED_TOKENS = 2
 # torch rounds to bf16 (2**-9) at four places of a layer.
 TORCH_TOLERANCE = 0.02
+# Mean error of a layer of GGUF blocks against float64, of the mean output: what rounding activations to eight bits loses,
+# or to bf16 for BF16, or sums in fp32.
+BLOCKS_TOLERANCE = {"F32": 1e-5, "F16": 1e-5, "BF16": 0.01}
+BLOCKS_TOLERANCE_EIGHT_BITS = 0.03
 
 
 class Method(NamedTuple):
-    """text : as it was asked for. backend : a name or "auto". weight_format None: torch."""
+    """text : as it was asked for. backend : a name or "auto". weight_format None: torch.
+
+    block_type, is_repacked : of weight_format "gguf", else None and False.
+    """
 
     text: str
     backend: str
     weight_format: str | None
     group_size: int | None
+    block_type: str | None = None
+    is_repacked: bool = False
+
+
+USAGE = (
+    "must be FORMAT, FORMAT:GROUP, BACKEND:FORMAT, BACKEND:FORMAT:GROUP, "
+    f"{BLOCKS}:TYPE, {BLOCKS}:TYPE:repack or torch"
+)
 
 
 def parse_method(text: str) -> Method:
-    """``INT4``, ``INT4:128`` (group size), ``AVX2:INT4:128`` (on a backend), ``AMXINT4:64``, ``torch``.
+    """``INT4``, ``INT4:128`` (group size), ``AVX2:INT4:128`` (on a backend), ``LLAMAFILE:Q4_K:repack`` (GGUF blocks), ``torch``.
 
     ValueError says what is allowed.
     """
     if text.lower() == TORCH:
         return Method(TORCH, TORCH, None, None)
-    usage = "must be FORMAT, FORMAT:GROUP, BACKEND:FORMAT, BACKEND:FORMAT:GROUP or torch"
-    parts = text.upper().split(":")
     try:
-        backend = backends.check_method(parts[0])
-        weight_format = backends.method_format(parts[0])
+        return _parse_method(text)
     except ValueError as error:
-        raise ValueError(f"method {text!r}: {usage}; {error}") from None
+        raise ValueError(f"method {text!r}: {USAGE}; {error}") from None
+
+
+def _parse_method(text: str) -> Method:
+    parts = text.upper().split(":")
+    backend = backends.check_method(parts[0])
+    if backend == BLOCKS:
+        return _parse_blocks(text, parts[1:])
+    weight_format = backends.method_format(parts[0])
     rest = parts[1:]
     if backend not in backends.backends():
         backend = "auto"
     if weight_format is None and rest:
-        try:
-            weight_format = get_format(rest[0].lower()).name
-        except ValueError as error:
-            raise ValueError(f"method {text!r}: {usage}; {error}") from None
+        weight_format = rest[0].lower()
+        if weight_format not in FORMATS:
+            raise ValueError(f"format {rest[0]!r}: must be one of {', '.join(FORMATS).upper()}")
         rest = rest[1:]
     if weight_format is None or len(rest) > 1 or not all(r.isascii() and r.isdigit() for r in rest):
-        raise ValueError(f"method {text!r}: {usage}, e.g. INT4:128 or AVX2:INT4:128")
+        raise ValueError("e.g. INT4:128 or AVX2:INT4:128")
     return Method(text, backend, weight_format, int(rest[0]) if rest else None)
+
+
+def _parse_blocks(text: str, parts: list[str]) -> Method:
+    if not parts or parts[1:] not in ([], [REPACKED]):
+        raise ValueError(f"e.g. {BLOCKS}:Q4_K or {BLOCKS}:Q4_K:repack")
+    row_bytes(parts[0], 0)  # refuses unknown types
+    return Method(text, BLOCKS, GGUF.name, None, parts[0], len(parts) == 2)
 
 
 def random_expert(shape: Shape, seed: int = 0) -> ExpertWeights:
@@ -147,8 +178,20 @@ class Layer(ABC):
         """Compare a call's first two tokens with the reference; RuntimeError if they differ."""
 
 
-class KtkLayer(Layer):
-    """ktk.MoE with one method. Raises BackendError, ValueError, EngineError as ktk.MoE does."""
+class MoELayer(Layer):
+    """A layer that ktk.MoE runs."""
+
+    moe: MoE
+
+    def prepare(self, hidden: np.ndarray, routing: Routing) -> tuple[Any, ...]:
+        return hidden, routing.ids, routing.weights
+
+    def call(self, *arguments: Any) -> Any:
+        return self.moe(*arguments)
+
+
+class KtkLayer(MoELayer):
+    """Packed weights. Raises BackendError, ValueError, EngineError as ktk.MoE does."""
 
     def __init__(self, shape: Shape, method: Method, num_threads: int | None) -> None:
         spec = spec_of(shape, method)
@@ -168,12 +211,6 @@ class KtkLayer(Layer):
         self.layer_bytes = data.nbytes
         self.bits_per_weight = self.expert_bytes * 8 / spec.num_weights
 
-    def prepare(self, hidden: np.ndarray, routing: Routing) -> tuple[Any, ...]:
-        return hidden, routing.ids, routing.weights
-
-    def call(self, *arguments: Any) -> Any:
-        return self.moe(*arguments)
-
     def check(self, hidden: np.ndarray, routing: Routing) -> None:
         """Bit for bit; the tokens of a large batch too must be those of the reference."""
         got = self.call(*self.prepare(hidden, routing))[:CHECKED_TOKENS]
@@ -186,6 +223,84 @@ class KtkLayer(Layer):
                 f"{self.method} ({self.kernel}) differs from the reference by up to {worst:g} at {len(hidden)} tokens: "
                 "it is not measured; please report it with the output of `ktk doctor`"
             )
+
+
+class BlocksLayer(MoELayer):
+    """GGUF blocks, in memory like a mapped file's with huge pages. Raises as ``KtkLayer``."""
+
+    def __init__(self, shape: Shape, method: Method, num_threads: int | None) -> None:
+        assert method.block_type is not None
+        self.kind = method.block_type
+        self.expert_bytes = block_bytes(shape, self.kind)
+        spec = spec_of(shape, method)
+        backends.select(method.backend, spec)  # refuse before the long part
+        self.two = two_experts(shape, self.kind)  # take turns, as KtkLayer's
+        two = self.two
+        if method.is_repacked:
+            two = repack(two, num_threads or cpu.default_threads())
+        gate, up, down = (in_turns(m, spec.num_experts) for m in two.matrices.values())
+        experts = BlockExperts(spec, gate, up, down)
+        self.moe = MoE(experts, method=method.backend, num_threads=num_threads, repack=False)
+        self.method, self.backend = method.text, self.moe.backend
+        self.kernel = self.moe.kernel + (" repacked" if method.is_repacked else "")
+        self.peak = peak_of_blocks(blocks_isa() or "", self.kind)
+        self.layer_bytes = sum(matrix.num_bytes for matrix in experts.matrices.values())
+        self.bits_per_weight = self.expert_bytes * 8 / spec.num_weights
+        self.outputs: dict[bytes, np.ndarray] = {}
+
+    def check(self, hidden: np.ndarray, routing: Routing) -> None:
+        """Against float64 within what activations lose; and tokens of a batch bit for bit as they are alone."""
+        got = self.call(*self.prepare(hidden, routing))
+        few = slice(min(len(hidden), CHECKED_TOKENS))
+        outputs = np.stack([self.oracle(x) for x in hidden[few]])  # (tokens, 2, hidden_size)
+        ids, weights = routing.ids[few] % 2, routing.weights[few, :, None]
+        expected = (np.take_along_axis(outputs, ids[:, :, None], axis=1) * weights).sum(axis=1)
+        error = float(np.abs(expected - got[few]).mean() / np.abs(expected).mean())
+        tolerance = BLOCKS_TOLERANCE.get(self.kind, BLOCKS_TOLERANCE_EIGHT_BITS)
+        wrong = f"differs from the reference by {error:.2%}" if not error <= tolerance else ""
+        for token in sorted({0, len(hidden) // 2, len(hidden) - 1}):
+            one = slice(token, token + 1)
+            alone = Routing(routing.ids[one], routing.weights[one], routing.ids.shape[1])
+            if not np.array_equal(self.call(*self.prepare(hidden[one], alone)), got[one]):
+                wrong = wrong or f"gives token {token} other bits alone than in a batch"
+        if wrong:
+            raise RuntimeError(
+                f"{self.method} ({self.kernel}) {wrong} at {len(hidden)} tokens: "
+                "it is not measured; please report it with the output of `ktk doctor`"
+            )
+
+    def oracle(self, x: np.ndarray) -> np.ndarray:
+        """float64 (2, hidden_size): both experts' outputs for one token; found once, decoding large ones takes seconds."""
+        key = x.tobytes()
+        if key not in self.outputs:
+            one, ids = np.ones((1, 1), np.float32), np.zeros((1, 1), np.int64)
+            spec = dataclasses.replace(self.two.spec, num_experts=1)
+            with np.errstate(over="ignore"):  # random bits give large gates
+                both = [
+                    oracle_forward([expert_weights(self.two, e)], spec, x[None], ids, one)
+                    for e in range(2)
+                ]
+            self.outputs[key] = np.concatenate(both)
+        return self.outputs[key]
+
+
+def two_experts(shape: Shape, kind: str) -> BlockExperts:
+    """Two different experts in blocks of one type: normal weights, or random bits where ktk does not quantise to the type."""
+    spec = MoESpec(2, shape.hidden_size, shape.intermediate_size, GGUF.name)
+    if not has_quantiser(kind):
+        return random_blocks(spec, (kind,) * 3)
+    found: list[list[np.ndarray]] = []
+    for e in range(2):
+        weights = random_expert(shape, e)
+        assert weights.gate is not None
+        found.append([quantised(kind, w) for w in (weights.gate, weights.up, weights.down)])
+    gate, up, down = (np.stack(pair) for pair in zip(*found, strict=True))
+    return BlockExperts(
+        spec,
+        BlockMatrix(kind, shape.hidden_size, gate),
+        BlockMatrix(kind, shape.hidden_size, up),
+        BlockMatrix(kind, shape.intermediate_size, down),
+    )
 
 
 class TorchLayer(Layer):
@@ -263,6 +378,15 @@ def expert_bytes(spec: MoESpec) -> int:
     return spec.layout.down_end
 
 
+def block_bytes(shape: Shape, kind: str) -> int:
+    """Blocks of one expert, in bytes. ValueError if rows are not whole blocks."""
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    try:
+        return 2 * intermediate * row_bytes(kind, hidden) + hidden * row_bytes(kind, intermediate)
+    except ValueError as error:
+        raise ValueError(f"{shape.name}: {error}") from None
+
+
 def torch_peak() -> str:
     """The widest bf16 arithmetic this CPU has. BackendError if the extension is not built."""
     here = {peak.name for peak in peaks() if not peak.missing}
@@ -273,6 +397,8 @@ def layer_bytes(shape: Shape, method: Method) -> int:
     """Memory that a layer will take, in bytes. ValueError as ``spec_of``."""
     if method.weight_format is None:
         return 2 * shape.num_weights * shape.num_experts
+    if method.block_type is not None:
+        return block_bytes(shape, method.block_type) * shape.num_experts
     return spec_of(shape, method).layout.expert_bytes * shape.num_experts
 
 
@@ -293,6 +419,8 @@ def build(shape: Shape, method: Method, num_threads: int | None) -> Layer:
     """The layer of a method. Raises as ``KtkLayer``; ModuleNotFoundError without torch."""
     if method.weight_format is None:
         return TorchLayer(shape, num_threads)
+    if method.block_type is not None:
+        return BlocksLayer(shape, method, num_threads)
     return KtkLayer(shape, method, num_threads)
 
 

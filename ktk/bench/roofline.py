@@ -24,6 +24,8 @@ SAMPLE_SECONDS = 0.03
 MIN_BUFFER_BYTES = 512 << 20
 # The three fastest ways to read keep within a few percent of each other, and which of them leads changes.
 KEPT_PATTERNS = 3
+# GGUF types with codes of eight bits: without VNNI they are widened to 16 before they are multiplied, others are not.
+WIDE_TYPES = ("Q8_0", "IQ4_NL", "IQ4_XS")
 SETTLE_SECONDS = 0.005  # threads of the last call spin before they sleep
 
 
@@ -71,6 +73,16 @@ def peak_of(kernel: str, weight_format: str) -> str:
     if isa in ("avx2", "avx512"):
         return f"{isa} {weight_format}"
     return f"{isa} int8"  # 4-bit codes are widened to bytes
+
+
+def peak_of_blocks(isa: str, kind: str) -> str:
+    """The same for a kernel over GGUF blocks. isa : its row (``ktk.backends.llamafile.blocks_isa``). kind : the ggml type."""
+    if kind == "BF16" and isa == "avx512bf16":
+        return "avx512 bf16"
+    row = "avx512vnni" if isa == "avx512bf16" else isa
+    if kind in ("F32", "F16", "BF16"):
+        return peak_of(row, "fp32")
+    return peak_of(row, "int8" if kind in WIDE_TYPES else "int4")
 
 
 def _measure() -> Any:

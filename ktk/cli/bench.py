@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TOKENS = "1,4,16,64,256,1024"
 METHODS = "INT4:32,INT4:128,INT8,BF16"
 BAR = 14  # characters of a full bar
+OTHER_COLUMNS = 51  # characters beside methods and bars
 PROGRESS_AFTER = 2.0  # seconds: shorter runs show no progress
 
 
@@ -88,7 +89,8 @@ def command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="FORMAT, FORMAT:GROUP, BACKEND:FORMAT or BACKEND:FORMAT:GROUP (INT4:128, AVX2:INT8), "
+            help="FORMAT, FORMAT:GROUP, BACKEND:FORMAT or BACKEND:FORMAT:GROUP (INT4:128, AVX2:INT8), LLAMAFILE:TYPE "
+            "or LLAMAFILE:TYPE:repack (GGUF blocks as they are or in the kernels' order, LLAMAFILE:Q4_K), "
             f"or torch, its bf16 loop over experts; several with commas. Default: {METHODS}."
         ),
     ] = None,
@@ -113,6 +115,7 @@ def command(
     ktk bench
     ktk bench --shape mixtral-8x7b --method INT4:128,torch --tokens 1,512
     ktk bench --method AVX512:INT8,AVX2:INT8 --json speeds.json
+    ktk bench --method LLAMAFILE:Q4_K,LLAMAFILE:Q4_K:repack,LLAMAFILE:BF16
     ktk bench --hidden 4096 --intermediate 1536 --experts 64 --top-k 6
     """
     from ktk import cpu
@@ -221,10 +224,12 @@ def print_tables(found: dict[str, Any], results: list[Result]) -> None:
                 f"ceiling {name}: {c['median']:.{digits}f} {c['unit']} "
                 f"({c['min']:.{digits}f} - {c['max']:.{digits}f})"
             )
+        longest = max(len(case.method) for case in result.cases)
+        has_bars = console.width >= OTHER_COLUMNS + longest + BAR  # names matter more
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         for heading, justify in (
             ("tokens", "right"), ("method", "left"), ("ms", "right"), ("GB/s", "right"), ("GOP/s", "right"),
-            ("bound by", "left"), ("of bound", "right"), ("", "left"),
+            ("bound by", "left"), ("of bound", "right"), *([("", "left")] if has_bars else []),
         ):  # fmt: skip
             table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         last = None
@@ -240,7 +245,7 @@ def print_tables(found: dict[str, Any], results: list[Result]) -> None:
                 f"{c['gop_per_s']:.0f}",
                 c["bound_by"],
                 f"{case.fraction:.0%}",
-                bar(case.fraction),
+                *([bar(case.fraction)] if has_bars else []),
             )
             last = case.num_tokens
         console.print(table)

@@ -35,13 +35,15 @@ typedef struct {
     int32_t activation_group; /* codes per activation scale: 32, 64, 128 */
 } lf_matrix;
 
-/* Rows of activations. Row r: codes + r * code_stride bytes, in_features of them; scales and sums (of 16 codes) for
+/* Rows of activations. are_packed: `work` still holds them as the call before packed them: the same rows for the same format,
+ * in_features and ISA. Row r: codes + r * code_stride bytes, in_features of them; scales and sums (of 16 codes) for
  * LF_CODES_I8 only. */
 typedef struct {
     const uint8_t *codes;
     const float *scales;
     const int32_t *sums;
     int64_t code_stride, scale_stride, sum_stride;
+    int are_packed;
 } lf_rows;
 
 /* Bytes of 16 rows. */

@@ -221,8 +221,10 @@ typedef void multiply_fn(const lf_matrix *w, laid p, int num_k, tile *t);
 #else
 #define SHAPES(SHAPE)                                                                                        \
     SHAPE(32, 0, 255)                                                                                        \
-    SHAPE(32, 0, 127) SHAPE(32, 0, 31) SHAPE(32, 0, 15) SHAPE(32, 1, 31) SHAPE(32, 1, 15) SHAPE(16, 0, 127)  \
-        SHAPE(16, 0, 63) SHAPE(16, 0, 31) SHAPE(16, 1, 15)
+    SHAPE(32, 0, 127)                                                                                        \
+    SHAPE(32, 0, 31)                                                                                         \
+    SHAPE(32, 0, 15) SHAPE(32, 1, 31) SHAPE(32, 1, 15) SHAPE(16, 0, 127) SHAPE(16, 0, 63) SHAPE(16, 0, 31)   \
+        SHAPE(16, 1, 15)
 #endif
 #define HEIGHT(MR, FINE, HAS_MIN, MOST)                                                                      \
     case MR:                                                                                                 \

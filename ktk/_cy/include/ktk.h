@@ -79,6 +79,7 @@ struct ktk_rows {
     int32_t *correction; /* [rows][correction_stride]: -zero_point * sum of codes, per fine group */
     int64_t code_stride; /* bytes */
     int64_t scale_stride, correction_stride;
+    int are_packed; /* the work memory still holds these rows as the call before packed them, for the same kernel and format */
 };
 
 /* Rows of a call and work of the packed formats' kernels: the fixed part is what AMX kernels keep beside the rows. */

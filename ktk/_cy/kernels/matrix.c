@@ -25,8 +25,13 @@ static void gemm_blocks(const ktk_matrix *m, const uint8_t *panels, int num_pane
                         const int32_t *rows, int num_rows, float *out, int64_t out_stride,
                         const uint8_t *next, uint8_t *work) {
     const lf_matrix w = blocks_of(m);
-    const lf_rows x = {a->codes,       a->scales,       a->correction,
-                       a->code_stride, a->scale_stride, a->correction_stride};
+    const lf_rows x = {.codes = a->codes,
+                       .scales = a->scales,
+                       .sums = a->correction,
+                       .code_stride = a->code_stride,
+                       .scale_stride = a->scale_stride,
+                       .sum_stride = a->correction_stride,
+                       .are_packed = a->are_packed};
     ((const lf_kernels *)m->blocks)
         ->gemm(&w, panels, num_panels, &x, rows, num_rows, out, out_stride, next, work);
 }

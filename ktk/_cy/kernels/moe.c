@@ -221,7 +221,9 @@ static columns multiply_up(const operation *op, const task *t, int panels, int t
     const uint8_t *second = up_panels(op, t, 1);
     float *up = v + panels * KTK_PANEL;
     layer->gate_up.gemm(&layer->gate_up, first, panels, &op->x, rows, t->count, v, stride, second, work);
-    layer->up.gemm(&layer->up, second, panels, &op->x_up, rows, t->count, up, stride, next, work);
+    ktk_rows x = op->x_up;
+    x.are_packed = layer->up.gemm == layer->gate_up.gemm && layer->up.format == layer->gate_up.format;
+    layer->up.gemm(&layer->up, second, panels, &x, rows, t->count, up, stride, next, work);
     return (columns){v, up, stride, KTK_PANEL};
 }
 

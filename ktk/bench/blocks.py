@@ -1,0 +1,110 @@
+"""GGUF blocks of every type that the kernels read, for benchmarks and tests: floats quantised, or random bits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ktk.backends.llamafile import formats
+from ktk.formats.floats import f32_to_bf16
+from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
+from ktk.memory import aligned_buffer
+from ktk.types import BlockExperts, BlockMatrix, MoESpec
+
+# Where a block holds halves that scale it: random bits there would be inf or NaN.
+HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
+    "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
+}  # fmt: skip
+SCALE = 0.01
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def row_bytes(kind: str, in_features: int) -> int:
+    """Bytes of one row. ValueError unless ``kind`` is a type the kernels read and the row whole blocks of it."""
+    if kind not in formats():
+        known = ", ".join(formats()) or "none: the compiled extension is not built"
+        raise ValueError(f"GGUF type {kind!r}: must be one of {known}")
+    fmt = formats()[kind]
+    if in_features % fmt.block_weights:
+        fitting = [name for name, f in formats().items() if in_features % f.block_weights == 0]
+        raise ValueError(
+            f"rows of {in_features} weights: {kind} needs a multiple of {fmt.block_weights}; "
+            f"{', '.join(fitting)} would do"
+        )
+    return in_features // fmt.block_weights * fmt.block_bytes
+
+
+def has_quantiser(kind: str) -> bool:
+    """Whether ``quantised`` makes it of floats."""
+    return kind in FLOATS or kind in BLOCK_TYPES
+
+
+def quantised(kind: str, w: np.ndarray) -> np.ndarray:
+    """float32 (rows, in_features) as uint8 (rows, row bytes). ValueError as ``quantise_rows``."""
+    return float_blocks(kind, w) if kind in FLOATS else quantise_rows(w, kind)
+
+
+def float_blocks(kind: str, w: np.ndarray) -> np.ndarray:
+    """float32 (..., in_features) as F32, F16 or BF16: uint8 (..., row bytes)."""
+    codes = f32_to_bf16(w) if kind == "BF16" else w.astype(FLOATS[kind])
+    return np.ascontiguousarray(codes).view(np.uint8)
+
+
+def random_matrix(
+    kind: str, num_experts: int, out_features: int, in_features: int, seed: int
+) -> BlockMatrix:
+    """Blocks of random bits with scales near SCALE, uint8 (num_experts, out_features, row bytes)."""
+    rng = np.random.default_rng(seed)
+    shape = (num_experts, out_features)
+    if kind in FLOATS:
+        w = (rng.standard_normal((*shape, in_features)) * SCALE).astype(np.float32)
+        return BlockMatrix(kind, in_features, float_blocks(kind, w))
+    fmt = formats()[kind]
+    blocks = rng.integers(
+        0, 256, (*shape, in_features // fmt.block_weights, fmt.block_bytes), dtype=np.uint8
+    )
+    scales = (rng.random((*blocks.shape[:3], 4)) * SCALE + SCALE).astype(np.float16)
+    for i, at in enumerate(HALVES.get(kind, ())):
+        blocks[..., at : at + 2] = scales[..., i : i + 1].view(np.uint8)
+    if kind == "MXFP4":  # 2 ** (e - 128)
+        blocks[..., 0] = rng.integers(118, 124, blocks.shape[:3])
+    if kind == "IQ1_M":  # its half stands in the high nibbles of four words
+        bits = scales[..., 0].view(np.uint16)
+        words = np.ascontiguousarray(blocks[..., 48:56]).view(np.uint16)
+        for i in range(4):
+            words[..., i] = (words[..., i] & 0xFFF) | ((bits >> (4 * i) & 15) << 12)
+        blocks[..., 48:56] = words.view(np.uint8)
+    return BlockMatrix(kind, in_features, blocks.reshape(*shape, -1))
+
+
+def random_blocks(
+    spec: MoESpec, types: tuple[str, str, str], seed: int = 0, scale_bias: float = 0.1
+) -> BlockExperts:
+    """Experts of ``spec`` whose gate, up and down have the given types."""
+    rng = np.random.default_rng(seed)
+    e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
+
+    def bias(n: int) -> np.ndarray | None:
+        return (
+            (rng.standard_normal((e, n)) * scale_bias).astype(np.float32) if spec.has_bias else None
+        )
+
+    return BlockExperts(
+        spec,
+        random_matrix(types[0], e, i, h, seed + 1) if spec.has_gate else None,
+        random_matrix(types[1], e, i, h, seed + 2),
+        random_matrix(types[2], e, h, i, seed + 3),
+        bias(i) if spec.has_gate else None,
+        bias(i),
+        bias(h),
+    )
+
+
+def in_turns(matrix: BlockMatrix, num_experts: int) -> BlockMatrix:
+    """A copy in huge-page memory: its experts taking turns, each time in memory of their own."""
+    data = aligned_buffer(num_experts * matrix.data[0].size)
+    data = data.reshape(num_experts, *matrix.data.shape[1:])
+    for e in range(num_experts):
+        data[e] = matrix.data[e % len(matrix.data)]
+    return BlockMatrix(matrix.type, matrix.in_features, data, matrix.is_repacked)
