@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.models.gguf import GgufExperts, Routing, find_gguf_experts
 from ktk.moe import MoE
@@ -24,7 +26,7 @@ class GgufModel(Mapping[int, MoE]):
 
     layers : indices of the MoE layers, ascending. metadata : the file's key-values. routing, num_experts_per_tok :
     what a caller's router needs; Llama 4 weighs the experts' input and Gemma 4 scales their output, see ``Routing``
-    and ``GgufExperts.output_scale``. Safe to use from several threads.
+    and ``output_scale``. Safe to use from several threads.
     """
 
     def __init__(
@@ -68,6 +70,10 @@ class GgufModel(Mapping[int, MoE]):
     def experts(self, layer: int) -> BlockExperts:
         """One layer's blocks, views of the file. Raises CheckpointError."""
         return self._experts.experts(layer)
+
+    def output_scale(self, layer: int) -> np.ndarray | None:
+        """float32 (num_experts,) for a caller to multiply topk_weights by (Gemma 4), or None. Raises CheckpointError."""
+        return self._experts.output_scale(layer)
 
     def moe(self, layer: int) -> MoE:
         """The operator of one layer, made on first use; asks the OS to read the next layer ahead.

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from ktk import __version__, backends
+from ktk._cy import native_module
+from ktk.backends.llamafile import formats
 from ktk.cli import COMMANDS
 
 
@@ -46,6 +48,7 @@ def test_doctor_tells_each_backend_as_json_and_as_a_table() -> None:
     assert [b["name"] for b in found["backends"]] == [r.name for r in backends.report()]
     for b in found["backends"]:
         assert b["runs"] == (b["reason"] is None) == bool(b["kernel"])
+    assert "LLAMAFILE" in [b["name"] for b in found["backends"]]
     table = ktk("doctor").stdout
     for b in found["backends"]:
         assert (b["kernel"] if b["runs"] else b["reason"]) in table
@@ -55,6 +58,27 @@ def test_doctor_shows_what_is_switched_off() -> None:
     found = json.loads(ktk("doctor", "--json", KTK_DISABLE_CPU_FEATURES="avx512,avx2").stdout)
     runs = {b["name"]: b["runs"] for b in found["backends"]}
     assert not runs["AVX512"] and not runs["AVX2"] and runs["NUMBA"] and runs["NUMPY"]
+
+
+@pytest.mark.skipif(native_module() is None, reason="the compiled extension is not built")
+def test_doctor_tells_how_each_gguf_type_runs() -> None:
+    found = json.loads(ktk("doctor", "--json").stdout)["gguf_types"]
+    if backends.backends()["LLAMAFILE"].why_not() is not None:
+        pytest.skip("LLAMAFILE does not run")
+    assert {"Q8_0", "Q4_K", "MXFP4"} <= set(found["fused"])
+    assert {"Q2_K", "IQ3_S", "TQ1_0"} <= set(found["unpacked"])
+    assert sorted(found["fused"] + found["unpacked"]) == sorted(formats())
+    assert "NVFP4" in found["float_copies"]
+    assert found["packed_anew"] == []
+    table = ktk("doctor").stdout
+    assert " ".join(found["fused"]) in table and "no kernel reads them" in table
+
+
+def test_doctor_says_that_gguf_types_are_packed_where_no_kernel_reads_them() -> None:
+    done = ktk("doctor", "--json", KTK_DISABLE_CPU_FEATURES="avx512,avx2")
+    found = json.loads(done.stdout)["gguf_types"]
+    assert "Q4_K" in found["packed_anew"]
+    assert not found["fused"] and not found["unpacked"] and not found["float_copies"]
 
 
 def test_an_error_is_one_line_and_exit_code_1() -> None:

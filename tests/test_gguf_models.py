@@ -284,6 +284,7 @@ def test_the_output_scale_of_gemma_is_the_callers_and_others_are_refused(
     tensors["blk.0.ffn_down_exps.scale"] = scale
     experts = opened(write_gguf(tmp_path / "a.gguf", "gemma4", tensors))
     np.testing.assert_array_equal(experts.output_scale(0), scale)
+    np.testing.assert_array_equal(ktk.load_gguf(tmp_path / "a.gguf").output_scale(0), scale)
     assert experts.output_scale(1) is None and "output scales" in caplog.text
     tensors["blk.0.ffn_gate_up_exps.scale"] = scale
     with pytest.raises(CheckpointError, match="scales of gate and up"):

@@ -19,7 +19,7 @@ from ktk.errors import BackendError
 from ktk.formats import GGUF
 from ktk.layout import K_ALIGN, PANEL, round_up
 from ktk.memory import aligned_buffer
-from ktk.reference.dequantise import dequantise
+from ktk.reference.dequantise import decoded_types, dequantise
 from ktk.types import BlockExperts, BlockMatrix, EngineLayout, MoESpec
 
 log = logging.getLogger("ktk")
@@ -46,6 +46,31 @@ def formats() -> dict[str, BlockFormat]:
     if native is None:
         return {}
     return {name: BlockFormat(*row) for name, row in native.block_formats().items()}
+
+
+def types_by_path() -> dict[str, list[str]]:
+    """GGUF types by what becomes of their weights here, those of most bits first.
+
+    fused : multiplied in registers. unpacked : laid down for a panel of rows first. float_copies : no kernel, they run as
+    F16 or F32 copies. packed_anew : no kernel over blocks runs here at all, they become int8 or int4.
+    """
+    bits = decoded_types()
+    ordered = sorted(bits, key=lambda name: -bits[name])
+    runs, known = LlamafileBackend().why_not() is None, formats()
+    paths: dict[str, list[str]] = {
+        "fused": [],
+        "unpacked": [],
+        "float_copies": [],
+        "packed_anew": [],
+    }
+    for name in ordered:
+        path = "packed_anew"
+        if runs:
+            path = "float_copies"
+            if name in known:
+                path = "fused" if known[name].is_fused else "unpacked"
+        paths[path].append(name)
+    return paths
 
 
 class Part(NamedTuple):

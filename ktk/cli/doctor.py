@@ -1,4 +1,4 @@
-"""``ktk doctor``: what this machine is, and which backends run on it or why not."""
+"""``ktk doctor``: what this machine is, which backends run on it or why not, and how GGUF types run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+# Paths of ktk.backends.llamafile.types_by_path, and what they mean.
+GGUF_PATHS = {
+    "fused": "from the file, fused kernel",
+    "unpacked": "from the file, through unpacked panels",
+    "float_copies": "as a float copy: no kernel reads them",
+    "packed_anew": "packed to INT8 or INT4: LLAMAFILE does not run here",
+}
 PACKAGES = ("numpy", "torch", "numba", "llvmlite", "safetensors", "gguf", "transformers")
 
 
@@ -23,6 +30,7 @@ def diagnosis() -> dict[str, Any]:
     """Everything ``ktk doctor`` shows, JSON-able; memory in bytes."""
     from ktk import __version__, backends, cpu, env
     from ktk._cy import native_module
+    from ktk.backends.llamafile import types_by_path
     from ktk.pack import best_isa
 
     features = cpu.detect()
@@ -54,6 +62,7 @@ def diagnosis() -> dict[str, Any]:
             {"name": r.name, "runs": r.reason is None, "reason": r.reason, "kernel": r.kernel}
             for r in backends.report()
         ],
+        "gguf_types": types_by_path(),
         "environment": env.in_effect(),
     }
 
@@ -61,7 +70,7 @@ def diagnosis() -> dict[str, Any]:
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show CPU, features, cores, memory, and per backend "runs" or the reason why not."""
+    """Show CPU, features, cores, memory; per backend "runs" or the reason why not; and how GGUF types run."""
     found = diagnosis()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -110,3 +119,8 @@ def command(
         state = "[green]runs[/green]" if b["runs"] else "[yellow]no[/yellow]"
         rows.add_row(b["name"], state, escape(b["kernel"] if b["runs"] else b["reason"]))
     console.print(rows)
+    types = Table("GGUF types", "run")
+    for path, names in found["gguf_types"].items():
+        if names:
+            types.add_row(" ".join(names), GGUF_PATHS[path])
+    console.print(types)
