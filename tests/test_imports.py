@@ -20,7 +20,7 @@ LAYERS = (
     ("backends",),
     ("runtime",),
     ("requantise", "moe"),
-    ("gguf_model",),
+    ("linear", "gguf_model"),
     ("bench",),
     ("wrapper_arguments", "wrapper"),
     ("convert", "convert_to_gguf", "convert_from_gguf"),

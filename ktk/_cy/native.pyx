@@ -89,6 +89,9 @@ cdef extern from "ktk.h" nogil:
                         const uint8_t *skip, const float *add, void *out)
     int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                        int64_t num_rows, const float *x, const int64_t *ids, float *y)
+    int ktk_linear_forward(const ktk_matrix *w, const uint8_t *panels, const float *bias, int in_features,
+                           int out_features, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
+                           int dtype, const void *x, void *y)
 
 
 cdef extern from "llamafile.h" nogil:
@@ -403,6 +406,49 @@ cdef class Experts:
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
         return result
+
+
+cdef class Matrix:
+    """One dense matrix with the kernels of one ISA row. The caller has checked shapes and dtypes."""
+
+    cdef ktk_matrix matrix
+    cdef const ktk_kernels *kernels
+    cdef _Pool pool
+    cdef object engine
+    cdef object panels, bias
+    cdef int pid, in_features, out_features
+
+    def __init__(self, layout, str weight_format, panels, bias, str isa, engine):
+        """layout : MatrixLayout. panels : uint8 (num_panels, panel_bytes), contiguous. bias : float32 (16 * num_panels,) or None."""
+        self.kernels = _kernels(isa)
+        self.engine = engine
+        self.pool = _pool_of(engine)
+        self.pid = os.getpid()
+        self.panels, self.bias = panels, bias
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        _fill_matrix(&self.matrix, layout, weight_format)
+        ktk_use_packed(&self.matrix, self.kernels)
+
+    def forward(self, x, out):
+        """out = x W^T + bias. x, out : C-contiguous (rows, features), both float32, float16 or bf16 bits as uint16."""
+        if self.pid != os.getpid():
+            self.pool = _pool_of(self.engine)
+            self.pid = os.getpid()
+        cdef _Pool pool = self.pool
+        cdef int64_t num_rows = x.shape[0]
+        cdef int dtype = _DTYPES[x.dtype.char]
+        cdef const void *rows = <const void *>_address(x)
+        cdef const uint8_t *panels = <const uint8_t *>_address(self.panels)
+        cdef const float *bias = NULL
+        if self.bias is not None:
+            bias = <const float *>_address(self.bias)
+        cdef void *y = <void *>_address(out)
+        cdef int status
+        with nogil:
+            status = ktk_linear_forward(&self.matrix, panels, bias, self.in_features, self.out_features, self.kernels,
+                                        pool.pool, num_rows, dtype, rows, y)
+        if status:
+            raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
 
 
 def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panels):

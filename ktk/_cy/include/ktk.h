@@ -154,4 +154,10 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                    int64_t num_rows, const float *x, const int64_t *ids, float *y);
 
+/* y = x W^T + bias (see linear.c). 0, or 1 when scratch memory cannot be had. x (num_rows, in_features), y (num_rows,
+ * out_features) of dtype; panels: w->num_panels, one behind the other; bias float (16 * num_panels) or NULL. */
+int ktk_linear_forward(const ktk_matrix *w, const uint8_t *panels, const float *bias, int in_features,
+                       int out_features, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
+                       int dtype, const void *x, void *y);
+
 #endif

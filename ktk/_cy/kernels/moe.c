@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "ktk.h"
+#include "operand.h"
 
 /* KTK_ROWS is ROW(avx2) ROW(avx512) ...: setup.py writes it from the table in isa.py. */
 #define ROW(isa) extern const ktk_kernels ktk_kernels_##isa;
@@ -75,90 +76,17 @@ struct operation {
     float *linear_out; /* ktk_moe_linear */
 };
 
-static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static int min_int(int a, int b) { return a < b ? a : b; }
-static int max_int(int a, int b) { return a > b ? a : b; }
-static int is_float(const ktk_matrix *w) {
-    return w->codes_kind == KTK_CODES_F32 || w->codes_kind == KTK_CODES_BF16;
-}
 static int up_is_apart(const ktk_layer *layer) { return layer->parts[0].up != NULL; }
 static int up_has_own_rows(const ktk_layer *layer) {
     return up_is_apart(layer) && layer->up.codes_kind != layer->gate_up.codes_kind;
 }
 static int num_projections(const ktk_layer *layer) { return layer->activation.has_gate ? 2 : 1; }
-static int64_t dtype_bytes(int dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
-
-/* Bump allocation; with base NULL it only counts. */
-typedef struct {
-    uint8_t *base;
-    int64_t used;
-} arena;
-
-static void *take(arena *a, int64_t bytes) {
-    void *at = a->base ? a->base + a->used : NULL;
-    a->used += round_up(bytes, 64);
-    return at;
-}
-
-/* Rows lie an odd number of cache lines apart: equal distances of whole pages would share few cache sets. */
-static ktk_rows take_rows(arena *a, const ktk_matrix *w, int64_t num_rows) {
-    static const int bytes_of[] = {1, 2, 4, 2};
-    ktk_rows r = {0};
-    r.code_stride = round_up((int64_t)w->padded_in * bytes_of[w->codes_kind], 128) + 64;
-    r.codes = take(a, r.code_stride * num_rows);
-    if (is_float(w)) return r;
-    /* Whole steps of gemm.c's interleave: it would read into the next row, which another thread may be writing. */
-    r.scale_stride = round_up((w->padded_in + w->activation_group - 1) / w->activation_group, 4);
-    r.correction_stride = round_up((w->padded_in + w->fine_group - 1) / w->fine_group, 4);
-    r.scales = take(a, 4 * r.scale_stride * num_rows);
-    r.correction = take(a, 4 * r.correction_stride * num_rows);
-    return r;
-}
-
-/* Columns [column, column + n) of one row. column is a multiple of both groups. */
-static void put_row(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_rows *rows, int64_t row,
-                    int column, const float *values, int n) {
-    uint8_t *codes = rows->codes + row * rows->code_stride;
-    if (w->codes_kind == KTK_CODES_F32) {
-        memcpy(codes + 4 * (int64_t)column, values, 4 * (size_t)n);
-        return;
-    }
-    if (w->codes_kind == KTK_CODES_BF16) {
-        kernels->store(KTK_DTYPE_BF16, values, n, codes + 2 * (int64_t)column);
-        return;
-    }
-    kernels->quantise(values, n, w->activation_group, w->fine_group, w->zero_point, w->codes_kind,
-                      codes + (int64_t)column * (w->codes_kind == KTK_CODES_I16 ? 2 : 1),
-                      rows->scales + row * rows->scale_stride + column / w->activation_group,
-                      rows->correction + row * rows->correction_stride + column / w->fine_group);
-}
-
-static int is_finite_row(const float *x, int n) {
-    uint32_t most = 0;
-    for (int i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffffu;
-        most = bits > most ? bits : most;
-    }
-    return most < 0x7f800000u;
-}
-
 static float *float_buffer(const operation *op, int thread) {
     return (float *)(op->thread_buffers + thread * op->thread_bytes);
 }
 
 static uint8_t *work_buffer(const operation *op, int thread) {
     return op->thread_buffers + thread * op->thread_bytes + op->work_offset;
-}
-
-/* A token's row. Integer formats make a group with inf or NaN NaN; float ones must make the row NaN: a clamp would make
- * inf finite. */
-static void put_token(const operation *op, const ktk_matrix *w, const ktk_rows *rows, int64_t token,
-                      float *x) {
-    if (is_float(w) && !is_finite_row(x, w->padded_in))
-        for (int i = 0; i < w->padded_in; i++) x[i] = __builtin_nanf("");
-    put_row(op->kernels, w, rows, token, 0, x, w->padded_in);
 }
 
 static void quantise_task(operation *op, int64_t index, int thread) {
@@ -170,8 +98,8 @@ static void quantise_task(operation *op, int64_t index, int thread) {
     for (int64_t token = t->first; token < t->first + t->count; token++) {
         op->kernels->load(op->dtype, (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
         memset(x + n, 0, 4 * (size_t)(w->padded_in - n));
-        if (!op->is_down && up_has_own_rows(layer)) put_token(op, &layer->up, &op->x_up, token, x);
-        put_token(op, w, &op->x, token, x);
+        if (!op->is_down && up_has_own_rows(layer)) put_token(op->kernels, &layer->up, &op->x_up, token, x);
+        put_token(op->kernels, w, &op->x, token, x);
     }
 }
 

@@ -1,0 +1,144 @@
+"""Dense linear layers: the panels' exact arithmetic, whatever the batch, the dtype and the threads."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ktk import linear
+from ktk.errors import BackendError, EngineError
+from ktk.integration.transformers.linear import KtkLinear, replace_linears
+from ktk.linear import Linear
+from ktk.memory import aligned_buffer
+from ktk.reference.moe import ExactExperts, poison_rows
+from ktk.types import Packed
+
+if linear.why_not() is not None:
+    pytest.skip(str(linear.why_not()), allow_module_level=True)
+
+FORMATS = (("int8", 0), ("int4", 32), ("int4", 128), ("bf16", None), ("fp32", None))
+SIZES = ((32, 16), (96, 1), (64, 100), (576, 1537), (2048, 300))  # in, out
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def exact(made: Linear, x: np.ndarray) -> np.ndarray:
+    """The exact model of the same panels: the down projection of one expert."""
+    layout = made.spec.layout
+    data = aligned_buffer(layout.expert_bytes)[None]
+    layout.panels(data[0], "down")[:] = made.panels
+    y = ExactExperts(Packed(made.spec, data)).linear(0, "down", poison_rows(x))
+    return y if made.bias is None else y + made.bias[: made.out_features]
+
+
+@pytest.mark.parametrize(("fmt", "group"), FORMATS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_forward_is_the_exact_model(fmt: str, group: int | None, sizes: tuple[int, int]) -> None:
+    n, m = sizes
+    made = Linear(random(m, n), random(m, seed=1), weight_format=fmt, group_size=group)
+    for rows in (1, 2, 3, 17, 65, 130):
+        x = random(rows, n, seed=rows)
+        want, got = exact(made, x), made(x)
+        if fmt in ("bf16", "fp32"):
+            assert np.allclose(want, got, rtol=1e-4, atol=1e-4)
+        else:
+            assert np.array_equal(want, got)
+        assert np.array_equal(got[-1:], made(x[-1:])), "a row has other bits alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_come_back_in_their_dtype(dtype: torch.dtype) -> None:
+    made = Linear(torch.from_numpy(random(48, 64)).to(dtype))
+    x = torch.from_numpy(random(5, 64, seed=3)).to(dtype)
+    y = made(x)
+    assert y.dtype == dtype and y.shape == (5, 48)
+    want = torch.from_numpy(exact(made, x.float().numpy())).to(dtype)
+    assert torch.equal(want, y)
+    assert made(x[:0]).shape == (0, 48)
+
+
+def test_a_row_with_nan_or_inf_stays_alone() -> None:
+    made = Linear(random(32, 64))
+    x = random(3, 64)
+    x[1, 5] = np.inf
+    y = made(x)
+    assert not np.isfinite(y[1]).all()
+    assert np.array_equal(y[[0, 2]], made(x[[0, 2]]))
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    code = """
+import sys, numpy as np
+from ktk.linear import Linear
+r = np.random.default_rng(0)
+made = Linear(r.standard_normal((700, 256), dtype=np.float32), weight_format="int4", num_threads=int(sys.argv[1]))
+sys.stdout.buffer.write(made(r.standard_normal((70, 256), dtype=np.float32)).tobytes())
+"""
+    outputs = {
+        subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, check=True).stdout
+        for n in (1, 2)
+    }
+    assert len(outputs) == 1
+
+
+def test_wrong_arguments_are_named() -> None:
+    w = random(16, 32)
+    with pytest.raises(ValueError, match=r"weight has shape \(32,\)"):
+        Linear(w[0])
+    with pytest.raises(TypeError, match="weight has dtype int64"):
+        Linear(np.ones((16, 32), np.int64))
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\): must be \(16,\)"):
+        Linear(w, random(3))
+    with pytest.raises(ValueError, match="format of panels"):
+        Linear(w, weight_format="gguf")
+    with pytest.raises(ValueError, match="NaN or inf"):
+        Linear(np.full((16, 32), np.nan, np.float32))
+    made = Linear(w)
+    with pytest.raises(ValueError, match="32"):
+        made(random(2, 16))
+    with pytest.raises(EngineError, match="num_threads"):
+        Linear(w, num_threads=made.num_threads + 1)
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(1024, 1024)
+        self.gate = torch.nn.Linear(1024, 1024, bias=False)
+        self.small = torch.nn.Linear(32, 32)
+        self.lm_head = torch.nn.Linear(1024, 2048, bias=False)
+
+
+def test_a_models_large_linears_are_replaced_and_routers_are_not() -> None:
+    model = Model().bfloat16()
+    x = torch.from_numpy(random(2, 3, 1024)).bfloat16()
+    want = model.q_proj(x)
+    assert replace_linears(model, "int8", skip=("lm_head",)) == ["q_proj"]
+    assert isinstance(model.q_proj, KtkLinear) and type(model.lm_head) is torch.nn.Linear
+    assert "int8" in repr(model) and "q_proj.weight" not in model.state_dict()
+    with torch.no_grad():
+        got = model.q_proj(x)
+    assert got.dtype == torch.bfloat16 and got.shape == want.shape
+    assert (got - want).abs().mean() < 0.02 * want.abs().mean()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        model.q_proj(x.requires_grad_())
+    with pytest.raises(ValueError, match=r"lm_head.*int3"):
+        replace_linears(model, "int3")
+
+
+def test_where_kernels_do_not_run_layers_stay_with_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(linear, "why_not", lambda: "no compiler")
+    with caplog.at_level(logging.WARNING, "ktk"):
+        assert replace_linears(Model(), "int8") == []
+    assert "stay with torch: no compiler" in caplog.text
+    with pytest.raises(BackendError, match="no compiler"):
+        Linear(random(16, 32))
