@@ -87,7 +87,7 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
         values = np.stack([dequantise(matrix, e) for e in range(len(matrix.data))])
     except ValueError as error:
         raise BackendError(
-            f"LLAMAFILE: GGUF type {matrix.type} is unknown here; it reads {', '.join(formats())}"
+            f"LLAMAFILE: no kernel over GGUF type {matrix.type}, and {error}; kernels read {', '.join(formats())}"
         ) from error
     half = values.astype(np.float16)
     exact = np.array_equal(half.astype(np.float32), values)
@@ -103,8 +103,6 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
 
 def _whole_panels(matrix: BlockMatrix) -> BlockMatrix:
     """Rows in sixteens and, of float formats, in_features in whole steps; a zero-padded copy only where they are not."""
-    if matrix.is_repacked:
-        return matrix
     if matrix.type not in formats():
         matrix = _without_kernel(matrix)
     fmt = formats()[matrix.type]
@@ -119,7 +117,7 @@ def _whole_panels(matrix: BlockMatrix) -> BlockMatrix:
             f"must have {matrix.in_features // fmt.block_weights * fmt.block_bytes}"
         )
     in_features = round_up(matrix.in_features, K_ALIGN)
-    if rows % PANEL == 0 and in_features == matrix.in_features:
+    if matrix.is_repacked or (rows % PANEL == 0 and in_features == matrix.in_features):
         return matrix
     bytes_in = in_features // fmt.block_weights * fmt.block_bytes
     data = aligned_buffer(experts * round_up(rows, PANEL) * bytes_in)
@@ -183,6 +181,7 @@ def _parts_of(
     """Rows of every expert for each NUMA part: of the file as it is mapped, or, repacked, in the node's memory."""
     spec, count = experts.spec, engine.threadpool_count if engine.is_bound else 1
     biases = {name: _padded_bias(bias) for name, bias in experts.biases.items()}
+    order = None if experts.order is None else np.ascontiguousarray(experts.order)
     parts = []
     for i in range(count):
         node = engine.numa_nodes[i] if engine.is_bound else None
@@ -192,9 +191,7 @@ def _parts_of(
         downs = _rows(matrices["down"], *down, node)
         assert ups is not None and downs is not None
         gate_bias, up_bias, down_bias = (biases.get(name) for name in ("gate", "up", "down"))
-        parts.append(
-            Part(gates, ups, downs, gate_bias, up_bias, down_bias, experts.order, *up, *down)
-        )
+        parts.append(Part(gates, ups, downs, gate_bias, up_bias, down_bias, order, *up, *down))
     return parts
 
 
