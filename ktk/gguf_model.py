@@ -128,13 +128,6 @@ class GgufModel(Mapping[int, MoE]):
         return f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, {self._experts.checkpoint.path})"
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF model: a .gguf file, or a directory that holds one and no config.json."""
-    if path.is_dir():
-        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    return path.suffix == ".gguf"
-
-
 @lru_cache(maxsize=4)
 def _opened(path: str, stamp: tuple[tuple[str, int, int], ...]) -> GgufExperts:
     return find_gguf_experts(GgufCheckpoint.open(path))
@@ -142,7 +135,8 @@ def _opened(path: str, stamp: tuple[tuple[str, int, int], ...]) -> GgufExperts:
 
 def open_experts(path: Path) -> GgufExperts:
     """``find_gguf_experts`` of a path; the same object for every layer that asks while the files stay as they are."""
-    files = sorted(path.parent.glob("*.gguf") if path.is_file() else path.glob("*.gguf"))
+    beside = (path.parent if path.is_file() else path).glob("*")
+    files = sorted(file for file in beside if file.name.lower().endswith(".gguf"))
     stats = ((str(file), file.stat()) for file in files if file.is_file())
     stamp = tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
     return _opened(str(path), stamp)

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends
+from ktk.checkpoint import is_gguf
 from ktk.formats import GGUF
 from ktk.formats.floats import to_f32
-from ktk.gguf_model import is_gguf, open_experts
+from ktk.gguf_model import open_experts
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE, as_hidden, as_routing, as_weights, expert_reader, is_bf16, to_numpy
 from ktk.pack import pack_experts

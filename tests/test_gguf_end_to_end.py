@@ -209,6 +209,38 @@ def test_what_does_not_fit_is_named(file: Path, tmp_path: Path) -> None:
 
 
 @needs_kernels
+def test_a_model_is_found_whatever_the_case_of_its_name_and_beside_a_config(
+    file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    capitals = folder / "MODEL.GGUF"
+    x, ids, weights = routed(3)
+    for seed in range(2):  # the second file is not taken for the first
+        made = tmp_path / f"{seed}.gguf"
+        blocks = {
+            name: gguf_files.quantised(
+                np.random.default_rng(seed), gguf.GGMLQuantizationType.Q8_0, E, *shape
+            )
+            for name, shape in (("gate", (N, H)), ("up", (N, H)), ("down", (H, N)))
+        }
+        tensors = {f"blk.1.ffn_{name}_exps.weight": given for name, given in blocks.items()}
+        gguf_files.write_gguf(made, "qwen3moe", tensors)
+        made.replace(capitals)
+        want = ktk.load_gguf(folder)[1](x, ids, weights)
+        for path in (folder, capitals):
+            wrapper = wrapper_of(path)
+            wrapper.load_weights()
+            assert_exact(want, wrapper.forward(x, ids, weights))
+
+
+def test_a_path_that_cannot_be_looked_at_is_an_error_of_the_checkpoint() -> None:
+    with pytest.raises(CheckpointError, match="name too long"):
+        wrapper_of(Path("x" * 5000)).load_weights()
+
+
+@needs_kernels
 def test_blocks_kernels_refuse_other_weights(file: Path) -> None:
     with pytest.raises(BackendError, match="runs the blocks of GGUF files, these are int4 weights"):
         wrapper_of(file.parent / "hf").load_weights()
