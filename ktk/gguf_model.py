@@ -19,6 +19,7 @@ from ktk.moe import MoE
 from ktk.types import BlockExperts, MoESpec
 
 RESIDENT_FOR = 1.0  # seconds that a layer found in memory is believed to stay there
+_models: weakref.WeakSet[GgufModel] = weakref.WeakSet()
 
 
 class GgufModel(Mapping[int, MoE]):
@@ -46,6 +47,11 @@ class GgufModel(Mapping[int, MoE]):
         self._copied: set[int] = set()  # layers whose MoE has weights of its own
         self._seen: dict[int, float] = {}  # layer -> when it was last found in memory
         self._reader: threading.Thread | None = None
+        _models.add(self)
+
+    def renew_lock(self) -> None:
+        """In a forked child: another thread of the parent may have held it."""
+        self._lock = threading.Lock()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -124,8 +130,24 @@ class GgufModel(Mapping[int, MoE]):
     def __contains__(self, layer: object) -> bool:
         return layer in self.layers
 
+    # A Mapping's own would make every layer to compare them.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def __repr__(self) -> str:
         return f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, {self._experts.checkpoint.path})"
+
+
+def _renew_locks() -> None:
+    for model in _models:
+        model.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @lru_cache(maxsize=4)
