@@ -16,6 +16,7 @@ from ktk.bench.blocks import has_quantiser, in_turns, random_matrix, row_bytes
 from ktk.bench.layer import BlocksLayer, build, check_memory, hidden_states, parse_method
 from ktk.bench.roofline import peak_of_blocks, peaks
 from ktk.bench.shapes import SHAPES, Shape, routings
+from ktk.reference.dequantise import dequantise
 
 if native_module() is None:
     pytest.skip("the compiled extension is not built", allow_module_level=True)
@@ -84,6 +85,13 @@ def test_a_layer_that_computes_wrong_is_not_measured() -> None:
     made.call = lambda *a: np.full_like(right(*a), np.nan)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="differs from the reference"):
         made.check(hidden, routing)
+
+
+@pytest.mark.parametrize("kind", tuple(formats()))
+def test_random_blocks_sum_to_nothing(kind: str) -> None:
+    matrix = random_matrix(kind, 1, 64, 2048, seed=0)
+    weights = dequantise(matrix, 0).astype(np.float64)
+    assert abs(weights.mean()) < 0.1 * np.sqrt((weights**2).mean())
 
 
 def test_a_layer_whose_bits_depend_on_the_batch_is_not_measured() -> None:
