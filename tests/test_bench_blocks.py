@@ -80,11 +80,19 @@ def test_a_layer_that_computes_wrong_is_not_measured() -> None:
     right = made.call
     hidden, routing = hidden_states(TINY, 4), routings(TINY, 4, 1, seed=0)[0]
     made.call = lambda *a: right(*a) * np.float32(1.05)  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match=r"Q8_0.*differs from the reference by [3-9]\."):
+    with pytest.raises(RuntimeError, match=r"Q8_0.*differs from the reference by 0.0[3-9]"):
         made.check(hidden, routing)
     made.call = lambda *a: np.full_like(right(*a), np.nan)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="differs from the reference"):
         made.check(hidden, routing)
+
+
+def test_floats_are_held_to_their_own_bound() -> None:
+    made = layer("LLAMAFILE:F32")
+    right = made.call
+    made.call = lambda *a: right(*a) * np.float32(1 + 5e-6)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="differs from the reference by 4.9e-06"):
+        made.check(hidden_states(TINY, 4), routings(TINY, 4, 1, seed=0)[0])
 
 
 @pytest.mark.parametrize("kind", tuple(formats()))
