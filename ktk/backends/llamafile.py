@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from ktk import cpu
 from ktk._cy import native_module
+from ktk._log import logger
 from ktk.backends._native import OperatorRunner
 from ktk.backends._parts import bound_buffer, cut
 from ktk.backends.base import Backend, Runner
@@ -22,7 +22,6 @@ from ktk.memory import aligned_buffer
 from ktk.reference.dequantise import decoded_types, dequantise
 from ktk.types import BlockExperts, BlockMatrix, EngineLayout, MoESpec
 
-log = logging.getLogger("ktk")
 _warned: set[str] = set()
 
 
@@ -94,7 +93,7 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
     if matrix.type not in _warned:
         _warned.add(matrix.type)
         name = "F16" if exact else "F32"
-        log.warning(
+        logger.warning(
             "GGUF type %s has no kernel: its weights run as a copy in %s", matrix.type, name
         )
     raw = (half if exact else values).view(np.uint8)
