@@ -250,9 +250,8 @@ def test_a_method_for_packed_weights_quantises_anew() -> None:
         assert moe.spec.weight_format == method.lower()
         assert isinstance(moe.packed, ktk.Packed)
         got = moe(x, ids, weights)
-        assert_exact(
-            ExactExperts(moe.packed).forward(x, ids, weights), got
-        ) if bound != 0.02 else None
+        if method != "BF16":  # integers are exact
+            assert_exact(ExactExperts(moe.packed).forward(x, ids, weights), got)
         assert np.abs(got - want).mean() <= bound * np.abs(want).mean()
     assert ktk.MoE(experts, method="AVX2").spec.weight_format == "int8"
     few_bits = random_blocks(spec_for("Q4_0"), ("Q4_0",) * 3)
