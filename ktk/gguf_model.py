@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.models.gguf import GgufExperts, Routing, find_gguf_experts
 from ktk.moe import MoE
@@ -38,10 +39,13 @@ class GgufModel(Mapping[int, MoE]):
         num_threads: int | None = None,
         repack: bool | None = None,
     ) -> None:
+        backends.check_method(method)  # refuse now rather than at the first layer
         self._experts = experts
-        self._options: dict[str, Any] = {"method": method, "num_threads": num_threads}
-        if repack is not None:
-            self._options["repack"] = repack
+        self._options: dict[str, Any] = {
+            "method": method,
+            "num_threads": num_threads,
+            "repack": repack,
+        }
         self._layers: dict[int, MoE] = {}
         self._lock = threading.Lock()
         self._copied: set[int] = set()  # layers whose MoE has weights of its own
@@ -90,10 +94,9 @@ class GgufModel(Mapping[int, MoE]):
         self._read_ahead(layer)
         with self._lock:
             if layer not in self._layers:
-                made: Any = MoE
                 blocks = self._experts.experts(layer)
                 kept = weakref.ref(blocks)
-                self._layers[layer] = made(blocks, **self._options)
+                self._layers[layer] = MoE(blocks, **self._options)
                 del blocks
                 if kept() is None:  # repacked, or quantised anew: the file is not read again
                     self._copied.add(layer)
@@ -174,7 +177,7 @@ def load_gguf(
     """Open the experts of a GGUF model; nothing is read but the header.
 
     path : a .gguf file, any part of a split one, or a directory of one model. method, num_threads, repack : as ``MoE``
-    takes them; repack None leaves its default. Raises CheckpointError.
+    takes them; repack None leaves its default. Raises CheckpointError, ValueError for an unknown method.
     """
     experts = find_gguf_experts(GgufCheckpoint.open(path))
     return GgufModel(experts, method=method, num_threads=num_threads, repack=repack)

@@ -397,6 +397,15 @@ def test_a_model_is_a_mapping_of_its_layers(tmp_path: Path) -> None:
         model.moe(0)
 
 
+def test_a_method_or_repack_that_is_none_is_refused(tmp_path: Path) -> None:
+    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
+    with pytest.raises(ValueError, match="method='Q4_K' is unknown"):
+        ktk.load_gguf(path, method="Q4_K")
+    model = ktk.load_gguf(path, repack="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="repack='no': must be True, False or None"):
+        model[1]
+
+
 def test_a_model_equals_itself_alone_and_comparing_makes_no_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
