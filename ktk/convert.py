@@ -26,6 +26,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from ktk.checkpoint import is_gguf
 from ktk.checkpoint.packed import (
     QUANT_METHOD,
     STATE_FILE,
@@ -219,16 +220,6 @@ def run_job(make: Callable[[], Job], output: Path, resume: bool) -> Summary:
                 ) from error
             raise
     return job.summary(time.monotonic() - started)
-
-
-def is_gguf(path: Path) -> bool:
-    """A .gguf file, or a directory that holds such files and no safetensors."""
-    if not path.is_dir():
-        return path.name.lower().endswith(".gguf")
-    names = [name.lower() for name in os.listdir(path)]
-    return any(name.endswith(".gguf") for name in names) and not any(
-        name.endswith(".safetensors") for name in names
-    )
 
 
 def _check_method(quant_method: str, output: Path) -> None:

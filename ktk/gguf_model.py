@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.models.gguf import GgufExperts, Routing, find_gguf_experts
 from ktk.moe import MoE
 from ktk.types import BlockExperts, MoESpec
 
 RESIDENT_FOR = 1.0  # seconds that a layer found in memory is believed to stay there
+_models: weakref.WeakSet[GgufModel] = weakref.WeakSet()
 
 
 class GgufModel(Mapping[int, MoE]):
@@ -37,15 +39,23 @@ class GgufModel(Mapping[int, MoE]):
         num_threads: int | None = None,
         repack: bool | None = None,
     ) -> None:
+        backends.check_method(method)  # refuse now rather than at the first layer
         self._experts = experts
-        self._options: dict[str, Any] = {"method": method, "num_threads": num_threads}
-        if repack is not None:
-            self._options["repack"] = repack
+        self._options: dict[str, Any] = {
+            "method": method,
+            "num_threads": num_threads,
+            "repack": repack,
+        }
         self._layers: dict[int, MoE] = {}
         self._lock = threading.Lock()
         self._copied: set[int] = set()  # layers whose MoE has weights of its own
         self._seen: dict[int, float] = {}  # layer -> when it was last found in memory
         self._reader: threading.Thread | None = None
+        _models.add(self)
+
+    def renew_lock(self) -> None:
+        """In a forked child: another thread of the parent may have held it."""
+        self._lock = threading.Lock()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -84,10 +94,9 @@ class GgufModel(Mapping[int, MoE]):
         self._read_ahead(layer)
         with self._lock:
             if layer not in self._layers:
-                made: Any = MoE
                 blocks = self._experts.experts(layer)
                 kept = weakref.ref(blocks)
-                self._layers[layer] = made(blocks, **self._options)
+                self._layers[layer] = MoE(blocks, **self._options)
                 del blocks
                 if kept() is None:  # repacked, or quantised anew: the file is not read again
                     self._copied.add(layer)
@@ -124,15 +133,24 @@ class GgufModel(Mapping[int, MoE]):
     def __contains__(self, layer: object) -> bool:
         return layer in self.layers
 
+    # A Mapping's own would make every layer to compare them.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def __repr__(self) -> str:
         return f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, {self._experts.checkpoint.path})"
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF model: a .gguf file, or a directory that holds one and no config.json."""
-    if path.is_dir():
-        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    return path.suffix == ".gguf"
+def _renew_locks() -> None:
+    for model in _models:
+        model.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @lru_cache(maxsize=4)
@@ -142,7 +160,8 @@ def _opened(path: str, stamp: tuple[tuple[str, int, int], ...]) -> GgufExperts:
 
 def open_experts(path: Path) -> GgufExperts:
     """``find_gguf_experts`` of a path; the same object for every layer that asks while the files stay as they are."""
-    files = sorted(path.parent.glob("*.gguf") if path.is_file() else path.glob("*.gguf"))
+    beside = (path.parent if path.is_file() else path).glob("*")
+    files = sorted(file for file in beside if file.name.lower().endswith(".gguf"))
     stats = ((str(file), file.stat()) for file in files if file.is_file())
     stamp = tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
     return _opened(str(path), stamp)
@@ -158,7 +177,7 @@ def load_gguf(
     """Open the experts of a GGUF model; nothing is read but the header.
 
     path : a .gguf file, any part of a split one, or a directory of one model. method, num_threads, repack : as ``MoE``
-    takes them; repack None leaves its default. Raises CheckpointError.
+    takes them; repack None leaves its default. Raises CheckpointError, ValueError for an unknown method.
     """
     experts = find_gguf_experts(GgufCheckpoint.open(path))
     return GgufModel(experts, method=method, num_threads=num_threads, repack=repack)

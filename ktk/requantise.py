@@ -48,6 +48,8 @@ def plan(
 
     is_repacked : whether blocks are copied in the kernels' order; None: KTK_REPACK.
     """
+    if is_repacked not in (None, False, True):
+        raise ValueError(f"repack={is_repacked!r}: must be True, False or None")
     weight_format = packed_format(method, experts)
     if weight_format is not None:
         spec = packed_spec(experts, weight_format)

@@ -275,6 +275,8 @@ class BlockExperts:
     order: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        from ktk.layout import K_ALIGN, PANEL, round_up
+
         spec = self.spec
         if spec.weight_format != "gguf" or spec.has_gate != (self.gate is not None):
             raise ValueError(
@@ -285,7 +287,7 @@ class BlockExperts:
             if name == "down":
                 ins, outs = outs, ins
             if matrix.is_repacked:  # padded to whole panels
-                continue
+                ins, outs = round_up(ins, K_ALIGN), round_up(outs, PANEL)
             if (matrix.in_features, *matrix.data.shape[:2]) != (ins, spec.num_experts, outs):
                 raise ValueError(
                     f"{name} is ({matrix.data.shape[0]}, {matrix.data.shape[1]}, {matrix.in_features}): "
@@ -302,6 +304,17 @@ class BlockExperts:
                 )
         if spec.has_bias != bool(self.biases):
             raise ValueError(f"has_bias={spec.has_bias}, but there are {len(self.biases)} biases")
+        order = self.order
+        if order is None:
+            return
+        if order.dtype != np.int64 or order.shape != (spec.num_experts,):
+            raise ValueError(
+                f"order is {order.dtype} {order.shape}: must be int64 ({spec.num_experts},)"
+            )
+        if order.min() < 0 or order.max() >= spec.num_experts:
+            raise ValueError(
+                f"order goes from {order.min()} to {order.max()}: must stay in 0..{spec.num_experts - 1}"
+            )
 
     @property
     def matrices(self) -> dict[str, BlockMatrix]:

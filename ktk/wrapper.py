@@ -27,11 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends
+from ktk.checkpoint import is_gguf
+from ktk.formats import GGUF
 from ktk.formats.floats import to_f32
-from ktk.gguf_model import is_gguf, open_experts
+from ktk.gguf_model import open_experts
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE, as_hidden, as_routing, as_weights, expert_reader, is_bf16, to_numpy
 from ktk.pack import pack_experts
+from ktk.reference.dequantise import expert_weights
+from ktk.requantise import packed_format
 from ktk.runtime import engine, fifo
 from ktk.runtime.devices import (
     array_like,
@@ -235,8 +239,7 @@ class KTMoEWrapper:
         from ktk.checkpoint.packed import layer_path, read_layer
 
         if is_gguf(path):
-            blocks = self._blocks(path)
-            self._use(dataclasses.replace(blocks, order=order))
+            self._use(self._from_gguf(path, order))
             return
         if layer_path(path, self.layer_idx).exists():
             packed = read_layer(path, self.layer_idx)
@@ -368,18 +371,28 @@ class KTMoEWrapper:
             )
         return asked
 
-    def _blocks(self, path: Path) -> BlockExperts:
-        """The layer of a GGUF file, with this wrapper's activation and activation_group."""
+    def _from_gguf(self, path: Path, order: np.ndarray | None) -> Packed | BlockExperts:
+        """The layer of a GGUF file, with this wrapper's activation: its blocks, or packed as the wrapper asks."""
         blocks = open_experts(path).experts(self.layer_idx)
         source = f"{path}, layer {self.layer_idx},"
         self._check_shapes(dataclasses.asdict(blocks.spec), source)
-        group = self._activation_group
+        activation = self._agreed_activation(blocks.spec.activation, source)
+        spec = dataclasses.replace(blocks.spec, activation=activation)
+        blocks = dataclasses.replace(blocks, spec=spec, order=order)
+        weight_format = self._weight_format or packed_format(self.method, blocks) or GGUF.name
+        activation_group = self._activation_group
+        if activation_group is None and weight_format == GGUF.name:
+            activation_group = spec.activation_group  # of the layer's types
         spec = dataclasses.replace(
-            blocks.spec,
-            activation=self._agreed_activation(blocks.spec.activation, source),
-            activation_group=blocks.spec.activation_group if group is None else group,
+            spec,
+            weight_format=weight_format,
+            group_size=self._group_size,
+            activation_group=activation_group,
         )
-        return dataclasses.replace(blocks, spec=spec)
+        if weight_format == GGUF.name:
+            return dataclasses.replace(blocks, spec=spec)
+        backends.select(self.method, spec)  # refuse before the long part
+        return pack_experts(spec, partial(expert_weights, blocks), self.cpuinfer_threads)
 
     def _quantise_checkpoint(self, path: Path) -> Packed:
         """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""

@@ -16,6 +16,7 @@ from ktk.bench.blocks import has_quantiser, in_turns, random_matrix, row_bytes
 from ktk.bench.layer import BlocksLayer, build, check_memory, hidden_states, parse_method
 from ktk.bench.roofline import peak_of_blocks, peaks
 from ktk.bench.shapes import SHAPES, Shape, routings
+from ktk.reference.dequantise import dequantise
 
 if native_module() is None:
     pytest.skip("the compiled extension is not built", allow_module_level=True)
@@ -79,11 +80,26 @@ def test_a_layer_that_computes_wrong_is_not_measured() -> None:
     right = made.call
     hidden, routing = hidden_states(TINY, 4), routings(TINY, 4, 1, seed=0)[0]
     made.call = lambda *a: right(*a) * np.float32(1.05)  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match=r"Q8_0.*differs from the reference by [3-9]\."):
+    with pytest.raises(RuntimeError, match=r"Q8_0.*differs from the reference by 0.0[3-9]"):
         made.check(hidden, routing)
     made.call = lambda *a: np.full_like(right(*a), np.nan)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="differs from the reference"):
         made.check(hidden, routing)
+
+
+def test_floats_are_held_to_their_own_bound() -> None:
+    made = layer("LLAMAFILE:F32")
+    right = made.call
+    made.call = lambda *a: right(*a) * np.float32(1 + 5e-6)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="differs from the reference by 4.9e-06"):
+        made.check(hidden_states(TINY, 4), routings(TINY, 4, 1, seed=0)[0])
+
+
+@pytest.mark.parametrize("kind", tuple(formats()))
+def test_random_blocks_sum_to_nothing(kind: str) -> None:
+    matrix = random_matrix(kind, 1, 64, 2048, seed=0)
+    weights = dequantise(matrix, 0).astype(np.float64)
+    assert abs(weights.mean()) < 0.1 * np.sqrt((weights**2).mean())
 
 
 def test_a_layer_whose_bits_depend_on_the_batch_is_not_measured() -> None:

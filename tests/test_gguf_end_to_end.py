@@ -162,6 +162,39 @@ def test_a_method_for_packed_weights_quantises_the_blocks_anew(
     assert np.array_equal(want.data, wrapper.moe.packed.data)
 
 
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("INT4", {"group_size": 64, "activation_group": 32}),
+        ("auto", {"weight_format": "int8"}),
+        ("AVX2", {"weight_format": "int8"}),
+        ("AVX512", {"group_size": 128}),
+    ],
+)
+def test_blocks_become_the_format_and_groups_that_are_asked_for(
+    file: Path, method: str, asked: dict[str, Any]
+) -> None:
+    if reason := backends.backends()[method].why_not() if method.startswith("AVX") else None:
+        pytest.skip(f"{method}: {reason}")
+    wrapper = wrapper_of(file, method=method, **asked)
+    wrapper.load_weights(ORDER)
+    blocks = blocks_of(file)
+    spec = MoESpec(E, H, N, **{"weight_format": "int4", **asked})
+    want = pack_experts(spec, lambda e: expert_weights(blocks, int(ORDER[e])))
+    assert wrapper.moe.spec == spec
+    assert np.array_equal(want.data, wrapper.moe.packed.data)
+
+
+@needs_kernels
+def test_blocks_take_an_activation_group_but_no_group_size(file: Path) -> None:
+    wrapper = wrapper_of(file, activation_group=32)
+    wrapper.load_weights()
+    assert wrapper.moe.spec.activation_group == 32
+    for asked in ({"group_size": 32}, {"activation_group": 0}):
+        with pytest.raises(ValueError, match="group"):
+            wrapper_of(file, **asked).load_weights()
+
+
 def test_what_does_not_fit_is_named(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="layer 7 has no experts; MoE layers: 0, 1"):
         wrapper_of(file, layer=7).load_weights()
@@ -173,6 +206,38 @@ def test_what_does_not_fit_is_named(file: Path, tmp_path: Path) -> None:
         wrapper_of(tmp_path / "nothing.gguf").load_weights()
     with pytest.raises(ValueError, match="physical_to_logical_map goes from"):
         wrapper_of(file).load_weights(ORDER + 1)
+
+
+@needs_kernels
+def test_a_model_is_found_whatever_the_case_of_its_name_and_beside_a_config(
+    file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    capitals = folder / "MODEL.GGUF"
+    x, ids, weights = routed(3)
+    for seed in range(2):  # the second file is not taken for the first
+        made = tmp_path / f"{seed}.gguf"
+        blocks = {
+            name: gguf_files.quantised(
+                np.random.default_rng(seed), gguf.GGMLQuantizationType.Q8_0, E, *shape
+            )
+            for name, shape in (("gate", (N, H)), ("up", (N, H)), ("down", (H, N)))
+        }
+        tensors = {f"blk.1.ffn_{name}_exps.weight": given for name, given in blocks.items()}
+        gguf_files.write_gguf(made, "qwen3moe", tensors)
+        made.replace(capitals)
+        want = ktk.load_gguf(folder)[1](x, ids, weights)
+        for path in (folder, capitals):
+            wrapper = wrapper_of(path)
+            wrapper.load_weights()
+            assert_exact(want, wrapper.forward(x, ids, weights))
+
+
+def test_a_path_that_cannot_be_looked_at_is_an_error_of_the_checkpoint() -> None:
+    with pytest.raises(CheckpointError, match="name too long"):
+        wrapper_of(Path("x" * 5000)).load_weights()
 
 
 @needs_kernels

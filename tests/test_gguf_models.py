@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from ktk.backends import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
 from ktk.models.gguf import ARCHITECTURES, GgufExperts, Routing, find_gguf_experts
-from ktk.types import Activation
+from ktk.types import Activation, BlockExperts
 
 SILU, FUSED = Activation.silu(), ("gate_up", "down")
 # id -> (architecture, projections as written, further metadata, activation, routing)
@@ -392,6 +395,55 @@ def test_a_model_is_a_mapping_of_its_layers(tmp_path: Path) -> None:
         model[0]
     with pytest.raises(CheckpointError, match="layer 0 has no experts"):
         model.moe(0)
+
+
+def test_a_method_or_repack_that_is_none_is_refused(tmp_path: Path) -> None:
+    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
+    with pytest.raises(ValueError, match="method='Q4_K' is unknown"):
+        ktk.load_gguf(path, method="Q4_K")
+    model = ktk.load_gguf(path, repack="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="repack='no': must be True, False or None"):
+        model[1]
+
+
+def test_a_model_equals_itself_alone_and_comparing_makes_no_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
+    model = ktk.load_gguf(path)
+    monkeypatch.setattr(GgufExperts, "experts", None)
+    assert model == model and model != ktk.load_gguf(path) and model != {}
+    assert model in {model}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_a_layer_is_made_makes_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
+    model, experts = ktk.load_gguf(path), GgufExperts.experts
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(self: GgufExperts, layer: int) -> BlockExperts:
+        if layer == 1:
+            begun.set()
+            go_on.wait(60)
+        return experts(self, layer)
+
+    monkeypatch.setattr(GgufExperts, "experts", slow)
+    maker = threading.Thread(target=model.moe, args=(1,))
+    maker.start()
+    try:
+        assert begun.wait(60)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)  # a child that waits for the lock is killed
+            made = model[2].spec == model.spec(2)
+            os._exit(0 if made else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        go_on.set()
+        maker.join()
 
 
 def test_the_next_layer_is_read_ahead_only_if_it_is_not_in_memory(

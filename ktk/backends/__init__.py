@@ -7,17 +7,15 @@ Other packages add backends through the entry-point group ``ktk.backends`` (an i
 from __future__ import annotations
 
 import importlib
-import logging
 from dataclasses import dataclass
 from functools import cache
 
 from ktk import env
+from ktk._log import logger
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
 from ktk.formats import FORMATS
 from ktk.types import MoESpec
-
-log = logging.getLogger("ktk")
 
 # Fastest first: selection takes the first that runs.
 _BUILT_IN = (
@@ -61,10 +59,10 @@ def backends() -> dict[str, Backend]:
             loaded = entry.load()
             backend = loaded() if isinstance(loaded, type) else loaded
         except Exception as error:  # a broken plug-in must not take the others down
-            log.warning("backend plug-in %s does not load: %s", entry.name, error)
+            logger.warning("backend plug-in %s does not load: %s", entry.name, error)
             continue
         if backend.name in found:
-            log.warning(
+            logger.warning(
                 "backend plug-in %s: the name %s is taken, ignored", entry.name, backend.name
             )
         else:
@@ -141,7 +139,7 @@ def select(method: str, spec: MoESpec) -> Backend:
         stand_in = _first(spec)
         if key not in _warned:
             _warned.add(key)
-            log.warning(
+            logger.warning(
                 "%s does not run here (%s); %s runs its weights", key, reason, stand_in.kernel(spec)
             )
         return stand_in

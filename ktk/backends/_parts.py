@@ -6,17 +6,16 @@ and what crosses between the nodes is h, 8 bits a channel.
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import numpy as np
 
 from ktk import numa
+from ktk._log import logger
 from ktk.layout import PANEL
 from ktk.memory import aligned_buffer
 from ktk.types import EngineLayout, MoESpec, Packed
 
-log = logging.getLogger("ktk")
 BLOCK = 128  # channels a cut falls between: a multiple of every activation group
 _warned: set[str] = set()
 
@@ -107,7 +106,7 @@ def bound_buffer(num_bytes: int, node: int) -> np.ndarray:
     except (OSError, ValueError) as error:  # a container may forbid it: slower, not wrong
         if "bind" not in _warned:
             _warned.add("bind")
-            log.warning("weights are not bound to NUMA nodes: %s", error)
+            logger.warning("weights are not bound to NUMA nodes: %s", error)
     return buffer
 
 

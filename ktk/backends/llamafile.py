@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from ktk import cpu
 from ktk._cy import native_module
+from ktk._log import logger
 from ktk.backends._native import OperatorRunner
 from ktk.backends._parts import bound_buffer, cut
 from ktk.backends.base import Backend, Runner
@@ -22,7 +22,6 @@ from ktk.memory import aligned_buffer
 from ktk.reference.dequantise import decoded_types, dequantise
 from ktk.types import BlockExperts, BlockMatrix, EngineLayout, MoESpec
 
-log = logging.getLogger("ktk")
 _warned: set[str] = set()
 
 
@@ -87,14 +86,14 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
         values = np.stack([dequantise(matrix, e) for e in range(len(matrix.data))])
     except ValueError as error:
         raise BackendError(
-            f"LLAMAFILE: GGUF type {matrix.type} is unknown here; it reads {', '.join(formats())}"
+            f"LLAMAFILE: no kernel over GGUF type {matrix.type}, and {error}; kernels read {', '.join(formats())}"
         ) from error
     half = values.astype(np.float16)
     exact = np.array_equal(half.astype(np.float32), values)
     if matrix.type not in _warned:
         _warned.add(matrix.type)
         name = "F16" if exact else "F32"
-        log.warning(
+        logger.warning(
             "GGUF type %s has no kernel: its weights run as a copy in %s", matrix.type, name
         )
     raw = (half if exact else values).view(np.uint8)
@@ -103,8 +102,6 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
 
 def _whole_panels(matrix: BlockMatrix) -> BlockMatrix:
     """Rows in sixteens and, of float formats, in_features in whole steps; a zero-padded copy only where they are not."""
-    if matrix.is_repacked:
-        return matrix
     if matrix.type not in formats():
         matrix = _without_kernel(matrix)
     fmt = formats()[matrix.type]
@@ -119,7 +116,7 @@ def _whole_panels(matrix: BlockMatrix) -> BlockMatrix:
             f"must have {matrix.in_features // fmt.block_weights * fmt.block_bytes}"
         )
     in_features = round_up(matrix.in_features, K_ALIGN)
-    if rows % PANEL == 0 and in_features == matrix.in_features:
+    if matrix.is_repacked or (rows % PANEL == 0 and in_features == matrix.in_features):
         return matrix
     bytes_in = in_features // fmt.block_weights * fmt.block_bytes
     data = aligned_buffer(experts * round_up(rows, PANEL) * bytes_in)
@@ -183,6 +180,7 @@ def _parts_of(
     """Rows of every expert for each NUMA part: of the file as it is mapped, or, repacked, in the node's memory."""
     spec, count = experts.spec, engine.threadpool_count if engine.is_bound else 1
     biases = {name: _padded_bias(bias) for name, bias in experts.biases.items()}
+    order = None if experts.order is None else np.ascontiguousarray(experts.order)
     parts = []
     for i in range(count):
         node = engine.numa_nodes[i] if engine.is_bound else None
@@ -192,9 +190,7 @@ def _parts_of(
         downs = _rows(matrices["down"], *down, node)
         assert ups is not None and downs is not None
         gate_bias, up_bias, down_bias = (biases.get(name) for name in ("gate", "up", "down"))
-        parts.append(
-            Part(gates, ups, downs, gate_bias, up_bias, down_bias, experts.order, *up, *down)
-        )
+        parts.append(Part(gates, ups, downs, gate_bias, up_bias, down_bias, order, *up, *down))
     return parts
 
 

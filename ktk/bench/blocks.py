@@ -63,7 +63,11 @@ def float_blocks(kind: str, w: np.ndarray) -> np.ndarray:
 def random_matrix(
     kind: str, num_experts: int, out_features: int, in_features: int, seed: int
 ) -> BlockMatrix:
-    """Blocks of random bits with scales near SCALE, uint8 (num_experts, out_features, row bytes)."""
+    """Blocks of random bits with scales near SCALE, uint8 (num_experts, out_features, row bytes).
+
+    Scales have either sign: else weights of types with minima would all be positive, every output the sum of the
+    activations, and where that is near 0 their rounding all there is.
+    """
     rng = np.random.default_rng(seed)
     shape = (num_experts, out_features)
     if kind in FLOATS:
@@ -73,7 +77,8 @@ def random_matrix(
     blocks = rng.integers(
         0, 256, (*shape, in_features // fmt.block_weights, fmt.block_bytes), dtype=np.uint8
     )
-    scales = (rng.random((*blocks.shape[:3], 4)) * SCALE + SCALE).astype(np.float16)
+    sizes = (*blocks.shape[:3], 4)
+    scales = ((rng.random(sizes) + 1) * SCALE * rng.choice((-1, 1), sizes)).astype(np.float16)
     for i, at in enumerate(HALVES.get(kind, ())):
         blocks[..., at : at + 2] = scales[..., i : i + 1].view(np.uint8)
     if kind == "MXFP4":  # 2 ** (e - 128)

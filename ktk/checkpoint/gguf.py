@@ -23,7 +23,7 @@ from gguf import quants
 
 from ktk._log import logger
 from ktk.checkpoint.mapping import MappedFile
-from ktk.checkpoint.safetensors import _shown
+from ktk.checkpoint.safetensors import shown
 from ktk.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; real ones, tokenizer included, have 5 to 30 million
@@ -266,7 +266,7 @@ class _Header:
         self.tensors: dict[str, GgufTensor] = {}
         for position, name, shape, number, offset in infos:
             if name in self.tensors:
-                raise _Malformed(f"byte {position}: tensor {_shown(name)} occurs twice")
+                raise _Malformed(f"byte {position}: tensor {shown(name)} occurs twice")
             self.tensors[name] = self._tensor(
                 position, name, shape, number, offset, start, alignment
             )
@@ -288,7 +288,7 @@ class _Header:
     def _key(self, cursor: _Cursor) -> None:
         begin = cursor.position
         key = cursor.string("a key", MAX_NAME)
-        where = f"key {_shown(key)}"
+        where = f"key {shown(key)}"
         if key in self.values:
             raise _Malformed(f"byte {begin}: {where} occurs twice")
         kind = cursor.u32(f"the type of {where}")
@@ -349,7 +349,7 @@ class _Header:
         """The elements of an array that was stepped over."""
         cursor = _Cursor(self.cursor.data, self.version)
         cursor.position = array.begin
-        where = f"key {_shown(key)}"
+        where = f"key {shown(key)}"
         try:
             return self._elements(cursor, array, where)
         except _Malformed as error:
@@ -383,7 +383,7 @@ class _Header:
         """One tensor info: (its byte position, name, row-major shape, type number, offset in the data)."""
         begin = cursor.position
         name = cursor.string("a tensor's name", MAX_NAME)
-        where = f"tensor {_shown(name)}"
+        where = f"tensor {shown(name)}"
         at = cursor.position
         dimensions = cursor.u32(f"the number of dimensions of {where}")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -413,7 +413,7 @@ class _Header:
         alignment: int,
     ) -> GgufTensor:
         """Check one tensor info against the file; its data begins at ``start + offset``."""
-        where, begin, size = f"byte {position}: tensor {_shown(name)}", start + offset, 0
+        where, begin, size = f"byte {position}: tensor {shown(name)}", start + offset, 0
         if offset % alignment:
             raise _Malformed(
                 f"{where}: offset {offset} is not a multiple of the alignment, {alignment}"
@@ -443,8 +443,8 @@ class _Header:
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.begin, t.num_bytes)):
             if tensor.begin < end:
                 raise _Malformed(
-                    f"tensor {_shown(tensor.name)}: bytes {tensor.begin} to {tensor.begin + tensor.num_bytes} overlap "
-                    f"tensor {_shown(before)}, which ends at {end}"
+                    f"tensor {shown(tensor.name)}: bytes {tensor.begin} to {tensor.begin + tensor.num_bytes} overlap "
+                    f"tensor {shown(before)}, which ends at {end}"
                 )
             end, before = tensor.begin + tensor.num_bytes, tensor.name
 
@@ -460,7 +460,7 @@ class _Header:
             return 0, 1
         if type(number) is not int or type(count) is not int or not 0 <= number < count < 100_000:
             raise CheckpointError(
-                f"{self.path}: split.no {_shown(number)} of split.count {_shown(count)}: must be 0 to count - 1"
+                f"{self.path}: split.no {shown(number)} of split.count {shown(count)}: must be 0 to count - 1"
             )
         return number, count
 
@@ -490,20 +490,20 @@ class GgufCheckpoint:
             architecture = header.values.get("general.architecture", first)
             if architecture != first:
                 raise CheckpointError(
-                    f"{header.path}: general.architecture is {_shown(architecture)}, in {headers[0].path.name} it is "
-                    f"{_shown(first)}: parts of different models"
+                    f"{header.path}: general.architecture is {shown(architecture)}, in {headers[0].path.name} it is "
+                    f"{shown(first)}: parts of different models"
                 )
             self.metadata.add(header, skip_prefix="split.")
             for name, tensor in header.tensors.items():
                 if name in tensors:
                     raise CheckpointError(
-                        f"tensor {_shown(name)} is in both {tensors[name].file} and {header.path}"
+                        f"tensor {shown(name)} is in both {tensors[name].file} and {header.path}"
                     )
                 tensors[name] = tensor
         said = headers[0].values.get("split.tensors.count")
         if said is not None and len(headers) > 1 and said != len(tensors):
             raise CheckpointError(
-                f"{headers[0].path}: split.tensors.count is {_shown(said)}, the parts hold {len(tensors)} tensors: "
+                f"{headers[0].path}: split.tensors.count is {shown(said)}, the parts hold {len(tensors)} tensors: "
                 "parts of different files; download them again"
             )
         self.tensors: Mapping[str, GgufTensor] = MappingProxyType(tensors)
@@ -535,11 +535,11 @@ class GgufCheckpoint:
         try:
             tensor = self.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{self.path}: no tensor {_shown(name)}") from None
+            raise CheckpointError(f"{self.path}: no tensor {shown(name)}") from None
         if not tensor.is_known:
             removed = tensor.type in REMOVED_TYPES.values()
             raise CheckpointError(
-                f"{tensor.file}: tensor {_shown(name)} (byte {tensor.begin}) is of {'the removed type ' if removed else ''}"
+                f"{tensor.file}: tensor {shown(name)} (byte {tensor.begin}) is of {'the removed type ' if removed else ''}"
                 f"{tensor.type}: "
                 + (
                     "re-quantise the model from its original weights"
@@ -580,7 +580,7 @@ class GgufCheckpoint:
                 values = quants.dequantize(blocks, kind)
         except NotImplementedError:
             raise CheckpointError(
-                f"{tensor.file}: tensor {_shown(name)} is {tensor.type}, which gguf {_gguf_version()} does not dequantise"
+                f"{tensor.file}: tensor {shown(name)} is {tensor.type}, which gguf {_gguf_version()} does not dequantise"
             ) from None
         return np.array(values, np.float32)
 
@@ -665,8 +665,8 @@ def _directory_parts(path: Path) -> list[_Header]:
 
 
 def _missing(path: Path, count: int, absent: list[str]) -> str:
-    shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-    return f"{path}: {len(absent)} of {count} parts are missing: {shown}; finish the download"
+    listed = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+    return f"{path}: {len(absent)} of {count} parts are missing: {listed}; finish the download"
 
 
 def _ordered(path: Path, headers: list[_Header], count: int) -> list[_Header]:

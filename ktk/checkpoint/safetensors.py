@@ -77,7 +77,7 @@ def strict_json(raw: bytes) -> Any:
             seen: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    raise ValueError(f"key {_shown(key)} occurs twice")
+                    raise ValueError(f"key {shown(key)} occurs twice")
                 seen.add(key)
         return fields
 
@@ -206,13 +206,13 @@ class SafetensorsFile:
 
     def _tensor(self, name: str, entry: Any, data: int) -> TensorInfo:
         """Check one header entry; ``data`` is where the tensors begin in the file."""
-        where = f"tensor {_shown(name)}"
+        where = f"tensor {shown(name)}"
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise _Malformed(f"{where}: entry must hold exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise _Malformed(
-                f"{where}: dtype {_shown(dtype)} is not supported; known: {', '.join(DTYPES)}"
+                f"{where}: dtype {shown(dtype)} is not supported; known: {', '.join(DTYPES)}"
             )
         if (
             not isinstance(shape, list)
@@ -220,11 +220,11 @@ class SafetensorsFile:
             or not all(map(_is_size, shape))
         ):
             raise _Malformed(
-                f"{where}: shape {_shown(shape)}: must be at most {MAX_DIMENSIONS} ints of 0 to 2**63-1"
+                f"{where}: shape {shown(shape)}: must be at most {MAX_DIMENSIONS} ints of 0 to 2**63-1"
             )
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
             raise _Malformed(
-                f"{where}: data_offsets {_shown(offsets)}: must be two ints of 0 to 2**63-1"
+                f"{where}: data_offsets {shown(offsets)}: must be two ints of 0 to 2**63-1"
             )
         begin, end = data + offsets[0], data + offsets[1]
         if begin > end:
@@ -238,11 +238,11 @@ class SafetensorsFile:
             elements *= size
             nonzero *= size or 1
             if nonzero >= 1 << 63:
-                raise _Malformed(f"{where}: shape {_shown(shape)} has 2**63 elements or more")
+                raise _Malformed(f"{where}: shape {shown(shape)} has 2**63 elements or more")
         wanted = elements * DTYPES[dtype].itemsize
         if wanted != end - begin:
             raise _Malformed(
-                f"{where}: bytes {begin} to {end} are {end - begin}, {dtype} {_shown(shape)} needs {wanted}"
+                f"{where}: bytes {begin} to {end} are {end - begin}, {dtype} {shown(shape)} needs {wanted}"
             )
         return TensorInfo(dtype, tuple(shape), self.path, begin, end)
 
@@ -253,10 +253,10 @@ class SafetensorsFile:
             if info.begin != position:
                 fault = "overlaps" if info.begin < position else "leaves a hole behind"
                 raise _Malformed(
-                    f"tensor {_shown(name)}: bytes {info.begin} to {info.end} {fault} {before}, "
+                    f"tensor {shown(name)}: bytes {info.begin} to {info.end} {fault} {before}, "
                     f"which ends at {position}"
                 )
-            position, before = info.end, f"tensor {_shown(name)}"
+            position, before = info.end, f"tensor {shown(name)}"
         if position != self.size:
             raise _Malformed(
                 f"{before} ends at byte {position}, the file at {self.size}: bytes nothing names"
@@ -269,7 +269,7 @@ class SafetensorsFile:
             raise ValueError(
                 f"bytes {offset} to {offset + len(view)} of {name}, which has {info.nbytes}"
             )
-        read_into(self.fd, view, info.begin + offset, f"{self.path}: tensor {_shown(name)}")
+        read_into(self.fd, view, info.begin + offset, f"{self.path}: tensor {shown(name)}")
 
 
 class Checkpoint:
@@ -290,7 +290,7 @@ class Checkpoint:
                 if name in self._file_of:
                     other = self._file_of[name].path
                     raise CheckpointError(
-                        f"tensor {_shown(name)} is in both {other} and {file.path}"
+                        f"tensor {shown(name)} is in both {other} and {file.path}"
                     )
                 self._file_of[name] = file
         listed = (
@@ -301,7 +301,7 @@ class Checkpoint:
                 name not in self._file_of or self._file_of[name].path != names[name]
             ):
                 raise CheckpointError(
-                    f"{names[name]}: lacks tensor {_shown(name)}, which the index places there"
+                    f"{names[name]}: lacks tensor {shown(name)}, which the index places there"
                 )
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: file.tensors[name] for name, file in self._file_of.items() if name in listed}
@@ -367,7 +367,7 @@ class Checkpoint:
         try:
             return self.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{self.path}: no tensor {_shown(name)}") from None
+            raise CheckpointError(f"{self.path}: no tensor {shown(name)}") from None
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
         """The raw bits of a tensor, or of its ``rows`` start to stop along dimension 0.
@@ -433,7 +433,7 @@ def _directory_files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
             or "\\" in file
         ):
             raise CheckpointError(
-                f"{index}: tensor {_shown(name)} is placed in {_shown(file)}: must be a file inside the directory"
+                f"{index}: tensor {shown(name)} is placed in {shown(file)}: must be a file inside the directory"
             )
         names[name] = path / file
     files = sorted(set(names.values()))
@@ -441,7 +441,7 @@ def _directory_files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
         if not _present(needed):
             first = next(name for name, file in names.items() if file == needed)
             raise CheckpointError(
-                f"{needed}: missing; {index.name} places {_shown(first)} there; finish the download"
+                f"{needed}: missing; {index.name} places {shown(first)} there; finish the download"
             )
     return files, names
 
@@ -455,7 +455,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A stranger's value, short and on one line."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an int of {value.bit_length()} bits"

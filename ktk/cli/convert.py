@@ -46,7 +46,7 @@ def command(
     activation_group: Annotated[
         int | None,
         typer.Option(
-            help="Activations that share a scale: 32, 64 or 128; default: 128 for int4, 32 for int8."
+            help="Activations that share a scale: 32, 64 or 128; default: 128 for int4, 64 for int8."
         ),
     ] = None,
     threads: Annotated[

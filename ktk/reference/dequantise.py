@@ -8,9 +8,16 @@ from ktk.types import BlockExperts, BlockMatrix, ExpertWeights
 
 
 def dequantise(matrix: BlockMatrix, expert: int) -> np.ndarray:
-    """One expert's projection, float32 (out_features, in_features). ValueError for a type the gguf package does not decode."""
+    """One expert's projection, float32 (out_features, in_features).
+
+    ValueError for a type the gguf package does not decode, and for repacked blocks, which nothing puts back in order.
+    """
     import gguf
 
+    if matrix.is_repacked:
+        raise ValueError(
+            f"{matrix.type} blocks are repacked for the kernels: cannot be decoded; take them from the file again"
+        )
     try:
         kind = gguf.GGMLQuantizationType[matrix.type]
         with np.errstate(all="ignore"):  # a stranger's scales may be inf or NaN
