@@ -28,6 +28,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 import ktk
 from ktk import backends
+from ktk.checkpoint import Checkpoint
 from ktk.convert import convert
 from ktk.errors import CheckpointError
 from ktk.integration.transformers import KtkConfig, load_model, recognise, use_ktk
@@ -35,7 +36,7 @@ from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.loading import layer_of, packed_modules
 from ktk.reference.dequantise import expert_weights
 from ktk.reference.moe import ExactExperts
-from ktk.types import Activation, ExpertWeights
+from ktk.types import Activation, BlockExperts, ExpertWeights
 
 SEED = 7
 
@@ -415,11 +416,11 @@ def test_changed_weights_are_packed_again() -> None:
     compare(module)
 
 
-def test_backward_through_ktk_is_an_error() -> None:
+def test_training_the_experts_weights_through_ktk_is_an_error() -> None:
     model = make_model("qwen3_moe")
     model.set_experts_implementation("ktk")
     loss = model(prompt(), labels=prompt()).loss
-    with pytest.raises(RuntimeError, match="inference-only"):
+    with pytest.raises(RuntimeError, match="weights of ktk experts are frozen"):
         loss.backward()
 
 
@@ -433,11 +434,71 @@ def test_copies_share_packed_experts_and_pickle_says_what_to_do() -> None:
         pickle.dumps(model)
 
 
-def test_save_pretrained_of_packed_experts_says_what_to_do(tmp_path) -> None:
+@pytest.mark.parametrize("weight_format", ["int4", "fp32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_model_saves_and_loads_bit_equal(
+    family: str, weight_format: str, tmp_path: Path
+) -> None:
+    model = make_model(family)
+    use_ktk(model, weight_format)
+    want = run(model)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    assert list((tmp_path / "saved").glob("model-00002-of-*.safetensors"))
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for got, expected in zip(run(loaded), want, strict=True):
+        assert torch.equal(got, expected)
+    loaded.save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "saved").glob("ktk-experts-*"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+    assert torch.equal(run(again)[0], want[0])
+
+
+def test_saving_writes_the_directory_that_convert_writes(tmp_path: Path) -> None:
+    make_model("qwen3_moe", torch.bfloat16).save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "packed", quant_method="int4", group_size=64)
+    config = ktk.KtkConfig(weight_format="int4", group_size=64)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    loaded.save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "packed").glob("ktk-experts-*"):
+        assert file.read_bytes() == (tmp_path / "saved" / file.name).read_bytes()
+    assert ktk.MoE.load(tmp_path / "saved", 1).spec.group_size == 64
+    with Checkpoint.open(tmp_path / "saved") as saved, Checkpoint.open(tmp_path / "packed") as made:
+        assert set(saved.tensors) == set(made.tensors)
+
+
+def test_saving_a_copy_saves_the_copy(tmp_path: Path) -> None:
     model = make_model("mixtral")
-    use_ktk(model)
-    with pytest.raises(ValueError, match="ktk convert"):
-        model.save_pretrained(tmp_path / "saved")
+    use_ktk(model, "int8")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    twin.save_pretrained(tmp_path)
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.any()
+
+
+def test_saving_again_with_fewer_layers_leaves_none_of_the_first(tmp_path: Path) -> None:
+    for layers in (2, 1):
+        model = make_model("mixtral", num_hidden_layers=layers)
+        use_ktk(model)
+        model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("ktk-*")] == ["ktk-experts-00000.safetensors"]
+    assert len(experts_of(AutoModelForCausalLM.from_pretrained(tmp_path))) == 1
+
+
+def test_saving_what_no_packed_directory_holds_is_refused(tmp_path: Path) -> None:
+    plain, file = plain_and_gguf("mixtral", tmp_path)
+    loaded = load_model(plain, gguf=file)
+    if isinstance(handle_of(experts_of(loaded)[0]).moe.packed, BlockExperts):
+        with pytest.raises(ValueError, match="Q8_0 blocks of its file"):
+            loaded.save_pretrained(tmp_path / "saved")
+    loaded = load_model(plain, "NUMPY", gguf=file)
+    loaded.save_pretrained(tmp_path / "packed")
+    again = load_model(tmp_path / "packed", "NUMPY")
+    assert torch.equal(run(again)[0], run(loaded)[0])
 
 
 # --- loading ------------------------------------------------------------------------------------------
@@ -500,8 +561,6 @@ def test_converted_directory_loads_and_equals_packing_in_memory(
     got, want = run(loaded), run(same)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
-    with pytest.raises(ValueError, match=f"copy {tmp_path}"):
-        loaded.save_pretrained(tmp_path / "saved")
     assert packed_modules(load_model(tmp_path / "packed", method="NUMPY"))[0].kernel.startswith(
         "numpy"
     )
@@ -599,7 +658,7 @@ def test_a_gguf_of_another_model_is_refused(tmp_path: Path) -> None:
             load_model(plain, gguf=file)
     (plain / "config.json").write_text(json.dumps(config))
     convert(plain, tmp_path / "packed", quant_method="int8")
-    with pytest.raises(CheckpointError, match="packed already"):
+    with pytest.raises(CheckpointError, match="packed or quantised already"):
         load_model(tmp_path / "packed", gguf=file)
     with pytest.raises(CheckpointError, match="nothing.gguf"):
         load_model(plain, gguf=tmp_path / "nothing.gguf")
