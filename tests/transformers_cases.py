@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.integrations.moe import use_experts_implementation
 
-from ktk.integration.transformers.experts import find_experts, weight_names
+from ktk.integration.transformers.experts import find_experts, handle_of, weight_names
 from ktk.reference.moe import ExactExperts
 from ktk.types import Activation, ExpertWeights
 
@@ -97,8 +97,14 @@ def routing(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random hidden states, ids and weights for an experts module; two slots per token."""
     generator = torch.Generator().manual_seed(SEED)
-    width = module.down_proj.shape[2 if module.is_transposed else 1]
-    num_experts = module.down_proj.shape[0]
+    if module.down_proj.numel():
+        num_experts, width = (
+            module.down_proj.shape[0],
+            module.down_proj.shape[2 if module.is_transposed else 1],
+        )
+    else:
+        spec = handle_of(module).moe.spec
+        num_experts, width = spec.num_experts, spec.hidden_size
     x = torch.randn(tokens, width, generator=generator)
     ids = torch.stack([torch.randperm(num_experts, generator=generator)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2, generator=generator)
