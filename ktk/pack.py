@@ -112,7 +112,7 @@ def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
     """Whether panels of this spec take the codes of an expert as they are.
 
     Smaller groups than the codes have get the same scale again. Scales of groups are rounded to bf16: bf16 values
-    do not change, others by 2**-9 of themselves at most. Scales per channel stay float32.
+    do not change, others by 2**-8 of themselves at most. Scales per channel stay float32.
     """
     if spec.weight_format != "int4":
         return False

@@ -50,6 +50,8 @@ def left_eager(model: torch.nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         named = type(module).__name__.endswith("Experts") or last == "experts"
+        if last.startswith("shared"):  # every token's: not chosen by a router
+            continue
         if not named or is_experts(module) or (inside and name.startswith(inside)):
             continue
         if not any(True for _ in module.parameters()):

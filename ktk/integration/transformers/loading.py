@@ -139,11 +139,16 @@ def _select_ktk(model: torch.nn.Module, modules: list[torch.nn.Module]) -> None:
 
 
 def _log_left_eager(model: torch.nn.Module) -> None:
-    for kind, reason in left_eager(model).items():
+    found = left_eager(model)
+    if found:
         logger.warning(
-            "%s: its experts stay as transformers runs them: %s is not decorated with use_experts_implementation, %s",
-            type(model).__name__, kind, reason,
-        )  # fmt: skip
+            "%s: experts stay as transformers runs them: %s",
+            type(model).__name__,
+            "; ".join(
+                f"{kind} is not decorated with use_experts_implementation: {reason}"
+                for kind, reason in found.items()
+            ),
+        )
 
 
 class KtkConfig(QuantizationConfigMixin):
@@ -433,11 +438,14 @@ def _load_quantised(
     path: Path, config: Any, dtype: Any, wanted: KtkConfig | None, kwargs: dict[str, Any]
 ) -> Any:
     """A checkpoint quantised by others: experts by ktk's reader, the rest dequantised tensor by tensor."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    load: Any = (
-        AutoModelForCausalLM.from_pretrained
-    )  # its hints leave out that the path may be None
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{path}: model_type {config.model_type!r}: transformers has no causal language model of its own for it, "
+            "and a quantised one loads as that only: run `ktk convert` on it and load what that writes"
+        )
     ask = wanted or KtkConfig(None)
     method = _method.get() or ask.method
     for part in (config, config.get_text_config(decoder=True)):
@@ -457,7 +465,9 @@ def _load_quantised(
             kwargs["generation_config"] = GenerationConfig.from_pretrained(path)
         token = _source.set(source)
         try:
-            model = load(None, config=config, state_dict=tensors, dtype=dtype, **kwargs)
+            model = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, **kwargs
+            )
         finally:
             _source.reset(token)
     found = model[0] if isinstance(model, tuple) else model
