@@ -188,9 +188,10 @@ def small_config(kind: str) -> Any:
     known: set[str] = set(inspect.signature(config_class.__init__).parameters)
     for base in config_class.__mro__:
         known |= set(getattr(base, "__annotations__", {}))
-    return config_class(
-        **{**{k: v for k, v in SMALL.items() if k in known}, **SPECIAL.get(kind, {})}
-    )
+    values = {name: value for name, value in SMALL.items() if name in known}
+    if "kv_lora_rank" in known or kind == "dots3_note_text":  # a latent for all heads
+        values["num_key_value_heads"] = SMALL["num_attention_heads"]
+    return config_class(**{**values, **SPECIAL.get(kind, {})})
 
 
 @torch.no_grad()
