@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +37,7 @@ from ktk.checkpoint import Checkpoint
 from ktk.convert import convert
 from ktk.errors import CheckpointError
 from ktk.integration.transformers import KtkConfig, load_model, recognise, use_ktk
-from ktk.integration.transformers.experts import find_experts, handle_of
+from ktk.integration.transformers.experts import ModulePacker, find_experts, handle_of
 from ktk.integration.transformers.loading import layer_of, packed_modules
 from ktk.reference.dequantise import expert_weights
 from ktk.reference.moe import ExactExperts
@@ -348,6 +351,82 @@ def test_config_packs_a_float_checkpoint_while_it_loads(tmp_path) -> None:
     use_ktk(same, "int8")
     assert all("int8" in row.kernel for row in packed_modules(loaded))
     assert torch.equal(run(loaded)[0], run(same)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_packs_what_packing_a_loaded_model_packs(family: str, tmp_path: Path) -> None:
+    make_model(family, torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    config = ktk.KtkConfig(method="auto", weight_format="int4", group_size=32)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(".experts." in name for name in loaded.state_dict())
+    same = AutoModelForCausalLM.from_pretrained(tmp_path)
+    use_ktk(same, "int4", group_size=32)
+    for got, want in zip(experts_of(loaded), experts_of(same), strict=True):
+        assert np.array_equal(handle_of(got).moe.packed.data, handle_of(want).moe.packed.data)
+
+
+def test_loading_holds_one_parameter_in_float_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("qwen3_moe", num_hidden_layers=4).save_pretrained(tmp_path)
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    add = ModulePacker.add
+
+    def watched(self: ModulePacker, name: str, weight: torch.Tensor) -> None:
+        alive.append(sum(ref() is not None for ref in given))
+        given.append(weakref.ref(weight))
+        add(self, name, weight)
+
+    monkeypatch.setattr(ModulePacker, "add", watched)
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig("int8"))
+    assert len(alive) == 8
+    assert max(alive) <= 1
+
+
+def test_a_checkpoint_whose_experts_are_spoiled_says_which(tmp_path: Path) -> None:
+    model = make_model("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts: expert 2: down: .* NaN"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig("int8"))
+
+
+def test_config_refuses_what_it_does_not_know() -> None:
+    for arguments, match in (
+        ({"linear": "int3"}, "linear='int3': must be one of int8, int4"),
+        ({"weight_format": "int3"}, "int3"),
+        ({"method": "FAST"}, "is unknown"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            KtkConfig(**arguments)
+
+
+def test_config_packs_linear_layers_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("mixtral").save_pretrained(tmp_path)
+    asked: list[tuple[torch.nn.Module, str]] = []
+    name = "ktk.integration.transformers.linear"
+    fake = SimpleNamespace(replace_linears=lambda model, fmt: asked.append((model, fmt)))
+    monkeypatch.setitem(sys.modules, name, fake)
+    config = KtkConfig("int8", linear="int4")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert asked == [(loaded, "int4")]
+
+
+def test_config_on_a_quantised_checkpoint_is_refused_by_transformers(tmp_path: Path) -> None:
+    """from_pretrained raises before it asks ktk; README names load_model for it."""
+    make_model("mixtral").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="FineGrainedFP8Config .* KtkConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig())
 
 
 def test_load_model_of_a_float_checkpoint_is_exact(tmp_path) -> None:
