@@ -417,6 +417,12 @@ def test_config_packs_linear_layers_if_asked(
     config = KtkConfig("int8", linear="int4")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert asked == [(loaded, "int4")]
+    with pytest.raises(ValueError, match="linear layers are packed as int4"):
+        loaded.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig("int8"))
+    plain.save_pretrained(tmp_path / "packed")
+    again = load_model(tmp_path / "packed", quantization_config=config)
+    assert asked[1:] == [(again, "int4")]
 
 
 def test_config_on_a_quantised_checkpoint_is_refused_by_transformers(tmp_path: Path) -> None:

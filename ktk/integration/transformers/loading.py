@@ -45,6 +45,7 @@ from ktk.types import MoESpec
 
 # Of the load_model() call in progress; from_pretrained has no way to pass them.
 _method: contextvars.ContextVar[str | None] = contextvars.ContextVar("ktk_method", default=None)
+_linear: contextvars.ContextVar[str | None] = contextvars.ContextVar("ktk_linear", default=None)
 _source: contextvars.ContextVar[ExpertsSource | None] = contextvars.ContextVar(
     "ktk_source", default=None
 )
@@ -306,6 +307,7 @@ class KtkHfQuantizer(HfQuantizer):
                 raise CheckpointError(f"{name}: {error}") from None
             drop_weights(module)
             attach(module, packed, method)
+        config.linear = _linear.get() or config.linear
         if config.linear is not None:
             linear = importlib.import_module("ktk.integration.transformers.linear")
             linear.replace_linears(model, config.linear)
@@ -392,7 +394,7 @@ def load_model(
 
     Float experts are packed exactly while they are read, quantised ones as exactly as can be: int4 (GPTQ,
     compressed-tensors) with its own codes and groups, MXFP4 with its own blocks, fp8 as int8. ``quantization_config``
-    asks for something else. The other layers of a quantised checkpoint are dequantised.
+    asks for something else; of a packed directory's only method and linear count. The other layers of a quantised checkpoint are dequantised.
     method : as in ``ktk.MoE``. dtype : of everything but the experts; None keeps the checkpoint's.
     gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from the mapped file,
         in place of those of ``path``, which must be an ordinary directory; they are not read.
@@ -412,7 +414,10 @@ def load_model(
             )
         kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
+    if quantization_config is not None and method.lower() == "auto":
+        method = quantization_config.method
     token = _method.set(None if method.lower() == "auto" else method)
+    linear = _linear.set(quantization_config.linear if quantization_config else None)
     try:
         if given == "ktk":
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
@@ -422,6 +427,7 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     finally:
         _method.reset(token)
+        _linear.reset(linear)
 
 
 def _quant_method(config: Any) -> str | None:

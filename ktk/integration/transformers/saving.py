@@ -48,11 +48,17 @@ class SavePretrained:
 def write_experts(model: Any) -> None:
     """Write the experts' files into the directory in work and tell the model's config of them.
 
-    Raises ValueError for experts that have no packed form or are not packed, and for two modules of one layer number.
+    Raises ValueError for linear layers or experts that have no packed form or are not packed, and for two modules of one layer number.
     """
     directory = _directory.get()
     if directory is None:
         return
+    said = model.hf_quantizer.quantization_config
+    if said.linear is not None:
+        raise ValueError(
+            f"its linear layers are packed as {said.linear}, which a packed directory does not hold: load the model without "
+            "linear=, save that, and ask for linear= when the saved one is loaded"
+        )
     layers: dict[int, Packed] = {}
     names: dict[int, str] = {}
     for name, module in find_experts(model):
@@ -74,7 +80,6 @@ def write_experts(model: Any) -> None:
         write_layer(directory, packed.spec, layer, packed.data)
     for layer in set(list_layers(directory)) - set(layers):  # of an earlier save
         layer_path(directory, layer).unlink()
-    said = model.hf_quantizer.quantization_config
     said.gguf = None
     said.layers, said.layout_version = sorted(layers), LAYOUT_VERSION
     for field in ("weight_format", "group_size", "activation_group"):
