@@ -1,7 +1,8 @@
 """ktk: experts of mixture-of-experts language models on the CPU.
 
 ``ktk.MoE`` is the operator, ``ktk.KTMoEWrapper`` its KT-Kernel-compatible face, ``ktk.convert.convert``
-packs a checkpoint, ``ktk.load_gguf`` opens a GGUF model, ``ktk.backends.report()`` says what runs here. Heavy imports happen on first use.
+packs a checkpoint, ``ktk.load_gguf`` opens a GGUF model, ``ktk.KtkConfig`` is for transformers'
+``from_pretrained``, ``ktk.backends.report()`` says what runs here. Heavy imports happen on first use.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ktk.gguf_model import GgufModel, load_gguf
+    from ktk.integration.transformers import KtkConfig
     from ktk.moe import MoE
     from ktk.types import Activation, MoESpec, Packed
     from ktk.wrapper import KTMoEWrapper
@@ -24,6 +26,7 @@ _LAZY = {
     "EngineError": "ktk.errors",
     "GgufModel": "ktk.gguf_model",
     "KTMoEWrapper": "ktk.wrapper",
+    "KtkConfig": "ktk.integration.transformers",
     "KtkError": "ktk.errors",
     "MoE": "ktk.moe",
     "MoESpec": "ktk.types",
@@ -36,6 +39,7 @@ __all__ = [
     "Activation",
     "GgufModel",
     "KTMoEWrapper",
+    "KtkConfig",
     "MoE",
     "MoESpec",
     "Packed",

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,29 +38,25 @@ from ktk.checkpoint.packed import (
     write_layer,
 )
 from ktk.checkpoint.safetensors import (
-    DTYPES,
     Checkpoint,
     SafetensorsFile,
-    TensorInfo,
     open_regular,
     read_into,
     read_json_object,
 )
 from ktk.errors import CheckpointError
-from ktk.formats.floats import f32_to_bf16
 from ktk.layout import LAYOUT_VERSION
 from ktk.memory import aligned_buffer
 from ktk.models import SOURCE_DTYPES, Config, Experts, find_experts
-from ktk.models.base import FOREIGN_SUFFIXES, NESTED_KEYS
-from ktk.models.coding import SCALE_SUFFIXES, Coding, infer_coding, read_rows
+from ktk.models.base import NESTED_KEYS
+from ktk.models.plain import PlainTensor, plain_tensors
 from ktk.pack import pack_expert
-from ktk.types import ExpertWeights, MoESpec
+from ktk.types import CodedExpert, ExpertWeights, MoESpec
 
 QUANT_METHODS = ("int4", "int8", "bf16")
 GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4")
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20
-DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
 MAX_SIDE_FILE = 256 << 20
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".msgpack", ".h5", ".npz",
@@ -179,7 +175,9 @@ def convert(
             layer: MoESpec(
                 **experts.spec_fields(layer),
                 weight_format=quant_method,
-                group_size=group_size,
+                group_size=experts.int4_group
+                if group_size is None and quant_method == "int4"
+                else group_size,
                 activation_group=activation_group,
             )
             for layer in experts.layers
@@ -246,8 +244,8 @@ class ExpertSource(Protocol):
     family: str
     source_dtype: str
 
-    def read(self, layer: int, expert: int) -> ExpertWeights:
-        """One expert, decoded; called from several threads."""
+    def read_stored(self, layer: int, expert: int) -> ExpertWeights | CodedExpert:
+        """One expert, decoded, or as codes that may be kept; called from several threads."""
 
 
 class Job(ABC):
@@ -256,7 +254,7 @@ class Job(ABC):
     layer_bytes : of the input, by layer. shards : the tensors that are not experts'.
     """
 
-    shards: Sequence[list[_Plain]] = ()
+    shards: Sequence[list[PlainTensor]] = ()
     notes: tuple[str, ...] = ()
 
     def __init__(
@@ -446,7 +444,7 @@ class _DirectoryJob(Job):
         super().__init__(checkpoint.path, experts, specs, layer_bytes, output, threads, progress)
         taken = set().union(*expert_names.values())
         config = Config(checkpoint.config, str(self.source / "config.json"))
-        self.shards = _plan_shards(_plain_tensors(checkpoint, taken, config.fp8_block))
+        self.shards = _plan_shards(plain_tensors(checkpoint, taken, config))
         self.total_bytes += sum(t.nbytes for s in self.shards for t in s)
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -465,24 +463,9 @@ class _DirectoryJob(Job):
         with replacing(self.output / name) as file:
             write_all(file, _shard_header(self.shards[index]))
             for tensor in self.shards[index]:
-                if tensor.coding is None:
-                    for piece in self.checkpoint.chunks(tensor.name, CHUNK_BYTES):
-                        write_all(file, piece)
-                        self._report(name, len(piece))
-                else:
-                    self._write_dequantised(file, tensor, tensor.coding, name)
-
-    def _write_dequantised(
-        self, file: IO[bytes], tensor: _Plain, coding: Coding, what: str
-    ) -> None:
-        rows, columns = coding.shape
-        block = coding.block[0]
-        band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
-        for start in range(0, rows, band):
-            stop = min(start + band, rows)
-            w = read_rows(self.checkpoint, tensor.name, tensor.scale, coding, start, stop)
-            write_all(file, f32_to_bf16(w).data)
-            self._report(what, (stop - start) * columns * 2)
+                for piece in tensor.pieces(self.checkpoint, CHUNK_BYTES):
+                    write_all(file, piece)
+                    self._report(name, len(piece))
 
     def _write_index(self) -> None:
         placed = {t.name: self._shard_name(i) for i, shard in enumerate(self.shards) for t in shard}
@@ -548,7 +531,7 @@ class _Packer:
         if len(out) != spec.layout.expert_bytes:
             out = aligned_buffer(spec.layout.expert_bytes)
         try:
-            pack_expert(spec, self._experts.read(layer, expert), out)
+            pack_expert(spec, self._experts.read_stored(layer, expert), out)
         except CheckpointError:
             raise
         except (ValueError, TypeError) as error:
@@ -558,65 +541,9 @@ class _Packer:
         return out
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """A tensor that is not an expert's, as it will be written. coding : what to decode it from, or None."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    itemsize: int
-    scale: str | None = None
-    coding: Coding | None = None
-
-
-def _plain_tensors(checkpoint: Checkpoint, taken: set[str], block: tuple[int, int]) -> list[_Plain]:
-    """All tensors but ``taken``, in the files' order; fp8 and MX weights as bf16, without their scales.
-
-    They are decoded because the output's quantization_config is ours and no longer tells their coding.
-    """
-    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in taken}
-    decoded: dict[str, _Plain] = {}
-    dropped: set[str] = set()
-    for name, info in tensors.items():
-        foreign = FOREIGN_SUFFIXES.get(name.rsplit(".", 1)[-1])
-        if foreign:
-            raise CheckpointError(
-                f"{info.file}: tensor {name!r}: {foreign} is not read; convert from a bf16 or fp8 checkpoint"
-            )
-        stem = name.removesuffix(".weight")
-        scale = _scale_of(name, info, stem, tensors)
-        if info.dtype == "F8_E4M3" or scale is not None:
-            coding = infer_coding(
-                name, info, scale, None if scale is None else tensors[scale], block
-            )
-            rows, columns = coding.shape
-            decoded[name] = _Plain(name, "BF16", coding.shape, rows * columns * 2, 2, scale, coding)
-            dropped.update(
-                {scale or name, f"{stem}.input_scale", f"{stem}.activation_scale"} - {name}
-            )
-    plain = []
-    for name, info in tensors.items():
-        if name in decoded:
-            plain.append(decoded[name])
-        elif name not in dropped:
-            itemsize = DTYPES[info.dtype].itemsize
-            plain.append(_Plain(name, info.dtype, info.shape, info.nbytes, itemsize))
-    return plain
-
-
-def _scale_of(name: str, info: TensorInfo, stem: str, tensors: dict[str, TensorInfo]) -> str | None:
-    """The scale of an fp8 or mxfp4 weight, or None."""
-    if info.dtype not in ("F8_E4M3", "I8", "U8"):
-        return None
-    names = [f"{stem}.{suffix}" for suffix in SCALE_SUFFIXES] if stem != name else []
-    return next((n for n in (*names, f"{name}_scale_inv", f"{name}_scale") if n in tensors), None)
-
-
-def _plan_shards(tensors: list[_Plain]) -> list[list[_Plain]]:
+def _plan_shards(tensors: list[PlainTensor]) -> list[list[PlainTensor]]:
     """Tensors in order, cut into shards of at most SHARD_BYTES; a bigger tensor has its own."""
-    shards: list[list[_Plain]] = []
+    shards: list[list[PlainTensor]] = []
     size = SHARD_BYTES + 1
     for tensor in tensors:
         if size + tensor.nbytes > SHARD_BYTES:
@@ -628,7 +555,7 @@ def _plan_shards(tensors: list[_Plain]) -> list[list[_Plain]]:
     return [sorted(shard, key=lambda t: -t.itemsize) for shard in shards]
 
 
-def _shard_header(tensors: list[_Plain]) -> bytes:
+def _shard_header(tensors: list[PlainTensor]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for t in tensors:

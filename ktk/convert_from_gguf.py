@@ -82,7 +82,7 @@ class _Source:
         self._layers: dict[int, tuple[BlockExperts, np.ndarray | None]] = {}
         self.source_dtype = f"gguf {self._of(experts.layers[0])[0].types}"
 
-    def read(self, layer: int, expert: int) -> ExpertWeights:
+    def read_stored(self, layer: int, expert: int) -> ExpertWeights:
         blocks, scales = self._of(layer)
         weights = expert_weights(blocks, expert)
         if scales is None:

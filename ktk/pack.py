@@ -1,6 +1,7 @@
 """Float experts to panels, by the fastest quantiser present: C, else Numba. NumPy is their oracle.
 
 All three find the same codes (``ktk.reference.pack``), so what is written does not depend on the machine.
+Experts that are 4-bit codes already keep them where the groups fit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ktk.formats.floats import to_f32
 from ktk.layout import PANEL, MatrixLayout
 from ktk.memory import aligned_buffer
 from ktk.reference.pack import REFITS, lay_float_panels, lay_panels, search_ladder
-from ktk.types import ExpertWeights, MoESpec, Packed
+from ktk.types import CodedExpert, CodedMatrix, ExpertWeights, MoESpec, Packed
 
 F = np.float32
 NOT_FINITE = "weights hold NaN or inf: mend the checkpoint"
@@ -107,17 +108,55 @@ def best_isa() -> str | None:
     return next((row for row in rows if not cpu.missing(row, cpu.detect())), None)
 
 
-def pack_expert(spec: MoESpec, weights: ExpertWeights, out: np.ndarray) -> None:
-    """Quantise one expert and lay its panels and biases into ``out``.
+def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
+    """Whether panels of this spec take the codes of an expert as they are.
+
+    Smaller groups than the codes have get the same scale again. Scales of groups are rounded to bf16: bf16 values
+    do not change, others by 2**-8 of themselves at most. Scales per channel stay float32.
+    """
+    if spec.weight_format != "int4":
+        return False
+    matrices = [m for m in (coded.gate, coded.up, coded.down) if m is not None]
+    if not spec.group_size:
+        return all(m.scales.shape[1] == 1 for m in matrices)
+    return all(m.group_size % spec.group_size == 0 for m in matrices)
+
+
+def lay_codes(coded: CodedMatrix, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+    """4-bit codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view. ``keeps_codes`` must hold."""
+    if not np.isfinite(coded.scales).all():
+        raise ValueError("scales hold NaN or inf: mend the checkpoint")
+    fmt, rows = get_format(spec.weight_format), coded.codes.shape[0]
+    codes = np.full((layout.num_panels * PANEL, layout.padded_in), fmt.zero_point, np.uint8)
+    codes[:rows, : layout.in_features] = coded.codes + np.int8(fmt.zero_point)
+    scales = np.zeros((len(codes), layout.num_groups), F)
+    repeated = coded.scales
+    if coded.group_size > layout.group_size:
+        repeated = np.repeat(repeated, coded.group_size // layout.group_size, axis=1)
+    width = min(layout.num_groups, repeated.shape[1])
+    scales[:rows, :width] = repeated[:, :width]
+    panels[:] = lay_panels(codes, scales, layout, fmt)
+
+
+def pack_expert(spec: MoESpec, weights: ExpertWeights | CodedExpert, out: np.ndarray) -> None:
+    """Quantise one expert, or keep its codes where they fit, and lay its panels and biases into ``out``.
 
     out : uint8 (spec.layout.expert_bytes,), writable; every byte is written. Runs mostly without the GIL.
     Raises ValueError / TypeError if a shape, dtype or value does not fit.
     """
+    coded: CodedExpert | None = None
+    if isinstance(weights, CodedExpert):
+        coded = weights if keeps_codes(spec, weights) else None
+        weights = weights.dequantised()
     check_expert(spec, weights)
     layout = spec.layout
     out[:] = 0
     for name in layout.projections:
-        pack_matrix(getattr(weights, name), layout.matrix(name), spec, layout.panels(out, name))
+        matrix, panels = layout.matrix(name), layout.panels(out, name)
+        if coded is not None:
+            lay_codes(getattr(coded, name), matrix, spec, panels)
+        else:
+            pack_matrix(getattr(weights, name), matrix, spec, panels)
         bias = layout.bias(out, name)
         if bias is not None:
             given = getattr(weights, f"{name}_bias")
@@ -125,7 +164,9 @@ def pack_expert(spec: MoESpec, weights: ExpertWeights, out: np.ndarray) -> None:
 
 
 def pack_experts(
-    spec: MoESpec, read: Callable[[int], ExpertWeights], num_threads: int | None = None
+    spec: MoESpec,
+    read: Callable[[int], ExpertWeights | CodedExpert],
+    num_threads: int | None = None,
 ) -> Packed:
     """Pack ``read(0) .. read(num_experts - 1)``; at most ``num_threads`` experts are unpacked at a time."""
     data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)

@@ -354,3 +354,45 @@ class ExpertWeights(NamedTuple):
     gate_bias: np.ndarray | None = None
     up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """One matrix as a checkpoint's symmetric 4-bit codes; int4 panels of fitting groups take them as they are.
+
+    codes : int8 (out_features, in_features), -8 to 7. scales : float32 (out_features, groups), groups of one size.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+
+    @property
+    def group_size(self) -> int:
+        """Weights along in_features that share a scale."""
+        return int(self.codes.shape[1] // self.scales.shape[1])
+
+    def dequantised(self) -> np.ndarray:
+        """float32 (out_features, in_features)."""
+        return self.codes.astype(np.float32) * np.repeat(self.scales, self.group_size, axis=1)
+
+
+class CodedExpert(NamedTuple):
+    """One expert of ``CodedMatrix``; gate None without one. Biases : float32 (out_features,) or None."""
+
+    gate: CodedMatrix | None
+    up: CodedMatrix
+    down: CodedMatrix
+    gate_bias: np.ndarray | None = None
+    up_bias: np.ndarray | None = None
+    down_bias: np.ndarray | None = None
+
+    def dequantised(self) -> ExpertWeights:
+        """The same as floats."""
+        return ExpertWeights(
+            None if self.gate is None else self.gate.dequantised(),
+            self.up.dequantised(),
+            self.down.dequantised(),
+            self.gate_bias,
+            self.up_bias,
+            self.down_bias,
+        )

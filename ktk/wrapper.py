@@ -423,7 +423,7 @@ class KTMoEWrapper:
                 activation=self._agreed_activation(fields["activation"], str(path)),
             )
             backends.select(self.method, spec)
-            packed = pack_experts(spec, partial(experts.read, layer), self.cpuinfer_threads)
+            packed = pack_experts(spec, partial(experts.read_stored, layer), self.cpuinfer_threads)
         self._save(packed)
         return packed
 

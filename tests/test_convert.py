@@ -36,7 +36,7 @@ from ktk.convert import Progress, convert
 from ktk.errors import CheckpointError
 from ktk.formats.floats import f32_to_bf16
 from ktk.layout import LAYOUT_VERSION
-from ktk.models import find_experts
+from ktk.models import find_experts, plain
 from ktk.pack import pack_expert
 from ktk.types import MoESpec
 
@@ -181,7 +181,7 @@ def test_band_wise_dequantisation_equals_the_whole(
     write_safetensors(source / "extra.safetensors", extra)
     (source / "model.safetensors").rename(source / "first.safetensors")
     _drop(source / "first.safetensors", "lm_head.weight")
-    monkeypatch.setattr(conversion, "DEQUANTISE_WEIGHTS", 1000)
+    monkeypatch.setattr(plain, "DEQUANTISE_WEIGHTS", 1000)
     convert(source, tmp_path / "out", quant_method="bf16")
     with Checkpoint.open(tmp_path / "out") as checkpoint:
         want = f32_to_bf16(e4m3(codes) * np.repeat(scale, 128, 0)[:700])
@@ -419,7 +419,7 @@ def test_foreign_quantisation_outside_the_experts_is_refused(tmp_path: Path) -> 
     make(source, "deepseek")
     (source / "model.safetensors").rename(source / "first.safetensors")
     for name, array, match in (
-        ("q_proj.qweight", np.zeros((2, 2), np.int64), "GPTQ or AWQ"),
+        ("q_proj.qweight", np.zeros((2, 2), np.int64), "is named as GPTQ names it"),
         ("q_proj.weight", ("F8_E4M3", np.zeros((2, 2), np.uint8)), "scale tensor is missing"),
     ):
         write_safetensors(source / "second.safetensors", {name: array})

@@ -403,8 +403,8 @@ SPOILED: dict[str, tuple[dict[str, Any], str]] = {
         "scales must be one of",
     ),
     "scale of plain weights": ({"up_proj__weight_scale": np.ones(32, np.float32)}, "only F8_E4M3"),
-    "gptq": ({"up_proj__qweight": np.zeros((4, 4), np.int64)}, "GPTQ or AWQ is not read"),
-    "compressed": ({"up_proj__weight_packed": np.zeros((4, 4), np.int64)}, "compressed-tensors int4"),
+    "gptq": ({"up_proj__qweight": np.zeros((4, 4), np.int64)}, "is named as GPTQ names it"),
+    "compressed": ({"up_proj__weight_packed": np.zeros((4, 4), np.int64)}, "is named as compressed-tensors"),
     "unknown suffix": ({"up_proj__lora": np.zeros((4, 4), np.float32)}, "does not know what this is"),
     "bias of one": ({"up_proj__bias": np.zeros(32, np.float32)}, "biases of up"),
 }  # fmt: skip

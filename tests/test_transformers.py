@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import json
 import pickle
+import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,95 +16,32 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    GptOssConfig,
-    MixtralConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
+from transformers import AutoModelForCausalLM
+from transformers_cases import (
+    FAMILIES,
+    MODULES,
+    experts_of,
+    make_model,
+    make_module,
+    odd_module,
+    prompt,
+    put_weights,
+    restore_dequantised,
+    routing,
+    run,
 )
-from transformers.integrations.moe import use_experts_implementation
 
 import ktk
 from ktk import backends
+from ktk.checkpoint import Checkpoint
 from ktk.convert import convert
 from ktk.errors import CheckpointError
 from ktk.integration.transformers import KtkConfig, load_model, recognise, use_ktk
-from ktk.integration.transformers.experts import find_experts, handle_of
+from ktk.integration.transformers.experts import ModulePacker, find_experts, handle_of
 from ktk.integration.transformers.loading import layer_of, packed_modules
 from ktk.reference.dequantise import expert_weights
 from ktk.reference.moe import ExactExperts
-from ktk.types import Activation, ExpertWeights
-
-SEED = 7
-
-SHAPE = {"hidden_size": 64, "vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOKENS = {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-FAMILIES = {
-    "qwen3_moe": Qwen3MoeConfig(
-        **SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=96,
-        moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2,
-    ),
-    "mixtral": MixtralConfig(
-        **SHAPE, **TOKENS, num_key_value_heads=2, intermediate_size=80, num_local_experts=4, num_experts_per_tok=2,
-    ),
-    "deepseek_v3": DeepseekV3Config(
-        **SHAPE, **TOKENS, num_key_value_heads=4, intermediate_size=96, moe_intermediate_size=32,
-        n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, n_shared_experts=1,
-        first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
-        v_head_dim=16,
-    ),
-    "gpt_oss": GptOssConfig(
-        **SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=64, num_local_experts=4,
-        num_experts_per_tok=2, sliding_window=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    ),
-}  # fmt: skip
-
-
-def make_model(
-    family: str, dtype: torch.dtype = torch.float32, **changes: object
-) -> PreTrainedModel:
-    """A random two-layer model whose weights are wide enough for experts and router to matter."""
-    config = copy.deepcopy(FAMILIES[family])
-    for name, value in changes.items():
-        setattr(config, name, value)
-    torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, 0.15)
-            elif name.endswith("bias"):
-                weight.normal_(0, 0.1)
-            weight.copy_(weight.bfloat16())  # bf16 and fp32 models then hold the same numbers
-    model.generation_config.eos_token_id = None
-    return model.to(dtype)
-
-
-def prompt() -> torch.Tensor:
-    return torch.randint(3, 256, (2, 11), generator=torch.Generator().manual_seed(SEED))
-
-
-@torch.no_grad()
-def run(
-    model: PreTrainedModel, implementation: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 logits of the prompt, and twelve greedy tokens."""
-    if implementation is not None:
-        model.set_experts_implementation(implementation)
-    ids = prompt()
-    logits = model(ids).logits.float()
-    mask = torch.ones_like(ids)
-    tokens = model.generate(
-        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0
-    )
-    return logits, tokens
-
-
-def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for _, module in find_experts(model)]
-
+from ktk.types import Activation, BlockExperts
 
 # --- whole models -------------------------------------------------------------------------------------
 
@@ -162,19 +99,6 @@ def test_bf16_experts_round_once(family: str) -> None:
         assert ((got.float() - want).abs() <= 2.0**-8 * want.abs() + 1e-5).all()
 
 
-def routing(
-    module: torch.nn.Module, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random hidden states, ids and weights for an experts module; two slots per token."""
-    generator = torch.Generator().manual_seed(SEED)
-    width = module.down_proj.shape[2 if module.is_transposed else 1]
-    num_experts = module.down_proj.shape[0]
-    x = torch.randn(tokens, width, generator=generator)
-    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:2] for _ in range(tokens)])
-    weights = torch.rand(tokens, 2, generator=generator)
-    return x, ids, weights
-
-
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_experts_are_near_eager_with_dequantised_weights(
@@ -194,22 +118,6 @@ def test_packed_experts_are_near_eager_with_dequantised_weights(
         assert (got - want).norm() <= 0.02 * want.norm()
 
 
-def restore_dequantised(module: torch.nn.Module, experts: ExactExperts) -> None:
-    """Write the packed codes' values back into a float module's parameters."""
-    with torch.no_grad():
-        for e in range(experts.spec.num_experts):
-            w = experts.dequantised(e)
-            gate, up = torch.from_numpy(w.gate), torch.from_numpy(w.up)
-            rows = (
-                torch.cat([gate, up])
-                if module.is_concatenated
-                else torch.stack([gate, up], 1).flatten(0, 1)
-            )
-            down = torch.from_numpy(w.down)
-            module.gate_up_proj[e] = rows.T if module.is_transposed else rows
-            module.down_proj[e] = down.T if module.is_transposed else down
-
-
 def test_int8_logits_are_near_eager_logits_with_dequantised_weights() -> None:
     """All experts active, so no router flips: the largest logit error is below 3 % of the largest logit."""
     model = make_model("qwen3_moe", num_experts_per_tok=8)
@@ -222,54 +130,6 @@ def test_int8_logits_are_near_eager_logits_with_dequantised_weights() -> None:
 
 
 # --- one experts module of each kind ------------------------------------------------------------------
-
-# transformers' class, its config, the activation ktk must find (None: the module's own is called)
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_local_experts": 4, "num_experts": 4,
-    "n_routed_experts": 4, "moe_hidden_size": 32, "moe_latent_size": None, "post_norm_eps": 1e-6,
-}  # fmt: skip
-MODULES = {
-    "mixtral.MixtralExperts": ({"hidden_act": "silu"}, Activation.silu()),
-    "lfm2_moe.Lfm2MoeExperts": ({}, Activation.silu()),
-    "beam.BeamExperts": ({"hidden_act": "silu"}, Activation.silu()),
-    "gemma4.Gemma4TextExperts": (
-        {"hidden_activation": "gelu_pytorch_tanh"},
-        Activation.gelu_tanh(),
-    ),
-    "gpt_oss.GptOssExperts": ({"swiglu_alpha": 1.702, "swiglu_limit": 7.0}, Activation.swigluoai()),
-    "openai_privacy_filter.OpenAIPrivacyFilterExperts": (
-        {"swiglu_alpha": 1.5, "swiglu_limit": 3.0},
-        Activation.swigluoai(1.5, 3.0),
-    ),
-    "minimax_m3_vl.MiniMaxM3VLExperts": (
-        {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
-        Activation.swigluoai(),
-    ),
-    "deepseek_v4.DeepseekV4Experts": (
-        {"hidden_act": "silu", "swiglu_limit": 2.0},
-        Activation.silu(2.0),
-    ),
-    "glm5_next.Glm5NextTextExperts": ({"swiglu_limit": 2.0}, Activation.silu(2.0)),
-    "hy_v4.HYV4Experts": ({"swiglu_limit": 10.0}, Activation.silu(10.0)),
-    "nemotron_h.NemotronHExperts": ({"mlp_hidden_act": "relu2"}, Activation.relu2()),
-    "muse_spark.MuseSparkExperts": ({"hidden_act": "silu"}, Activation.silu()),
-    "qwen3_moe.Qwen3MoeExperts": ({"hidden_act": "gelu"}, None),
-}
-
-
-def make_module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    package, _, class_name = name.partition(".")
-    try:
-        source = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-    except ImportError:
-        pytest.skip(f"this transformers has no {package}")
-    config = SimpleNamespace(**SIZES, **MODULES[name][0], _experts_implementation="eager")
-    module = getattr(source, class_name)(config).eval()
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.4)
-    return module.to(dtype)
 
 
 def compare(module: torch.nn.Module, tokens: int = 19) -> None:
@@ -288,42 +148,6 @@ def test_module_gives_its_own_result(name: str) -> None:
     module = make_module(name)
     assert recognise(module) == MODULES[name][1]
     compare(module)
-
-
-class _OddExperts(torch.nn.Module):
-    """What is_concatenated=False and an activation of its own look like together."""
-
-    def __init__(self, config: SimpleNamespace) -> None:
-        super().__init__()
-        self.num_experts = 4
-        self.gate_up_proj = torch.nn.Parameter(torch.randn(4, 32, 96) * 0.3)
-        self.gate_up_proj_bias = torch.nn.Parameter(torch.randn(4, 96))
-        self.down_proj = torch.nn.Parameter(torch.randn(4, 48, 32) * 0.3)
-        self.down_proj_bias = torch.nn.Parameter(torch.randn(4, 32))
-
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-        return torch.tanh(gate) * up + 0.1 * gate
-
-    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        for t in range(len(x)):
-            for k in range(ids.shape[1]):
-                e = ids[t, k]
-                if e < self.num_experts:
-                    h = self._apply_gate(x[t] @ self.gate_up_proj[e] + self.gate_up_proj_bias[e])
-                    out[t] += weights[t, k] * (h @ self.down_proj[e] + self.down_proj_bias[e])
-        return out
-
-
-OddExperts = use_experts_implementation(is_transposed=True, is_concatenated=False, has_bias=True)(
-    _OddExperts
-)
-
-
-def odd_module() -> torch.nn.Module:
-    torch.manual_seed(SEED)
-    return OddExperts(SimpleNamespace(_experts_implementation="eager")).eval()
 
 
 def test_unknown_activation_with_biases_and_interleaved_rows_falls_back_to_the_module() -> None:
@@ -415,11 +239,11 @@ def test_changed_weights_are_packed_again() -> None:
     compare(module)
 
 
-def test_backward_through_ktk_is_an_error() -> None:
+def test_training_the_experts_weights_through_ktk_is_an_error() -> None:
     model = make_model("qwen3_moe")
     model.set_experts_implementation("ktk")
     loss = model(prompt(), labels=prompt()).loss
-    with pytest.raises(RuntimeError, match="inference-only"):
+    with pytest.raises(RuntimeError, match="weights of ktk experts are frozen"):
         loss.backward()
 
 
@@ -433,11 +257,71 @@ def test_copies_share_packed_experts_and_pickle_says_what_to_do() -> None:
         pickle.dumps(model)
 
 
-def test_save_pretrained_of_packed_experts_says_what_to_do(tmp_path) -> None:
+@pytest.mark.parametrize("weight_format", ["int4", "fp32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_model_saves_and_loads_bit_equal(
+    family: str, weight_format: str, tmp_path: Path
+) -> None:
+    model = make_model(family)
+    use_ktk(model, weight_format)
+    want = run(model)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    assert list((tmp_path / "saved").glob("model-00002-of-*.safetensors"))
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for got, expected in zip(run(loaded), want, strict=True):
+        assert torch.equal(got, expected)
+    loaded.save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "saved").glob("ktk-experts-*"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+    assert torch.equal(run(again)[0], want[0])
+
+
+def test_saving_writes_the_directory_that_convert_writes(tmp_path: Path) -> None:
+    make_model("qwen3_moe", torch.bfloat16).save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "packed", quant_method="int4", group_size=64)
+    config = ktk.KtkConfig(weight_format="int4", group_size=64)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    loaded.save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "packed").glob("ktk-experts-*"):
+        assert file.read_bytes() == (tmp_path / "saved" / file.name).read_bytes()
+    assert ktk.MoE.load(tmp_path / "saved", 1).spec.group_size == 64
+    with Checkpoint.open(tmp_path / "saved") as saved, Checkpoint.open(tmp_path / "packed") as made:
+        assert set(saved.tensors) == set(made.tensors)
+
+
+def test_saving_a_copy_saves_the_copy(tmp_path: Path) -> None:
     model = make_model("mixtral")
-    use_ktk(model)
-    with pytest.raises(ValueError, match="ktk convert"):
-        model.save_pretrained(tmp_path / "saved")
+    use_ktk(model, "int8")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    twin.save_pretrained(tmp_path)
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.any()
+
+
+def test_saving_again_with_fewer_layers_leaves_none_of_the_first(tmp_path: Path) -> None:
+    for layers in (2, 1):
+        model = make_model("mixtral", num_hidden_layers=layers)
+        use_ktk(model)
+        model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("ktk-*")] == ["ktk-experts-00000.safetensors"]
+    assert len(experts_of(AutoModelForCausalLM.from_pretrained(tmp_path))) == 1
+
+
+def test_saving_what_no_packed_directory_holds_is_refused(tmp_path: Path) -> None:
+    plain, file = plain_and_gguf("mixtral", tmp_path)
+    loaded = load_model(plain, gguf=file)
+    if isinstance(handle_of(experts_of(loaded)[0]).moe.packed, BlockExperts):
+        with pytest.raises(ValueError, match="Q8_0 blocks of its file"):
+            loaded.save_pretrained(tmp_path / "saved")
+    loaded = load_model(plain, "NUMPY", gguf=file)
+    loaded.save_pretrained(tmp_path / "packed")
+    again = load_model(tmp_path / "packed", "NUMPY")
+    assert torch.equal(run(again)[0], run(loaded)[0])
 
 
 # --- loading ------------------------------------------------------------------------------------------
@@ -467,6 +351,88 @@ def test_config_packs_a_float_checkpoint_while_it_loads(tmp_path) -> None:
     use_ktk(same, "int8")
     assert all("int8" in row.kernel for row in packed_modules(loaded))
     assert torch.equal(run(loaded)[0], run(same)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_packs_what_packing_a_loaded_model_packs(family: str, tmp_path: Path) -> None:
+    make_model(family, torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    config = ktk.KtkConfig(method="auto", weight_format="int4", group_size=32)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(".experts." in name for name in loaded.state_dict())
+    same = AutoModelForCausalLM.from_pretrained(tmp_path)
+    use_ktk(same, "int4", group_size=32)
+    for got, want in zip(experts_of(loaded), experts_of(same), strict=True):
+        assert np.array_equal(handle_of(got).moe.packed.data, handle_of(want).moe.packed.data)
+
+
+def test_loading_holds_one_parameter_in_float_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("qwen3_moe", num_hidden_layers=4).save_pretrained(tmp_path)
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    add = ModulePacker.add
+
+    def watched(self: ModulePacker, name: str, weight: torch.Tensor) -> None:
+        alive.append(sum(ref() is not None for ref in given))
+        given.append(weakref.ref(weight))
+        add(self, name, weight)
+
+    monkeypatch.setattr(ModulePacker, "add", watched)
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig("int8"))
+    assert len(alive) == 8
+    assert max(alive) <= 1
+
+
+def test_a_checkpoint_whose_experts_are_spoiled_says_which(tmp_path: Path) -> None:
+    model = make_model("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts: expert 2: down: .* NaN"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig("int8"))
+
+
+def test_config_refuses_what_it_does_not_know() -> None:
+    for arguments, match in (
+        ({"linear": "int3"}, "linear='int3': must be one of int8, int4"),
+        ({"weight_format": "int3"}, "int3"),
+        ({"method": "FAST"}, "is unknown"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            KtkConfig(**arguments)
+
+
+def test_config_packs_linear_layers_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("mixtral").save_pretrained(tmp_path)
+    asked: list[tuple[torch.nn.Module, str]] = []
+    name = "ktk.integration.transformers.linear"
+    fake = SimpleNamespace(replace_linears=lambda model, fmt: asked.append((model, fmt)))
+    monkeypatch.setitem(sys.modules, name, fake)
+    config = KtkConfig("int8", linear="int4")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert asked == [(loaded, "int4")]
+    with pytest.raises(ValueError, match="linear layers are packed as int4"):
+        loaded.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig("int8"))
+    plain.save_pretrained(tmp_path / "packed")
+    again = load_model(tmp_path / "packed", quantization_config=config)
+    assert asked[1:] == [(again, "int4")]
+
+
+def test_config_on_a_quantised_checkpoint_is_refused_by_transformers(tmp_path: Path) -> None:
+    """from_pretrained raises before it asks ktk; README names load_model for it."""
+    make_model("mixtral").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="FineGrainedFP8Config .* KtkConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtkConfig())
 
 
 def test_load_model_of_a_float_checkpoint_is_exact(tmp_path) -> None:
@@ -500,8 +466,6 @@ def test_converted_directory_loads_and_equals_packing_in_memory(
     got, want = run(loaded), run(same)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
-    with pytest.raises(ValueError, match=f"copy {tmp_path}"):
-        loaded.save_pretrained(tmp_path / "saved")
     assert packed_modules(load_model(tmp_path / "packed", method="NUMPY"))[0].kernel.startswith(
         "numpy"
     )
@@ -553,16 +517,6 @@ def test_experts_of_a_gguf_file_run_in_place_of_the_directorys(family: str, tmp_
     assert (logits - exact).abs().mean() <= 0.02 * exact.abs().mean()
 
 
-def put_weights(module: torch.nn.Module, expert: int, weights: ExpertWeights) -> None:
-    """Give an experts module what a GGUF file holds."""
-    first = np.concatenate([weights.gate, weights.up])  # (2 I, H)
-    if not module.is_concatenated:
-        first = np.stack([weights.gate, weights.up], 1).reshape(first.shape)
-    turn = np.transpose if module.is_transposed else np.asarray
-    module.gate_up_proj[expert] = torch.from_numpy(turn(first).copy())
-    module.down_proj[expert] = torch.from_numpy(turn(weights.down).copy())
-
-
 def test_a_method_for_packed_weights_quantises_the_gguf_anew(tmp_path: Path) -> None:
     plain, file = plain_and_gguf("mixtral", tmp_path)
     loaded = load_model(plain, method="NUMPY", gguf=file)
@@ -599,7 +553,7 @@ def test_a_gguf_of_another_model_is_refused(tmp_path: Path) -> None:
             load_model(plain, gguf=file)
     (plain / "config.json").write_text(json.dumps(config))
     convert(plain, tmp_path / "packed", quant_method="int8")
-    with pytest.raises(CheckpointError, match="packed already"):
+    with pytest.raises(CheckpointError, match="packed or quantised already"):
         load_model(tmp_path / "packed", gguf=file)
     with pytest.raises(CheckpointError, match="nothing.gguf"):
         load_model(plain, gguf=tmp_path / "nothing.gguf")

@@ -35,7 +35,9 @@ def command(
     ] = "int4",
     input_type: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16, fp8, mxfp8 or mxfp4; default: read from the input."),
+        typer.Option(
+            help="fp32, fp16, bf16, fp8, mxfp8, mxfp4 or int4; default: read from the input."
+        ),
     ] = None,
     group_size: Annotated[
         int | None,

@@ -18,8 +18,18 @@ import numpy as np
 from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
 from ktk.formats.floats import bf16_to_f32
-from ktk.models.coding import SCALE_SUFFIXES, Coding, decode, infer_coding, read_scale, scale_matrix
-from ktk.types import Activation, ExpertWeights
+from ktk.models.coding import (
+    INT4_CODINGS,
+    SCALE_SUFFIXES,
+    Coding,
+    decode,
+    infer_coding,
+    read_scale,
+    scale_matrix,
+)
+from ktk.models.int4 import Int4Matrix, Int4Settings
+from ktk.models.mxfp4 import mxfp4_blocks
+from ktk.types import Activation, BlockExperts, BlockMatrix, CodedExpert, ExpertWeights, MoESpec
 
 # What may stand before the layer's index.
 LAYER_PREFIX = r"(?:(?:model|language_model\.model|model\.language_model|backbone)\.)?layers"
@@ -48,11 +58,6 @@ NESTED_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
 DEFAULT_BLOCK = (128, 128)
 # Names that only formats ktk does not read use; the text says which.
 FOREIGN_SUFFIXES = {
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
-    "g_idx": "GPTQ",
-    "weight_packed": "compressed-tensors int4",
-    "weight_shape": "compressed-tensors int4",
     "weight_scale_2": "NVFP4",
     "absmax": "bitsandbytes",
     "quant_state": "bitsandbytes",
@@ -157,6 +162,20 @@ class Config:
             )
         return block[0], block[1]
 
+    @property
+    def int4(self) -> Int4Settings:
+        """What quantization_config says of 4-bit weights."""
+        said = self.get(("quantization_config",))[1]
+        said = said if isinstance(said, dict) else {}
+        bits = said.get("bits", 4)
+        if type(bits) is not int:
+            raise CheckpointError(
+                f"{self.where}: quantization_config.bits={bits!r}: must be an int"
+            )
+        return Int4Settings(
+            str(said.get("quant_method", "")), bits, str(said.get("checkpoint_format", "gptq"))
+        )
+
     def activation(self, default: str) -> Activation:
         """The experts' activation; ``default`` names it where the config does not."""
         if self.model_type in UNSUPPORTED_MODELS:
@@ -217,9 +236,37 @@ class Stored:
         values = read_scale(np.asarray(scale), checkpoint.info(self.scale), self.scale)
         return decode(self.coding, raw, scale_matrix(values))
 
+    def read_mxfp4(self, checkpoint: Checkpoint, expert: int | None = None) -> np.ndarray:
+        """The MXFP4 blocks of a matrix, or of one of a stacked one: uint8 (out_features, row bytes), as GGUF has them."""
+        rows = None if expert is None else (expert, expert + 1)
+        assert self.scale is not None
+        raw, scale = checkpoint.read(self.name, rows), checkpoint.read(self.scale, rows)
+        out, ins = self.coding.shape
+        try:
+            return mxfp4_blocks(raw.reshape(out, ins // 2), scale.reshape(out, -1))
+        except ValueError as error:
+            info = checkpoint.info(self.scale)
+            raise CheckpointError(f"{info.file}: tensor {self.scale!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class StoredInt4:
+    """One matrix of 4-bit codes in the checkpoint."""
+
+    name: str
+    matrix: Int4Matrix
+
+    @property
+    def coding(self) -> Coding:
+        return Coding("int4", self.matrix.shape)
+
+    def read(self, checkpoint: Checkpoint) -> np.ndarray:
+        """Decoded: (out_features, in_features)."""
+        return self.matrix.read(checkpoint)
+
 
 class Layer(ABC):
-    """One layer's experts: their ids, tensors and shapes."""
+    """One layer's experts: their ids, tensors and shapes. int4_groups : group sizes of those that are 4-bit codes."""
 
     names: set[str]  # every tensor that packing replaces
     num_experts: int
@@ -228,10 +275,23 @@ class Layer(ABC):
     has_gate: bool
     has_bias: bool
     source_dtypes: set[str]
+    int4_groups: frozenset[int] = frozenset()
 
     @abstractmethod
     def read(self, expert: int) -> ExpertWeights:
         """One expert, decoded."""
+
+    def read_coded(self, expert: int) -> CodedExpert | None:
+        """One expert's symmetric 4-bit codes; None if it has others, or none."""
+        return None
+
+    def read_mxfp4(self, expert: int) -> dict[str, np.ndarray]:
+        """One expert's MXFP4 blocks by projection, where all its matrices are MXFP4."""
+        raise NotImplementedError
+
+    def read_biases(self, expert: int) -> dict[str, np.ndarray]:
+        """One expert's biases by projection, float32."""
+        return {}
 
 
 class Family(ABC):
@@ -309,14 +369,18 @@ class _PerExpertLayer(Layer):
         where = f"{checkpoint.path}: layer {layer}"
         self.num_experts = expected_experts(config, layer, set(by_expert), where)
         self.has_gate = family.parts["gate"] is not None
-        self._stored: list[dict[str, Stored]] = []
+        self._stored: list[dict[str, Stored | StoredInt4]] = []
         self._biases: list[dict[str, str]] = []
         for expert in range(self.num_experts):
-            stored, biases = self._expert(
-                by_expert[expert], config.fp8_block, f"{where} expert {expert}"
-            )
+            stored, biases = self._expert(by_expert[expert], config, f"{where} expert {expert}")
             self._stored.append(stored)
             self._biases.append(biases)
+        self.int4_groups = frozenset(
+            s.matrix.group_size if s.matrix.num_groups > 1 else 0
+            for stored in self._stored
+            for s in stored.values()
+            if isinstance(s, StoredInt4)
+        )
         self.has_bias = bool(self._biases[0])
         self.intermediate_size, self.hidden_size = self._stored[0]["up"].coding.shape
         self.source_dtypes = {s.coding.name for stored in self._stored for s in stored.values()}
@@ -324,9 +388,9 @@ class _PerExpertLayer(Layer):
         check_sizes(config, layer, self.hidden_size, self.intermediate_size, where)
 
     def _expert(
-        self, tensors: dict[tuple[str, str], str], block: tuple[int, int], where: str
-    ) -> tuple[dict[str, Stored], dict[str, str]]:
-        stored: dict[str, Stored] = {}
+        self, tensors: dict[tuple[str, str], str], config: Config, where: str
+    ) -> tuple[dict[str, Stored | StoredInt4], dict[str, str]]:
+        stored: dict[str, Stored | StoredInt4] = {}
         biases: dict[str, str] = {}
         for role, part in self.family.parts.items():
             if part is None:
@@ -338,26 +402,34 @@ class _PerExpertLayer(Layer):
                     raise CheckpointError(
                         f"{where}: {found[suffix]!r}: {foreign} is not read; convert from bf16 or fp8"
                     )
-            if "weight" not in found:
+            int4 = next((c for c in INT4_CODINGS if c.weight in found), None)
+            if "weight" not in found and int4 is None:
                 raise CheckpointError(
                     f"{where}: tensor {part}.weight is missing; has {sorted(found) or 'nothing'}"
                 )
-            scale = next((found[s] for s in SCALE_SUFFIXES if s in found), None)
             known = {"weight", "bias", "input_scale", "activation_scale", *SCALE_SUFFIXES}
+            if int4 is not None:
+                known = {"bias", *int4.suffixes}
+                parts = {suffix: found[suffix] for suffix in found if suffix in int4.suffixes}
+                matrix = int4.open(self.checkpoint, parts, config.int4)
+                stored[role] = StoredInt4(found[int4.weight], matrix)
             if set(found) - known:
                 unknown = found[sorted(set(found) - known)[0]]
                 raise CheckpointError(f"{where}: {unknown!r}: ktk does not know what this is")
+            if "bias" in found:
+                biases[role] = found["bias"]
+            if int4 is not None:
+                continue
+            scale = next((found[s] for s in SCALE_SUFFIXES if s in found), None)
             info = self.checkpoint.tensors
             coding = infer_coding(
                 found["weight"],
                 info[found["weight"]],
                 scale,
                 None if scale is None else info[scale],
-                block,
+                config.fp8_block,
             )
             stored[role] = Stored(found["weight"], scale, coding)
-            if "bias" in found:
-                biases[role] = found["bias"]
         return stored, biases
 
     def _check_shapes(self, where: str) -> None:
@@ -382,14 +454,42 @@ class _PerExpertLayer(Layer):
         matrices = {
             role: stored.read(self.checkpoint) for role, stored in self._stored[expert].items()
         }
-        biases = {
-            role: as_f32(self.checkpoint.read(name), self.checkpoint.info(name), name)
-            for role, name in self._biases[expert].items()
-        }
+        biases = self.read_biases(expert)
         return ExpertWeights(
             matrices.get("gate"), matrices["up"], matrices["down"],
             biases.get("gate"), biases.get("up"), biases.get("down"),
         )  # fmt: skip
+
+    def read_coded(self, expert: int) -> CodedExpert | None:
+        matrices = {}
+        for role, stored in self._stored[expert].items():
+            coded = (
+                stored.matrix.read_coded(self.checkpoint)
+                if isinstance(stored, StoredInt4)
+                else None
+            )
+            if coded is None:
+                return None
+            matrices[role] = coded
+        biases = self.read_biases(expert)
+        return CodedExpert(
+            matrices.get("gate"), matrices["up"], matrices["down"],
+            biases.get("gate"), biases.get("up"), biases.get("down"),
+        )  # fmt: skip
+
+    def read_mxfp4(self, expert: int) -> dict[str, np.ndarray]:
+        stored = self._stored[expert]
+        return {
+            role: matrix.read_mxfp4(self.checkpoint)
+            for role, matrix in stored.items()
+            if isinstance(matrix, Stored)
+        }
+
+    def read_biases(self, expert: int) -> dict[str, np.ndarray]:
+        return {
+            role: as_f32(self.checkpoint.read(name), self.checkpoint.info(name), name)
+            for role, name in self._biases[expert].items()
+        }
 
 
 class Fused(Family):
@@ -513,11 +613,22 @@ class _FusedLayer(Layer):
         if self.is_transposed:
             gate_up, down = gate_up.T, np.ascontiguousarray(down.T)
         gate, up = self._halves(gate_up)
-        biases: list[np.ndarray | None] = [None, None, None]
-        if self.has_bias:
-            both, bias = self._bias("gate_up_bias", expert), self._bias("down_bias", expert)
-            biases = [*self._halves(both), bias]
-        return ExpertWeights(gate, up, down, *biases)
+        biases = self.read_biases(expert)
+        return ExpertWeights(
+            gate, up, down, biases.get("gate"), biases.get("up"), biases.get("down")
+        )
+
+    def read_mxfp4(self, expert: int) -> dict[str, np.ndarray]:
+        if self.is_transposed:
+            raise NotImplementedError("blocks of transposed matrices lie across their rows")
+        gate, up = self._halves(self._gate_up.read_mxfp4(self.checkpoint, expert))
+        return {"gate": gate, "up": up, "down": self._down.read_mxfp4(self.checkpoint, expert)}
+
+    def read_biases(self, expert: int) -> dict[str, np.ndarray]:
+        if not self.has_bias:
+            return {}
+        gate, up = self._halves(self._bias("gate_up_bias", expert))
+        return {"gate": gate, "up": up, "down": self._bias("down_bias", expert)}
 
     def _halves(self, both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gate and up, each contiguous, out of rows that hold both."""
@@ -586,16 +697,63 @@ class Experts:
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """One expert, decoded; safe to call from several threads. Raises CheckpointError, ValueError."""
+        return self._checked(layer, expert).read(expert)
+
+    def read_stored(self, layer: int, expert: int) -> ExpertWeights | CodedExpert:
+        """The same, but symmetric 4-bit codes as they are."""
+        found = self._checked(layer, expert)
+        return found.read_coded(expert) or found.read(expert)
+
+    @property
+    def int4_group(self) -> int | None:
+        """The group size of int4 panels that keep the experts' 4-bit codes and least bytes; None if there is none."""
+        groups: set[int] = set().union(*(layer.int4_groups for layer in self._layers.values()))
+        if not groups or self.source_dtype != "int4":
+            return None
+        if groups == {0}:
+            return 0
+        sizes = [group for group in groups if group]
+        return next((g for g in (128, 64, 32) if all(size % g == 0 for size in sizes)), None)
+
+    def mxfp4_experts(self, layer: int) -> BlockExperts | None:
+        """A layer's MXFP4 experts in the blocks of GGUF, the same numbers; None if they are not MXFP4."""
+        found = self._layer(layer)
+        if found.source_dtypes != {"mxfp4"} or getattr(found, "is_transposed", False):
+            return None
+        spec = MoESpec(**self.spec_fields(layer), weight_format="gguf")
+        names = ("gate", "up", "down") if spec.has_gate else ("up", "down")
+        data: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        biases: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for expert in range(spec.num_experts):
+            for name, blocks in found.read_mxfp4(expert).items():
+                data[name].append(blocks)
+            for name, bias in found.read_biases(expert).items():
+                biases[name].append(bias)
+        matrices = {
+            name: BlockMatrix(
+                "MXFP4",
+                spec.intermediate_size if name == "down" else spec.hidden_size,
+                np.stack(rows),
+            )
+            for name, rows in data.items()
+        }
+        stacked = {name: np.stack(rows) for name, rows in biases.items() if rows}
+        return BlockExperts(
+            spec, matrices.get("gate"), matrices["up"], matrices["down"],
+            stacked.get("gate"), stacked.get("up"), stacked.get("down"),
+        )  # fmt: skip
+
+    def tensor_names(self, layer: int) -> set[str]:
+        """The checkpoint's tensors that the experts of one layer are made of."""
+        return set(self._layer(layer).names)
+
+    def _checked(self, layer: int, expert: int) -> Layer:
         found = self._layer(layer)
         if not 0 <= expert < found.num_experts:
             raise ValueError(
                 f"expert {expert} of layer {layer}: must be 0 to {found.num_experts - 1}"
             )
-        return found.read(expert)
-
-    def tensor_names(self, layer: int) -> set[str]:
-        """The checkpoint's tensors that the experts of one layer are made of."""
-        return set(self._layer(layer).names)
+        return found
 
     def _layer(self, layer: int) -> Layer:
         try:

@@ -8,7 +8,8 @@ A matrix is (out_features, in_features), row-major. Its scale tensor tells the s
     mxfp8         weight e4m3 (N, K)       scale e8m0 (N, K/32)
     mxfp4         weight e2m1 (N, K/2)     scale e8m0 (N, K/32); low nibble first
 
-Source: OCP Microscaling Formats specification 1.0; DeepSeek-V3 for the blocks.
+Source: OCP Microscaling Formats specification 1.0; DeepSeek-V3 for the blocks. Four-bit integers have names and
+packings of their own: ``INT4_CODINGS``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ import numpy as np
 from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
 from ktk.formats.floats import bf16_to_f32, e4m3_table
+from ktk.models.compressed_tensors import COMPRESSED_TENSORS
+from ktk.models.gptq import GPTQ
+from ktk.models.int4 import Int4Coding
 
 MX_GROUP = 32
 LOOK_UP_CODES = 1 << 15
 PLAIN = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-SOURCE_DTYPES = (*PLAIN.values(), "fp8", "mxfp8", "mxfp4")
+SOURCE_DTYPES = (*PLAIN.values(), "fp8", "mxfp8", "mxfp4", "int4")
+INT4_CODINGS: tuple[Int4Coding, ...] = (GPTQ, COMPRESSED_TENSORS)
 SCALE_DTYPES = ("F32", "BF16", "F16", "U8", "F8_E8M0")
 SCALE_SUFFIXES = ("weight_scale_inv", "weight_scale", "scale")
 

@@ -1,12 +1,15 @@
-"""Hugging Face transformers with its experts on ktk. Importing this registers everything:
+"""Hugging Face transformers with its experts on ktk. Importing this, or using ``ktk.KtkConfig``, registers everything:
 
+- ``from_pretrained(directory, quantization_config=ktk.KtkConfig(...))`` packs a float checkpoint's experts while it is
+  read, one parameter of one layer at a time; ``from_pretrained(directory)`` loads what ``ktk convert`` or
+  ``save_pretrained`` wrote;
+- ``load_model(directory)`` takes those, and checkpoints quantised as fp8, MXFP4, GPTQ or compressed-tensors int4;
+- ``use_ktk(model, weight_format="int8")`` packs a loaded model in place;
 - the experts function "ktk": ``model.set_experts_implementation("ktk")`` packs each layer's float experts,
-  exactly, on its first call;
-- ``use_ktk(model, weight_format="int8")`` packs all layers now and frees the float weights;
-- ``AutoModelForCausalLM.from_pretrained(directory)`` loads what ``ktk convert`` wrote.
+  exactly, on its first call.
 
-The model keeps its own modules; only what an experts module computes is replaced. Inference only.
-Source: transformers 5.23, integrations/moe.py and quantizers/base.py.
+The model keeps its own modules; only what an experts module computes is replaced. Gradients pass through the experts,
+whose weights are frozen. Source: transformers 5.23, integrations/moe.py and quantizers/base.py.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from ktk.integration.transformers.loading import (
     KtkHfQuantizer,
     PackedModule,
     load_model,
+    packed_modules,
     use_ktk,
 )
 
@@ -43,6 +47,7 @@ __all__ = [
     "PackedModule",
     "ktk_experts_forward",
     "load_model",
+    "packed_modules",
     "recognise",
     "use_ktk",
 ]

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from ktk import backends
+from ktk import backends, cpu
+from ktk.errors import CheckpointError
 from ktk.integration.transformers.activations import join_gate_up, recognise
+from ktk.memory import aligned_buffer
 from ktk.moe import MoE, as_weights
-from ktk.pack import pack_experts
+from ktk.pack import pack_matrix
+from ktk.reference.dequantise import expert_weights
 from ktk.reference.moe import ExactExperts
 from ktk.types import Activation, BlockExperts, ExpertWeights, MoESpec, Packed
 
@@ -39,6 +43,28 @@ def find_experts(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
     return ((name, module) for name, module in model.named_modules() if is_experts(module))
 
 
+def left_eager(model: torch.nn.Module) -> dict[str, str]:
+    """Class name -> why ktk does not run it, of experts that transformers' ``use_experts_implementation`` leaves out."""
+    found: dict[str, str] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        named = type(module).__name__.endswith("Experts") or last == "experts"
+        if last.startswith("shared"):  # every token's: not chosen by a router
+            continue
+        if not named or is_experts(module) or (inside and name.startswith(inside)):
+            continue
+        if not any(True for _ in module.parameters()):
+            continue
+        inside = (*inside, f"{name}.")
+        if isinstance(module, torch.nn.ModuleDict | torch.nn.ModuleList):
+            reason = "each expert is a module of its own"
+        else:
+            reason = "only its own forward tells how its weights are used"
+        found[type(module).__name__] = reason
+    return found
+
+
 def weight_names(module: Any) -> tuple[str, ...]:
     """Names of the parameters that ktk packs."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -50,11 +76,16 @@ class ExpertsHandle:
     """One module's experts, ready to run. Copies of the model share it: packed weights never change."""
 
     def __init__(
-        self, moe: MoE, activation: Activation | None, sources: tuple[object, ...] | None
+        self,
+        moe: MoE,
+        activation: Activation | None,
+        sources: tuple[object, ...] | None,
+        blocks: BlockExperts | None = None,
     ) -> None:
         self.moe = moe
         self.activation = activation  # None: the module computes its own
         self.sources = sources  # what was packed; None if the float weights are gone
+        self.blocks = blocks  # in the file's order, which the operator may have repacked
         self._biases: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def biases(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +106,13 @@ class ExpertsHandle:
 
             self._biases = (stacked(*first), stacked("down"))
         return self._biases
+
+    def dequantised(self, expert: int) -> ExpertWeights:
+        """One expert's weights as the packed codes or blocks say, float32."""
+        packed = self.moe.packed
+        if isinstance(packed, BlockExperts):
+            return expert_weights(self.blocks or packed, expert)
+        return ExactExperts(packed).dequantised(expert)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertsHandle:
         return self
@@ -139,38 +177,76 @@ def _swapped(shape: torch.Size) -> tuple[int, int, int]:
     return shape[0], shape[2], shape[1]
 
 
-def _expert_weights(module: Any, expert: int) -> ExpertWeights:
-    """One expert's matrices as (out, in), gate and up told apart; bf16 stays bf16 bits."""
-    names = weight_names(module)
-    first, down = (getattr(module, name)[expert].detach().cpu() for name in names[:2])
-    if module.is_transposed:
-        first, down = first.T, down.T
-    gate, up = _split(first, module)
-    bias: list[np.ndarray | None] = [None, None, None]
-    if module.has_bias:
-        first_bias, down_bias = (
-            getattr(module, name)[expert].detach().float().cpu() for name in names[2:]
-        )
-        gate_bias, up_bias = _split(first_bias, module)
-        bias = [
-            None if b is None else b.contiguous().numpy() for b in (gate_bias, up_bias, down_bias)
-        ]
-    matrices = [
-        None if w is None else as_weights(w.contiguous(), "weights") for w in (gate, up, down)
-    ]
-    assert matrices[1] is not None
-    assert matrices[2] is not None
-    return ExpertWeights(matrices[0], matrices[1], matrices[2], *bias)
+class ModulePacker:
+    """One module's experts packed parameter by parameter, as a checkpoint hands them out: none waits in float for another.
 
+    Raises ValueError or TypeError from ``add`` if a parameter's shape, dtype or values do not fit.
+    """
 
-def _split(first: torch.Tensor, module: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Rows of gate and of up out of the module's fused order."""
-    if not module.has_gate:
-        return None, first
-    if module.is_concatenated:
-        half = len(first) // 2
-        return first[:half], first[half:]
-    return first[0::2], first[1::2]
+    def __init__(self, module: Any, spec: MoESpec) -> None:
+        self.spec = spec
+        self.missing = set(weight_names(module))
+        self._is_transposed, self._is_concatenated = module.is_transposed, module.is_concatenated
+        self._data: np.ndarray | None = None
+
+    def add(self, name: str, weight: torch.Tensor) -> None:
+        """Pack parameter ``name``: (num_experts, ...) as the module has it."""
+        spec, layout = self.spec, self.spec.layout
+        if self._data is None:
+            size = layout.expert_bytes
+            self._data = aligned_buffer(spec.num_experts * size).reshape(spec.num_experts, size)
+        data, weight = self._data, weight.detach().cpu()
+        is_bias = name.endswith("_bias")
+        if weight.shape != self._shape(name):
+            raise ValueError(f"{name} is {tuple(weight.shape)}: must be {self._shape(name)}")
+
+        def work(expert: int) -> None:
+            rows = weight[expert]
+            if self._is_transposed and not is_bias:
+                rows = rows.T
+            for projection, part in self._split(name, rows):
+                if is_bias:
+                    values = part.float().contiguous().numpy()
+                    if not np.isfinite(values).all():
+                        raise ValueError(f"expert {expert}: {projection} bias holds NaN or inf")
+                    out = layout.bias(data[expert], projection)
+                    assert out is not None
+                    out.view(np.float32)[: len(values)] = values
+                    continue
+                try:
+                    pack_matrix(
+                        as_weights(part.contiguous(), name), layout.matrix(projection), spec,
+                        layout.panels(data[expert], projection),
+                    )  # fmt: skip
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"expert {expert}: {projection}: {error}") from None
+
+        with ThreadPoolExecutor(cpu.num_physical_cores()) as pool:
+            list(pool.map(work, range(spec.num_experts)))
+        self.missing.discard(name)
+
+    def packed(self) -> Packed:
+        """The packed experts; CheckpointError unless every parameter was added."""
+        if self.missing or self._data is None:
+            raise CheckpointError(f"the checkpoint lacks {', '.join(sorted(self.missing))}")
+        return Packed(self.spec, self._data)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        e, h, i = self.spec.num_experts, self.spec.hidden_size, self.spec.intermediate_size
+        rows, columns = (h, i) if name.startswith("down") else ((1 + self.spec.has_gate) * i, h)
+        if name.endswith("_bias"):
+            return (e, rows)
+        return (e, columns, rows) if self._is_transposed else (e, rows, columns)
+
+    def _split(self, name: str, rows: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """(projection, its rows) out of one expert's parameter, (out_features, ...)."""
+        if name.startswith("down"):
+            return [("down", rows)]
+        if not self.spec.has_gate:
+            return [("up", rows)]
+        half = self.spec.intermediate_size
+        gate, up = (rows[:half], rows[half:]) if self._is_concatenated else (rows[0::2], rows[1::2])
+        return [("gate", gate), ("up", up)]
 
 
 def pack_module(
@@ -185,8 +261,10 @@ def pack_module(
     with _lock:
         spec, activation = module_spec(module, weight_format, group_size, activation_group)
         backends.select(method, spec)  # refuse before the long part
-        packed = pack_experts(spec, lambda expert: _expert_weights(module, expert))
-        moe = MoE(packed, method=method, num_threads=num_threads)
+        packer = ModulePacker(module, spec)
+        for name in weight_names(module):
+            packer.add(name, getattr(module, name))
+        moe = MoE(packer.packed(), method=method, num_threads=num_threads)
         handle = ExpertsHandle(moe, activation, _source_key(module))
         setattr(module, _ATTRIBUTE, handle)
         return handle
@@ -202,7 +280,8 @@ def attach(
     activation = recognise(module)
     spec = dataclasses.replace(packed.spec, activation=activation or Activation())
     moe = MoE(dataclasses.replace(packed, spec=spec), method=method, num_threads=num_threads)
-    handle = ExpertsHandle(moe, activation, None)
+    blocks = packed if isinstance(packed, BlockExperts) else None
+    handle = ExpertsHandle(moe, activation, None, blocks)
     setattr(module, _ATTRIBUTE, handle)
     return handle
 
@@ -225,53 +304,55 @@ def handle_of(module: Any) -> ExpertsHandle | None:
     return handle
 
 
-class _InferenceOnly(torch.autograd.Function):
-    """Keeps the graph, so that a backward pass fails instead of leaving gradients out."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        return run()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError(
-            "ktk experts are inference-only in this version: they have no gradients. Run under torch.no_grad(), "
-            'or train with model.set_experts_implementation("eager")'
-        )
-
-
 def ktk_experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """What transformers calls instead of the module's forward.
 
     hidden_states : (num_tokens, hidden_size), on any device. top_k_index, top_k_weights : (num_tokens, top_k).
-    Returns (num_tokens, hidden_size) in hidden_states' dtype and device.
+    Returns (num_tokens, hidden_size) in hidden_states' dtype and device. Gradients reach hidden_states,
+    top_k_weights and a norm behind the experts; see ``gradients``.
     """
     handle = handle_of(module)
     if handle is None or (handle.sources is not None and handle.sources != _source_key(module)):
         handle = pack_module(module)
-
-    def run() -> torch.Tensor:
-        ids, weights = top_k_index.detach().cpu(), top_k_weights.detach().cpu()
-        if handle.activation is not None and not getattr(module, "has_post_expert_norm", False):
-            out: torch.Tensor = handle.moe.forward(hidden_states.detach().cpu(), ids, weights)
-        else:
-            steps = range(0, len(hidden_states), _SLOT_TOKENS)
-            parts = [slice(start, start + _SLOT_TOKENS) for start in steps]
-            rows = [
-                _by_slot(module, handle, hidden_states[p].detach().cpu(), ids[p], weights[p])
-                for p in parts
-            ]
-            out = torch.cat(rows) if rows else torch.empty(hidden_states.shape)
-        return out.to(device=hidden_states.device, dtype=hidden_states.dtype)
-
     if torch.is_grad_enabled():
-        inputs = [hidden_states, top_k_weights, *module.parameters(recurse=False)]
+        inputs = (hidden_states, top_k_weights, *module.parameters())
         if any(x.requires_grad for x in inputs):
-            out: torch.Tensor = _InferenceOnly.apply(run, *inputs)
+            from ktk.integration.transformers.gradients import ExpertsFunction
+
+            out: torch.Tensor = ExpertsFunction.apply(
+                module, handle, hidden_states, top_k_index, top_k_weights, *module.parameters()
+            )
             return out
-    return run()
+    return run_experts(module, handle, hidden_states, top_k_index, top_k_weights)
+
+
+def run_experts(
+    module: Any,
+    handle: ExpertsHandle,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """``ktk_experts_forward`` without a graph."""
+    ids, weights = top_k_index.detach().cpu(), top_k_weights.detach().cpu()
+    if handle.activation is not None and not has_post_norm(module):
+        out: torch.Tensor = handle.moe.forward(hidden_states.detach().cpu(), ids, weights)
+    else:
+        steps = range(0, len(hidden_states), _SLOT_TOKENS)
+        parts = [slice(start, start + _SLOT_TOKENS) for start in steps]
+        rows = [
+            _by_slot(module, handle, hidden_states[p].detach().cpu(), ids[p], weights[p])
+            for p in parts
+        ]
+        out = torch.cat(rows) if rows else torch.empty(hidden_states.shape)
+    return out.to(device=hidden_states.device, dtype=hidden_states.dtype)
+
+
+def has_post_norm(module: Any) -> bool:
+    """Whether the module normalises each expert's output before it is weighted."""
+    return bool(getattr(module, "has_post_expert_norm", False))
 
 
 def _by_slot(
@@ -296,7 +377,7 @@ def _by_slot(
         y = handle.moe.forward(x, experts[:, None], torch.ones(len(x), 1))
     else:
         y = _own_activation(module, handle, x, experts)
-    if getattr(module, "has_post_expert_norm", False):
+    if has_post_norm(module):
         norm = module.post_expert_norm
         device = next((p.device for p in norm.parameters()), y.device)
         y = norm(y.to(device)).detach().float().cpu()

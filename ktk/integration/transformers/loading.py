@@ -1,39 +1,55 @@
-"""Models with packed experts: packed in place (``use_ktk``), loaded from what ``ktk convert`` wrote, or from a GGUF file."""
+"""Models with packed experts: packed in place (``use_ktk``) or while ``from_pretrained`` reads a float checkpoint, loaded
+from what ``ktk convert`` or ``save_pretrained`` wrote, from a checkpoint quantised otherwise, or from a GGUF file."""
 
 from __future__ import annotations
 
 import contextvars
+import importlib
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktk import backends
+from ktk._log import logger
 from ktk.errors import CheckpointError
 from ktk.gguf_model import open_experts
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
+    ModulePacker,
     attach,
     drop_weights,
     find_experts,
     handle_of,
+    left_eager,
     module_spec,
     pack_module,
     weight_names,
 )
-from ktk.models.gguf import GgufExperts
-from ktk.types import BlockExperts, MoESpec, Packed
+from ktk.integration.transformers.saving import SavePretrained, write_experts
+from ktk.integration.transformers.sources import (
+    ExpertsSource,
+    layer_of,
+    packed_directory,
+    quantised_checkpoint,
+)
+from ktk.types import MoESpec
 
-# method= of the load_model() call in progress; from_pretrained has no way to pass it to a packed directory.
+# Of the load_model() call in progress; from_pretrained has no way to pass them.
 _method: contextvars.ContextVar[str | None] = contextvars.ContextVar("ktk_method", default=None)
+_linear: contextvars.ContextVar[str | None] = contextvars.ContextVar("ktk_linear", default=None)
+_source: contextvars.ContextVar[ExpertsSource | None] = contextvars.ContextVar(
+    "ktk_source", default=None
+)
+LINEAR_FORMATS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,8 @@ def use_ktk(
     BackendError if nothing runs it; both before anything is changed.
     """
     modules = list(find_experts(model))
-    if not modules:
+    _log_left_eager(model)
+    if not modules and not left_eager(model):
         raise ValueError(
             f"{type(model).__name__} has no experts that ktk can run: it needs modules decorated with "
             f"transformers' use_experts_implementation"
@@ -105,9 +122,14 @@ def use_ktk(
         drop_weights(module)
         report.append(PackedModule.of(name, handle))
     _select_ktk(model, [module for _, module in modules])
-    if getattr(model, "hf_quantizer", None) is None and hasattr(model, "save_pretrained"):
+    if (
+        modules
+        and getattr(model, "hf_quantizer", None) is None
+        and hasattr(model, "save_pretrained")
+    ):
         owner: Any = model
         owner.hf_quantizer = KtkHfQuantizer(KtkConfig(), pre_quantized=False)
+        owner.save_pretrained = SavePretrained(model)
     return report
 
 
@@ -117,12 +139,27 @@ def _select_ktk(model: torch.nn.Module, modules: list[torch.nn.Module]) -> None:
         config._experts_implementation = "ktk"
 
 
+def _log_left_eager(model: torch.nn.Module) -> None:
+    found = left_eager(model)
+    if found:
+        logger.warning(
+            "%s: experts stay as transformers runs them: %s",
+            type(model).__name__,
+            "; ".join(
+                f"{kind} is not decorated with use_experts_implementation: {reason}"
+                for kind, reason in found.items()
+            ),
+        )
+
+
 class KtkConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed directory; given to from_pretrained, packs a float model on load.
 
     weight_format, group_size, activation_group, method : as in ``use_ktk``. A packed directory's own values
     win over given ones; its method is KTK_BACKEND, ``load_model(method=...)`` or "method" in its config.json.
     gguf : as in ``load_model``; weight_format and the groups do not count then.
+    linear : "int8" or "int4" also packs the dense linear layers; None leaves them to torch.
+    Raises ValueError for a weight_format, method or linear that is unknown.
     """
 
     def __init__(
@@ -132,15 +169,26 @@ class KtkConfig(QuantizationConfigMixin):
         activation_group: int | None = None,
         method: str = "auto",
         gguf: str | os.PathLike[str] | None = None,
+        linear: str | None = None,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
+        if weight_format is not None:
+            from ktk.formats import get_format
+
+            get_format(weight_format)
+        backends.check_method(method)
+        if linear not in (None, *LINEAR_FORMATS):
+            raise ValueError(
+                f"linear={linear!r}: must be one of {', '.join(LINEAR_FORMATS)}, or None"
+            )
         self.quant_method = "ktk"  # type: ignore[assignment]  # plug-ins have no row in transformers' enum
         self.weight_format = weight_format
         self.group_size = group_size
         self.activation_group = activation_group
         self.method = method
         self.gguf = None if gguf is None else os.fspath(gguf)
+        self.linear = linear
         for name, value in others.items():
             setattr(self, name, value)
 
@@ -154,22 +202,29 @@ class KtkHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KtkConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.directory: Path | None = None  # of packed experts
-        self.gguf: GgufExperts | None = None
+        self.source: ExpertsSource | None = (
+            None  # of experts that are not in the model's own float tensors
+        )
+        self.packers: dict[str, ModulePacker] = {}  # by module, while float experts are read
+        self.error: Exception | None = None  # transformers swallows what is raised in its loop
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside the experts train; the packed weights do not."""
+        return True
 
     def is_serializable(self) -> bool:
-        where = f"{self.directory}" if self.directory else "the directory `ktk convert` writes"
-        raise ValueError(
-            f"a model with packed ktk experts cannot be saved by save_pretrained in this version: copy {where} instead"
-        )
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """What save_pretrained calls before it writes the rest: the moment to write the experts."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else it saves adapters only
+            write_experts(model)
+        return None, {}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Without the experts' converters nothing looks for float experts, which come from elsewhere."""
-        if self.directory is None and self.gguf is None:
+        if self.source is None:
             return weight_conversions
         packed = {name for _, module in find_experts(model) for name in weight_names(module)}
         targets = [(c, getattr(c, "_original_target_patterns", [])) for c in weight_conversions]
@@ -177,75 +232,134 @@ class KtkHfQuantizer(HfQuantizer):
             c for c, names in targets if not any(str(n).rpartition(".")[2] in packed for n in names)
         ]
 
+    @property
+    def quantized_element_size(self) -> float:
+        """Of the experts' parameters on the device that a device_map gives them: they take nothing there."""
+        return 0
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, _, name = param_name.rpartition(".")
+        return module in self.packers and name in weight_names(model.get_submodule(module))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _PackParameter(self)
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        specs = self._open(checkpoint_files)
-        if specs is None:
-            return
-        source = self.directory or self.quantization_config.gguf
         modules: dict[str, Any] = dict(find_experts(model))
-        for name, module in modules.items():
-            layer = layer_of(name)
-            if layer not in specs:
-                raise CheckpointError(
-                    f"{source}: no packed experts for {name}; it has layers {sorted(specs)}"
-                )
-            _check_shapes(name, module, specs[layer])
-            drop_weights(module)
-            module._is_hf_initialized = True
-        unused = sorted(set(specs) - {layer_of(name) for name in modules})
-        if unused:
-            raise CheckpointError(
-                f"{source}: packed experts of layers {unused} have no module in {type(model).__name__}"
+        _log_left_eager(model)
+        config = self.quantization_config
+        self.source = self._open(checkpoint_files)
+        if self.source is not None:
+            _check_layers(model, modules, self.source)
+            for module in modules.values():
+                drop_weights(module)
+                module._is_hf_initialized = True
+            if self.source.is_beside:  # the directory's own experts stay unread: that is no mistake
+                known = {rf"(^|\.){re.escape(name)}\." for name in modules}
+                ignored = model._keys_to_ignore_on_load_unexpected
+                model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *known}
+        elif modules:
+            for name, module in modules.items():
+                try:
+                    spec, _ = module_spec(
+                        module, config.weight_format, config.group_size, config.activation_group
+                    )
+                    backends.select(_method.get() or config.method, spec)
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"{name}: {error}") from None
+                self.packers[name] = ModulePacker(module, spec)
+        elif not left_eager(model) and config.linear is None:
+            raise ValueError(
+                f"{type(model).__name__} has no experts that ktk can run: load it without quantization_config"
             )
-        if self.gguf is not None:  # the directory's own experts stay unread: that is no mistake
-            known = {rf"(^|\.){re.escape(name)}\." for name in modules}
-            ignored = model._keys_to_ignore_on_load_unexpected
-            model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *known}
         _select_ktk(model, list(modules.values()))
 
-    def _open(self, checkpoint_files: list[str] | None) -> dict[int, MoESpec] | None:
-        """The specs of experts that lie packed or in a GGUF file; None if the checkpoint's float ones are to be packed."""
+    def _open(self, checkpoint_files: list[str] | None) -> ExpertsSource | None:
+        """Where packed or quantised experts lie; None if the checkpoint's float ones are to be packed."""
+        if (given := _source.get()) is not None:
+            return given
         if self.pre_quantized:
-            from ktk.checkpoint.packed import read_config
-
             if not checkpoint_files:
                 raise CheckpointError(
                     "a packed ktk model loads from its directory: no state_dict can be given instead"
                 )
-            self.directory = Path(checkpoint_files[0]).parent
-            return read_config(self.directory).specs
+            return packed_directory(Path(checkpoint_files[0]).parent)
         if self.quantization_config.gguf is None:
             return None
-        self.gguf = open_experts(Path(self.quantization_config.gguf))
-        return {layer: self.gguf.spec(layer) for layer in self.gguf.layers}
+        gguf = open_experts(Path(self.quantization_config.gguf))
+        specs = {layer: gguf.spec(layer) for layer in gguf.layers}
+        return ExpertsSource(self.quantization_config.gguf, specs, gguf.experts, is_beside=True)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from ktk.checkpoint.packed import read_layer
-
+        if self.error is not None:
+            raise self.error
         config = self.quantization_config
         method = _method.get() or config.method
-        read: Callable[[int], Packed | BlockExperts]
-        if self.gguf is not None:
-            read = self.gguf.experts
-        elif self.directory is not None:
-            read = partial(read_layer, self.directory)
-        else:
-            use_ktk(model, config.weight_format, config.group_size, config.activation_group, method)
-            return
         for name, module in find_experts(model):
-            attach(module, read(layer_of(name)), method)
+            if self.source is not None:
+                attach(module, self.source.read(layer_of(name)), method)
+                continue
+            try:
+                packed = self.packers.pop(name).packed()
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+            drop_weights(module)
+            attach(module, packed, method)
+        config.linear = _linear.get() or config.linear
+        if config.linear is not None:
+            linear = importlib.import_module("ktk.integration.transformers.linear")
+            linear.replace_linears(model, config.linear)
+        model.save_pretrained = SavePretrained(model)
 
 
-def layer_of(name: str) -> int:
-    """The layer number in a module's name: its last number. ``model.layers.3.mlp.experts`` is 3."""
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
-    if not numbers:
+class _PackParameter(ConversionOps):
+    """Takes a parameter of float experts, as the model would have it, packs it, and leaves an empty one."""
+
+    def __init__(self, quantizer: KtkHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        left: dict[str, torch.Tensor] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
+            weight: torch.Tensor = value[0] if isinstance(value, list) else value
+            del value
+            module, _, parameter = name.rpartition(".")
+            packer = self.quantizer.packers.get(module)
+            if packer is None or parameter not in packer.missing:
+                left[name] = weight
+                continue
+            if self.quantizer.error is None:
+                try:
+                    packer.add(parameter, weight)
+                except Exception as error:
+                    self.quantizer.error = CheckpointError(f"{module}: {error}")
+            left[name] = torch.empty(0, dtype=weight.dtype)
+        return left
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("packed experts do not become float tensors again")
+
+
+def _check_layers(model: Any, modules: dict[str, Any], source: ExpertsSource) -> None:
+    """CheckpointError unless source and model have experts in the same layers and of the same shapes."""
+    for name, module in modules.items():
+        layer = layer_of(name)
+        if layer not in source.specs:
+            raise CheckpointError(
+                f"{source.where}: no packed experts for {name}; it has layers {sorted(source.specs)}"
+            )
+        _check_shapes(name, module, source.specs[layer])
+    unused = sorted(set(source.specs) - {layer_of(name) for name in modules})
+    if unused:
         raise CheckpointError(
-            f"experts module {name} has no layer number in its name: ktk cannot tell its packed file"
+            f"{source.where}: packed experts of layers {unused} have no module in {type(model).__name__}"
         )
-    return int(numbers[-1])
 
 
 def _check_shapes(name: str, module: Any, spec: MoESpec) -> None:
@@ -273,15 +387,18 @@ def load_model(
     dtype: Any = None,
     *,
     gguf: str | os.PathLike[str] | None = None,
+    quantization_config: KtkConfig | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A causal language model from a packed or an ordinary directory, its experts run by ktk.
+    """A causal language model from a directory, packed, float or quantised, its experts run by ktk.
 
-    An ordinary directory's experts run unquantised, packed exactly on each layer's first call.
+    Float experts are packed exactly while they are read, quantised ones as exactly as can be: int4 (GPTQ,
+    compressed-tensors) with its own codes and groups, MXFP4 with its own blocks, fp8 as int8. ``quantization_config``
+    asks for something else; of a packed directory's only method and linear count. The other layers of a quantised checkpoint are dequantised.
     method : as in ``ktk.MoE``. dtype : of everything but the experts; None keeps the checkpoint's.
     gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from the mapped file,
         in place of those of ``path``, which must be an ordinary directory; they are not read.
-    kwargs : for ``AutoModelForCausalLM.from_pretrained``. Raises CheckpointError, BackendError.
+    kwargs : for ``AutoModelForCausalLM.from_pretrained``. Raises CheckpointError, BackendError, ValueError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -289,30 +406,79 @@ def load_model(
         raise CheckpointError(f"{path}: must be a directory with a config.json")
     backends.check_method(method)
     config = AutoConfig.from_pretrained(path)
-    quantised = getattr(config, "quantization_config", None)
-    given = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    if given not in (None, "ktk"):
-        raise CheckpointError(
-            f"{path}: its weights are quantised ({given}): run `ktk convert` on it first"
-        )
+    given = _quant_method(config)
     if gguf is not None:
-        if quantised is not None:
+        if given is not None:
             raise CheckpointError(
-                f"{path}: its experts are packed already: leave gguf out, or name the directory they came from"
+                f"{path}: its experts are packed or quantised already: leave gguf out, or name the directory they came from"
             )
         kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
+    if quantization_config is not None and method.lower() == "auto":
+        method = quantization_config.method
     token = _method.set(None if method.lower() == "auto" else method)
+    linear = _linear.set(quantization_config.linear if quantization_config else None)
     try:
-        if quantised is not None:
+        if given == "ktk":
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
-        kwargs.setdefault("experts_implementation", "ktk")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
-        if method.lower() != "auto":
-            use_ktk(model, None, method=method)
-        return model
+        if given is not None:
+            return _load_quantised(Path(path), config, dtype, quantization_config, kwargs)
+        kwargs["quantization_config"] = quantization_config or KtkConfig(None)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     finally:
         _method.reset(token)
+        _linear.reset(linear)
+
+
+def _quant_method(config: Any) -> str | None:
+    """What a model's config says its weights are quantised with, or None."""
+    said = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    if said is None:
+        return None
+    return str(said.get("quant_method")) if isinstance(said, dict) else str(said)
+
+
+def _load_quantised(
+    path: Path, config: Any, dtype: Any, wanted: KtkConfig | None, kwargs: dict[str, Any]
+) -> Any:
+    """A checkpoint quantised by others: experts by ktk's reader, the rest dequantised tensor by tensor."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{path}: model_type {config.model_type!r}: transformers has no causal language model of its own for it, "
+            "and a quantised one loads as that only: run `ktk convert` on it and load what that writes"
+        )
+    ask = wanted or KtkConfig(None)
+    method = _method.get() or ask.method
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    if dtype in (None, "auto"):
+        dtype = config.dtype or torch.bfloat16
+    with quantised_checkpoint(
+        path, ask.weight_format, ask.group_size, ask.activation_group, method
+    ) as (source, tensors):
+        spec = next(iter(source.specs.values()))
+        kwargs["quantization_config"] = KtkConfig(
+            None if spec.weight_format == "gguf" else spec.weight_format,
+            spec.group_size, spec.activation_group, ask.method, linear=ask.linear,
+        )  # fmt: skip
+        if "generation_config" not in kwargs and (path / "generation_config.json").is_file():
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(path)
+        token = _source.set(source)
+        try:
+            model = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, **kwargs
+            )
+        finally:
+            _source.reset(token)
+    found = model[0] if isinstance(model, tuple) else model
+    found.config.name_or_path = found.name_or_path = str(path)
+    return model
 
 
 register_quantization_config("ktk")(KtkConfig)

@@ -1,0 +1,88 @@
+"""save_pretrained of a model with packed experts: the packed directory that ``ktk convert`` writes.
+
+The experts go into ``ktk-experts-LLLLL.safetensors``, transformers writes the rest. They are written in the course of
+save_pretrained, so that what it does with new files, such as ``push_to_hub``, happens to them too.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from ktk.checkpoint.packed import layer_path, list_layers, write_layer
+from ktk.integration.transformers.experts import find_experts, handle_of
+from ktk.integration.transformers.sources import layer_of
+from ktk.layout import LAYOUT_VERSION
+from ktk.types import BlockExperts, Packed
+
+# Of the save_pretrained() call in progress, on the process that writes.
+_directory: contextvars.ContextVar[Path | None] = contextvars.ContextVar(
+    "ktk_save_directory", default=None
+)
+
+
+class SavePretrained:
+    """``model.save_pretrained`` of a packed model: transformers' own, with the experts told where to go."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        model = self._model()
+        assert model is not None  # it holds this object
+        token = _directory.set(Path(save_directory) if is_main_process else None)
+        try:
+            type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
+        finally:
+            _directory.reset(token)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
+        return SavePretrained(memo[id(self._model())])
+
+
+def write_experts(model: Any) -> None:
+    """Write the experts' files into the directory in work and tell the model's config of them.
+
+    Raises ValueError for linear layers or experts that have no packed form or are not packed, and for two modules of one layer number.
+    """
+    directory = _directory.get()
+    if directory is None:
+        return
+    said = model.hf_quantizer.quantization_config
+    if said.linear is not None:
+        raise ValueError(
+            f"its linear layers are packed as {said.linear}, which a packed directory does not hold: load the model without "
+            "linear=, save that, and ask for linear= when the saved one is loaded"
+        )
+    layers: dict[int, Packed] = {}
+    names: dict[int, str] = {}
+    for name, module in find_experts(model):
+        handle, layer = handle_of(module), layer_of(name)
+        if handle is None or handle.sources is not None:
+            raise ValueError(f"{name} is not packed: use_ktk(model) packs it")
+        packed = handle.moe.packed
+        if isinstance(packed, BlockExperts):
+            raise ValueError(
+                f"{name} runs the {packed.types} blocks of its file, which a packed directory does not hold: copy the "
+                'file, or load it with a method that packs, such as "INT8" or "INT4"'
+            )
+        if layer in layers:
+            raise ValueError(
+                f"{name} and {names[layer]} are both layer {layer}: a packed directory holds one of them"
+            )
+        layers[layer], names[layer] = packed, name
+    for layer, packed in layers.items():
+        write_layer(directory, packed.spec, layer, packed.data)
+    for layer in set(list_layers(directory)) - set(layers):  # of an earlier save
+        layer_path(directory, layer).unlink()
+    said.gguf = None
+    said.layers, said.layout_version = sorted(layers), LAYOUT_VERSION
+    for field in ("weight_format", "group_size", "activation_group"):
+        values = {getattr(packed.spec, field) for packed in layers.values()}
+        setattr(said, field, values.pop() if len(values) == 1 else None)
+    model.config.quantization_config = said

@@ -1,0 +1,123 @@
+"""Where the experts of a model come from when they are not float tensors of its own checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktk import backends
+from ktk.checkpoint.packed import read_config, read_layer
+from ktk.checkpoint.safetensors import Checkpoint
+from ktk.errors import CheckpointError
+from ktk.models import Config, find_experts
+from ktk.models.plain import PlainTensor, plain_tensors
+from ktk.pack import pack_experts
+from ktk.types import BlockExperts, MoESpec, Packed
+
+
+@dataclass(frozen=True)
+class ExpertsSource:
+    """Experts by layer. where : for messages. is_beside : the model's checkpoint has experts too, which stay unread."""
+
+    where: str
+    specs: dict[int, MoESpec]
+    read: Callable[[int], Packed | BlockExperts]
+    is_beside: bool = False
+
+
+class LazyTensor:
+    """A tensor of a checkpoint, decoded when it is indexed: what transformers' loader does last of all."""
+
+    def __init__(self, checkpoint: Checkpoint, tensor: PlainTensor) -> None:
+        self.checkpoint, self.tensor = checkpoint, tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        values = torch.from_numpy(self.tensor.read(self.checkpoint))
+        if self.tensor.dtype == "BF16":
+            values = values.view(torch.bfloat16)
+        part: torch.Tensor = values[index]
+        return part
+
+
+def layer_of(name: str) -> int:
+    """The layer number in a module's name: its last number. ``model.layers.3.mlp.experts`` is 3."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    if not numbers:
+        raise CheckpointError(
+            f"experts module {name} has no layer number in its name: ktk cannot tell its packed file"
+        )
+    return int(numbers[-1])
+
+
+def packed_directory(directory: Path) -> ExpertsSource:
+    """What ``ktk convert`` or save_pretrained wrote. Raises CheckpointError."""
+    specs = read_config(directory).specs
+    return ExpertsSource(str(directory), specs, partial(read_layer, directory))
+
+
+@contextmanager
+def quantised_checkpoint(
+    path: Path,
+    weight_format: str | None,
+    group_size: int | None,
+    activation_group: int | None,
+    method: str,
+) -> Iterator[tuple[ExpertsSource, Mapping[str, LazyTensor]]]:
+    """The experts of a checkpoint that other tools quantised, and its other tensors, decoded.
+
+    weight_format None keeps what can be kept: 4-bit codes as int4, MXFP4 as GGUF blocks if a kernel runs them for
+    ``method``; the rest becomes int8. group_size None: that of the codes. Both are valid inside the ``with`` only.
+    Raises CheckpointError, BackendError, ValueError.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        experts = find_experts(checkpoint)
+        keeps_blocks = weight_format is None and experts.source_dtype == "mxfp4"
+        if weight_format is None:
+            weight_format = "int4" if experts.int4_group is not None else "int8"
+        if group_size is None and weight_format == "int4":
+            group_size = experts.int4_group
+        specs: dict[int, MoESpec] = {}
+        for layer in experts.layers:
+            fields = experts.spec_fields(layer)
+            if keeps_blocks:
+                spec = MoESpec(**fields, weight_format="gguf")
+                keeps_blocks = _runs(method, spec)
+            if not keeps_blocks:
+                spec = MoESpec(
+                    **fields,
+                    weight_format=weight_format,
+                    group_size=group_size,
+                    activation_group=activation_group,
+                )
+                backends.select(method, spec)
+            specs[layer] = spec
+
+        def read(layer: int) -> Packed | BlockExperts:
+            if specs[layer].weight_format == "gguf":
+                blocks = experts.mxfp4_experts(layer)
+                if blocks is not None:
+                    return blocks
+            return pack_experts(specs[layer], partial(experts.read_stored, layer))
+
+        taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
+        config = Config(checkpoint.config, str(checkpoint.directory / "config.json"))
+        tensors = {
+            tensor.name: LazyTensor(checkpoint, tensor)
+            for tensor in plain_tensors(checkpoint, taken, config)
+        }
+        yield ExpertsSource(str(path), specs, read), tensors
+
+
+def _runs(method: str, spec: MoESpec) -> bool:
+    try:
+        backends.select(method, spec)
+    except (backends.BackendError, ValueError):
+        return False
+    return True

@@ -1,0 +1,114 @@
+"""The tensors of a checkpoint that are not experts', quantised ones as bf16: what a model needs beside its packed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ktk.checkpoint.safetensors import DTYPES, Checkpoint, TensorInfo
+from ktk.errors import CheckpointError
+from ktk.formats.floats import f32_to_bf16
+from ktk.models.base import FOREIGN_SUFFIXES, Config
+from ktk.models.coding import INT4_CODINGS, SCALE_SUFFIXES, Coding, infer_coding, read_rows
+from ktk.models.int4 import Int4Matrix
+
+DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor that is not an expert's, as it is handed out.
+
+    coding : what to decode it from with the tensor ``scale``, int4 : or as, or both None. dtype : as safetensors names it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    itemsize: int
+    scale: str | None = None
+    coding: Coding | None = None
+    int4: Int4Matrix | None = None
+
+    def pieces(self, checkpoint: Checkpoint, chunk_bytes: int) -> Iterator[memoryview]:
+        """Its bytes in order; each piece is valid until the next is asked for."""
+        if self.int4 is not None:
+            yield f32_to_bf16(self.int4.read(checkpoint)).data.cast("B")
+        elif self.coding is None:
+            yield from checkpoint.chunks(self.name, chunk_bytes)
+        else:
+            rows, columns = self.coding.shape
+            block = self.coding.block[0]
+            band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
+            for start in range(0, rows, band):
+                stop = min(start + band, rows)
+                w = read_rows(checkpoint, self.name, self.scale, self.coding, start, stop)
+                yield f32_to_bf16(w).data.cast("B")
+
+    def read(self, checkpoint: Checkpoint) -> np.ndarray:
+        """All of it, raw bits as ``Checkpoint.read`` gives them."""
+        out = np.empty(self.shape, DTYPES[self.dtype])
+        view, at = out.reshape(-1).view(np.uint8), 0
+        for piece in self.pieces(checkpoint, max(self.nbytes, 1)):
+            view[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+        return out
+
+
+def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> list[PlainTensor]:
+    """All tensors but ``taken``, in the files' order; quantised weights as bf16, without what belongs to them.
+
+    They are decoded because whoever takes them no longer has the quantization_config that tells their coding.
+    """
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in taken}
+    decoded: dict[str, PlainTensor] = {}
+    dropped: set[str] = set()
+    for name, info in tensors.items():
+        foreign = FOREIGN_SUFFIXES.get(name.rsplit(".", 1)[-1])
+        if foreign:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r}: {foreign} is not read; convert from a bf16 or fp8 checkpoint"
+            )
+        stem, _, suffix = name.rpartition(".")
+        int4 = next((c for c in INT4_CODINGS if c.weight == suffix), None)
+        if int4 is not None:
+            parts = {s: f"{stem}.{s}" for s in int4.suffixes if f"{stem}.{s}" in tensors}
+            matrix = int4.open(checkpoint, parts, config.int4)
+            size = matrix.shape[0] * matrix.shape[1] * 2
+            decoded[name] = PlainTensor(
+                f"{stem}.weight", "BF16", matrix.shape, size, 2, int4=matrix
+            )
+            dropped.update(set(parts.values()) - {name})
+            continue
+        stem = name.removesuffix(".weight")
+        scale = _scale_of(name, info, stem, tensors)
+        if info.dtype == "F8_E4M3" or scale is not None:
+            coding = infer_coding(
+                name, info, scale, None if scale is None else tensors[scale], config.fp8_block
+            )
+            rows, columns = coding.shape
+            decoded[name] = PlainTensor(
+                name, "BF16", coding.shape, rows * columns * 2, 2, scale, coding
+            )
+            dropped.update(
+                {scale or name, f"{stem}.input_scale", f"{stem}.activation_scale"} - {name}
+            )
+    plain = []
+    for name, info in tensors.items():
+        if name in decoded:
+            plain.append(decoded[name])
+        elif name not in dropped:
+            itemsize = DTYPES[info.dtype].itemsize
+            plain.append(PlainTensor(name, info.dtype, info.shape, info.nbytes, itemsize))
+    return plain
+
+
+def _scale_of(name: str, info: TensorInfo, stem: str, tensors: dict[str, TensorInfo]) -> str | None:
+    """The scale of an fp8 or mxfp4 weight, or None."""
+    if info.dtype not in ("F8_E4M3", "I8", "U8"):
+        return None
+    names = [f"{stem}.{suffix}" for suffix in SCALE_SUFFIXES] if stem != name else []
+    return next((n for n in (*names, f"{name}_scale_inv", f"{name}_scale") if n in tensors), None)
