@@ -72,15 +72,19 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_experts": E,
             "moe_intermediate_size": WIDTH,
             "shared_expert_intermediate_size": 2 * WIDTH,
-            "tie_word_embeddings": True,
         },
     ),
-    "mixtral": ("mixtral", "llama", {"num_local_experts": E}),
+    "mixtral": ("mixtral", "llama", {"num_local_experts": E, "tie_word_embeddings": True}),
     "deepseek2-lite": (
         "deepseek_v2",
         "deepseek2",
         {
             **LATENT,
+            "num_hidden_layers": 27,  # by which llama.cpp knows the models without a low rank of q
+            "hidden_size": 128,
+            "kv_lora_rank": 128,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
             "q_lora_rank": None,
             "n_shared_experts": 2,
             "routed_scaling_factor": 1.5,

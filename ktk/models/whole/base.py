@@ -343,10 +343,10 @@ def permuted_attention() -> tuple[Tensor, ...]:
 
     def row(letter: str, heads: str) -> Tensor:
         def halves(arrays: list[np.ndarray], fields: Fields) -> np.ndarray:
-            return _swap_rows(arrays[0], _heads(fields, heads), -1, 2)
+            return _swap_rows(arrays[0], _heads(fields, heads), to_pairs=False)
 
         def pairs(array: np.ndarray, fields: Fields) -> list[np.ndarray]:
-            return [_swap_rows(array, _heads(fields, heads), 2, -1)]
+            return [_swap_rows(array, _heads(fields, heads), to_pairs=True)]
 
         name = f"model.layers.{{n}}.self_attn.{letter}_proj.weight"
         return Tensor(plain.pop(name).gguf, name, halves, pairs)
@@ -359,24 +359,24 @@ def _heads(fields: Fields, name: str) -> int:
     return int(fields.get(name) or fields["num_attention_heads"])
 
 
-def _swap_rows(w: np.ndarray, heads: int, first: int, second: int) -> np.ndarray:
-    """(out, in) -> the same rows, each head's taken as ``first`` by ``second`` and transposed."""
+def _swap_rows(w: np.ndarray, heads: int, to_pairs: bool) -> np.ndarray:
+    """(out, in): each head's rows from two halves to pairs, whose rows are i of one and i of the other; or back."""
     if w.shape[0] % (2 * heads):
         raise CheckpointError(
             f"{w.shape[0]} rows of q or k: must be an even number for each of {heads} heads"
         )
-    return w.reshape(heads, first, second, -1).swapaxes(1, 2).reshape(w.shape)
-
-
-def nothing(fields: Fields) -> Fields:
-    """Metadata of a row whose keys say all."""
-    return {}
+    half = w.shape[0] // heads // 2
+    parts = (2, half) if to_pairs else (half, 2)
+    return w.reshape(heads, *parts, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
 
 def sizes_of_experts(fields: Fields, count: str, width: str) -> Fields:
-    """Metadata that every mixture has: how many experts, how wide."""
+    """Metadata that every mixture has: how many experts, how wide; and how wide a head is."""
+    size = head_dim(fields)
     return {
         "expert_count": int(fields[count]),
         "expert_feed_forward_length": int(fields[width]),
-        "rope.dimension_count": head_dim(fields),
+        "attention.key_length": size,
+        "attention.value_length": size,
+        "rope.dimension_count": size,
     }

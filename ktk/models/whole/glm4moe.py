@@ -39,8 +39,6 @@ def _metadata(fields: Fields) -> Fields:
     return {
         **found,
         "rope.dimension_count": int(base.head_dim(fields) * float(part)),
-        "attention.key_length": base.head_dim(fields),
-        "attention.value_length": base.head_dim(fields),
         "expert_gating_func": 2,
         "expert_weights_norm": bool(fields.get("norm_topk_prob", True)),
         "nextn_predict_layers": 0,

@@ -36,8 +36,6 @@ def _metadata(fields: Fields) -> Fields:
     return {
         **found,
         "feed_forward_length": found["expert_feed_forward_length"],
-        "attention.key_length": base.head_dim(fields),
-        "attention.value_length": base.head_dim(fields),
     }
 
 

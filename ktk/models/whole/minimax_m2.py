@@ -27,7 +27,6 @@ def _metadata(fields: Fields) -> Fields:
         **found,
         "feed_forward_length": found["expert_feed_forward_length"],
         "rope.dimension_count": int(rotated),
-        "attention.value_length": base.head_dim(fields),
         "expert_gating_func": 2,
     }
 
