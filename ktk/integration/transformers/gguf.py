@@ -27,6 +27,7 @@ from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, laye
 from ktk.models.gguf import find_gguf_experts
 from ktk.models.whole import Source, Tensor, WholeModel, whole_model
 from ktk.models.whole.base import Fields
+from ktk.requantise import packed_format
 
 # Dequantised at a time: 1 MB as float32, which NumPy's temporaries pass through the caches with. One call for a tensor of
 # 4096 x 4096: 110 (Q5_K) to 280 (Q4_0) million weights a second; in chunks of this size 290 to 1170.
@@ -90,7 +91,7 @@ def load_gguf_model(
     _make_rotary(experts.checkpoint, model)
     for name, module in modules.items():
         blocks = experts.experts(layer_of(name))
-        if repack:
+        if repack and packed_format(method, blocks) is None:
             blocks = repack_blocks(blocks, num_threads or default_threads())
         attach(module, blocks, method, num_threads)
     model.set_experts_implementation("ktk")
