@@ -261,12 +261,11 @@ def _pre_name(path: Path, described: Any) -> str:
         elif kind == "Digits" and step.get("individual_digits"):
             patterns.append(r"\p{N}")
         elif kind == "ByteLevel" and step.get("use_regex", True):
-            patterns.append("GPT-2")
+            patterns.append(_gpt2())
         elif kind != "ByteLevel":
             raise CheckpointError(f"{path}: pre_tokenizer {kind!r}: ktk has no GGUF name for it")
     for row in PRE_TOKENIZERS:
-        own = ["GPT-2" if split == _gpt2() else split for split in row.splits]
-        if own == patterns:
+        if list(row.splits) == patterns:
             return row.names[0]
     raise CheckpointError(
         f"{path}: its pre_tokenizer cuts by {patterns}: ktk has no GGUF name for that"
