@@ -183,6 +183,7 @@ def test_special_tokens_and_templates_come_from_the_metadata(
     del metadata["tokenizer.ggml.padding_token_id"]
     tokenizer = load_gguf_tokenizer(write(tmp_path / "t.gguf", metadata))
     assert tokenizer("a")["input_ids"][0] == 0 and tokenizer("a")["input_ids"][-1] == 2
+    assert tokenizer.model_max_length == 512
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.chat_template == {
         "tool_use": "tools",

@@ -60,7 +60,8 @@ def load_gguf_model(
     """A causal language model from a GGUF file alone, its experts run by ktk from the mapped file.
 
     path : a .gguf file, any part of a split one, or a directory of one model.
-    method, repack, num_threads : of the experts, as ``ktk.load_gguf`` takes them.
+    method, num_threads : of the experts, as ``ktk.MoE`` takes them. repack : True copies their blocks into memory in
+    the order kernels read them; otherwise KTK_REPACK decides.
     dtype : of everything else, which is dequantised: a torch dtype or its name; None: bfloat16.
     progress : called with (weights laid in place, all of them).
     Raises CheckpointError for an architecture without a row in ``ktk.models.whole``, and for tensors that are missing, left
@@ -75,10 +76,12 @@ def load_gguf_model(
     fields = row.fields(Source(experts))
     try:
         config = AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: transformers refuses the file's config: {error}") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: transformers makes no {fields['model_type']} of what the metadata says: {error}"
+        ) from None
     modules = dict(find_experts(model))
     used: set[str] = set()
     for name, module in modules.items():
@@ -306,9 +309,10 @@ def _end_of_generation(checkpoint: GgufCheckpoint, config: Any) -> int | list[in
     metadata = checkpoint.metadata
     keys = ("eos", "eot", "eom")
     found = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
-    if "tokenizer.ggml.tokens" in metadata and "tokenizer.ggml.token_type" in metadata:
-        kinds = metadata["tokenizer.ggml.token_type"]
-        is_harmony = "<|return|>" in (tokens := metadata["tokenizer.ggml.tokens"])
+    lists = [f"tokenizer.ggml.{key}" for key in ("tokens", "token_type")]
+    if all(key in metadata and metadata.size(key) is not None for key in lists):
+        tokens, kinds = (metadata[key] for key in lists)
+        is_harmony = "<|return|>" in tokens
         for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
             # In gpt-oss' format <|end|> ends a message, after which the answer goes on.
             if kind == 3 and token in ENDS and not (is_harmony and token == "<|end|>"):

@@ -58,10 +58,12 @@ def load_gguf_tokenizer(path: str | os.PathLike[str]) -> Any:
     bos = special["bos_token"] if (adds_bos if said is None else said) else None
     eos = special["eos_token"] if fields.get("add_eos_token", bool) else None
     tokenizer.post_processor = _template(tokenizer, bos, eos)
+    length = fields.context_length()
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         padding_side="left",
+        **({} if length is None else {"model_max_length": length}),
         **{name: token for name, token in special.items() if token is not None},
     )
     made.chat_template = fields.chat_template()
@@ -112,6 +114,12 @@ class _Fields:
         if number is None or not 0 <= number < len(self.tokens):
             return None
         return self.tokens[number]
+
+    def context_length(self) -> int | None:
+        """Tokens the model was made for."""
+        architecture = self.metadata.get("general.architecture")
+        length = self.metadata.get(f"{architecture}.context_length")
+        return length if type(length) is int and length > 0 else None
 
     def chat_template(self) -> str | dict[str, str] | None:
         """The file's template, or all of them by name if there are several."""

@@ -64,7 +64,12 @@ class Source:
     @property
     def num_layers(self) -> int:
         """Layers of the model; those of multi-token prediction, which come last, are not counted."""
-        return int(self.required("block_count")) - int(self.get("nextn_predict_layers") or 0)
+        count = self.required("block_count") - (self.get("nextn_predict_layers") or 0)
+        if not 0 < count <= len(self.checkpoint.tensors):  # none has less than a tensor
+            raise self.error(
+                f"{self.architecture}.block_count says {count} layers, {len(self.checkpoint.tensors)} tensors are there"
+            )
+        return int(count)
 
     def get(self, key: str, kind: type = int) -> Any:
         """``{architecture}.{key}``, or None. A list has to say the same of every layer. Raises CheckpointError."""
