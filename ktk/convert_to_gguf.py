@@ -324,38 +324,37 @@ class _Job:
         try:
             weights = self.experts.read(layer, expert)
             for tensor in self.tensors[layer]:
-                span = _encode(tensor, weights).data.cast("B")
                 at = tensor.offset + expert * tensor.expert_bytes
-                while len(span):
-                    written = os.pwrite(fd, span, at)
-                    span, at = span[written:], at + written
+                _write_at(fd, _encode(tensor, weights), at)
         except CheckpointError:
             raise
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path}: layer {layer} expert {expert}: {error}") from error
 
     def write_rest(self, fd: int) -> None:
-        """Quantise what is no expert's, tensor by tensor."""
+        """Quantise what is no expert's, some rows at a time."""
         if self.rest is None:
             return
         with ThreadPoolExecutor(self.threads, thread_name_prefix="ktk-convert") as pool:
-            jobs = [pool.submit(self._write_rest, fd, tensor) for tensor in self.rest_tensors]
+            jobs = [
+                (tensor, [pool.submit(self._write_rest, fd, tensor, rows) for rows in parts])
+                for tensor in self.rest_tensors
+                if (parts := self.rest.parts(tensor))
+            ]
             try:
-                for job, tensor in zip(jobs, self.rest_tensors, strict=True):
-                    job.result()
+                for tensor, futures in jobs:
+                    for future in futures:
+                        future.result()
                     self.report("other tensors", self.rest.source_bytes(tensor))
             finally:
-                for job in jobs:
-                    job.cancel()
+                pool.shutdown(wait=True, cancel_futures=True)
 
-    def _write_rest(self, fd: int, tensor: RestTensor) -> None:
+    def _write_rest(self, fd: int, tensor: RestTensor, rows: tuple[int, int] | None) -> None:
         assert self.rest is not None
         at = tensor.offset
-        for rows in self.rest.encoded(tensor):
-            span = np.ascontiguousarray(rows).data.cast("B")
-            while len(span):
-                written = os.pwrite(fd, span, at)
-                span, at = span[written:], at + written
+        if rows is not None:
+            at += rows[0] * row_bytes(tensor.type, tensor.shape[-1])
+        _write_at(fd, self.rest.encoded(tensor, rows), at)
 
     def report(self, what: str, more: int) -> None:
         self.done_bytes += more
@@ -385,6 +384,14 @@ class _Job:
             mb_per_second=self.done_bytes / 1e6 / max(seconds, 1e-9),
             notes=tuple(self.notes),
         )
+
+
+def _write_at(fd: int, array: np.ndarray, at: int) -> None:
+    """All of a C-contiguous array, from byte ``at`` of the file on."""
+    span = array.data.cast("B")
+    while len(span):
+        written = os.pwrite(fd, span, at)
+        span, at = span[written:], at + written
 
 
 def _type_name(method: str) -> str:

@@ -143,22 +143,23 @@ class RestOfModel:
         """Key-values of the tokenizer, by whole key."""
         return tokenizer_metadata(self.checkpoint.directory, int(self.fields["vocab_size"]))
 
-    def encoded(self, tensor: RestTensor) -> Iterator[np.ndarray]:
-        """A tensor's bytes, some rows at a time. Raises CheckpointError."""
+    def parts(self, tensor: RestTensor) -> list[tuple[int, int] | None]:
+        """The source's rows, start to stop, that are encoded at a time; [None] for a tensor that goes as a whole."""
+        shape = self.checkpoint.tensors[tensor.source].shape
+        if tensor.row.split is not None or len(shape) != 2:
+            return [None]
+        step = max(1, CHUNK_WEIGHTS // shape[1])
+        return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+    def encoded(self, tensor: RestTensor, rows: tuple[int, int] | None) -> np.ndarray:
+        """One of a tensor's ``parts``, as the file holds it. Raises CheckpointError."""
         try:
+            values = self.checkpoint.read(tensor.source, rows)
+            if values.dtype == np.float16:
+                values = values.astype(np.float32)
             if tensor.row.split is not None:
-                whole = to_f32(self.checkpoint.read(tensor.source))
-                piece = tensor.row.split(whole, self.fields)[tensor.piece]
-                yield encode_rows(piece.reshape(-1, tensor.shape[-1]), tensor.type)
-                return
-            shape = self.checkpoint.tensors[tensor.source].shape
-            step = max(1, CHUNK_WEIGHTS // max(shape[-1], 1)) if len(shape) == 2 else 0
-            for start in range(0, shape[0], step) if step else (0,):
-                rows = (start, min(start + step, shape[0])) if step else None
-                values = self.checkpoint.read(tensor.source, rows)
-                if values.dtype == np.float16:
-                    values = values.astype(np.float32)
-                yield encode_rows(values.reshape(-1, tensor.shape[-1]), tensor.type)
+                values = tensor.row.split(to_f32(values), self.fields)[tensor.piece]
+            return encode_rows(values.reshape(-1, tensor.shape[-1]), tensor.type)
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.path}: {tensor.source}: {error}") from None
 
