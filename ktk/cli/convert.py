@@ -66,7 +66,7 @@ def command(
         bool, typer.Option("--json", help="Print a JSON summary, and no progress.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied; or to a GGUF file of experts."""
+    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied; or to a GGUF file."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
