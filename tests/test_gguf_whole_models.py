@@ -19,6 +19,7 @@ from whole_models import MODELS, VOCAB, WIDTH, E, H
 
 from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
+from ktk.cli import main
 from ktk.convert import convert
 from ktk.errors import CheckpointError
 from ktk.integration.transformers.experts import find_experts
@@ -348,6 +349,18 @@ def test_a_config_goes_into_a_file_and_back(made: Made) -> None:
                 assert got == pytest.approx(want), (name, field)
         for field in whole_models.COMMON:
             assert getattr(loaded, field) == getattr(model.config, field), (name, field)
+
+
+def test_the_command_writes_a_whole_model(made: Made, tmp_path: Path) -> None:
+    _, file = made("qwen3moe")
+    given = ["--input-path", str(file.parent), "--output", str(tmp_path / "m.gguf")]
+    with pytest.raises(SystemExit) as finished:
+        main(["convert", *given, "--quant-method", "q4_0", "--whole", "q8_0"])
+    assert not finished.value.code
+    model = load_gguf_model(tmp_path / "m.gguf")
+    assert {row.kernel.split()[-1] for row in packed_modules(model)} == {"Q4_0"}
+    tensors = GgufCheckpoint.open(tmp_path / "m.gguf").tensors
+    assert tensors["token_embd.weight"].type == tensors["blk.0.attn_q.weight"].type == "Q8_0"
 
 
 def test_what_no_gguf_file_can_say_is_refused(made: Made, tmp_path: Path) -> None:
