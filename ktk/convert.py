@@ -54,7 +54,7 @@ from ktk.pack import pack_expert
 from ktk.types import CodedExpert, ExpertWeights, MoESpec
 
 QUANT_METHODS = ("int4", "int8", "bf16")
-GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4")
+GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4", "bf16", "f16", "f32")
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20
 MAX_SIDE_FILE = 256 << 20
@@ -117,14 +117,16 @@ def convert(
     activation_group: int | None = None,
     threads: int | None = None,
     resume: bool = False,
+    whole: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Convert a checkpoint's experts to ``quant_method``: a packed directory that loads alone, or a GGUF file.
 
     input_path : a Hugging Face directory, a .safetensors file, or a GGUF model (a file, a part of a split one, a
     directory), whose packed directory holds the experts only.
-    quant_method : int4, int8 or bf16 for a directory; q8_0, q6_k, q4_k, q4_0 or mxfp4 for an ``output`` that ends in
-    .gguf, which holds the experts only. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
+    quant_method : int4, int8 or bf16 for a directory; one of GGUF_METHODS for an ``output`` that ends in .gguf.
+    whole : a GGUF file holds the experts only, unless this names the type of all other weights: then it is a model that
+    GGUF programs load, of the architectures of ``ktk.models.whole``. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
     must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a time,
     default the physical cores. resume : go on where an interrupted run of the same job stopped; a GGUF file is
     written in one go.
@@ -133,7 +135,7 @@ def convert(
     Raises CheckpointError for a bad input, ValueError for arguments that do not fit, FileExistsError if
     ``output`` is not empty (a GGUF file: exists), OSError if the disk is full; what is finished stays for ``resume``.
     """
-    _check_method(quant_method, Path(output))
+    _check_method(quant_method, Path(output), whole)
     if input_type is not None and input_type not in SOURCE_DTYPES:
         raise ValueError(
             f"input_type={input_type!r}: must be one of {', '.join(SOURCE_DTYPES)}, or left out"
@@ -144,7 +146,7 @@ def convert(
         threads = num_physical_cores()
     if type(threads) is not int or threads < 1:
         raise ValueError(f"threads={threads!r}: must be a positive int")
-    if quant_method in GGUF_METHODS:
+    if Path(output).name.lower().endswith(".gguf"):
         from ktk.convert_to_gguf import convert_to_gguf
 
         for name, value in (("group_size", group_size), ("activation_group", activation_group)):
@@ -159,7 +161,8 @@ def convert(
         if resume:
             raise ValueError("resume: a GGUF file is written in one go; run again without --resume")
         return convert_to_gguf(
-            input_path, output, quant_method=quant_method, input_type=input_type, threads=threads, progress=progress
+            input_path, output, quant_method=quant_method, input_type=input_type, whole_type=whole, threads=threads,
+            progress=progress,
         )  # fmt: skip
     if is_gguf(Path(input_path)):
         from ktk.convert_from_gguf import convert_from_gguf
@@ -220,21 +223,27 @@ def run_job(make: Callable[[], Job], output: Path, resume: bool) -> Summary:
     return job.summary(time.monotonic() - started)
 
 
-def _check_method(quant_method: str, output: Path) -> None:
+def _check_method(quant_method: str, output: Path, whole: str | None) -> None:
     """ValueError unless the method is known and the output is named for it."""
     if quant_method not in (*QUANT_METHODS, *GGUF_METHODS):
         raise ValueError(
             f"quant_method={quant_method!r}: must be one of {', '.join(QUANT_METHODS)}, "
             f"or for a GGUF file {', '.join(GGUF_METHODS)}"
         )
+    if whole is not None and whole not in GGUF_METHODS:
+        raise ValueError(f"whole={whole!r}: must be one of {', '.join(GGUF_METHODS)}")
     is_file = output.name.lower().endswith(".gguf")
-    if is_file and quant_method in QUANT_METHODS:
+    if is_file and quant_method not in GGUF_METHODS:
         raise ValueError(
             f"output {output}: {quant_method} writes a directory; give one, or one of {', '.join(GGUF_METHODS)}"
         )
-    if not is_file and quant_method in GGUF_METHODS:
+    if not is_file and quant_method not in QUANT_METHODS:
         raise ValueError(
             f"output {output}: {quant_method} writes a GGUF file; give a name that ends in .gguf"
+        )
+    if whole is not None and not is_file:
+        raise ValueError(
+            f"whole={whole!r}: output {output} is a directory, which holds whole models anyway; leave it out"
         )
 
 

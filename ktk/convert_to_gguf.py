@@ -3,13 +3,14 @@
 The header comes first and tells where every tensor will lie, so each expert's rows go to their places as soon as they are
 quantised and no more than one expert a thread is in memory. The file appears under its name complete or not at all.
 
-Only experts are written. Other tensors would need per-architecture rearrangements, and a tokenizer beside them, before any
-GGUF program could load the file as a model; ktk takes them from the Hugging Face directory.
+Only experts are written, unless the whole model is asked for: its other tensors need rearrangements by architecture and a
+tokenizer beside them (``convert_whole``) before GGUF programs load the file as a model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -31,14 +32,21 @@ from ktk import _log
 from ktk.checkpoint.packed import TEMPORARY_PREFIX, replacing, write_all
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.convert import Progress, Summary, changed_source, experts_to_convert, fingerprint
+from ktk.convert_whole import (
+    FALLBACK,
+    FLOAT_BYTES,
+    RestOfModel,
+    RestTensor,
+    encode_rows,
+    row_bytes,
+)
 from ktk.errors import CheckpointError
-from ktk.ggml_quantise import BLOCK_TYPES, block_type, quantise_rows
+from ktk.ggml_quantise import BLOCK_TYPES, block_type
 from ktk.models import Config, Experts
 from ktk.models.base import INTERMEDIATE_KEYS
 from ktk.types import ExpertWeights, MoESpec
 
 ALIGNMENT = 32  # of tensors, the GGUF format's default
-FALLBACK = "Q8_0"  # where rows are not whole blocks of 256
 # config.json's model_type -> general.architecture
 ARCHITECTURES = {
     "mixtral": "llama",
@@ -73,13 +81,16 @@ FILE_TYPES = {
     "Q4_K": "MOSTLY_Q4_K_S",
     "Q6_K": "MOSTLY_Q6_K",
     "MXFP4": "MOSTLY_MXFP4_MOE",
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
 }
 EXPERTS_ONLY = "holds the experts only: the other tensors and the tokenizer stay with the Hugging Face directory"
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file. type : a name of BLOCK_TYPES, or F32 for a bias. expert_bytes : of one expert."""
+    """One tensor of the file. type : a name of BLOCK_TYPES or FLOAT_BYTES. expert_bytes : of one expert."""
 
     name: str
     projection: str
@@ -99,6 +110,7 @@ def convert_to_gguf(
     *,
     quant_method: str,
     input_type: str | None = None,
+    whole_type: str | None = None,
     threads: int,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
@@ -110,7 +122,7 @@ def convert_to_gguf(
     with Checkpoint.open(input_path) as checkpoint:
         experts = experts_to_convert(checkpoint, input_type)
         source = fingerprint(checkpoint)
-        job = _Job(checkpoint, experts, quant_method, threads, progress)
+        job = _Job(checkpoint, experts, quant_method, whole_type, threads, progress)
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
         try:
@@ -120,6 +132,7 @@ def convert_to_gguf(
                 job.check_room(output.parent)
                 write_all(file, job.header)
                 job.write_experts(file.fileno())
+                job.write_rest(file.fileno())
                 changed = changed_source(source, fingerprint(checkpoint))
                 if changed:
                     raise CheckpointError(
@@ -160,13 +173,14 @@ class _Job:
         checkpoint: Checkpoint,
         experts: Experts,
         quant_method: str,
+        whole_type: str | None,
         threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.experts, self.threads, self.progress = experts, threads, progress
         self.path = checkpoint.path
-        self.type = block_type(quant_method).name
-        self.notes = [EXPERTS_ONLY]
+        self.type = _type_name(quant_method)
+        self.notes = [EXPERTS_ONLY] if whole_type is None else []
         self.specs = {
             layer: MoESpec(**experts.spec_fields(layer), weight_format="bf16")
             for layer in experts.layers
@@ -175,7 +189,13 @@ class _Job:
             layer: sum(checkpoint.tensors[name].nbytes for name in experts.tensor_names(layer))
             for layer in self.specs
         }
-        self.total_bytes = sum(self.layer_bytes.values())
+        self.rest: RestOfModel | None = None
+        if whole_type is not None:
+            used = {name for layer in experts.layers for name in experts.tensor_names(layer)}
+            self.rest = RestOfModel(checkpoint, used, _type_name(whole_type))
+        rest = self.rest.tensors if self.rest else []
+        sources = {t.source: checkpoint.tensors[t.source].nbytes for t in rest}
+        self.total_bytes = sum(self.layer_bytes.values()) + sum(sources.values())
         self.done_bytes = 0
         tensors = {layer: self._plan(layer, spec) for layer, spec in self.specs.items()}
         config = Config(checkpoint.config, str(checkpoint.directory / "config.json"))
@@ -187,6 +207,10 @@ class _Job:
             for plan in plans:
                 self.tensors[layer].append(_Tensor(**{**vars(plan), "offset": end}))
                 end += -(-plan.num_bytes // ALIGNMENT) * ALIGNMENT
+        self.rest_tensors: list[RestTensor] = []
+        for tensor in rest:
+            self.rest_tensors.append(dataclasses.replace(tensor, offset=end))
+            end += -(-tensor.num_bytes // ALIGNMENT) * ALIGNMENT
         self.file_bytes = end
 
     def _plan(self, layer: int, spec: MoESpec) -> list[_Tensor]:
@@ -196,21 +220,23 @@ class _Job:
         for projection in ("gate", "up", "down") if spec.has_gate else ("up", "down"):
             outs, ins = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
             name = f"blk.{layer}.ffn_{projection}_exps"
-            kind = BLOCK_TYPES[self.type]
-            if ins % kind.block and ins % BLOCK_TYPES[FALLBACK].block == 0:
-                kind = BLOCK_TYPES[FALLBACK]
+            kind = self.type
+            if (
+                kind in BLOCK_TYPES
+                and ins % BLOCK_TYPES[kind].block
+                and ins % BLOCK_TYPES[FALLBACK].block == 0
+            ):
+                kind = FALLBACK
                 note = f"{projection}: {FALLBACK}, as its rows of {ins} weights are not whole {self.type} blocks"
                 if note not in self.notes:
                     self.notes.append(note)
                     _log.logger.info(note)
             try:
-                row_bytes = kind.row_bytes(ins)
+                size = row_bytes(kind, ins)
             except ValueError as error:
                 raise ValueError(f"{name}.weight: {error}") from None
             plans.append(
-                _Tensor(
-                    f"{name}.weight", projection, kind.name, (count, outs, ins), outs * row_bytes
-                )
+                _Tensor(f"{name}.weight", projection, kind, (count, outs, ins), outs * size)
             )
             if spec.has_bias:
                 plans.append(
@@ -230,17 +256,24 @@ class _Job:
             writer.add_name(source.resolve().name)
             writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES[self.type]]))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            for key, value in _metadata(config, self.experts, self.specs).items():
-                add = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32}
-                add[type(value)](f"{architecture}.{key}", value)
+            metadata = _metadata(config, self.experts, self.specs)
+            keys = {f"{architecture}.{key}": value for key, value in metadata.items()}
+            if self.rest is not None:
+                more = self.rest.metadata()
+                keys.update({f"{architecture}.{key}": value for key, value in more.items()})
+                keys.update(self.rest.tokenizer())
+            add: dict[type, Callable[[str, Any], None]] = {
+                bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, str: writer.add_string,
+                list: writer.add_array,
+            }  # fmt: skip
+            for key, value in keys.items():
+                add[type(value)](key, value)
             activation = next(iter(self.specs.values())).activation
             writer.add_string("ktk.activation", json.dumps(activation.to_json(), sort_keys=True))
-            for plans in tensors.values():
-                for t in plans:
-                    number = gguf.GGMLQuantizationType[t.type]
-                    writer.add_tensor_info(
-                        t.name, t.shape, np.dtype(np.float32), t.num_bytes, number
-                    )
+            experts = [tensor for plans in tensors.values() for tensor in plans]
+            for t in [*experts, *(self.rest.tensors if self.rest else ())]:
+                number = gguf.GGMLQuantizationType[t.type]
+                writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.num_bytes, number)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -291,15 +324,37 @@ class _Job:
         try:
             weights = self.experts.read(layer, expert)
             for tensor in self.tensors[layer]:
-                span = _encode(tensor, weights).data.cast("B")
                 at = tensor.offset + expert * tensor.expert_bytes
-                while len(span):
-                    written = os.pwrite(fd, span, at)
-                    span, at = span[written:], at + written
+                _write_at(fd, _encode(tensor, weights), at)
         except CheckpointError:
             raise
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path}: layer {layer} expert {expert}: {error}") from error
+
+    def write_rest(self, fd: int) -> None:
+        """Quantise what is no expert's, some rows at a time."""
+        if self.rest is None:
+            return
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="ktk-convert") as pool:
+            jobs = [
+                (tensor, [pool.submit(self._write_rest, fd, tensor, rows) for rows in parts])
+                for tensor in self.rest_tensors
+                if (parts := self.rest.parts(tensor))
+            ]
+            try:
+                for tensor, futures in jobs:
+                    for future in futures:
+                        future.result()
+                    self.report("other tensors", self.rest.source_bytes(tensor))
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _write_rest(self, fd: int, tensor: RestTensor, rows: tuple[int, int] | None) -> None:
+        assert self.rest is not None
+        at = tensor.offset
+        if rows is not None:
+            at += rows[0] * row_bytes(tensor.type, tensor.shape[-1])
+        _write_at(fd, self.rest.encoded(tensor, rows), at)
 
     def report(self, what: str, more: int) -> None:
         self.done_bytes += more
@@ -315,7 +370,7 @@ class _Job:
             output=str(output),
             family=self.experts.family,
             source_dtype=self.experts.source_dtype,
-            weight_format="+".join(sorted(types, key=[self.type, FALLBACK].index)),
+            weight_format="+".join(sorted(types, key=[self.type, FALLBACK, *FLOAT_BYTES].index)),
             group_size=0,
             activation_group=0,
             num_layers=len(self.specs),
@@ -323,7 +378,7 @@ class _Job:
             reused_layers=0,
             input_bytes=self.total_bytes,
             expert_bytes=expert_bytes,
-            other_bytes=0,
+            other_bytes=sum(t.num_bytes for t in self.rest_tensors),
             bits_per_weight=expert_bytes * 8 / weights,
             seconds=seconds,
             mb_per_second=self.done_bytes / 1e6 / max(seconds, 1e-9),
@@ -331,15 +386,28 @@ class _Job:
         )
 
 
+def _write_at(fd: int, array: np.ndarray, at: int) -> None:
+    """All of a C-contiguous array, from byte ``at`` of the file on."""
+    span = array.data.cast("B")
+    while len(span):
+        written = os.pwrite(fd, span, at)
+        span, at = span[written:], at + written
+
+
+def _type_name(method: str) -> str:
+    """The ggml type that a quant_method names; ValueError lists the known ones."""
+    return method.upper() if method.upper() in FLOAT_BYTES else block_type(method).name
+
+
 def _encode(tensor: _Tensor, weights: ExpertWeights) -> np.ndarray:
     """One expert's part of a tensor, C-contiguous."""
     values = getattr(weights, tensor.projection)
-    if tensor.type == "F32":
+    if tensor.projection.endswith("_bias"):
         if not np.isfinite(values).all():
             raise ValueError(f"{tensor.projection} holds NaN or inf")
         return np.ascontiguousarray(values, "<f4")
     try:
-        return quantise_rows(values, tensor.type)
+        return encode_rows(values, tensor.type)
     except ValueError as error:
         raise ValueError(f"{tensor.projection}: {error}") from None
 

@@ -75,7 +75,7 @@ def test_every_style_gives_the_tensors_of_llama_cpp(tmp_path: Path, style: str) 
     assert not list(output.parent.glob(TEMPORARY_PREFIX + "*"))
 
 
-@pytest.mark.parametrize("method", GGUF_METHODS)
+@pytest.mark.parametrize("method", [method.lower() for method in BLOCK_TYPES])
 def test_every_method_writes_its_type(tmp_path: Path, method: str) -> None:
     expected = make(tmp_path / "in", "deepseek", sizes=BIG)
     output = tmp_path / "m.gguf"
@@ -91,6 +91,24 @@ def test_every_method_writes_its_type(tmp_path: Path, method: str) -> None:
     assert summary.weight_format == type
     assert summary.bits_per_weight == pytest.approx(kind.num_bytes * 8 / kind.block)
     assert (summary.group_size, summary.activation_group) == (0, 0)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("f32", 32), ("f16", 16), ("bf16", 16)])
+def test_float_methods_write_the_weights_rounded_to_nearest(
+    tmp_path: Path, method: str, bits: int
+) -> None:
+    expected = make(tmp_path / "in", "deepseek", sizes=BIG)
+    output = tmp_path / "m.gguf"
+    summary = convert(tmp_path / "in", output, quant_method=method, threads=2)
+    assert (summary.weight_format, summary.bits_per_weight) == (method.upper(), bits)
+    checkpoint = GgufCheckpoint.open(output)
+    for projection in ("gate", "up", "down"):
+        name = f"blk.1.ffn_{projection}_exps.weight"
+        assert checkpoint.tensors[name].type == method.upper()
+        wanted = torch.stack([torch.from_numpy(e[projection]) for e in expected.experts[1]])
+        dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[method]
+        got = torch.from_numpy(checkpoint.read(name))
+        assert torch.equal(got, wanted.to(dtype).float())
 
 
 def test_bytes_do_not_depend_on_threads(tmp_path: Path) -> None:
@@ -534,6 +552,7 @@ def test_the_wrapper_takes_a_packed_gguf(tmp_path: Path) -> None:
 
 # Root of mean squared error of the output, relative to it; measured 0.018, 0.032, 0.121, 0.151, 0.185.
 OUTPUT_ERROR = {"q8_0": 0.025, "q6_k": 0.04, "q4_k": 0.15, "q4_0": 0.18, "mxfp4": 0.22}
+OUTPUT_ERROR |= {"bf16": 0.004, "f16": 0.0005, "f32": 1e-6}
 
 
 @pytest.mark.parametrize("method", GGUF_METHODS)

@@ -23,7 +23,7 @@ LAYERS = (
     ("linear", "gguf_model"),
     ("bench",),
     ("wrapper_arguments", "wrapper"),
-    ("convert", "convert_to_gguf", "convert_from_gguf"),
+    ("convert", "convert_whole", "convert_to_gguf", "convert_from_gguf"),
     ("integration",),
     ("demo",),
     ("cli", "__main__"),

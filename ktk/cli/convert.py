@@ -30,7 +30,7 @@ def command(
     quant_method: Annotated[
         str,
         typer.Option(
-            help="int4, int8 or bf16; for a .gguf output q8_0, q6_k, q4_k, q4_0 or mxfp4."
+            help="int4, int8 or bf16; for a .gguf output q8_0, q6_k, q4_k, q4_0, mxfp4, bf16, f16 or f32."
         ),
     ] = "int4",
     input_type: Annotated[
@@ -57,11 +57,18 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
     ] = False,
+    whole: Annotated[
+        str | None,
+        typer.Option(
+            help="For a .gguf output: write the whole model, not the experts alone, its other weights in this type "
+            "(q8_0, q4_0, ..., f32)."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON summary, and no progress.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied; or to a GGUF file of experts."""
+    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied; or to a GGUF file."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
@@ -102,6 +109,7 @@ def command(
                 activation_group=activation_group,
                 threads=threads,
                 resume=resume,
+                whole=whole,
                 progress=show,
             )
     except KeyboardInterrupt:

@@ -1,0 +1,324 @@
+"""Whole models from GGUF files: transformers' own modules, their experts the file's blocks, run where they are mapped.
+
+The modules are made on the meta device; every tensor but the experts' is dequantised in chunks that stay in the
+CPU's caches and laid into its place (``ktk.models.whole`` says which is which), so that a model costs its weights in ``dtype`` and
+nothing beside. transformers' own GGUF loader dequantises the experts too, knows few architectures, and not how wide experts are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ktk import backends
+from ktk.backends.llamafile import repack as repack_blocks
+from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
+from ktk.cpu import default_threads
+from ktk.errors import CheckpointError
+from ktk.integration.transformers.experts import attach, drop_weights, find_experts
+from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
+from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, layer_of
+from ktk.models.gguf import find_gguf_experts
+from ktk.models.whole import Source, Tensor, WholeModel, whole_model
+from ktk.models.whole.base import Fields
+from ktk.requantise import packed_format
+
+# Dequantised at a time: 1 MB as float32, which NumPy's temporaries pass through the caches with. One call for a tensor of
+# 4096 x 4096: 110 (Q5_K) to 280 (Q4_0) million weights a second; in chunks of this size 290 to 1170.
+CHUNK_WEIGHTS = 1 << 18
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One tensor of the model: the file's ones, and how they become it."""
+
+    row: Tensor
+    pieces: tuple[str, ...]
+    target: torch.Tensor  # on meta
+
+    @property
+    def num_weights(self) -> int:
+        return self.target.numel()
+
+
+def load_gguf_model(
+    path: str | os.PathLike[str],
+    method: str = "auto",
+    dtype: Any = None,
+    repack: bool | None = None,
+    *,
+    num_threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """A causal language model from a GGUF file alone, its experts run by ktk from the mapped file.
+
+    path : a .gguf file, any part of a split one, or a directory of one model.
+    method, num_threads : of the experts, as ``ktk.MoE`` takes them. repack : True copies their blocks into memory in
+    the order kernels read them; otherwise KTK_REPACK decides.
+    dtype : of everything else, which is dequantised: a torch dtype or its name; None: bfloat16.
+    progress : called with (weights laid in place, all of them).
+    Raises CheckpointError for an architecture without a row in ``ktk.models.whole``, and for tensors that are missing, left
+    over, or of other shapes than the metadata says; BackendError if nothing runs the experts.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    backends.check_method(method)
+    dtype = _dtype(dtype)
+    experts = find_gguf_experts(GgufCheckpoint.open(path))
+    row = whole_model(experts.architecture, str(path))
+    fields = row.fields(Source(experts))
+    try:
+        config = AutoConfig.for_model(**fields)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: transformers makes no {fields['model_type']} of what the metadata says: {error}"
+        ) from None
+    modules = dict(find_experts(model))
+    used: set[str] = set()
+    for name, module in modules.items():
+        _check_experts(path, name, module, experts.spec(layer_of(name)))
+        drop_weights(module)
+        used |= experts.tensor_names(layer_of(name))
+    plans = _plan(experts.checkpoint, row, config.num_hidden_layers, model, used)
+    _fill(experts.checkpoint, plans, model, fields, progress)
+    model.tie_weights()
+    _make_rotary(experts.checkpoint, model)
+    for name, module in modules.items():
+        blocks = experts.experts(layer_of(name))
+        if repack and packed_format(method, blocks) is None:
+            blocks = repack_blocks(blocks, num_threads or default_threads())
+        attach(module, blocks, method, num_threads)
+    model.set_experts_implementation("ktk")
+    model.generation_config.eos_token_id = _end_of_generation(experts.checkpoint, config)
+    model.hf_quantizer = KtkHfQuantizer(KtkConfig(method=method, gguf=path), pre_quantized=False)
+    model.config._name_or_path = os.fspath(path)
+    return model.eval()
+
+
+def _dtype(given: Any) -> torch.dtype:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if found is None or given == "auto":
+        return torch.bfloat16
+    if found not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype={given!r}: must be bfloat16, float16 or float32")
+    result: torch.dtype = found
+    return result
+
+
+def _check_experts(path: Any, name: str, module: Any, spec: Any) -> None:
+    """CheckpointError unless the module that the config made has the shape of the file's experts."""
+    down = module.down_proj.shape
+    given = (spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.has_bias)
+    wide, narrow = (2, 1) if module.is_transposed else (1, 2)
+    wanted = (down[0], down[wide], down[narrow], module.has_bias)
+    if given != wanted:
+        raise CheckpointError(
+            f"{path}: {name}: the file's experts have (num_experts, hidden_size, intermediate_size, has_bias) = {given}, "
+            f"{type(module).__name__} {tuple(wanted)}"
+        )
+
+
+def _plan(
+    checkpoint: GgufCheckpoint,
+    row: WholeModel,
+    num_layers: int,
+    model: Any,
+    used: set[str],
+) -> dict[str, _Plan]:
+    """Module tensor -> what it comes from; every tensor of model and file accounted for, or CheckpointError."""
+    targets = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)
+    }
+    plans: dict[str, _Plan] = {}
+    known = {*used, ROPE_FACTORS}
+    optional = set()
+    for tensor, layer in row.layer_tensors(num_layers):
+        name = tensor.hf.format(n=layer)
+        pieces = tuple(piece.format(n=layer) for piece in tensor.pieces)
+        if tensor.is_optional:
+            optional.add(name)
+        if name in targets and all(piece in checkpoint.tensors for piece in pieces):
+            known.update(pieces)
+            plans.setdefault(name, _Plan(tensor, pieces, targets[name]))
+    missing = [name for name in targets if name not in plans and name not in optional]
+    if missing:
+        sources = {
+            t.hf.format(n=n): " and ".join(piece.format(n=n) for piece in t.pieces)
+            for t, n in row.layer_tensors(num_layers)
+        }
+        named = [sources.get(name, name) for name in missing]
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(named)} tensors are missing: {_some(named)}"
+        )
+    unused = [
+        name for name in checkpoint.tensors if name not in known and not _predicts(name, num_layers)
+    ]
+    if unused:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}: {_some(unused)}"
+        )
+    return plans
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of tensors that are others of the model."""
+    if not model.config.tie_word_embeddings:
+        return set()
+    return {"lm_head.weight"}
+
+
+def _predicts(name: str, num_layers: int) -> bool:
+    """Whether a tensor belongs to a layer of multi-token prediction: the file's last ones, which no model here has."""
+    head, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    return head == "blk" and number.isdecimal() and int(number) >= num_layers
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _fill(
+    checkpoint: GgufCheckpoint,
+    plans: dict[str, _Plan],
+    model: Any,
+    fields: Fields,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Dequantise everything, several tensors at a time, the largest first."""
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    if model.dtype == torch.float16:
+        kept |= {*(model._keep_in_fp32_modules or ())}
+    total, done = sum(plan.num_weights for plan in plans.values()), 0
+
+    def read(item: tuple[str, _Plan]) -> tuple[str, torch.Tensor]:
+        name, plan = item
+        is_kept = any(part in name for part in kept)
+        dtype = torch.float32 if is_kept else plan.target.dtype
+        return name, _read(checkpoint, plan, dtype, fields)
+
+    ordered = sorted(plans.items(), key=lambda item: -item[1].num_weights)
+    with ThreadPoolExecutor(default_threads(), thread_name_prefix="ktk-dequantise") as pool:
+        for name, tensor in pool.map(read, ordered):
+            _place(model, name, tensor)
+            done += tensor.numel()
+            if progress is not None:
+                progress(done, total)
+    for name, tensor in model.named_buffers():
+        if tensor.is_meta and name in model.state_dict():
+            _place(model, name, torch.zeros(tensor.shape, dtype=torch.float32))
+
+
+def _read(
+    checkpoint: GgufCheckpoint, plan: _Plan, dtype: torch.dtype, fields: Fields
+) -> torch.Tensor:
+    """One module tensor, of a new memory."""
+    shape = plan.target.shape
+    if plan.row.join is None:
+        tensor = checkpoint.info(plan.pieces[0])
+        if tuple(s for s in tensor.shape if s > 1) != tuple(s for s in shape if s > 1):
+            raise _misshapen(tensor, plan, tensor.shape)
+        return _dequantised(checkpoint, tensor, dtype).reshape(shape)
+    arrays = [checkpoint.read(piece) for piece in plan.pieces]
+    try:
+        joined = plan.row.join(arrays, fields)
+    except (ValueError, CheckpointError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {' and '.join(plan.pieces)}: {error}") from None
+    if joined.shape != tuple(shape):
+        raise _misshapen(checkpoint.info(plan.pieces[0]), plan, joined.shape)
+    return torch.from_numpy(np.ascontiguousarray(joined)).to(dtype)
+
+
+def _misshapen(tensor: GgufTensor, plan: _Plan, shape: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.file}: tensor {tensor.name!r} (byte {tensor.begin}) gives {tuple(shape)}, the metadata says "
+        f"{tuple(plan.target.shape)}"
+    )
+
+
+def _dequantised(
+    checkpoint: GgufCheckpoint, tensor: GgufTensor, dtype: torch.dtype
+) -> torch.Tensor:
+    out = torch.empty(tensor.shape, dtype=dtype)
+    if len(tensor.shape) < 2:
+        return out.copy_(torch.from_numpy(checkpoint.read(tensor.name)))
+    if tensor.type == "BF16" and dtype == torch.bfloat16:
+        out.view(torch.uint16).numpy()[:] = checkpoint.blocks(tensor.name).view(np.uint16)
+        return out
+    rows = tensor.shape[0]
+    step = max(1, CHUNK_WEIGHTS * rows // out.numel())
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        out[start:stop] = torch.from_numpy(checkpoint.read(tensor.name, (start, stop)))
+    return out
+
+
+def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor where the model has one on the meta device."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = torch.nn.Parameter(tensor)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _make_rotary(checkpoint: GgufCheckpoint, model: Any) -> None:
+    """Compute what the modules compute when they are made, which on the meta device came to nothing."""
+    factors = checkpoint.read(ROPE_FACTORS) if ROPE_FACTORS in checkpoint.tensors else None
+    for name, module in list(model.named_modules()):
+        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            continue
+        if not hasattr(module, "inv_freq"):
+            raise TypeError(f"{name} ({type(module).__name__}) has buffers that no file holds")
+        made = type(module)(model.config)
+        if factors is not None:
+            if factors.shape != made.inv_freq.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {ROPE_FACTORS} has shape {factors.shape}: must be {tuple(made.inv_freq.shape)}"
+                )
+            made.inv_freq /= torch.from_numpy(factors)
+            made.original_inv_freq = made.inv_freq
+        model.set_submodule(name, made)
+
+
+# Control tokens that end a turn whatever the metadata names: files of chat models often name only the end of a text.
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|user|>",
+    "<|observation|>",
+)
+
+
+def _end_of_generation(checkpoint: GgufCheckpoint, config: Any) -> int | list[int] | None:
+    """The ids that end an answer: what the metadata names so, and what vocabularies call so."""
+    metadata = checkpoint.metadata
+    keys = ("eos", "eot", "eom")
+    found = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
+    lists = [f"tokenizer.ggml.{key}" for key in ("tokens", "token_type")]
+    if all(key in metadata and metadata.size(key) is not None for key in lists):
+        tokens, kinds = (metadata[key] for key in lists)
+        is_harmony = "<|return|>" in tokens
+        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+            # In gpt-oss' format <|end|> ends a message, after which the answer goes on.
+            if kind == 3 and token in ENDS and not (is_harmony and token == "<|end|>"):
+                found.append(index)
+    ids = list(dict.fromkeys(i for i in found if type(i) is int and 0 <= i < config.vocab_size))
+    return ids if len(ids) > 1 else ids[0] if ids else None
+
+
+__all__ = ["load_gguf_model", "load_gguf_tokenizer"]

@@ -1,0 +1,387 @@
+"""What a whole model's row says: config.json's fields and module tensors, as a GGUF file of its architecture has them.
+
+Rows go both ways: ``load_gguf_model`` reads a file by them, ``ktk convert --whole`` writes one. A row names tensors after
+transformers' modules; ``Tensor.checkpoint`` where the files of the Hugging Face directory call one otherwise.
+Source: the names of gguf.constants, the tensors llama.cpp's graphs ask for, transformers 5.23's configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ktk.checkpoint.gguf import GgufCheckpoint
+from ktk.errors import CheckpointError
+from ktk.models.gguf import GgufExperts
+
+Fields = dict[str, Any]  # of a config.json
+MAX_COUNT = 1 << 31
+MAX_UNIFORM = 1 << 16  # entries of a per-layer list in the metadata
+
+
+@dataclass(frozen=True)
+class Key:
+    """A number or bool of the metadata, without the architecture before it, and config.json's field of the same meaning."""
+
+    key: str
+    field: str
+    kind: type = int
+    is_required: bool = False
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One module tensor and the file's; ``{n}`` is the layer's index.
+
+    gguf : the file's name; several where a file holds it in pieces. hf : the module's name.
+    join : the file's arrays, float32, and the config's fields -> the module's array. split : the inverse. None: they are equal.
+    checkpoint : the name in a Hugging Face directory, if not ``hf``. is_optional : a module without it keeps its zeros.
+    """
+
+    gguf: str | tuple[str, ...]
+    hf: str
+    join: Callable[[list[np.ndarray], Fields], np.ndarray] | None = None
+    split: Callable[[np.ndarray, Fields], list[np.ndarray]] | None = None
+    checkpoint: str = ""
+    is_optional: bool = False
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        return (self.gguf,) if isinstance(self.gguf, str) else self.gguf
+
+
+class Source:
+    """A GGUF model as the rows read it: the metadata's values, checked, and which tensors there are."""
+
+    def __init__(self, experts: GgufExperts) -> None:
+        self.experts = experts
+        self.checkpoint: GgufCheckpoint = experts.checkpoint
+        self.architecture = experts.architecture
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model; those of multi-token prediction, which come last, are not counted."""
+        count = self.required("block_count") - (self.get("nextn_predict_layers") or 0)
+        if not 0 < count <= len(self.checkpoint.tensors):  # none has less than a tensor
+            raise self.error(
+                f"{self.architecture}.block_count says {count} layers, {len(self.checkpoint.tensors)} tensors are there"
+            )
+        return int(count)
+
+    def get(self, key: str, kind: type = int) -> Any:
+        """``{architecture}.{key}``, or None. A list has to say the same of every layer. Raises CheckpointError."""
+        full = key if key.startswith("tokenizer.") else f"{self.architecture}.{key}"
+        metadata = self.checkpoint.metadata
+        if full not in metadata:
+            return None
+        length = metadata.size(full)
+        if length is None:
+            value = metadata[full]
+        elif 0 < length <= MAX_UNIFORM:
+            values = metadata[full]
+            value = values[0]
+            if any(other != value for other in values):
+                raise self.error(f"{full} differs between layers: ktk cannot run that")
+        else:
+            raise self.error(f"{full} lists {length} layers: must be 1 to {MAX_UNIFORM}")
+        if kind is bool and type(value) is bool:
+            return value
+        if kind is str and isinstance(value, str):
+            return value
+        if kind is float and type(value) in (int, float) and abs(value) < 1e30:
+            return float(value)
+        if kind is int and type(value) is int and 0 <= value < MAX_COUNT:
+            return value
+        raise self.error(f"{full} is {value!r:.80}: must be of type {kind.__name__}")
+
+    def required(self, key: str, kind: type = int) -> Any:
+        value = self.get(key, kind)
+        if value is None or (kind is int and value == 0):
+            raise self.error(f"{self.architecture}.{key} is {value}: the model's config needs it")
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there; of the first layer that has it, if the name has an ``{n}``."""
+        return any(name.format(n=n) in self.checkpoint.tensors for n in range(self.num_layers))
+
+    def rows(self, name: str) -> int | None:
+        """Rows of the first layer's tensor of that name, or None."""
+        for n in range(self.num_layers):
+            if tensor := self.checkpoint.tensors.get(name.format(n=n)):
+                return tensor.shape[0]
+        return None
+
+    def error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.checkpoint.path}: {text}")
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """One row: everything of a model but its experts.
+
+    architecture : ``general.architecture``. model_types : transformers' names for it, the one ``config`` gives first.
+    keys : metadata and fields that are the same thing. tensors : all but the experts', of whole model and layer.
+    config : the fields that ``keys`` do not give. metadata : the other way, keys without the architecture.
+    """
+
+    architecture: str
+    model_types: tuple[str, ...]
+    keys: tuple[Key, ...]
+    tensors: tuple[Tensor, ...]
+    config: Callable[[Source], Fields]
+    metadata: Callable[[Fields], Fields]
+
+    def fields(self, source: Source) -> Fields:
+        """config.json of a file's model, ``model_type`` included. Raises CheckpointError."""
+        found: Fields = {"model_type": self.model_types[0], **common_fields(source)}
+        for row in (*COMMON_KEYS, *self.keys):
+            value = (source.required if row.is_required else source.get)(row.key, row.kind)
+            if value is not None:
+                found[row.field] = value
+        found["num_hidden_layers"] = source.num_layers
+        return {**found, **self.config(source)}
+
+    def written(self, fields: Fields) -> Fields:
+        """The metadata that a file says of a config.json. Raises CheckpointError."""
+        found: Fields = {}
+        for row in (*COMMON_KEYS, *self.keys):
+            value = fields.get(row.field)
+            if value is None and row.is_required:
+                raise CheckpointError(f"config.json has no {row.field}: {row.key} needs it")
+            if value is not None:
+                found[row.key] = row.kind(value)
+        return {**found, **rope_metadata(fields), **self.metadata(fields)}
+
+    def layer_tensors(self, num_layers: int) -> Iterator[tuple[Tensor, int | None]]:
+        """Every tensor that a model can have: (row, layer), layer None for those of the whole model."""
+        for row in self.tensors:
+            if "{n}" in row.hf:
+                yield from ((row, n) for n in range(num_layers))
+            else:
+                yield row, None
+
+
+COMMON_KEYS = (
+    Key("block_count", "num_hidden_layers", is_required=True),
+    Key("context_length", "max_position_embeddings"),
+    Key("embedding_length", "hidden_size", is_required=True),
+    Key("attention.head_count", "num_attention_heads", is_required=True),
+    Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
+    Key("expert_used_count", "num_experts_per_tok", is_required=True),
+)
+GROUPED_KEYS = (
+    Key("attention.head_count_kv", "num_key_value_heads"),
+    Key("attention.key_length", "head_dim"),
+)
+
+
+def common_fields(source: Source) -> Fields:
+    """What every config says alike: vocabulary, tied embeddings, special tokens, rotary embeddings."""
+    embedding = source.checkpoint.info("token_embd.weight")
+    fields: Fields = {
+        "vocab_size": embedding.shape[0],
+        "tie_word_embeddings": "output.weight" not in source.checkpoint.tensors,
+        "rope_parameters": rope_parameters(source),
+    }
+    for key, field in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+        value = source.get(f"tokenizer.ggml.{key}_token_id")
+        fields[f"{field}_token_id"] = (
+            value if value is not None and value < embedding.shape[0] else None
+        )
+    return fields
+
+
+def rope_parameters(source: Source) -> Fields:
+    """transformers' rope_parameters; scaling by "linear" or "yarn". Raises CheckpointError for others."""
+    theta = source.get("rope.freq_base", float)
+    fields: Fields = {"rope_type": "default", "rope_theta": 10000.0 if theta is None else theta}
+    kind = source.get("rope.scaling.type", str)
+    factor = source.get("rope.scaling.factor", float) or source.get("rope.scale_linear", float)
+    if kind in (None, "none") and factor in (None, 1.0):
+        return fields
+    if kind in (None, "linear"):
+        return {**fields, "rope_type": "linear", "factor": factor or 1.0}
+    if kind != "yarn":
+        raise source.error(
+            f"{source.architecture}.rope.scaling.type is {kind!r}: ktk knows none, linear and yarn"
+        )
+    if factor is None:
+        raise source.error(f"{source.architecture}.rope.scaling.factor is missing: yarn needs it")
+    fields.update(rope_type="yarn", factor=factor)
+    fields["original_max_position_embeddings"] = source.get(
+        "rope.scaling.original_context_length"
+    ) or int(source.required("context_length") / factor)
+    for key, field in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        value = source.get(f"rope.scaling.{key}", float)
+        if value is not None:
+            fields[field] = value
+    attention = source.get("rope.scaling.attn_factor", float)
+    if attention is None:
+        attention = source.get("rope.scaling.yarn_attn_factor", float)
+    if attention not in (
+        None,
+        1.0,
+    ):  # llama.cpp multiplies it by what transformers takes without one
+        fields["attention_factor"] = attention * (0.1 * np.log(max(factor, 1.0)) + 1.0)
+    return fields
+
+
+def rope_metadata(fields: Fields) -> Fields:
+    """The inverse of ``rope_parameters``, of config.json's present or older form."""
+    rope = rope_of(fields)
+    found: Fields = {
+        "rope.freq_base": float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return found
+    if kind not in ("linear", "yarn"):
+        raise CheckpointError(f"rope scaling of type {kind!r}: a GGUF file can say linear and yarn")
+    found["rope.scaling.type"], found["rope.scaling.factor"] = kind, float(rope["factor"])
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings")
+        found["rope.scaling.original_context_length"] = int(
+            original or fields["max_position_embeddings"] / rope["factor"]
+        )
+        for field, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+            if rope.get(field) is not None:
+                found[f"rope.scaling.{key}"] = float(rope[field])
+        if rope.get("attention_factor") is not None:
+            usual = 0.1 * np.log(max(rope["factor"], 1.0)) + 1.0
+            found["rope.scaling.attn_factor"] = float(rope["attention_factor"] / usual)
+    return found
+
+
+def rope_of(fields: Fields) -> Fields:
+    """rope_parameters of a config.json, called rope_scaling in older ones."""
+    found: Fields = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    return found
+
+
+def head_dim(fields: Fields) -> int:
+    """Of config.json, or as models without the field have it."""
+    return int(fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"])
+
+
+def dense_layers(source: Source) -> list[int]:
+    """Layers without experts."""
+    return [n for n in range(source.num_layers) if n not in source.experts.layers]
+
+
+def leading_dense_layers(source: Source) -> int:
+    """How many layers come before the first with experts; CheckpointError if others have none."""
+    dense = dense_layers(source)
+    if dense != list(range(len(dense))):
+        raise source.error(
+            f"layers {dense} have no experts: ktk can run that of the first ones only"
+        )
+    return len(dense)
+
+
+def expert_width(source: Source) -> int:
+    """intermediate_size of the experts, the same in every layer. Raises CheckpointError."""
+    widths = {source.experts.spec(layer).intermediate_size for layer in source.experts.layers}
+    if len(widths) > 1:
+        raise source.error(f"experts have widths {sorted(widths)} in different layers: must be one")
+    return widths.pop()
+
+
+def check_rotary(source: Source, rotated: int) -> None:
+    """CheckpointError unless all of a head is rotated, by a model class that can only do that."""
+    said = source.get("rope.dimension_count")
+    if said is not None and said != rotated:
+        raise source.error(
+            f"{source.architecture}.rope.dimension_count is {said}: must be the head's size, {rotated}"
+        )
+
+
+def per_layer(gguf: str, hf: str, *kinds: str, **more: Any) -> tuple[Tensor, ...]:
+    """Rows of one module of each layer: its ``weight`` and what else ``kinds`` name."""
+    return tuple(
+        Tensor(f"blk.{{n}}.{gguf}.{kind}", f"model.layers.{{n}}.{hf}.{kind}", **more)
+        for kind in kinds or ("weight",)
+    )
+
+
+WHOLE = (
+    Tensor("token_embd.weight", "model.embed_tokens.weight"),
+    Tensor("output_norm.weight", "model.norm.weight"),
+    Tensor("output.weight", "lm_head.weight"),
+)
+NORMS = (
+    *per_layer("attn_norm", "input_layernorm"),
+    *per_layer("ffn_norm", "post_attention_layernorm"),
+)
+ATTENTION = (
+    *per_layer("attn_q", "self_attn.q_proj", "weight", "bias"),
+    *per_layer("attn_k", "self_attn.k_proj", "weight", "bias"),
+    *per_layer("attn_v", "self_attn.v_proj", "weight", "bias"),
+    *per_layer("attn_output", "self_attn.o_proj", "weight", "bias"),
+)
+QK_NORMS = (
+    *per_layer("attn_q_norm", "self_attn.q_norm"),
+    *per_layer("attn_k_norm", "self_attn.k_norm"),
+)
+DENSE = (
+    *per_layer("ffn_gate", "mlp.gate_proj"),
+    *per_layer("ffn_up", "mlp.up_proj"),
+    *per_layer("ffn_down", "mlp.down_proj"),
+)
+ROUTER = per_layer("ffn_gate_inp", "mlp.gate")
+
+
+def shared_experts(module: str) -> tuple[Tensor, ...]:
+    """The shared experts of each layer, as one wide one."""
+    return tuple(
+        row
+        for part in ("gate", "up", "down")
+        for row in per_layer(f"ffn_{part}_shexp", f"mlp.{module}.{part}_proj")
+    )
+
+
+def permuted_attention() -> tuple[Tensor, ...]:
+    """q, k, v and o where llama.cpp rotates neighbours: rows of q and k lie pairwise in the file, half by half in the module."""
+    plain = {row.hf: row for row in ATTENTION}
+
+    def row(letter: str, heads: str) -> Tensor:
+        def halves(arrays: list[np.ndarray], fields: Fields) -> np.ndarray:
+            return _swap_rows(arrays[0], _heads(fields, heads), to_pairs=False)
+
+        def pairs(array: np.ndarray, fields: Fields) -> list[np.ndarray]:
+            return [_swap_rows(array, _heads(fields, heads), to_pairs=True)]
+
+        name = f"model.layers.{{n}}.self_attn.{letter}_proj.weight"
+        return Tensor(plain.pop(name).gguf, name, halves, pairs)
+
+    permuted = (row("q", "num_attention_heads"), row("k", "num_key_value_heads"))
+    return (*permuted, *(r for r in plain.values() if r.hf.endswith(".weight")))
+
+
+def _heads(fields: Fields, name: str) -> int:
+    return int(fields.get(name) or fields["num_attention_heads"])
+
+
+def _swap_rows(w: np.ndarray, heads: int, to_pairs: bool) -> np.ndarray:
+    """(out, in): each head's rows from two halves to pairs, whose rows are i of one and i of the other; or back."""
+    if w.shape[0] % (2 * heads):
+        raise CheckpointError(
+            f"{w.shape[0]} rows of q or k: must be an even number for each of {heads} heads"
+        )
+    half = w.shape[0] // heads // 2
+    parts = (2, half) if to_pairs else (half, 2)
+    return w.reshape(heads, *parts, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+def sizes_of_experts(fields: Fields, count: str, width: str) -> Fields:
+    """Metadata that every mixture has: how many experts, how wide; and how wide a head is."""
+    size = head_dim(fields)
+    return {
+        "expert_count": int(fields[count]),
+        "expert_feed_forward_length": int(fields[width]),
+        "attention.key_length": size,
+        "attention.value_length": size,
+        "rope.dimension_count": size,
+    }
