@@ -50,7 +50,9 @@ Dtype = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
 MaxTokens = Annotated[
     int | None,
-    typer.Option("--max-tokens", "-n", min=1, help="At most this many; default: to the context's end."),
+    typer.Option(
+        "--max-tokens", "-n", min=1, help="At most this many; default: to the context's end."
+    ),
 ]
 Temperature = Annotated[
     float | None,
@@ -131,9 +133,7 @@ def load(
     if description.warning:
         typer.echo(f"ktk: warning: {description.warning}", err=True)
     with loading(description):
-        return open_model(
-            path, method, weight_format, linear, dtype, context=context, force=force
-        )
+        return open_model(path, method, weight_format, linear, dtype, context=context, force=force)
 
 
 def quiet_transformers() -> None:
@@ -164,7 +164,9 @@ def description_table(found: ModelDescription) -> Table:
         "architecture": f"{found.architecture}, {found.num_layers} layers, {found.num_moe_layers} of them with "
         f"{found.num_experts} experts, {found.num_experts_per_tok} for each token",
         "experts": f"{found.weight_format}, {found.bits_per_weight:.2f} bits per weight, {size(found.expert_bytes)}{mapped}",
-        "run by": f"{found.backend}: {found.kernel}" if found.kernel else f"nothing: {found.reason}",
+        "run by": f"{found.backend}: {found.kernel}"
+        if found.kernel
+        else f"nothing: {found.reason}",
         "other weights": f"{size(found.rest_bytes)} in {found.dtype}",
         "KV cache": f"{size(found.kv_bytes)} for {found.context} tokens (the model's longest: {found.max_context or 'unknown'})",
         "working memory": size(OVERHEAD),

@@ -147,7 +147,9 @@ class Chat:
         try:
             ids = self.session.encode_chat(self.messages)
             made = self.session.generate(ids, show=show, **self.options)
-        except ValueError as error:  # too long, or refused by the template: the chat goes on without it
+        except (
+            ValueError
+        ) as error:  # too long, or refused by the template: the chat goes on without it
             self.messages.pop()
             typer.echo(f"ktk: {error}", err=True)
             return

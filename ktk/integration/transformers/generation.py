@@ -215,7 +215,6 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     return ids
 
 
-
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end a text: those of the generation config, and the tokenizer's own."""
     configured = model.generation_config.eos_token_id

@@ -185,7 +185,9 @@ def open_model(
         raise MemoryError(refusal)
     if description.kind == "gguf":
         if linear is not None:
-            raise ValueError(f"linear={linear!r}: is for Hugging Face directories, not for GGUF files")
+            raise ValueError(
+                f"linear={linear!r}: is for Hugging Face directories, not for GGUF files"
+            )
         model, tokenizer = _open_gguf(path, method, description.dtype)
     else:
         model, tokenizer = _open_directory(description, path, method, linear, dtype)
@@ -213,10 +215,8 @@ def _open_directory(
 
     options: dict[str, Any] = {}
     if description.kind == "float":
-        own = {} if linear is None else {"linear": linear}
-        options["quantization_config"] = KtkConfig(
-            description.weight_format, method=method, **own
-        )
+        own: dict[str, Any] = {} if linear is None else {"linear": linear}
+        options["quantization_config"] = KtkConfig(description.weight_format, method=method, **own)
     elif linear is not None:
         raise ValueError(
             f"linear={linear!r}: is for float checkpoints; {path} is {description.kind}"
@@ -333,14 +333,17 @@ def _describe_gguf(path: Path, method: str, dtype: str, context: int | None) -> 
     key, value = number("attention.key_length", head), number("attention.value_length", head)
     tokens = _context(number("context_length"), context)
     kv_heads = number("attention.head_count_kv", heads)
-    if number("attention.key_length_mla"):  # DeepSeek: transformers caches every head's keys and values
+    if number(
+        "attention.key_length_mla"
+    ):  # DeepSeek: transformers caches every head's keys and values
         kv_heads = heads
         key, value = number("attention.key_length_mla"), number("attention.value_length_mla")
     spec = experts.spec(experts.layers[0])
     backend, kernel, reason = _selected(method, spec)
     blocks = experts.experts(experts.layers[0])
     weights = sum(
-        experts.spec(layer).num_weights * experts.spec(layer).num_experts for layer in experts.layers
+        experts.spec(layer).num_weights * experts.spec(layer).num_experts
+        for layer in experts.layers
     )
     found = ModelDescription(
         path=str(path),
@@ -420,7 +423,10 @@ def kv_bytes_per_token(text: Mapping[str, Any], element_bytes: int) -> int:
     DeepSeek's attention counts with what transformers caches: all heads' keys and values, not the latent.
     Layers of linear attention keep a state of fixed size, which is not counted.
     """
-    layers, heads = int(text.get("num_hidden_layers") or 0), int(text.get("num_attention_heads") or 0)
+    layers, heads = (
+        int(text.get("num_hidden_layers") or 0),
+        int(text.get("num_attention_heads") or 0),
+    )
     kinds = text.get("layer_types")
     if isinstance(kinds, list):
         layers = sum("linear" not in str(kind) and "mamba" not in str(kind) for kind in kinds)

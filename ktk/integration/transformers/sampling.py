@@ -76,7 +76,8 @@ class Sampler:
         if self._generator is None:
             chosen = int(logits.argmax())
         else:
-            scores = self._warpers(None, logits[None])  # (1, vocab_size); no warper reads the ids
+            no_ids = torch.empty(1, 0, dtype=torch.long)  # no warper reads them
+            scores = self._warpers(no_ids, logits[None])  # (1, vocab_size)
             probabilities = scores[0].softmax(-1)
             chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self.tokens.append(self._token(chosen, logits))

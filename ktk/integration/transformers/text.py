@@ -72,4 +72,6 @@ class StopStrings:
 
 def _overlap(text: str, stop: str) -> int:
     """The longest beginning of ``stop`` that ``text`` ends in."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )
