@@ -10,6 +10,7 @@ import typer
 from ktk import env
 from ktk.cli import _model
 
+DEFAULT_CACHE = 2 << 30  # bytes
 EPILOG = """Examples:
 
   ktk serve Qwen3-30B-A3B-int4
@@ -48,8 +49,12 @@ def command(
         ),
     ] = None,
     kv_cache: Annotated[
-        float, typer.Option(min=0.001, help="GiB of keys and values, of all requests together.")
-    ] = 2.0,
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="GiB of keys and values of all requests; default: 2, at most a quarter of what is free.",
+        ),
+    ] = None,
     max_requests: Annotated[
         int, typer.Option(min=1, max=256, help="Requests generated at once; more wait.")
     ] = 16,
@@ -92,7 +97,7 @@ def command(
         port = probe.getsockname()[1]
     opened = _model.load(model, method, weight_format, linear, dtype, force, context)
     limits = Limits(
-        opened.description.context, max_requests, 256, batch_tokens, int(kv_cache * 2**30)
+        opened.description.context, max_requests, 256, batch_tokens, _cache_bytes(kv_cache, force)
     )
     hosts = (*LOCAL_HOSTS, host) if local and not api_key else None
     shown = f"[{host}]" if ":" in host else host
@@ -108,3 +113,17 @@ def command(
         Access(api_key, hosts=hosts, cors_origins=tuple(cors_origin or ())),
         limits,
     )
+
+
+def _cache_bytes(wanted_gib: float | None, force: bool) -> int:
+    """Bytes for the KV cache, once the model is loaded. Raises MemoryError if more is wanted than is free."""
+    from ktk import cpu
+    from ktk.integration.transformers.open import size
+
+    _, free = cpu.memory()
+    if wanted_gib is None:
+        return min(DEFAULT_CACHE, free // 4 or DEFAULT_CACHE)
+    wanted = int(wanted_gib * 2**30)
+    if free and wanted > free and not force:
+        raise MemoryError(f"--kv-cache {wanted_gib:g} is {size(wanted)}, and {size(free)} are free")
+    return wanted

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktk.integration.transformers.sampling import Sampling, Token
-from ktk.integration.transformers.text import Detokenizer, StopStrings
+from ktk.integration.transformers.text import REPLACEMENT, Detokenizer, StopStrings
 from ktk.server.engine import Engine
 from ktk.server.metrics import Metrics
 
@@ -88,12 +88,20 @@ class Answer:
                 metrics.next_token.observe((end - first) / (self.num_tokens - 1))
 
 
+def _token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
+    """A token's text and bytes; the vocabulary's own spelling, and no bytes, where it is a part of a character."""
+    text: str = tokenizer.decode([token])
+    if REPLACEMENT in text:
+        return tokenizer.convert_ids_to_tokens(token), None
+    return text, list(text.encode())
+
+
 def chat_logprobs(tokenizer: Any, tokens: list[Token]) -> list[dict[str, Any]]:
     """As /v1/chat/completions gives them in ``logprobs.content``."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, own_bytes = _token_text(tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": own_bytes}
 
     return [
         {**entry(t.id, t.logprob), "top_logprobs": [entry(i, p) for i, p in t.top]} for t in tokens
@@ -102,7 +110,7 @@ def chat_logprobs(tokenizer: Any, tokens: list[Token]) -> list[dict[str, Any]]:
 
 def completion_logprobs(tokenizer: Any, tokens: list[Token], offset: int) -> dict[str, Any]:
     """As /v1/completions gives them. offset : characters of the answer before these tokens."""
-    texts = [tokenizer.decode([t.id]) for t in tokens]
+    texts = [_token_text(tokenizer, t.id)[0] for t in tokens]
     offsets = []
     for text in texts:
         offsets.append(offset)
@@ -110,6 +118,6 @@ def completion_logprobs(tokenizer: Any, tokens: list[Token], offset: int) -> dic
     return {
         "tokens": texts,
         "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{tokenizer.decode([i]): p for i, p in t.top} for t in tokens],
+        "top_logprobs": [{_token_text(tokenizer, i)[0]: p for i, p in t.top} for t in tokens],
         "text_offset": offsets,
     }

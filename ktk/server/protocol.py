@@ -89,15 +89,18 @@ class _Request(BaseModel):
         raise NotImplementedError
 
     def sampling(self, generation_config: Any) -> Sampling:
-        """How to choose tokens: the request's values over OpenAI's defaults (temperature 1, top_p 1)."""
-        own_top_k = (
-            getattr(generation_config, "top_k", None) if generation_config.do_sample else None
-        )
-        given_top_k = own_top_k if self.top_k is None else self.top_k
+        """How to choose tokens: the request's values, else the model's own where it samples, else temperature 1 and all tokens."""
+
+        def own(name: str, otherwise: float) -> Any:
+            given = getattr(self, name)
+            if given is None and generation_config.do_sample:
+                given = getattr(generation_config, name, None)
+            return otherwise if given is None else given
+
         return Sampling(
-            1.0 if self.temperature is None else self.temperature,
-            1.0 if self.top_p is None else self.top_p,
-            given_top_k or 0,
+            own("temperature", 1.0),
+            own("top_p", 1.0),
+            own("top_k", 0),
             self.seed,
             self.num_logprobs,
         )

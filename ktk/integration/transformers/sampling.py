@@ -76,7 +76,7 @@ class Sampler:
         if self._generator is None:
             chosen = int(logits.argmax())
         else:
-            no_ids = torch.empty(1, 0, dtype=torch.long)  # no warper reads them
+            no_ids = torch.LongTensor(1, 0)  # no warper reads them
             scores = self._warpers(no_ids, logits[None])  # (1, vocab_size)
             probabilities = scores[0].softmax(-1)
             chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
