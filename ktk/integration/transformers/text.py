@@ -56,10 +56,11 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + text
-        places = [p for p in (text.find(s) for s in self._strings) if p >= 0]
+        # The one that is complete first, as if the text had come letter by letter.
+        places = [(p + len(s), p) for s in self._strings if (p := text.find(s)) >= 0]
         if places:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(places)[1]]
         held = max((_overlap(text, s) for s in self._strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
