@@ -346,6 +346,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat_and_ctrl_d_leaves(model: Path) 
     terminal.until(PROMPT)
     terminal.type("/history\r")
     terminal.until("assistant: ")
+    terminal.until(PROMPT)
     terminal.type("\x04")
     assert terminal.exit_code() == 0
 
