@@ -383,6 +383,13 @@ def test_doctor_knows_packed_directories_and_gguf_files(model: Path, tmp_path: P
     done = ktk("run", str(packed), "Why?", "-n", "3")
     assert done.returncode == 0 and "answer 3 tokens" in done.stderr
     assert "packed already" in ktk("doctor", str(packed), "--weight-format", "int8").stderr
+    experts = tmp_path / "experts.gguf"
+    convert(model, experts, quant_method="q8_0")
+    done = ktk("doctor", str(experts), "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["kind"], found["weight_format"]) == (1, "gguf", "GGUF Q8_0")
+    assert found["expert_bytes"] > 0 and "token_embd.weight" in found["reason"]
+    assert "token_embd.weight" in ktk("run", str(experts), "Why?").stderr
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_figures(

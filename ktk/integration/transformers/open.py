@@ -23,6 +23,7 @@ from ktk.types import MoESpec
 CONTEXT = 8192  # tokens that the KV cache is reckoned for unless told otherwise
 # What Python, torch and transformers take, and what one forward pass of a few hundred tokens needs besides weights.
 OVERHEAD = 700 << 20
+TOKEN_EMBEDDING = "token_embd.weight"  # which every whole GGUF model has
 AUTO_FORMATS = ("int8", "int4")  # of float experts, the most exact first: the first one that fits
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -340,6 +341,8 @@ def _describe_gguf(path: Path, method: str, dtype: str, context: int | None) -> 
         key, value = number("attention.key_length_mla"), number("attention.value_length_mla")
     spec = experts.spec(experts.layers[0])
     backend, kernel, reason = _selected(method, spec)
+    if TOKEN_EMBEDDING not in checkpoint.tensors:
+        reason = f"it holds no whole model, only experts: there is no tensor {TOKEN_EMBEDDING}"
     blocks = experts.experts(experts.layers[0])
     weights = sum(
         experts.spec(layer).num_weights * experts.spec(layer).num_experts
