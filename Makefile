@@ -15,7 +15,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[transformers,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[transformers,serve,dev]'
 	touch $@
 
 $(VENV)/.smollm2: | setup

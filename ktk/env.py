@@ -14,6 +14,7 @@ from typing import Any
 PREFIX = "KTK_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_THREADS = 4096
+SECRETS = ("KTK_API_KEY",)  # never shown
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ VARIABLES: dict[str, Variable] = {
         False,
         "0 or 1",
         "1: copy experts from a GGUF file into memory in the order the kernels read them",
+    ),
+    "KTK_API_KEY": Variable(
+        str,
+        None,
+        "any text",
+        "the key that clients of `ktk serve` must send; default: none, on this machine's own addresses",
     ),
     "KTK_LOG": Variable(
         _parse_log,
@@ -149,6 +156,12 @@ def repack() -> bool:
     return value
 
 
+def api_key() -> str | None:
+    """KTK_API_KEY, or None."""
+    value: str | None = _get("KTK_API_KEY")
+    return value
+
+
 def strict_backend() -> bool:
     """KTK_STRICT_BACKEND: a method that cannot run here raises instead of handing over."""
     value: bool = _get("KTK_STRICT_BACKEND")
@@ -174,6 +187,7 @@ def tiles_are_emulated() -> bool:
 
 
 def in_effect() -> dict[str, str]:
-    """The variables that are set, by name, with their text."""
+    """The variables that are set, by name, with their text; a secret's is left out."""
     check_unknown()
-    return {name: text for name in VARIABLES if (text := os.environ.get(name, "").strip())}
+    texts = {name: text for name in VARIABLES if (text := os.environ.get(name, "").strip())}
+    return {name: "(set)" if name in SECRETS else text for name, text in texts.items()}

@@ -26,6 +26,7 @@ LAYERS = (
     ("convert", "convert_whole", "convert_to_gguf", "convert_from_gguf"),
     ("integration",),
     ("demo",),
+    ("server",),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

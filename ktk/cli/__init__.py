@@ -16,6 +16,9 @@ from ktk import __version__, _log, env
 # In the order a newcomer needs them.
 COMMANDS = {
     "doctor": "ktk.cli.doctor",
+    "run": "ktk.cli.run",
+    "chat": "ktk.cli.chat",
+    "serve": "ktk.cli.serve",
     "convert": "ktk.cli.convert",
     "demo": "ktk.cli.demo",
     "bench": "ktk.cli.bench",
@@ -45,7 +48,8 @@ def app() -> typer.Typer:
         no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, callback=_root
     )
     for name, module in COMMANDS.items():
-        application.command(name)(importlib.import_module(module).command)
+        row = importlib.import_module(module)
+        application.command(name, epilog=getattr(row, "EPILOG", None))(row.command)
     return application
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ktk.cli import _model
+
 # Paths of ktk.backends.llamafile.types_by_path, and what they mean.
 GGUF_PATHS = {
     "kernel": "as they lie in the file",
@@ -66,10 +68,35 @@ def diagnosis() -> dict[str, Any]:
     }
 
 
+EPILOG = """Examples:
+
+  ktk doctor
+
+  ktk doctor Qwen3-30B-A3B --weight-format int4 --context 32768
+
+  ktk doctor model.gguf --json
+"""
+
+
 def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A model's path: what it is, what runs it, does it fit."
+        ),
+    ] = None,
+    method: _model.Method = "auto",
+    weight_format: _model.WeightFormat = "auto",
+    dtype: _model.Dtype = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of KV cache to reckon with.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show CPU, features, cores, memory; per backend "runs" or the reason why not; and how GGUF types run."""
+    """Show what this machine is and which backends run on it; or what a model is, what runs it, and if it fits (else exit code 1)."""
+    if model is not None:
+        _diagnose_model(model, method, weight_format, dtype, context, as_json)
+        return
     found = diagnosis()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -123,3 +150,25 @@ def command(
         if names:
             types.add_row(" ".join(names), GGUF_PATHS[path])
     console.print(types)
+
+
+def _diagnose_model(
+    path: str,
+    method: str,
+    weight_format: str,
+    dtype: str | None,
+    context: int | None,
+    as_json: bool,
+) -> None:
+    """What a model is and needs; exit code 1 if it cannot run here."""
+    from rich.console import Console
+
+    from ktk.integration.transformers.open import describe_model
+
+    found = describe_model(path, method, weight_format, dtype, context)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        Console(highlight=False).print(_model.description_table(found))
+    if found.reason or not found.fits:
+        raise typer.Exit(1)

@@ -1,0 +1,203 @@
+"""What run, chat, serve and doctor share: the options that name a model, loading it with a progress bar, its description."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ktk import env
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ktk.integration.transformers.open import ModelDescription, OpenModel
+
+SLOW = 2.0  # seconds after which a progress bar is shown
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face directory, one that ktk convert wrote, or a .gguf file.",
+    ),
+]
+Method = Annotated[
+    str, typer.Option("--method", help="What runs the experts: auto, a backend or a format.")
+]
+WeightFormat = Annotated[
+    str,
+    typer.Option(
+        "--weight-format",
+        help="Of float experts: int8, int4, bf16, fp32; auto: int8 if it fits into memory, else int4.",
+    ),
+]
+Linear = Annotated[
+    str | None,
+    typer.Option("--linear", help="int8 or int4: run the dense linear layers on ktk too."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Of all but the experts: bfloat16, float16, float32; default: the model's."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", "-n", min=1, help="At most this many; default: to the context's end."
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, max=10, help="0 is greedy; default: the model's own setting, else 0."),
+]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0.001, max=1, help="Nucleus sampling.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Of the K likeliest; 0: of all.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="End before this text; may be given again.")
+]
+System = Annotated[str | None, typer.Option("--system", help="The system message.")]
+
+
+@contextlib.contextmanager
+def loading(description: ModelDescription) -> Iterator[None]:
+    """Shows how far memory has grown towards what the model needs, on stderr, if it is a terminal and takes over 2 s."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    total = description.needed_bytes
+    bar = Progress(
+        TextColumn("loading {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    over = threading.Event()
+
+    def show() -> None:
+        if over.wait(SLOW):
+            return
+        with bar:
+            task = bar.add_task(Path(description.path).name, total=total)
+            before = _own_memory()
+            while not over.wait(0.2):
+                bar.update(task, completed=min(total, max(0, _own_memory() - before)))
+
+    if not console.is_terminal:
+        yield
+        return
+    thread = threading.Thread(target=show, name="ktk-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _own_memory() -> int:
+    """Bytes of this process that no file backs; 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    lines = (line.split() for line in text.splitlines() if line.startswith("RssAnon:"))
+    return next((int(words[1]) * 1024 for words in lines), 0)
+
+
+def load(
+    path: str,
+    method: str,
+    weight_format: str,
+    linear: str | None,
+    dtype: str | None,
+    force: bool,
+    context: int | None = None,
+) -> OpenModel:
+    """The model of a command line; its warning, if any, goes to stderr."""
+    quiet_transformers()
+    from ktk.integration.transformers.open import describe_model, open_model
+
+    description = describe_model(path, method, weight_format, dtype, context)
+    if description.warning:
+        typer.echo(f"ktk: warning: {description.warning}", err=True)
+    with loading(description):
+        return open_model(path, method, weight_format, linear, dtype, context=context, force=force)
+
+
+def quiet_transformers() -> None:
+    """Its warnings and bars belong to programmers: they are shown with KTK_LOG=debug or info."""
+    from transformers.utils import logging as transformers_logging
+
+    if env.log_level() not in ("debug", "info"):
+        transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+
+
+def description_table(found: ModelDescription) -> Table:
+    """A description as ``ktk doctor`` shows it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ktk.integration.transformers.open import OVERHEAD, size
+
+    kinds = {
+        "packed": "packed by ktk convert",
+        "float": "float checkpoint, experts are packed while it loads",
+        "quantised": "quantised checkpoint, experts are packed while it loads",
+        "gguf": "GGUF, experts run from the mapped file",
+    }
+    mapped = ", mapped: need not fit" if found.kind == "gguf" else ""
+    rows: dict[str, str] = {
+        "model": f"{found.path} ({kinds[found.kind]})",
+        "architecture": f"{found.architecture}, {found.num_layers} layers, {found.num_moe_layers} of them with "
+        f"{found.num_experts} experts, {found.num_experts_per_tok} for each token",
+        "experts": f"{found.weight_format}, {found.bits_per_weight:.2f} bits per weight, {size(found.expert_bytes)}{mapped}",
+        "run by": f"{found.backend}: {found.kernel}"
+        if found.kernel
+        else f"nothing: {found.reason}",
+        "other weights": f"{size(found.rest_bytes)} in {found.dtype}",
+        "KV cache": f"{size(found.kv_bytes)} for {found.context} tokens (the model's longest: {found.max_context or 'unknown'})",
+        "working memory": size(OVERHEAD),
+        "needed": size(found.needed_bytes),
+        "free": f"{size(found.available_bytes)} of {size(found.total_bytes)}",
+    }
+    if found.reason:
+        verdict = "[red]cannot run[/red]"
+    elif found.fits:
+        verdict = "[green]fits[/green]"
+    else:
+        verdict = f"[red]does not fit[/red]: {size(found.needed_bytes - found.available_bytes)} too little"
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    table.add_row("[bold]verdict[/bold]", verdict)
+    if found.warning:
+        table.add_row("[bold]warning[/bold]", f"[yellow]{escape(found.warning)}[/yellow]")
+    return table
+
+
+def sampling_of(
+    model: Any,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+) -> Any:
+    """The sampling that options ask for, over the model's own settings."""
+    from ktk.integration.transformers.sampling import Sampling
+
+    return Sampling.of(
+        model.generation_config, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )

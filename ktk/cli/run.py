@@ -1,0 +1,121 @@
+"""``ktk run``: one prompt, its answer as it comes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ktk.cli import _model
+
+EPILOG = """Examples:
+
+  ktk run Qwen3-30B-A3B-int4 "Why is the sky blue?"
+
+  ktk run model.gguf "Write a haiku." --temperature 0.8 --seed 1 --max-tokens 64
+
+  cat notes.txt | ktk run Qwen3-30B-A3B - --system "Summarise in one sentence."
+
+  ktk run Qwen3-30B-A3B "def fib(n):" --raw --stop "\\ndef"
+"""
+
+
+def command(
+    model: _model.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The prompt; "-" reads stdin.')],
+    max_tokens: _model.MaxTokens = None,
+    temperature: _model.Temperature = None,
+    top_p: _model.TopP = None,
+    top_k: _model.TopK = None,
+    seed: _model.Seed = None,
+    stop: _model.Stop = None,
+    system: _model.System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")
+    ] = False,
+    method: _model.Method = "auto",
+    weight_format: _model.WeightFormat = "auto",
+    linear: _model.Linear = None,
+    dtype: _model.Dtype = None,
+    force: _model.Force = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
+    ] = False,
+) -> None:
+    """Answer one prompt: the text to stdout as it comes, then the speed to stderr. Ctrl-C ends it."""
+    if raw and system is not None:
+        raise typer.BadParameter("--raw takes no --system: it adds nothing to the prompt")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    opened = _model.load(model, method, weight_format, linear, dtype, force)
+    from ktk.integration.transformers.generation import Session
+
+    session = Session(opened.model, opened.tokenizer)
+    if raw or not opened.tokenizer.chat_template:
+        if system is not None:
+            raise ValueError("--system needs a chat template, which this model's tokenizer has not")
+        ids = session.encode(text)
+    else:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        ids = session.encode_chat(messages)
+
+    def show(piece: str) -> None:
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    before = signal.signal(signal.SIGINT, interrupting(session))
+    try:
+        made = session.generate(
+            ids,
+            _model.sampling_of(opened.model, temperature, top_p, top_k, seed),
+            max_tokens,
+            stop or (),
+            show,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if as_json:
+        found = opened.description
+        figures = {
+            "model": opened.name,
+            "text": made.text,
+            "finish_reason": made.finish_reason,
+            "prompt_tokens": made.prompt_tokens,
+            "generated_tokens": made.generated_tokens,
+            "prefill_tokens_per_second": round(made.prefill_speed, 2),
+            "decode_tokens_per_second": round(made.decode_speed, 2),
+            "kernel": found.kernel,
+        }
+        typer.echo(json.dumps(figures, indent=2))
+    else:
+        show("\n")
+        typer.echo(speeds(made), err=True)
+    if made.finish_reason == "interrupted":
+        raise typer.Exit(130)
+
+
+def interrupting(session: Any) -> Any:
+    """A SIGINT handler: the first one ends the generation, a second one is KeyboardInterrupt."""
+
+    def handle(*_: object) -> None:
+        if session.stopped:
+            raise KeyboardInterrupt
+        session.stop()
+
+    return handle
+
+
+def speeds(made: Any) -> str:
+    """One line of figures about a ``Generated``."""
+    cached = made.prompt_tokens - made.prefilled_tokens
+    kept = f" ({cached} more from the cache)" if cached else ""
+    ended = ", interrupted" if made.finish_reason == "interrupted" else ""
+    return (
+        f"[prompt {made.prefilled_tokens} tokens{kept}, {made.prefill_speed:.1f} tokens/s; "
+        f"answer {made.generated_tokens} tokens, {made.decode_speed:.1f} tokens/s{ended}]"
+    )

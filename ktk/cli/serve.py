@@ -1,0 +1,129 @@
+"""``ktk serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import socket
+from typing import Annotated
+
+import typer
+
+from ktk import env
+from ktk.cli import _model
+
+DEFAULT_CACHE = 2 << 30  # bytes
+EPILOG = """Examples:
+
+  ktk serve Qwen3-30B-A3B-int4
+
+  ktk serve model.gguf --port 9000 --context 32768 --kv-cache 4
+
+  KTK_API_KEY=secret ktk serve Qwen3-30B-A3B-int4 --host 0.0.0.0
+
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+"""
+
+
+def command(
+    model: _model.Model,
+    host: Annotated[
+        str, typer.Option(help="Address to bind; others than this machine's own need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Clients must send it. KTK_API_KEY does the same, unseen by other users."
+        ),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everybody in who reaches the address.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web origin whose pages may call the server; may be given again."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of prompt and answer; default: the model's, at most 8192."
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="GiB of keys and values of all requests; default: 2, at most a quarter of what is free.",
+        ),
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(min=1, max=256, help="Requests generated at once; more wait.")
+    ] = 16,
+    batch_tokens: Annotated[
+        int, typer.Option(min=16, help="Tokens of one forward pass: how prompts are cut up.")
+    ] = 512,
+    method: _model.Method = "auto",
+    weight_format: _model.WeightFormat = "auto",
+    linear: _model.Linear = None,
+    dtype: _model.Dtype = None,
+    force: _model.Force = False,
+) -> None:
+    """Serve a model to OpenAI's clients, and a chat page, until Ctrl-C."""
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+    except ImportError as error:
+        raise ImportError(f"ktk serve needs {error.name}: pip install 'ktk[serve]'") from error
+    del fastapi, prometheus_client, uvicorn
+    _model.quiet_transformers()
+    from ktk.server.app import Access
+    from ktk.server.engine import Limits
+    from ktk.server.serve import LOCAL_HOSTS, is_loopback, serve
+
+    api_key = api_key or env.api_key()
+    if no_auth and api_key:
+        raise typer.BadParameter("--no-auth contradicts the API key: leave one of them out")
+    local = is_loopback(host)
+    if not local and not api_key and not no_auth:
+        raise typer.BadParameter(
+            f"--host {host} lets others in: give --api-key (or KTK_API_KEY), or say --no-auth"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:  # before a model is loaded for minutes
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(f"{host}:{port}: {error.strerror}; choose another --port") from error
+        port = probe.getsockname()[1]
+    opened = _model.load(model, method, weight_format, linear, dtype, force, context)
+    limits = Limits(
+        opened.description.context, max_requests, 256, batch_tokens, _cache_bytes(kv_cache, force)
+    )
+    hosts = (*LOCAL_HOSTS, host) if local and not api_key else None
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(
+        f"{opened.name}, {opened.description.kernel}: chat page http://{shown}:{port}/, "
+        f"API http://{shown}:{port}/v1",
+        err=True,
+    )
+    serve(
+        opened,
+        host,
+        port,
+        Access(api_key, hosts=hosts, cors_origins=tuple(cors_origin or ())),
+        limits,
+    )
+
+
+def _cache_bytes(wanted_gib: float | None, force: bool) -> int:
+    """Bytes for the KV cache, once the model is loaded. Raises MemoryError if more is wanted than is free."""
+    from ktk import cpu
+    from ktk.integration.transformers.open import size
+
+    _, free = cpu.memory()
+    if wanted_gib is None:
+        return min(DEFAULT_CACHE, free // 4 or DEFAULT_CACHE)
+    wanted = int(wanted_gib * 2**30)
+    if free and wanted > free and not force:
+        raise MemoryError(f"--kv-cache {wanted_gib:g} is {size(wanted)}, and {size(free)} are free")
+    return wanted

@@ -1,0 +1,78 @@
+"""Tokens to text while they come: whole characters only, and up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+REPLACEMENT = "�"  # what a decoder gives for bytes that are no whole character (yet)
+
+
+class Detokenizer:
+    """The text of a growing list of tokens, special tokens left out.
+
+    Text is given out once it can no longer change: when it does not end in an unfinished character.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Decoding starts some tokens back, since a token's text may depend on the one before it (leading spaces).
+        self._start = 0
+        self._given = 0  # of _ids, how many are in the text given out
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def add(self, token: int) -> str:
+        """The text that became certain with one more token; "" while a character is unfinished."""
+        self._ids.append(token)
+        return self._text(final=False)
+
+    def finish(self) -> str:
+        """What is left at the end; an unfinished character as U+FFFD."""
+        return self._text(final=True)
+
+    def _text(self, final: bool) -> str:
+        before = self._decode(self._ids[self._start : self._given])
+        now = self._decode(self._ids[self._start :])
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not final):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return now[len(before) :]
+
+
+class StopStrings:
+    """Cuts a text that comes in pieces before the first of some strings."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = [s for s in strings if s]
+        self._held = ""  # what may be the beginning of a stop string
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What of the text so far is certainly wanted and was not given out yet; sets ``found`` at a stop string."""
+        if self.found:
+            return ""
+        text = self._held + text
+        # The one that is complete first, as if the text had come letter by letter.
+        places = [(p + len(s), p) for s in self._strings if (p := text.find(s)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)[1]]
+        held = max((_overlap(text, s) for s in self._strings), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """What was held back, once nothing more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest beginning of ``stop`` that ``text`` ends in."""
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

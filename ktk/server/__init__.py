@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server for one model: FastAPI routes over transformers' continuous batching."""

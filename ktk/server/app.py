@@ -1,0 +1,500 @@
+"""The routes: OpenAI's chat and plain completions and models, and health, metrics, a description, the chat page."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ktk import __version__, cpu
+from ktk.integration.transformers.generation import encode_chat
+from ktk.integration.transformers.open import OpenModel
+from ktk.server.answer import Answer, Piece, chat_logprobs, completion_logprobs
+from ktk.server.engine import Engine, RequestError, ServerBusy
+from ktk.server.metrics import Metrics
+from ktk.server.protocol import ChatRequest, CompletionRequest
+
+CLIENT_GONE = 499  # nginx' code; nobody reads the response, but metrics count it
+OPEN_PATHS = ("/", "/health")  # served without a key
+# The page is one file: nothing may come from elsewhere, nor go there.
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may do what. api_key : None lets everybody in. max_body_bytes : of a request.
+
+    hosts : values of the Host header to answer, None for all: keeps web pages of other names that resolve to this machine
+    out. cors_origins : web origins whose pages may call this server.
+    """
+
+    api_key: str | None = None
+    max_body_bytes: int = 8 << 20
+    hosts: tuple[str, ...] | None = None
+    cors_origins: tuple[str, ...] = ()
+
+
+def error_body(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _error(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> Response:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return JSONResponse(error_body(message, kind, param, code), status)
+
+
+class _Guard:
+    """ASGI middleware: refuses requests without the key, and bodies that are too large."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if scope["path"] not in OPEN_PATHS and not self._is_authorised(headers):
+            message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
+            refusal = _error(401, message, code="invalid_api_key")
+            refusal.headers["www-authenticate"] = "Bearer"
+            await refusal(scope, receive, send)
+            return
+        limit = self._access.max_body_bytes
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > limit:
+            await _too_large(limit)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:  # sent in chunks, without a length
+                raise HTTPException(413, _too_large_text(limit))
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _is_authorised(self, headers: dict[bytes, bytes]) -> bool:
+        key = self._access.api_key
+        if key is None:
+            return True
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        return hmac.compare_digest(given.strip(), key.encode()) and kind.lower() == b"bearer"
+
+
+def _too_large_text(limit: int) -> str:
+    return f"the request's body is too large: at most {limit} bytes"
+
+
+def _too_large(limit: int) -> Response:
+    return _error(413, _too_large_text(limit))
+
+
+class _Gone(Exception):
+    """The client has closed its connection."""
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of ``work``, cancelled with _Gone if the client goes away before."""
+    result: list[T] = []
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch)
+        result.append(await work)
+        group.cancel_scope.cancel()
+    if not result:
+        raise _Gone
+    return result[0]
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events whose source is closed at once when the client goes away, even while it waits for a token."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], gone: Callable[[], None]) -> None:
+        super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._events, self._gone = events, gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        complete = False
+        async with anyio.create_task_group() as group:
+
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                group.cancel_scope.cancel()
+
+            group.start_soon(watch)
+            async with aclosing(self._events):  # type: ignore[type-var]
+                try:
+                    await self.stream_response(send)
+                    complete = True
+                except OSError:  # the connection broke while something was sent
+                    pass
+            group.cancel_scope.cancel()
+        if not complete:
+            self._gone()
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class _Service:
+    """What the routes of one app share."""
+
+    def __init__(self, opened: OpenModel, engine: Engine, metrics: Metrics) -> None:
+        self.opened, self.engine, self.metrics = opened, engine, metrics
+        self.tokenizer = opened.tokenizer
+        self.created = int(time.time())
+
+    def info(self) -> dict[str, Any]:
+        """What the chat page shows about the model and the engine."""
+        found, engine = self.opened.description, self.engine
+        free, pages = engine.cache_pages
+        return {
+            "model": self.opened.name,
+            "ktk": __version__,
+            "architecture": found.architecture,
+            "weight_format": found.weight_format,
+            "bits_per_weight": found.bits_per_weight,
+            "backend": found.backend,
+            "kernel": found.kernel,
+            "expert_bytes": found.expert_bytes,
+            "num_moe_layers": found.num_moe_layers,
+            "num_experts": found.num_experts,
+            "num_experts_per_tok": found.num_experts_per_tok,
+            "physical_cores": cpu.num_physical_cores(),
+            "context": engine.limits.context,
+            "kv_cache_bytes": engine.cache_bytes,
+            "kv_cache_pages": pages,
+            "kv_cache_pages_free": free,
+            "requests_running": engine.running,
+            "requests_waiting": engine.waiting,
+            "tokens_per_second": round(engine.tokens_per_second, 2),
+        }
+
+    def model_row(self) -> dict[str, Any]:
+        return {
+            "id": self.opened.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "ktk",
+            "max_model_len": self.engine.limits.context,
+        }
+
+    async def answer(self, request: ChatRequest | CompletionRequest) -> Answer:
+        """Checks a request and tokenises its prompt. Raises RequestError, HTTPException."""
+        if request.model not in (None, "", self.opened.name):
+            raise HTTPException(
+                404,
+                f"the model {request.model!r:.200} is not served here: only {self.opened.name!r} is",
+            )
+        refused = request.refused()
+        if refused is not None:
+            raise RequestError(refused[1])
+        # A long text takes a while, in which other answers should go on.
+        ids = await asyncio.to_thread(self._encode, request)
+        limit = self.engine.check(len(ids), request.limit)
+        sampling = request.sampling(self.engine.model.generation_config)
+        return Answer(self.engine, self.metrics, ids, sampling, limit, request.stops)
+
+    def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
+        if isinstance(request, ChatRequest):
+            if not self.tokenizer.chat_template:
+                raise RequestError(
+                    f"{self.opened.name} has no chat template: use /v1/completions, which continues text"
+                )
+            try:
+                return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
+            except ValueError as error:
+                raise RequestError(str(error)) from error
+        if request.text is not None:
+            ids: list[int] = self.tokenizer(request.text)["input_ids"]
+            return ids
+        vocabulary = self.engine.model.get_input_embeddings().num_embeddings
+        wrong = [token for token in request.tokens if not 0 <= token < vocabulary]
+        if wrong:
+            raise RequestError(f"prompt has the token {wrong[0]}: must be 0 to {vocabulary - 1}")
+        return request.tokens
+
+
+def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
+    """The ASGI application for a model whose engine has been started."""
+    metrics = Metrics(engine, opened.name)
+    service = _Service(opened, engine, metrics)
+    app = FastAPI(title="ktk", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Guard, access=access)
+    if access.cors_origins:  # outside the guard: a preflight request brings no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(access.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    if access.hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts))
+    page = files("ktk.server").joinpath("page.html").read_text(encoding="utf-8")
+
+    def counted(request: Request, status: int) -> None:
+        route = request.scope.get("route")
+        metrics.requests.labels(getattr(route, "path", "unknown"), str(status)).inc()
+
+    def failed(request: Request, response: Response) -> Response:
+        counted(request, response.status_code)
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return failed(request, _invalid(error))
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return failed(request, _error(400, str(error)))
+
+    @app.exception_handler(ServerBusy)
+    async def busy(request: Request, error: ServerBusy) -> Response:
+        response = _error(503, str(error))
+        response.headers["retry-after"] = "5"
+        return failed(request, response)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        code = "model_not_found" if error.status_code == 404 and "model" in error.detail else None
+        return failed(request, _error(error.status_code, error.detail, code=code))
+
+    @app.exception_handler(_Gone)
+    async def gone(request: Request, error: _Gone) -> Response:
+        return failed(request, Response(status_code=CLIENT_GONE))
+
+    @app.exception_handler(RuntimeError)
+    async def broken(request: Request, error: RuntimeError) -> Response:
+        return failed(request, _error(500, str(error)))
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        answer = await service.answer(body)
+        return await respond(body, request, answer, _Chat(service, body))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        answer = await service.answer(body)
+        return await respond(body, request, answer, _Completion(service, body))
+
+    async def respond(
+        body: ChatRequest | CompletionRequest, request: Request, answer: Answer, form: _Form
+    ) -> Response:
+        if not body.stream:
+            result = await _unless_gone(request, form.whole(answer))
+            counted(request, 200)
+            return JSONResponse(result)
+        # The first piece decides whether this is an error, with its own status, or a stream.
+        pieces = answer.pieces()
+        events = form.events(pieces, answer)
+        first = await _unless_gone(request, anext(events))
+        counted(request, 200)
+        gone_later = metrics.requests.labels(request.scope["route"].path, str(CLIENT_GONE)).inc
+        return _EventStream(_after(first, events), gone_later)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [service.model_row()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != opened.name:
+            raise HTTPException(
+                404, f"the model {name!r:.200} is not served here: only {opened.name!r} is"
+            )
+        return JSONResponse(service.model_row())
+
+    @app.get("/v1/ktk")
+    async def info() -> Response:
+        return JSONResponse(service.info())
+
+    @app.get("/health")
+    async def health() -> Response:
+        if engine.is_alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "the engine has stopped"}, 503)
+
+    @app.get("/metrics")
+    async def scrape() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(
+            page,
+            headers={
+                "content-security-policy": PAGE_POLICY,
+                "x-content-type-options": "nosniff",
+                "referrer-policy": "no-referrer",
+                "cache-control": "no-cache",
+            },
+        )
+
+    return app
+
+
+def _invalid(error: RequestValidationError) -> Response:
+    """What pydantic found, in one line: the field, and why."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "not JSON")
+        return _error(400, f"the body is not valid JSON: {reason} at character {where}")
+    if not where:
+        return _error(
+            400, f"the body must be a JSON object, sent as application/json: {first['msg']}"
+        )
+    return _error(400, f"{where}: {first['msg']}", param=where)
+
+
+async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    async with aclosing(rest):  # type: ignore[type-var]
+        yield first
+        async for event in rest:
+            yield event
+
+
+class _Form:
+    """How answers look: a route's JSON, whole or in chunks."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, service: _Service, body: ChatRequest | CompletionRequest) -> None:
+        self.service, self.body = service, body
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.text_length = 0
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.opened.name,
+            "choices": choices,
+            **more,
+        }
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """The response of a request that does not stream."""
+        total = Piece("")
+        async with aclosing(answer.pieces()) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                total.text += piece.text
+                total.tokens += piece.tokens
+                total.finish_reason = piece.finish_reason
+        return self._frame(self.object, [self.choice(total)], usage=answer.usage)
+
+    async def events(self, pieces: AsyncIterator[Piece], answer: Answer) -> AsyncIterator[str]:
+        """Server-sent events, [DONE] last."""
+        wants_usage = self.body.include_usage
+        nothing_yet = {"usage": None} if wants_usage else {}
+        begun = False
+        try:
+            async with aclosing(pieces):  # type: ignore[type-var]
+                async for piece in pieces:
+                    for choice in self.chunks(piece, not begun):
+                        yield _event(self._frame(self.chunk_object, [choice], **nothing_yet))
+                    begun = True
+            if wants_usage:
+                yield _event(self._frame(self.chunk_object, [], usage=answer.usage))
+        except RuntimeError as error:  # the engine failed
+            if not begun:
+                raise
+            yield _event(error_body(str(error), "server_error"))
+        yield "data: [DONE]\n\n"
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+
+class _Chat(_Form):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if self.body.num_logprobs is None:
+            return None
+        return {"content": chat_logprobs(self.service.tokenizer, piece.tokens), "refusal": None}
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": 0,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
+        }
+
+    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
+        def chunk(
+            delta: dict[str, str], reason: str | None, logprobs: Any = None
+        ) -> dict[str, Any]:
+            return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+        made = [chunk({"role": "assistant", "content": ""}, None)] if is_first else []
+        if piece.text or piece.tokens:
+            made.append(chunk({"content": piece.text}, None, self._logprobs(piece)))
+        if piece.finish_reason is not None:
+            made.append(chunk({}, piece.finish_reason))
+        return made
+
+
+class _Completion(_Form):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        logprobs = None
+        if self.body.num_logprobs is not None:
+            logprobs = completion_logprobs(self.service.tokenizer, piece.tokens, self.text_length)
+        self.text_length += len(piece.text)
+        return {
+            "index": 0,
+            "text": piece.text,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
+        return [self.choice(piece)]

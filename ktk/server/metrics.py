@@ -1,0 +1,62 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from ktk.server.engine import Engine
+
+LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Metrics:
+    """Counters of one server, in a registry of its own."""
+
+    def __init__(self, engine: Engine, model: str) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        info = Gauge("ktk_model", "The model served; always 1.", ["model"], registry=self.registry)
+        info.labels(model).set(1)
+        self.requests = Counter(
+            "ktk_requests",
+            "Answered requests by route and HTTP status; 499: the client went away.",
+            ["route", "status"],
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "ktk_prompt_tokens", "Tokens of accepted prompts.", registry=self.registry
+        )
+        self.generated_tokens = Counter(
+            "ktk_generated_tokens", "Tokens generated.", registry=self.registry
+        )
+        self.first_token = Histogram(
+            "ktk_time_to_first_token_seconds",
+            "From the request to its first token.",
+            buckets=LATENCY,
+            registry=self.registry,
+        )
+        self.next_token = Histogram(
+            "ktk_time_per_output_token_seconds",
+            "Between tokens of an answer, its mean.",
+            buckets=LATENCY,
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "ktk_request_seconds",
+            "From the request to the end of its answer.",
+            buckets=LATENCY,
+            registry=self.registry,
+        )
+        for name, what, read in (
+            ("ktk_requests_running", "Sequences being generated.", lambda: engine.running),
+            ("ktk_requests_waiting", "Queue depth: requests whose turn has not come.", lambda: engine.waiting),
+            ("ktk_tokens_per_second", "Generated tokens/s over the last ten seconds.", lambda: engine.tokens_per_second),
+            ("ktk_kv_cache_pages_free", "Free pages of the KV cache.", lambda: engine.cache_pages[0]),
+            ("ktk_kv_cache_pages", "Pages of the KV cache.", lambda: engine.cache_pages[1]),
+        ):  # fmt: skip
+            Gauge(name, what, registry=self.registry).set_function(read)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,154 @@
+"""A tiny random MoE model with a real tokenizer, and `ktk serve` of it as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SEED = 7
+TEXT = [
+    "The experts of a mixture are most of its weights, of which a token uses a few.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 𝛼𝛽𝛾 — “quoted” 東京",
+]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_model(directory: Path, longest: int = 32768) -> Path:
+    """A Qwen3-MoE of two layers whose greedy text is endless: it practically never chooses the end token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|end|>"
+    )
+    fast.chat_template = TEMPLATE
+    config = Qwen3MoeConfig(
+        vocab_size=len(fast), hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,
+        num_experts_per_tok=2, max_position_embeddings=longest, eos_token_id=fast.eos_token_id, pad_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.15)
+        model.lm_head.weight[fast.eos_token_id] = 0
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
+class Server:
+    """A running `ktk serve`. ``request`` is (status, JSON or text)."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, key: str | None) -> None:
+        self.process, self.url, self.key = process, url, key
+        self.port = int(url.rsplit(":", 1)[1])
+
+    def request(
+        self,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 60,
+    ) -> tuple[int, Any]:
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        own = {"content-type": "application/json", **(headers or {})}
+        if self.key is not None:
+            own.setdefault("authorization", f"Bearer {self.key}")
+        request = urllib.request.Request(self.url + path, data, own)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                status, raw, kind = (
+                    response.status,
+                    response.read(),
+                    response.headers["content-type"],
+                )
+        except urllib.error.HTTPError as error:
+            status, raw, kind = error.code, error.read(), error.headers["content-type"]
+        return status, json.loads(raw) if "json" in kind else raw.decode()
+
+    def info(self) -> dict[str, Any]:
+        return self.request("/v1/ktk")[1]
+
+    def settle(self, timeout: float = 20) -> dict[str, Any]:
+        """The server's description once nothing runs and every page of the KV cache is free."""
+        end = time.monotonic() + timeout
+        while True:
+            found = self.info()
+            idle = found["requests_running"] == found["requests_waiting"] == 0
+            if idle and found["kv_cache_pages_free"] == found["kv_cache_pages"]:
+                return found
+            assert time.monotonic() < end, f"still busy after {timeout} s: {found}"
+            time.sleep(0.05)
+
+    def memory(self) -> int:
+        """Bytes that the process holds and no file backs."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"RssAnon:\s+(\d+) kB", text)
+        assert found
+        return int(found[1]) * 1024
+
+    def end(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+        """Its exit code after a signal."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+
+@contextlib.contextmanager
+def serving(model: Path, *options: str, key: str | None = None) -> Iterator[Server]:
+    """`ktk serve model`, from when it answers to the end of the block."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KTK_NUM_THREADS": "1"}
+    if key is not None:
+        environment["KTK_API_KEY"] = key
+    command = [sys.executable, "-m", "ktk", "serve", str(model), "--port", "0", *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stderr is not None
+    try:
+        line = ""
+        while "API http" not in line:
+            line = process.stderr.readline()
+            assert line, f"ktk serve ended with {process.wait()}"
+        server = Server(process, line.rsplit("API ", 1)[1].strip().removesuffix("/v1"), key)
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                if server.request("/health")[0] == 200:
+                    break
+            assert time.monotonic() < end and process.poll() is None, "the server does not answer"
+            time.sleep(0.05)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
