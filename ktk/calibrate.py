@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,10 +21,11 @@ import numpy as np
 
 from ktk.formats import get_format
 from ktk.formats.floats import to_f32
-from ktk.ggml_quantise import BLOCK_TYPES, LARGEST
+from ktk.ggml_quantise import LARGEST
 from ktk.layout import PANEL, MatrixLayout
 from ktk.pack import NOT_FINITE, check_expert
 from ktk.reference import blocks as oracle
+from ktk.reference.activation import activate
 from ktk.reference.pack import lay_panels, search_ladder
 from ktk.types import Activation, ExpertWeights, MoESpec
 
@@ -73,7 +74,9 @@ GRIDS = {
     "Q4_0": Grid(32, _steps(5.6, 9.6, 0.25, True), -8, 7, 32, rounding=_FP16),
     "Q4_K": Grid(32, _steps(12.5, 17, 0.5), 0, 15, 256, is_affine=True, int_max=63),
     "Q5_K": Grid(32, _steps(27, 33, 1), 0, 31, 256, is_affine=True, int_max=63),
-    "Q6_K": Grid(16, tuple(-d for d in _steps(28, 36.5, 0.5)), -32, 31, 256, int_min=-128, int_max=127),
+    "Q6_K": Grid(
+        16, tuple(-d for d in _steps(28, 36.5, 0.5)), -32, 31, 256, int_min=-128, int_max=127
+    ),
     "Q8_0": Grid(32, _steps(126, 130, 1), -127, 127, 32, rounding=_FP16),
 }
 
@@ -100,7 +103,9 @@ def factorise(hessian: np.ndarray, damping: float = DAMPING) -> Factor:
     Raises ValueError on NaN or inf. Moments that are not positive definite are damped more, at last to their diagonal.
     """
     if not np.isfinite(hessian).all():
-        raise ValueError("the inputs of the calibration hold NaN or inf: the model overflows on that text")
+        raise ValueError(
+            "the inputs of the calibration hold NaN or inf: the model overflows on that text"
+        )
     h = np.asarray(hessian, np.float64)
     diagonal = np.diag(h)
     mean = diagonal.mean()
@@ -207,7 +212,8 @@ def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
     best, least = np.zeros_like(peak), np.full_like(peak, np.inf)
     for d in grid.ladder:
         scale = peak / F(d)
-        q = np.clip(np.rint(x * _inverse(scale)), grid.code_min, grid.code_max)
+        inverse = np.divide(F(1), scale, out=np.zeros_like(scale), where=scale != 0)
+        q = np.clip(np.rint(x * inverse), grid.code_min, grid.code_max)
         difference = x - q * scale
         error = (importance * difference * difference).sum(axis=0)
         better = error < least
@@ -215,28 +221,28 @@ def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
     return best.astype(F)
 
 
-def _inverse(scale: np.ndarray) -> np.ndarray:
-    """1 / scale, 0 where it is 0."""
-    return np.divide(F(1), scale, out=np.zeros_like(scale), where=scale != 0)
-
-
 def calibrated_panels(
     w: np.ndarray, layout: MatrixLayout, spec: MoESpec, factor: Factor
-) -> np.ndarray:
-    """float32 or bf16 bits (out, in) as panels, uint8 (num_panels, panel_bytes), of a packed integer format."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 or bf16 bits (out, in) as panels, uint8 (num_panels, panel_bytes), of a packed integer format.
+
+    And the values they hold, float32 (out, in). Raises ValueError on NaN or inf.
+    """
     fmt = get_format(spec.weight_format)
     columns = layout.num_groups * layout.group_size
     given = np.zeros((layout.num_panels * PANEL, columns), F)
     given[: w.shape[0], : w.shape[1]] = _finite(w)
     rounded = round_matrix(given, padded(factor, columns), packed_grid(fmt.name, layout))
     codes = (rounded.codes.T + fmt.zero_point).astype(np.uint8)
-    return lay_panels(np.ascontiguousarray(codes[:, : layout.padded_in]), np.ascontiguousarray(rounded.scales.T), layout, fmt)  # fmt: skip
+    codes, scales = codes[:, : layout.padded_in], rounded.scales.T
+    panels = lay_panels(np.ascontiguousarray(codes), np.ascontiguousarray(scales), layout, fmt)
+    return panels, (given - rounded.error.T)[: w.shape[0], : w.shape[1]]
 
 
-def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> np.ndarray:
+def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
     """float32 or bf16 bits (rows, in_features) as ggml blocks, uint8 (rows, row bytes). type : a name of GRIDS.
 
-    Raises ValueError on NaN, inf, a weight above LARGEST, or in_features that are not whole blocks.
+    And the values they hold, float32 (rows, in_features). Raises ValueError on NaN, inf, a weight above LARGEST, or in_features that are not whole blocks.
     """
     grid = GRIDS.get(type)
     if grid is None:
@@ -258,19 +264,19 @@ def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> np.ndarray:
         parts = values.reshape(columns // grid.block, -1, rows)
         return np.ascontiguousarray(parts.transpose(1, 2, 0)).reshape(parts.shape[1], -1)
 
+    values = given - r.error.T
     codes = by_block(r.codes)
     if not grid.int_max:
-        scales = by_block(r.scales)[0]
         lay = {"Q4_0": oracle.lay_q4_0, "Q8_0": oracle.lay_q8_0, "MXFP4": _lay_mxfp4}[type]
-        return lay(codes, scales).reshape(rows, -1)
+        return lay(codes, by_block(r.scales)[0]).reshape(rows, -1), values
     d, dmin = by_block(r.supers[0])[0], by_block(r.supers[1])[0]
-    unsigned = (codes - grid.code_min).astype(np.uint8)
-    ints = by_block(r.ints[0])
+    codes, ints = (codes - grid.code_min).astype(np.uint8), by_block(r.ints[0])
     if grid.is_affine:
         lay_affine = {"Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}[type]
-        return lay_affine(unsigned, ints, by_block(r.ints[1]), d, dmin).reshape(rows, -1)
-    lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k}[type]
-    return lay_signed(unsigned, ints, d).reshape(rows, -1)
+        blocks = lay_affine(codes, ints, by_block(r.ints[1]), d, dmin)
+    else:
+        blocks = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k}[type](codes, ints, d)
+    return blocks.reshape(rows, -1), values
 
 
 def _lay_mxfp4(levels: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -287,3 +293,105 @@ def _finite(w: np.ndarray) -> np.ndarray:
     if not np.isfinite(given).all():
         raise ValueError(NOT_FINITE)
     return given
+
+
+# (projection, float32 or bf16 bits (out, in), the factor of its inputs' moments) to the bytes stored and the values they hold.
+Encode = Callable[[str, np.ndarray, Factor], tuple[np.ndarray, np.ndarray]]
+
+
+def packed_encoder(spec: MoESpec) -> Encode:
+    """Panels of a packed integer format."""
+    layout = spec.layout
+    return lambda name, w, factor: calibrated_panels(w, layout.matrix(name), spec, factor)
+
+
+def lay_expert(
+    spec: MoESpec, weights: ExpertWeights, stored: dict[str, np.ndarray], out: np.ndarray
+) -> None:
+    """One expert's calibrated panels, and its biases, into ``out``, uint8 (expert_bytes,)."""
+    layout = spec.layout
+    out[:] = 0
+    for name in layout.projections:
+        layout.panels(out, name)[:] = stored[name]
+        bias = layout.bias(out, name)
+        if bias is not None:
+            given = getattr(weights, f"{name}_bias")
+            bias.view(F)[: len(given)] = given
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What came to a layer's experts. hidden float32 (tokens, hidden_size); topk_ids int64, topk_weights float32 (tokens, top_k)."""
+
+    hidden: np.ndarray
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+
+
+class LayerCalibration:
+    """Calibrates the experts of one layer, in any order and from any thread, on the inputs the model gave them.
+
+    An error counts by its token's routing weight, squared, as it does in the layer's output. Gate and up: the expert's second moments,
+    mixed with the whole layer's, which count as PRIOR * hidden_size tokens. Down: its inputs are what the expert's rounded gate and up
+    make of them; mixed with their own diagonal alone, since channels of different experts have nothing in common. An expert
+    without tokens so gets the layer's moments for gate and up, and plain rounding for down.
+    """
+
+    def __init__(self, spec: MoESpec, inputs: LayerInputs) -> None:
+        self.spec, self.inputs = spec, inputs
+        if not np.isfinite(inputs.hidden).all() or not np.isfinite(inputs.topk_weights).all():
+            raise ValueError(
+                "the inputs of the calibration hold NaN or inf: the model overflows on that text"
+            )
+        self._pooled = _moments(inputs.hidden, np.ones(len(inputs.hidden), F))
+
+    def expert(self, expert: int, weights: ExpertWeights, encode: Encode) -> dict[str, np.ndarray]:
+        """The bytes of each projection. Raises ValueError / TypeError as ``ktk.pack.pack_expert``."""
+        check_expert(self.spec, weights)
+        token, slot = np.nonzero(self.inputs.topk_ids == expert)
+        x, routing = self.inputs.hidden[token], self.inputs.topk_weights[token, slot]
+        moments = _mix(_moments(x, routing), routing, self._pooled)
+        factor = factorise(moments)
+        stored: dict[str, np.ndarray] = {}
+        first: dict[str, np.ndarray] = {}
+        for name in ("gate", "up") if weights.gate is not None else ("up",):
+            stored[name], values = encode(name, getattr(weights, name), factor)
+            first[name] = x @ values.T  # (tokens, intermediate_size)
+            bias = getattr(weights, f"{name}_bias")
+            if bias is not None:
+                first[name] += bias
+        h = _activated(first.get("gate"), first["up"], self.spec.activation)
+        moments = _moments(h, routing)
+        factor = factorise(_mix(moments, routing, np.diag(np.diag(moments))))
+        stored["down"] = encode("down", weights.down, factor)[0]
+        return stored
+
+
+def _moments(x: np.ndarray, routing: np.ndarray) -> np.ndarray:
+    """float32 (K, K): the mean over tokens of x x^T, each weighted by its squared share of the routing; zeros without tokens."""
+    total = float(np.square(routing, dtype=np.float64).sum())
+    if not total:
+        return np.zeros((x.shape[1], x.shape[1]), F)
+    weighted = x * routing[:, None]
+    moments: np.ndarray = (weighted.T @ weighted) / F(total)
+    return moments
+
+
+def _mix(moments: np.ndarray, routing: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    square = np.square(routing, dtype=np.float64)
+    # tokens of equal weight that would tell as much
+    tokens = float(square.sum() ** 2 / np.square(square).sum()) if square.any() else 0.0
+    share = F(tokens / (tokens + PRIOR * len(moments)))
+    mixed: np.ndarray = share * moments + (1 - share) * prior
+    return mixed
+
+
+def _activated(gate: np.ndarray | None, up: np.ndarray, activation: Activation) -> np.ndarray:
+    """The activation without the reference's bit-exact exponential, which takes most of a calibration's time."""
+    if gate is None or activation.kind != "sigmoid_glu":
+        return activate(gate, up, activation)
+    a = activation
+    g = np.clip(gate, F(a.gate_min), F(a.gate_max))
+    with np.errstate(over="ignore"):
+        h: np.ndarray = g / (1 + np.exp(-F(a.alpha) * g))
+    return h * (np.clip(up, F(a.up_min), F(a.up_max)) + F(a.up_offset))

@@ -10,6 +10,7 @@ GGUF program could load the file as a model; ktk takes them from the Hugging Fac
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -28,14 +29,25 @@ from typing import Any
 import numpy as np
 
 from ktk import _log
+from ktk.calibrate import LayerCalibration, LayerInputs, calibrated_rows
 from ktk.checkpoint.packed import TEMPORARY_PREFIX, replacing, write_all
 from ktk.checkpoint.safetensors import Checkpoint
-from ktk.convert import Progress, Summary, changed_source, experts_to_convert, fingerprint
+from ktk.convert import (
+    Calibration,
+    Progress,
+    Summary,
+    calibrated_experts,
+    changed_source,
+    experts_to_convert,
+    fingerprint,
+    layer_output,
+)
 from ktk.errors import CheckpointError
-from ktk.ggml_quantise import BLOCK_TYPES, block_type, quantise_rows
+from ktk.formats import GGUF
+from ktk.ggml_quantise import BLOCK_TYPES, BlockType, quantise_rows
 from ktk.models import Config, Experts
 from ktk.models.base import INTERMEDIATE_KEYS
-from ktk.types import ExpertWeights, MoESpec
+from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec
 
 ALIGNMENT = 32  # of tensors, the GGUF format's default
 FALLBACK = "Q8_0"  # where rows are not whole blocks of 256
@@ -72,8 +84,11 @@ FILE_TYPES = {
     "Q4_0": "MOSTLY_Q4_0",
     "Q4_K": "MOSTLY_Q4_K_S",
     "Q6_K": "MOSTLY_Q6_K",
+    "Q5_K": "MOSTLY_Q5_K_S",
+    "Q3_K": "MOSTLY_Q3_K_S",
     "MXFP4": "MOSTLY_MXFP4_MOE",
 }
+LAYOUTS = BLOCK_TYPES | {t.name: t for t in (BlockType("Q5_K", 256, 176), BlockType("Q3_K", 256, 110))}  # fmt: skip
 EXPERTS_ONLY = "holds the experts only: the other tensors and the tokenizer stay with the Hugging Face directory"
 
 
@@ -101,6 +116,7 @@ def convert_to_gguf(
     input_type: str | None = None,
     threads: int,
     progress: Callable[[Progress], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> Summary:
     """``ktk.convert.convert`` for an output that ends in .gguf; see there."""
     started = time.monotonic()
@@ -119,7 +135,10 @@ def convert_to_gguf(
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 job.check_room(output.parent)
                 write_all(file, job.header)
-                job.write_experts(file.fileno())
+                if calibration is None:
+                    job.write_experts(file.fileno())
+                else:
+                    job.write_calibrated(file.fileno(), checkpoint.directory, calibration)
                 changed = changed_source(source, fingerprint(checkpoint))
                 if changed:
                     raise CheckpointError(
@@ -165,7 +184,7 @@ class _Job:
     ) -> None:
         self.experts, self.threads, self.progress = experts, threads, progress
         self.path = checkpoint.path
-        self.type = block_type(quant_method).name
+        self.type = quant_method.upper()
         self.notes = [EXPERTS_ONLY]
         self.specs = {
             layer: MoESpec(**experts.spec_fields(layer), weight_format="bf16")
@@ -196,9 +215,9 @@ class _Job:
         for projection in ("gate", "up", "down") if spec.has_gate else ("up", "down"):
             outs, ins = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
             name = f"blk.{layer}.ffn_{projection}_exps"
-            kind = BLOCK_TYPES[self.type]
-            if ins % kind.block and ins % BLOCK_TYPES[FALLBACK].block == 0:
-                kind = BLOCK_TYPES[FALLBACK]
+            kind = LAYOUTS[self.type]
+            if ins % kind.block and ins % LAYOUTS[FALLBACK].block == 0:
+                kind = LAYOUTS[FALLBACK]
                 note = f"{projection}: {FALLBACK}, as its rows of {ins} weights are not whole {self.type} blocks"
                 if note not in self.notes:
                     self.notes.append(note)
@@ -281,25 +300,64 @@ class _Job:
                     return
                 layer, expert, future = pending.popleft()
                 future.result()
-                count, size = self.specs[layer].num_experts, self.layer_bytes[layer]
-                more = size * (expert + 1) // count - size * expert // count
-                self.report(f"layer {layer}", more)
+                self._report_expert(layer, expert)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def write_calibrated(self, fd: int, source: Path, calibration: Calibration) -> None:
+        """The same, each layer rounded for what the layers written before it make of the calibration text."""
+        os.ftruncate(fd, self.file_bytes)
+
+        def on_layer(layer: int, inputs: LayerInputs) -> np.ndarray:
+            spec = dataclasses.replace(
+                self.specs[layer], weight_format=GGUF.name, activation_group=None
+            )
+            types = {t.projection: t.type for t in self.tensors[layer]}
+            made: list[dict[str, np.ndarray]] = []
+            for expert, (weights, stored) in enumerate(
+                calibrated_experts(
+                    self.experts,
+                    layer,
+                    LayerCalibration(spec, inputs),
+                    lambda name, w, factor: calibrated_rows(w, types[name], factor),
+                    self.threads,
+                    str(self.path),
+                )  # fmt: skip
+            ):
+                for tensor in self.tensors[layer]:
+                    if tensor.type == "F32":
+                        stored[tensor.projection] = _encode(tensor, weights)
+                    _write_at(fd, stored[tensor.projection], tensor.offset + expert * tensor.expert_bytes)  # fmt: skip
+                made.append(stored)
+                self._report_expert(layer, expert)
+            matrices = {
+                name: BlockMatrix(types[name], spec.hidden_size if name != "down" else spec.intermediate_size,
+                                  np.stack([e[name] for e in made]))
+                for name in ("gate", "up", "down") if name in types
+            }  # fmt: skip
+            biases = {
+                name: np.stack([e[name] for e in made]) for name in types if name.endswith("_bias")
+            }
+            blocks = BlockExperts(spec, matrices.get("gate"), matrices["up"], matrices["down"], **biases)  # fmt: skip
+            return layer_output(blocks, inputs)
+
+        calibration.run(source, self.experts, on_layer)
+        self.notes.append("calibrated: " + json.dumps(calibration.provenance()))
 
     def _write(self, fd: int, layer: int, expert: int) -> None:
         try:
             weights = self.experts.read(layer, expert)
             for tensor in self.tensors[layer]:
-                span = _encode(tensor, weights).data.cast("B")
-                at = tensor.offset + expert * tensor.expert_bytes
-                while len(span):
-                    written = os.pwrite(fd, span, at)
-                    span, at = span[written:], at + written
+                _write_at(fd, _encode(tensor, weights), tensor.offset + expert * tensor.expert_bytes)  # fmt: skip
         except CheckpointError:
             raise
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path}: layer {layer} expert {expert}: {error}") from error
+
+    def _report_expert(self, layer: int, expert: int) -> None:
+        count, size = self.specs[layer].num_experts, self.layer_bytes[layer]
+        more = size * (expert + 1) // count - size * expert // count
+        self.report(f"layer {layer}", more)
 
     def report(self, what: str, more: int) -> None:
         self.done_bytes += more
@@ -329,6 +387,13 @@ class _Job:
             mb_per_second=self.done_bytes / 1e6 / max(seconds, 1e-9),
             notes=tuple(self.notes),
         )
+
+
+def _write_at(fd: int, data: np.ndarray, at: int) -> None:
+    span = np.ascontiguousarray(data).data.cast("B")
+    while len(span):
+        written = os.pwrite(fd, span, at)
+        span, at = span[written:], at + written
 
 
 def _encode(tensor: _Tensor, weights: ExpertWeights) -> np.ndarray:

@@ -30,8 +30,8 @@ from transformers import (
 from ktk import backends
 from ktk.cli import main
 from ktk.demo import evaluate, run, smollm2
-from ktk.demo.text import stdlib_text, windows
 from ktk.errors import CheckpointError
+from ktk.text import stdlib_text, windows
 
 RUNS_GGUF = backends.backends()["LLAMAFILE"].why_not() is None
 
@@ -156,7 +156,7 @@ def test_text_is_the_same_in_every_process() -> None:
     text = stdlib_text()
     assert len(text) > 50_000
     assert " at 0x" not in text
-    code = "import hashlib; from ktk.demo.text import stdlib_text as t; print(hashlib.sha256(t().encode()).hexdigest())"
+    code = "import hashlib; from ktk.text import stdlib_text as t; print(hashlib.sha256(t().encode()).hexdigest())"
     other = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "5"},

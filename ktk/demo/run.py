@@ -15,8 +15,8 @@ from typing import Any
 
 from ktk import backends, cpu, env
 from ktk.demo import evaluate, smollm2
-from ktk.demo.text import stdlib_text, windows
 from ktk.errors import CheckpointError
+from ktk.text import stdlib_text, windows
 
 WINDOW = 256
 ANSWER_TOKENS = 32
