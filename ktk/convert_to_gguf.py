@@ -322,7 +322,7 @@ class _Job:
                     lambda name, w, factor: calibrated_rows(w, types[name], factor),
                     self.threads,
                     str(self.path),
-                )  # fmt: skip
+                )
             ):
                 for tensor in self.tensors[layer]:
                     if tensor.type == "F32":

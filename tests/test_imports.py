@@ -16,7 +16,7 @@ LAYERS = (
     ("cpu",),
     ("checkpoint",),
     ("models",),
-    ("reference", "_pack_numba", "_ggml_numba", "pack", "ggml_quantise"),
+    ("reference", "_pack_numba", "_ggml_numba", "pack", "ggml_quantise", "ggml_library"),
     ("_calibrate_numba", "calibrate"),
     ("backends",),
     ("runtime",),

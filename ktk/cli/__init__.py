@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "ktk.cli.doctor",
     "convert": "ktk.cli.convert",
     "demo": "ktk.cli.demo",
+    "eval": "ktk.cli.eval",
     "bench": "ktk.cli.bench",
 }
 
