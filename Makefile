@@ -40,7 +40,7 @@ test-numa: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror ktk/_cy/include/*.h ktk/_cy/kernels/*.c ktk/_cy/kernels/*.h ktk/_cy/emulator/*.c ktk/_cy/emulator/*.h
+	$(BIN)/clang-format --dry-run -Werror ktk/_cy/include/*.h ktk/_cy/kernels/*.c ktk/_cy/kernels/*.h ktk/_cy/emulator/*.c ktk/_cy/emulator/*.h vendor/llamafile/*.[ch] vendor/llamafile/blocks/*.h
 	$(BIN)/mypy
 	$(BIN)/python ktk/_cy/check.py
 

@@ -99,7 +99,6 @@ cdef extern from "llamafile.h" nogil:
         int32_t block_bytes
         int32_t fine
         int32_t is_float
-        int32_t is_fused
 
     const lf_format *lf_formats
     int32_t lf_num_formats
@@ -457,13 +456,12 @@ def blocks_isa_rows():
 
 
 def block_formats():
-    """{ggml type's name: (index, weights of a block, bytes of a block, weights that share a scale or 0: floats,
-    whether few rows are multiplied in registers)}."""
+    """{ggml type's name: (index, weights of a block, bytes of a block, weights that share a scale or 0: floats)}."""
     cdef const lf_format *f
     found = {}
     for i in range(lf_num_formats):
         f = &lf_formats[i]
-        found[f.name.decode()] = (i, f.block_weights, f.block_bytes, f.fine, bool(f.is_fused))
+        found[f.name.decode()] = (i, f.block_weights, f.block_bytes, f.fine)
     return found
 
 

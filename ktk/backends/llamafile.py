@@ -27,16 +27,12 @@ _warned: set[str] = set()
 
 
 class BlockFormat(NamedTuple):
-    """table_index : in the kernels' table. fine : weights that share a scale; 0: a float format.
-
-    is_fused : few tokens are multiplied with what is in registers, not through memory.
-    """
+    """table_index : in the kernels' table. fine : weights that share a scale; 0: a float format."""
 
     table_index: int
     block_weights: int
     block_bytes: int
     fine: int
-    is_fused: bool
 
 
 @cache
@@ -51,24 +47,17 @@ def formats() -> dict[str, BlockFormat]:
 def types_by_path() -> dict[str, list[str]]:
     """GGUF types by what becomes of their weights here, those of most bits first.
 
-    fused : multiplied in registers. unpacked : laid down for a panel of rows first. float_copies : no kernel, they run as
-    F16 or F32 copies. packed_anew : no kernel over blocks runs here at all, they become int8 or int4.
+    kernel : read as they lie. float_copies : no kernel, they run as F16 or F32 copies. packed_anew : no kernel over blocks
+    runs here at all, they become int8 or int4.
     """
     bits = decoded_types()
     ordered = sorted(bits, key=lambda name: -bits[name])
     runs, known = LlamafileBackend().why_not() is None, formats()
-    paths: dict[str, list[str]] = {
-        "fused": [],
-        "unpacked": [],
-        "float_copies": [],
-        "packed_anew": [],
-    }
+    paths: dict[str, list[str]] = {"kernel": [], "float_copies": [], "packed_anew": []}
     for name in ordered:
         path = "packed_anew"
         if runs:
-            path = "float_copies"
-            if name in known:
-                path = "fused" if known[name].is_fused else "unpacked"
+            path = "kernel" if name in known else "float_copies"
         paths[path].append(name)
     return paths
 

@@ -36,6 +36,7 @@ MIN_CALLS, MAX_CALLS = 2, 20
 # A call longer than this needs no other before it to be warm, and stands for a round alone.
 WARM_UP_BELOW = 0.25
 CHECKED_TOKENS = 2
+SMALL_PAGE = 4096  # bytes
 # torch rounds to bf16 (2**-9) at four places of a layer.
 TORCH_TOLERANCE = 0.02
 # Mean error of a layer of GGUF blocks against float64, of the mean output: what rounding activations to eight bits loses,
@@ -139,6 +140,7 @@ class Caller:
 
     def round(self) -> tuple[list[float], list[float]]:
         """Seconds and experts touched of each call of a round; one before them, if short, only warms up."""
+        self.layer.settle()
         if self.last < WARM_UP_BELOW:
             self()
         many = min(max(int(CALL_SECONDS / self.last), MIN_CALLS), MAX_CALLS)
@@ -150,7 +152,7 @@ class Layer(ABC):
     """One layer, ready to be called.
 
     method : as asked for. kernel : what really runs. peak : the ceiling of its arithmetic.
-    expert_bytes : codes and scales of an expert. layer_bytes : memory of all experts.
+    expert_bytes : codes and scales of an expert. layer_bytes : memory of all experts. weights : that memory, where it is ours.
     """
 
     method: str
@@ -160,6 +162,12 @@ class Layer(ABC):
     expert_bytes: int
     layer_bytes: int
     bits_per_weight: float
+    weights: tuple[np.ndarray, ...] = ()
+
+    def settle(self) -> None:
+        """Touch every page: the first access after the seconds that other layers' rounds take costs a virtual machine more."""
+        for array in self.weights:
+            array.reshape(-1)[::SMALL_PAGE].max()
 
     @abstractmethod
     def prepare(self, hidden: np.ndarray, routing: Routing) -> tuple[Any, ...]:
@@ -204,6 +212,7 @@ class KtkLayer(MoELayer):
         data = data.reshape(spec.num_experts, -1)
         for e in range(2):
             data[e::2] = self.two.data[e]
+        self.weights = (data,)
         self.moe = MoE(Packed(spec, data), method=method.backend, num_threads=num_threads)
         self.method, self.backend, self.kernel = method.text, self.moe.backend, self.moe.kernel
         self.peak = peak_of(self.kernel, spec.weight_format)
@@ -240,6 +249,7 @@ class BlocksLayer(MoELayer):
             two = repack(two, num_threads or cpu.default_threads())
         gate, up, down = (in_turns(m, spec.num_experts) for m in two.matrices.values())
         experts = BlockExperts(spec, gate, up, down)
+        self.weights = tuple(matrix.data for matrix in experts.matrices.values())
         self.moe = MoE(experts, method=method.backend, num_threads=num_threads, repack=False)
         self.method, self.backend = method.text, self.moe.backend
         self.kernel = self.moe.kernel + (" repacked" if method.is_repacked else "")

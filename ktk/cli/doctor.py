@@ -11,8 +11,7 @@ import typer
 
 # Paths of ktk.backends.llamafile.types_by_path, and what they mean.
 GGUF_PATHS = {
-    "fused": "from the file, fused kernel",
-    "unpacked": "from the file, through unpacked panels",
+    "kernel": "as they lie in the file",
     "float_copies": "as a float copy: no kernel reads them",
     "packed_anew": "packed to INT8 or INT4: LLAMAFILE does not run here",
 }

@@ -8,19 +8,11 @@
 #define LF_DEFINE_GRIDS
 #include "grids.h"
 
-/* Formats by name, as the table has them; and those with a fused kernel, a bit each. */
-#define ROW(NAME, ...) FORMAT_##NAME,
-enum { LF_FLOAT_FORMATS(ROW) LF_INTEGER_FORMATS(ROW) };
-#undef ROW
-#define ROW(NAME) | UINT64_C(1) << FORMAT_##NAME
-#define IS_FUSED(NAME) ((0 LF_FUSED_FORMATS(ROW)) >> FORMAT_##NAME & 1)
-
 #define INTEGER_ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ...)              \
-    {TEXT, TYPE, WEIGHTS, BYTES, FINE, 0, IS_FUSED(NAME)},
-#define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD) {TEXT, TYPE, 1, BYTES, 0, 1, IS_FUSED(NAME)},
+    {TEXT, TYPE, WEIGHTS, BYTES, FINE, 0},
+#define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD) {TEXT, TYPE, 1, BYTES, 0, 1},
 const lf_format lf_formats[] = {LF_FLOAT_FORMATS(FLOAT_ROW) LF_INTEGER_FORMATS(INTEGER_ROW)};
 const int32_t lf_num_formats = sizeof lf_formats / sizeof *lf_formats;
-#undef ROW
 
 /* LF_ROWS is ROW(avx2) ROW(avx512) ...: the ISAs that kernels.c was compiled for, slowest first. */
 #define ROW(isa) extern const lf_kernels lf_kernels_##isa;

@@ -22,7 +22,6 @@ typedef struct {
     int32_t block_weights, block_bytes;
     int32_t fine; /* weights that share a scale; 0: float formats */
     int32_t is_float;
-    int32_t is_fused; /* few rows of activations are multiplied in registers, see LF_FUSED_FORMATS */
 } lf_format;
 
 /* The formats, lf_num_formats of them; an index into them is what `format` means below. */
