@@ -74,9 +74,7 @@ GRIDS = {
     "Q4_0": Grid(32, _steps(5.6, 9.6, 0.25, True), -8, 7, 32, rounding=_FP16),
     "Q4_K": Grid(32, _steps(12.5, 17, 0.5), 0, 15, 256, is_affine=True, int_max=63),
     "Q5_K": Grid(32, _steps(27, 33, 1), 0, 31, 256, is_affine=True, int_max=63),
-    "Q6_K": Grid(
-        16, tuple(-d for d in _steps(28, 36.5, 0.5)), -32, 31, 256, int_min=-128, int_max=127
-    ),
+    "Q6_K": Grid(16, _steps(28, 36.5, 0.5, True), -32, 31, 256, int_min=-128, int_max=127),
     "Q8_0": Grid(32, _steps(126, 130, 1), -127, 127, 32, rounding=_FP16),
 }
 

@@ -430,11 +430,13 @@ def evaluate(
     """The reference's row, then one for each variant as it is done; everything but the experts in float32."""
     from time import perf_counter
 
+    from transformers import AutoConfig
+
     step("reference")
     model = load_float(source)
     started = perf_counter()
     reference = StoredLogits(model, windows)
-    bits = 8 * next(find_experts(model))[1].down_proj.element_size()
+    bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
     with_itself = distance(model, windows, reference)
     yield Row("float", f"torch {model.config._experts_implementation}", bits, 0, with_itself, perf_counter() - started)  # fmt: skip
     del model
