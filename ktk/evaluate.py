@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -107,23 +108,28 @@ def distance(model: Any, windows: list[list[int]], reference: Sequence[torch.Ten
 
 
 class StoredLogits(Sequence[torch.Tensor]):
-    """The reference's logits in a temporary file, which goes with the object: memory holds one window at a time."""
+    """The reference's logits in a temporary file, deleted by ``close``: memory holds one window at a time."""
 
     def __init__(self, model: Any, windows: list[list[int]]) -> None:
-        self._file = tempfile.TemporaryFile(prefix="ktk-eval-")
         self._lengths = [len(window) for window in windows]
-        for window in windows:
-            logits = window_logits(model, window)
-            self.vocabulary = logits.shape[1]
-            logits.numpy().tofile(self._file)
+        self._folder = tempfile.TemporaryDirectory(prefix="ktk-eval-")
+        self._path = Path(self._folder.name) / "logits"
+        with open(self._path, "wb") as file:
+            for window in windows:
+                logits = window_logits(model, window)
+                self.vocabulary = logits.shape[1]
+                logits.numpy().tofile(file)
+
+    def close(self) -> None:
+        self._folder.cleanup()
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     def __getitem__(self, index: Any) -> Any:
         rows = self._lengths[index]  # IndexError ends an iteration
-        self._file.seek(4 * self.vocabulary * sum(self._lengths[:index]))
-        values = np.fromfile(self._file, F, rows * self.vocabulary)
+        offset = 4 * self.vocabulary * sum(self._lengths[:index])
+        values = np.fromfile(self._path, F, rows * self.vocabulary, offset=offset)
         return torch.from_numpy(values.reshape(rows, self.vocabulary))
 
 
@@ -165,7 +171,7 @@ class Variant:
         if Path(text).exists():
             return cls(text, by=text)
         name, _, rest = text.partition(":")
-        known = {n.lower(): n for n in (*FORMATS, *ggml_formats())}
+        known = {n.lower(): n for n in (*ggml_formats(), *FORMATS)}  # bf16 is ktk's own
         if name.lower() not in known:
             raise ValueError(
                 f"format {text!r}: must be one of {', '.join(known.values())}, or a path"
@@ -435,28 +441,28 @@ def evaluate(
     step("reference")
     model = load_float(source)
     started = perf_counter()
-    reference = StoredLogits(model, windows)
-    bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
-    with_itself = distance(model, windows, reference)
-    yield Row("float", f"torch {model.config._experts_implementation}", bits, 0, with_itself, perf_counter() - started)  # fmt: skip
-    del model
-    for variant in variants:
-        step(variant.label)
-        started = perf_counter()
-        if variant.by in ("ktk", "ggml"):
-            model = load_float(source)
-            quantiser = Quantiser(variant, ggml, method, activation_group)
-            ids = calibration_ids if variant.is_calibrated else None
-            if variant.is_calibrated and ids is None:
-                raise ValueError(f"{variant.label}: needs a calibration text")
-            quantise_model(model, quantiser, ids)
-        elif Path(variant.by).is_dir() and (Path(variant.by) / "config.json").is_file():
-            model = load_model(variant.by, method=method, dtype=torch.float32)
-        else:
-            model = load_model(source, gguf=variant.by, dtype=torch.float32)
-        seconds = perf_counter() - started
-        yield _row(model, variant.label, distance(model, windows, reference), seconds)
+    with contextlib.closing(StoredLogits(model, windows)) as reference:
+        bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
+        with_itself = distance(model, windows, reference)
+        yield Row("float", f"torch {model.config._experts_implementation}", bits, 0, with_itself, perf_counter() - started)  # fmt: skip
         del model
+        for variant in variants:
+            step(variant.label)
+            started = perf_counter()
+            if variant.by in ("ktk", "ggml"):
+                model = load_float(source)
+                quantiser = Quantiser(variant, ggml, method, activation_group)
+                ids = calibration_ids if variant.is_calibrated else None
+                if variant.is_calibrated and ids is None:
+                    raise ValueError(f"{variant.label}: needs a calibration text")
+                quantise_model(model, quantiser, ids)
+            elif Path(variant.by).is_dir() and (Path(variant.by) / "config.json").is_file():
+                model = load_model(variant.by, method=method, dtype=torch.float32)
+            else:
+                model = load_model(source, gguf=variant.by, dtype=torch.float32)
+            seconds = perf_counter() - started
+            yield _row(model, variant.label, distance(model, windows, reference), seconds)
+            del model
 
 
 def _row(model: Any, label: str, found: Distance, seconds: float) -> Row:

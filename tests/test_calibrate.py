@@ -64,7 +64,7 @@ def test_codes_are_those_of_a_textbook_gptq(columns: int, group: int) -> None:
     scales = found.scales.T.repeat(group, axis=1)
     expected = textbook(w, damped, scales, -8, 7)
     # the kernel computes in float32: a weight on the edge between two codes may fall to the other side, and its row changes
-    same = (found.codes.T == expected).all(axis=1)
+    same = (expected == found.codes.T).all(axis=1)
     assert same.mean() > 0.9
     e = w - expected * scales
     np.testing.assert_allclose(found.error[:, same], e[same].T, atol=1e-6)
