@@ -71,6 +71,12 @@ def _steps(first: float, last: float, step: float, both_signs: bool = False) -> 
 GRIDS = {
     "Q3_K": Grid(16, _steps(2.75, 4.75, 0.25, True), -4, 3, 256, int_min=-32, int_max=31),
     "MXFP4": Grid(32, (8, 4, 16), 0, 14, 32, refits=0, rounding=_POWER_OF_TWO, table=_E2M1),
+    "IQ4_XS": Grid(
+        32, _steps(98, 130, 8, True), 0, 15, 256, int_min=-32, int_max=31, table=oracle.IQ4_LEVELS
+    ),
+    "IQ4_NL": Grid(
+        32, _steps(98, 130, 8, True), 0, 15, 32, rounding=_FP16, table=oracle.IQ4_LEVELS
+    ),
     "Q4_0": Grid(32, _steps(5.6, 9.6, 0.25, True), -8, 7, 32, rounding=_FP16),
     "Q4_K": Grid(32, _steps(12.5, 17, 0.5), 0, 15, 256, is_affine=True, int_max=63),
     "Q5_K": Grid(32, _steps(27, 33, 1), 0, 31, 256, is_affine=True, int_max=63),
@@ -265,7 +271,12 @@ def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarra
     values = given - r.error.T
     codes = by_block(r.codes)
     if not grid.int_max:
-        lay = {"Q4_0": oracle.lay_q4_0, "Q8_0": oracle.lay_q8_0, "MXFP4": _lay_mxfp4}[type]
+        lay = {
+            "Q4_0": oracle.lay_q4_0,
+            "Q8_0": oracle.lay_q8_0,
+            "IQ4_NL": oracle.lay_iq4_nl,
+            "MXFP4": _lay_mxfp4,
+        }[type]
         return lay(codes, by_block(r.scales)[0]).reshape(rows, -1), values
     d, dmin = by_block(r.supers[0])[0], by_block(r.supers[1])[0]
     codes, ints = (codes - grid.code_min).astype(np.uint8), by_block(r.ints[0])
@@ -273,7 +284,8 @@ def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarra
         lay_affine = {"Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}[type]
         blocks = lay_affine(codes, ints, by_block(r.ints[1]), d, dmin)
     else:
-        blocks = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k}[type](codes, ints, d)
+        lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k, "IQ4_XS": oracle.lay_iq4_xs}
+        blocks = lay_signed[type](codes, ints, d)
     return blocks.reshape(rows, -1), values
 
 

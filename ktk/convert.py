@@ -59,7 +59,12 @@ from ktk.pack import pack_expert
 from ktk.types import BlockExperts, ExpertWeights, MoESpec, Packed
 
 QUANT_METHODS = ("int4", "int8", "bf16")
-CALIBRATED_METHODS = ("q5_k", "q3_k")  # GGUF types written with a calibration text only
+CALIBRATED_METHODS = (
+    "q5_k",
+    "iq4_nl",
+    "iq4_xs",
+    "q3_k",
+)  # GGUF types written with a calibration text only
 GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4", *CALIBRATED_METHODS)
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20

@@ -85,10 +85,21 @@ FILE_TYPES = {
     "Q4_K": "MOSTLY_Q4_K_S",
     "Q6_K": "MOSTLY_Q6_K",
     "Q5_K": "MOSTLY_Q5_K_S",
+    "IQ4_NL": "MOSTLY_IQ4_NL",
+    "IQ4_XS": "MOSTLY_IQ4_XS",
     "Q3_K": "MOSTLY_Q3_K_S",
     "MXFP4": "MOSTLY_MXFP4_MOE",
 }
-LAYOUTS = BLOCK_TYPES | {t.name: t for t in (BlockType("Q5_K", 256, 176), BlockType("Q3_K", 256, 110))}  # fmt: skip
+# Those ktk.calibrate alone writes beside those of the plain quantisers.
+LAYOUTS = BLOCK_TYPES | {
+    t.name: t
+    for t in (
+        BlockType("Q3_K", 256, 110),
+        BlockType("IQ4_XS", 256, 136),
+        BlockType("IQ4_NL", 32, 18),
+        BlockType("Q5_K", 256, 176),
+    )
+}
 EXPERTS_ONLY = "holds the experts only: the other tensors and the tokenizer stay with the Hugging Face directory"
 
 

@@ -286,3 +286,27 @@ def lay_q3_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray
     low = s[:, :8] & 15 | (s[:, 8:] & 15) << 4
     high = s[:, :4] >> 4 | s[:, 4:8] >> 4 << 2 | s[:, 8:12] >> 4 << 4 | s[:, 12:] >> 4 << 6
     return np.hstack([third.T, pairs.T, low, high, half_bytes(d)])
+
+
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def lay_iq4_nl(codes: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Indices (32, blocks) of IQ4_LEVELS and scales (blocks,) to uint8 (blocks, 18): d, nibbles as in Q4_0."""
+    q = codes.T.astype(np.uint8)
+    return np.hstack([half_bytes(d), q[:, :16] | q[:, 16:] << 4])
+
+
+def lay_iq4_xs(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Indices (256, blocks) of IQ4_LEVELS, integer scales (8, blocks) of -32..31 and d (blocks,) to uint8 (blocks, 136).
+
+    Bytes: d, two of high bit pairs of the scales plus 32, four of their low nibbles, 128 of codes, each group of 32 as in Q4_0.
+    """
+    s = (scales.T.astype(np.int16) + 32).astype(np.uint16)  # (blocks, 8)
+    high = np.zeros(len(s), np.uint16)
+    for g in range(8):
+        high |= s[:, g] >> 4 << 2 * g
+    low = (s[:, 0::2] & 15 | (s[:, 1::2] & 15) << 4).astype(np.uint8)
+    q = codes.astype(np.uint8).reshape(8, 2, 16, -1)
+    nibbles = (q[:, 0] | q[:, 1] << 4).reshape(128, -1).T
+    return np.hstack([half_bytes(d), high.reshape(-1, 1).view(np.uint8), low, nibbles])
