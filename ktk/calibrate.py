@@ -21,7 +21,7 @@ import numpy as np
 
 from ktk.formats import get_format
 from ktk.formats.floats import to_f32
-from ktk.ggml_quantise import LARGEST
+from ktk.ggml_quantise import BLOCK_TYPES, LARGEST, quantise_rows
 from ktk.layout import PANEL, MatrixLayout
 from ktk.pack import NOT_FINITE, check_expert
 from ktk.reference import blocks as oracle
@@ -287,6 +287,14 @@ def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarra
         lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k, "IQ4_XS": oracle.lay_iq4_xs}
         blocks = lay_signed[type](codes, ints, d)
     return blocks.reshape(rows, -1), values
+
+
+def rows_alike(w: np.ndarray, type: str) -> np.ndarray:
+    """The blocks of ``calibrated_rows`` without inputs to calibrate on: every weight of a row counts alike."""
+    if type in BLOCK_TYPES:
+        return quantise_rows(w, type)
+    size = w.shape[1]
+    return calibrated_rows(w, type, Factor(np.zeros((size, size), F), np.ones(size, F)))[0]
 
 
 def _lay_mxfp4(levels: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -59,13 +59,7 @@ from ktk.pack import pack_expert
 from ktk.types import BlockExperts, ExpertWeights, MoESpec, Packed
 
 QUANT_METHODS = ("int4", "int8", "bf16")
-CALIBRATED_METHODS = (
-    "q5_k",
-    "iq4_nl",
-    "iq4_xs",
-    "q3_k",
-)  # GGUF types written with a calibration text only
-GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4", *CALIBRATED_METHODS)
+GGUF_METHODS = ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k")
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20
 DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
@@ -136,7 +130,7 @@ def convert(
 
     input_path : a Hugging Face directory, a .safetensors file, or a GGUF model (a file, a part of a split one, a
     directory), whose packed directory holds the experts only.
-    quant_method : int4, int8 or bf16 for a directory; q8_0, q6_k, q4_k, q4_0 or mxfp4 for an ``output`` that ends in
+    quant_method : int4, int8 or bf16 for a directory; a name of GGUF_METHODS for an ``output`` that ends in
     .gguf, which holds the experts only. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
     must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a time,
     default the physical cores. resume : go on where an interrupted run of the same job stopped; a GGUF file is
@@ -162,10 +156,6 @@ def convert(
         what = "bf16 rounds nothing away" if quant_method == "bf16" else f"{input_path} is GGUF"
         raise ValueError(
             f"calibration: {what}; it needs a Hugging Face directory of float weights, and int4, int8 or a GGUF method"
-        )
-    if quant_method in CALIBRATED_METHODS and calibration is None:
-        raise ValueError(
-            f"quant_method={quant_method!r}: is written with a calibration text only (--calibrate)"
         )
     if quant_method in GGUF_METHODS:
         from ktk.convert_to_gguf import convert_to_gguf

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from ktk import _log
-from ktk.calibrate import LayerCalibration, LayerInputs, calibrated_rows
+from ktk.calibrate import LayerCalibration, LayerInputs, calibrated_rows, rows_alike
 from ktk.checkpoint.packed import TEMPORARY_PREFIX, replacing, write_all
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.convert import (
@@ -44,7 +44,7 @@ from ktk.convert import (
 )
 from ktk.errors import CheckpointError
 from ktk.formats import GGUF
-from ktk.ggml_quantise import BLOCK_TYPES, BlockType, quantise_rows
+from ktk.ggml_quantise import BLOCK_TYPES, BlockType
 from ktk.models import Config, Experts
 from ktk.models.base import INTERMEDIATE_KEYS
 from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec
@@ -90,7 +90,7 @@ FILE_TYPES = {
     "Q3_K": "MOSTLY_Q3_K_S",
     "MXFP4": "MOSTLY_MXFP4_MOE",
 }
-# Those ktk.calibrate alone writes beside those of the plain quantisers.
+# Beside the types of the plain quantisers those that ktk.calibrate writes.
 LAYOUTS = BLOCK_TYPES | {
     t.name: t
     for t in (
@@ -105,7 +105,7 @@ EXPERTS_ONLY = "holds the experts only: the other tensors and the tokenizer stay
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file. type : a name of BLOCK_TYPES, or F32 for a bias. expert_bytes : of one expert."""
+    """One tensor of the file. type : a name of LAYOUTS, or F32 for a bias. expert_bytes : of one expert."""
 
     name: str
     projection: str
@@ -415,7 +415,7 @@ def _encode(tensor: _Tensor, weights: ExpertWeights) -> np.ndarray:
             raise ValueError(f"{tensor.projection} holds NaN or inf")
         return np.ascontiguousarray(values, "<f4")
     try:
-        return quantise_rows(values, tensor.type)
+        return rows_alike(values, tensor.type)
     except ValueError as error:
         raise ValueError(f"{tensor.projection}: {error}") from None
 

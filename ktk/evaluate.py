@@ -24,14 +24,13 @@ from ktk.calibrate import (
     LayerCalibration,
     LayerInputs,
     calibrated_rows,
-    factorise,
     lay_expert,
     packed_encoder,
+    rows_alike,
 )
 from ktk.formats import FORMATS, GGUF, get_format
 from ktk.formats.floats import to_f32
 from ktk.ggml_library import GgmlLibrary
-from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
 from ktk.integration.transformers.calibration import run_layers
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
@@ -320,10 +319,7 @@ class Quantiser:
         if v.by == "ggml":
             assert self._ggml is not None
             return weights, {n: self._ggml.quantise(v.format, w) for n, w in named.items()}
-        if v.format in BLOCK_TYPES:
-            return weights, {n: quantise_rows(w, v.format) for n, w in named.items()}
-        alike = {size: factorise(np.zeros((size, size), F)) for size in {w.shape[1] for w in named.values()}}  # fmt: skip
-        return weights, {n: calibrated_rows(w, v.format, alike[w.shape[1]])[0] for n, w in named.items()}  # fmt: skip
+        return weights, {n: rows_alike(w, v.format) for n, w in named.items()}
 
     def _assemble(
         self, spec: MoESpec, made: list[tuple[ExpertWeights, dict[str, np.ndarray]]]
