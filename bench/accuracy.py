@@ -1,57 +1,88 @@
-"""KL divergence and top-1 agreement of every format on SmolLM2 cut into experts; searched scales against absmax.
+"""The accuracy table: each format's rows as they are done, one JSON object a line; ``--dither`` makes a model without a grid.
 
-python bench/accuracy.py DEMO_DIR/smollm2-moe   (`make demo` writes it to demo/smollm2-moe)
-Weights and activations both quantised; everything but the experts in fp32; 8 x 256 tokens as in the demo.
+    python bench/accuracy.py demo/smollm2-moe --text TEXT --calibrate OTHER [--ggml FOLDER] [-f FORMAT ...] > rows.jsonl
+    python bench/accuracy.py demo/smollm2-moe --dither demo/smollm2-moe-dithered
+
+SmolLM2's weights come from a Q4_1 file, so formats with a minimum per 32 weights (Q4_1, Q5_1, Q4_K, Q5_K) find that grid again and
+look better than they are. --dither adds to each weight a uniform random number of up to half its step, what the rounding to Q4_1 took
+on average: a model whose weights are as spread out as the original's, to be compared with itself. A format that ends in ! is taken
+calibrated only, in = plain only.
 """
 
 from __future__ import annotations
 
-import sys
-from unittest import mock
+import argparse
+import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from transformers.utils import logging
 
-from ktk import pack
-from ktk.demo import evaluate, text
-from ktk.formats import FORMATS, get_format
-from ktk.integration.transformers import use_ktk
-from ktk.reference.pack import absmax_ladder
+from ktk.evaluate import Variant, all_variants, evaluate
+from ktk.ggml_library import GgmlLibrary
+from ktk.text import windows
 
-
-def load(path: str) -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval()
+WINDOW = 256
+GRID = 32  # weights of a Q4_1 block
 
 
-def main(path: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    token_ids = tokenizer(text.stdlib_text(), add_special_tokens=False)["input_ids"]
-    windows = text.windows(token_ids, 8, 256)
-    model = load(path)
-    reference = [evaluate.window_logits(model, w) for w in windows]
-    print("| format | activation group | scales | KL | top-1 |\n|---|---|---|---|---|")
-    cases = [(f.name, g, None) for f in FORMATS.values() if f.is_integer for g in f.group_sizes]
-    cases += [("int8", 0, 64), ("int8", 0, 128), ("int4", 32, 32)]
-    for name, group, activation_group in cases:
-        for scales in ("searched", "absmax"):
-            if scales == "absmax" and activation_group is not None:
-                continue
-            model = load(path)
-            ladder = absmax_ladder(get_format(name))
-            patches = (
-                mock.patch.object(pack, "search_ladder", lambda *a, ladder=ladder: ladder),
-                mock.patch.object(pack, "REFITS", 0),
-            )
-            if scales == "absmax":
-                with patches[0], patches[1]:
-                    use_ktk(model, name, group, activation_group)
-            else:
-                use_ktk(model, name, group, activation_group)
-            d = evaluate.distance(model, windows, reference)
-            shown = activation_group or get_format(name).default_activation_group
-            label = f"{name}, " + (f"group {group}" if group else "per channel")
-            print(f"| {label} | {shown} | {scales} | {d.kl:.4f} | {d.top1:.1%} |", flush=True)
+def dither(source: Path, output: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shutil.copytree(source, output)
+    for path in sorted(output.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name, w in tensors.items():
+            if ".experts." in name:
+                groups = w.float().numpy().reshape(-1, GRID)
+                step = (groups.max(axis=1) - groups.min(axis=1))[:, None] / 15
+                noise = (rng.random(groups.shape, np.float32) - 0.5) * step
+                tensors[name] = torch.from_numpy(groups + noise).reshape(w.shape).to(w.dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
-main(sys.argv[1])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--calibrate", type=Path)
+    parser.add_argument("--calibrate-tokens", type=int, default=8192)
+    parser.add_argument("--ggml", type=Path)
+    parser.add_argument("-f", "--format", action="append", default=[])
+    parser.add_argument("--dither", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.dither:
+        dither(arguments.model, arguments.dither, arguments.seed)
+        return
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+
+    def windows_of(path: Path, count: int) -> list[list[int]]:
+        text = path.read_text(encoding="utf-8")
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return windows(ids, count // WINDOW, WINDOW)
+
+    variants = []
+    for text in arguments.format:
+        plain = Variant.parse(text.rstrip("!="))
+        both = (plain, plain.calibrated())
+        variants += both[1:] if text.endswith("!") else both[:1] if text.endswith("=") else both
+    if not arguments.format:
+        plains = all_variants(arguments.ggml is not None)
+        variants = [v for plain in plains for v in (plain, plain.calibrated())]
+    calibration = None
+    if arguments.calibrate:
+        calibration = torch.tensor(windows_of(arguments.calibrate, arguments.calibrate_tokens))
+    parts = windows_of(arguments.text, arguments.tokens)
+    ggml = GgmlLibrary(arguments.ggml) if arguments.ggml else None
+    chosen = [v for v in variants if v and (calibration is not None or not v.is_calibrated)]
+    for row in evaluate(arguments.model, parts, chosen, ggml=ggml, calibration_ids=calibration):
+        print(json.dumps(row.to_json()), flush=True)
+
+
+main()

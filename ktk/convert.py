@@ -26,12 +26,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ktk.calibrate import Encode, LayerCalibration, LayerInputs, lay_expert, packed_encoder
 from ktk.checkpoint import is_gguf
 from ktk.checkpoint.packed import (
     QUANT_METHOD,
     STATE_FILE,
     TEMPORARY_PREFIX,
     layer_path,
+    read_layer,
     read_spec,
     replacing,
     write_all,
@@ -50,11 +52,15 @@ from ktk.memory import aligned_buffer
 from ktk.models import SOURCE_DTYPES, Config, Experts, find_experts
 from ktk.models.base import NESTED_KEYS
 from ktk.models.plain import PlainTensor, plain_tensors
+from ktk.moe import MoE
 from ktk.pack import pack_expert
-from ktk.types import CodedExpert, ExpertWeights, MoESpec
+from ktk.types import BlockExperts, CodedExpert, ExpertWeights, MoESpec, Packed
 
 QUANT_METHODS = ("int4", "int8", "bf16")
-GGUF_METHODS = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4", "bf16", "f16", "f32")
+GGUF_METHODS = (
+    "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k", "bf16", "f16", "f32",
+)  # fmt: skip
+WHOLE_TYPES = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4", "bf16", "f16", "f32")
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20
 MAX_SIDE_FILE = 256 << 20
@@ -119,6 +125,7 @@ def convert(
     resume: bool = False,
     whole: str | None = None,
     progress: Callable[[Progress], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> Summary:
     """Convert a checkpoint's experts to ``quant_method``: a packed directory that loads alone, or a GGUF file.
 
@@ -129,7 +136,8 @@ def convert(
     GGUF programs load, of the architectures of ``ktk.models.whole``. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
     must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a time,
     default the physical cores. resume : go on where an interrupted run of the same job stopped; a GGUF file is
-    written in one go.
+    written in one go. calibration : rounds with error feedback on the inputs that a text gives the experts, for int4, int8 and
+    the GGUF methods; a ``ktk.integration.transformers.calibration.Calibration``.
 
     Memory: one expert's input and output per thread, whatever the model's size.
     Raises CheckpointError for a bad input, ValueError for arguments that do not fit, FileExistsError if
@@ -146,6 +154,14 @@ def convert(
         threads = num_physical_cores()
     if type(threads) is not int or threads < 1:
         raise ValueError(f"threads={threads!r}: must be a positive int")
+    if calibration is not None and (
+        quant_method in ("bf16", "f16", "f32") or is_gguf(Path(input_path))
+    ):
+        exact = quant_method in ("bf16", "f16", "f32")
+        what = f"{quant_method} rounds nothing away" if exact else f"{input_path} is GGUF"
+        raise ValueError(
+            f"calibration: {what}; it needs a Hugging Face directory of float weights, and int4, int8 or a GGUF type of blocks"
+        )
     if Path(output).name.lower().endswith(".gguf"):
         from ktk.convert_to_gguf import convert_to_gguf
 
@@ -162,7 +178,7 @@ def convert(
             raise ValueError("resume: a GGUF file is written in one go; run again without --resume")
         return convert_to_gguf(
             input_path, output, quant_method=quant_method, input_type=input_type, whole_type=whole, threads=threads,
-            progress=progress,
+            progress=progress, calibration=calibration,
         )  # fmt: skip
     if is_gguf(Path(input_path)):
         from ktk.convert_from_gguf import convert_from_gguf
@@ -186,7 +202,8 @@ def convert(
             for layer in experts.layers
         }
         return run_job(
-            lambda: _DirectoryJob(checkpoint, experts, specs, destination, threads, progress), destination, resume
+            lambda: _DirectoryJob(checkpoint, experts, specs, destination, threads, progress, calibration), destination,
+            resume,
         )  # fmt: skip
 
 
@@ -230,8 +247,8 @@ def _check_method(quant_method: str, output: Path, whole: str | None) -> None:
             f"quant_method={quant_method!r}: must be one of {', '.join(QUANT_METHODS)}, "
             f"or for a GGUF file {', '.join(GGUF_METHODS)}"
         )
-    if whole is not None and whole not in GGUF_METHODS:
-        raise ValueError(f"whole={whole!r}: must be one of {', '.join(GGUF_METHODS)}")
+    if whole is not None and whole not in WHOLE_TYPES:
+        raise ValueError(f"whole={whole!r}: must be one of {', '.join(WHOLE_TYPES)}")
     is_file = output.name.lower().endswith(".gguf")
     if is_file and quant_method not in GGUF_METHODS:
         raise ValueError(
@@ -257,6 +274,18 @@ class ExpertSource(Protocol):
         """One expert, decoded, or as codes that may be kept; called from several threads."""
 
 
+class Calibration(Protocol):
+    """A calibration text and what runs the model on it."""
+
+    def provenance(self) -> dict[str, Any]:
+        """JSON-able: what the output tells of it."""
+
+    def run(
+        self, source: Path, experts: Experts, on_layer: Callable[[int, LayerInputs], np.ndarray]
+    ) -> None:
+        """Call ``on_layer`` with the inputs of each layer's experts, in order; it returns their output, float32."""
+
+
 class Job(ABC):
     """One conversion into a packed directory: what there is to write, and the writing of it.
 
@@ -275,13 +304,15 @@ class Job(ABC):
         output: Path,
         threads: int,
         progress: Callable[[Progress], None] | None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.where, self.experts, self.specs = where, experts, specs
+        self.provenance = None if calibration is None else calibration.provenance()
         self.layer_bytes = layer_bytes
         self.output, self.threads, self.progress = output, threads, progress
         self.total_bytes = sum(layer_bytes.values())
         self.done_bytes = self.reused_bytes = self.reused_layers = 0
-        self.state = _state(self.fingerprint(), next(iter(specs.values())))
+        self.state = _state(self.fingerprint(), next(iter(specs.values())), self.provenance)
 
     @abstractmethod
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -331,9 +362,7 @@ class Job(ABC):
             with contextlib.suppress(FileNotFoundError):
                 (self.output / "config.json").unlink()
         self._check_room(todo, shards)
-        with _Packer(self.experts, todo, self.threads, str(self.where)) as packer:
-            for layer, spec in todo.items():
-                write_layer(self.output, spec, layer, self._counted(packer.spans(layer), layer))
+        self.write_layers(todo)
         for index, tensors in enumerate(self.shards):
             if index in shards:
                 self.write_shard(index)
@@ -349,6 +378,11 @@ class Job(ABC):
             )
         _write_json(self.output / "config.json", self._config())
         self._report("done", 0)
+
+    def write_layers(self, todo: dict[int, MoESpec]) -> None:
+        with _Packer(self.experts, todo, self.threads, str(self.where)) as packer:
+            for layer, spec in todo.items():
+                write_layer(self.output, spec, layer, self._counted(packer.spans(layer), layer))
 
     def _report(self, what: str, more: int) -> None:
         self.done_bytes += more
@@ -406,6 +440,8 @@ class Job(ABC):
             "family": self.experts.family,
             "source_dtype": self.experts.source_dtype,
         }
+        if self.provenance is not None:
+            config["quantization_config"]["calibration"] = self.provenance
         return config
 
     def summary(self, seconds: float) -> Summary:
@@ -443,14 +479,16 @@ class _DirectoryJob(Job):
         output: Path,
         threads: int,
         progress: Callable[[Progress], None] | None,
+        calibration: Calibration | None,
     ) -> None:
         self.checkpoint, self.source = checkpoint, checkpoint.directory
+        self.tensors, self.calibration = experts, calibration
         expert_names = {layer: experts.tensor_names(layer) for layer in specs}
         layer_bytes = {
             layer: sum(checkpoint.tensors[name].nbytes for name in names)
             for layer, names in expert_names.items()
         }
-        super().__init__(checkpoint.path, experts, specs, layer_bytes, output, threads, progress)
+        super().__init__(checkpoint.path, experts, specs, layer_bytes, output, threads, progress, calibration)  # fmt: skip
         taken = set().union(*expert_names.values())
         config = Config(checkpoint.config, str(self.source / "config.json"))
         self.shards = _plan_shards(plain_tensors(checkpoint, taken, config))
@@ -458,6 +496,33 @@ class _DirectoryJob(Job):
 
     def fingerprint(self) -> list[dict[str, Any]]:
         return fingerprint(self.checkpoint)
+
+    def write_layers(self, todo: dict[int, MoESpec]) -> None:
+        if self.calibration is None:
+            super().write_layers(todo)
+        elif todo:
+            last = max(todo)
+
+            def on_layer(layer: int, inputs: LayerInputs) -> np.ndarray:
+                spec = self.specs[layer]
+                if layer in todo:
+                    spans = self._calibrated_spans(layer, LayerCalibration(spec, inputs))
+                    write_layer(self.output, spec, layer, self._counted(spans, layer))
+                if layer >= last:
+                    raise _Done
+                return layer_output(read_layer(self.output, layer), inputs)
+
+            with contextlib.suppress(_Done):
+                self.calibration.run(self.source, self.tensors, on_layer)
+
+    def _calibrated_spans(self, layer: int, calibration: LayerCalibration) -> Iterator[np.ndarray]:
+        spec, encode = self.specs[layer], packed_encoder(self.specs[layer])
+        out = aligned_buffer(spec.layout.expert_bytes)
+        for weights, stored in calibrated_experts(
+            self.tensors, layer, calibration, encode, self.threads, str(self.where)
+        ):
+            lay_expert(spec, weights, stored, out)
+            yield out
 
     def source_config(self) -> dict[str, Any]:
         """The source's config.json without its own quantization_config."""
@@ -496,6 +561,48 @@ class _DirectoryJob(Job):
                         write_all(file, memoryview(piece))
             finally:
                 os.close(fd)
+
+
+class _Done(Exception):
+    """The last layer is calibrated: the rest of the model need not run."""
+
+
+def layer_output(packed: Packed | BlockExperts, inputs: LayerInputs) -> np.ndarray:
+    """What a layer's experts, as they were written, make of the inputs: float32 (tokens, hidden_size)."""
+    output: np.ndarray = MoE(packed)(inputs.hidden, inputs.topk_ids, inputs.topk_weights)
+    return output
+
+
+def calibrated_experts(
+    experts: Experts,
+    layer: int,
+    calibration: LayerCalibration,
+    encode: Encode,
+    threads: int,
+    where: str,
+) -> Iterator[tuple[ExpertWeights, dict[str, np.ndarray]]]:
+    """(weights, bytes of each projection) of a layer's experts in order; one expert a thread is in work, and two wait."""
+
+    def work(expert: int) -> tuple[ExpertWeights, dict[str, np.ndarray]]:
+        try:
+            weights = experts.read(layer, expert)
+            return weights, calibration.expert(expert, weights, encode)
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{where}: layer {layer} expert {expert}: {error}") from error
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ktk-calibrate")
+    pending: deque[Future[tuple[ExpertWeights, dict[str, np.ndarray]]]] = deque()
+    try:
+        for expert in range(calibration.spec.num_experts):
+            pending.append(pool.submit(work, expert))
+            if len(pending) > threads + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Packer:
@@ -647,7 +754,9 @@ def fingerprint(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return entries
 
 
-def _state(source: list[dict[str, Any]], spec: MoESpec) -> dict[str, Any]:
+def _state(
+    source: list[dict[str, Any]], spec: MoESpec, provenance: dict[str, Any] | None
+) -> dict[str, Any]:
     from ktk import __version__
 
     return {
@@ -656,6 +765,7 @@ def _state(source: list[dict[str, Any]], spec: MoESpec) -> dict[str, Any]:
         "quant_method": spec.weight_format,
         "group_size": spec.group_size,
         "activation_group": spec.activation_group,
+        "calibration": provenance,
         "source": source,
     }
 

@@ -29,9 +29,19 @@ from typing import Any
 import numpy as np
 
 from ktk import _log
+from ktk.calibrate import LayerCalibration, LayerInputs, calibrated_rows, rows_alike
 from ktk.checkpoint.packed import TEMPORARY_PREFIX, replacing, write_all
 from ktk.checkpoint.safetensors import Checkpoint
-from ktk.convert import Progress, Summary, changed_source, experts_to_convert, fingerprint
+from ktk.convert import (
+    Calibration,
+    Progress,
+    Summary,
+    calibrated_experts,
+    changed_source,
+    experts_to_convert,
+    fingerprint,
+    layer_output,
+)
 from ktk.convert_whole import (
     FALLBACK,
     FLOAT_BYTES,
@@ -41,10 +51,11 @@ from ktk.convert_whole import (
     row_bytes,
 )
 from ktk.errors import CheckpointError
-from ktk.ggml_quantise import BLOCK_TYPES, block_type
+from ktk.formats import GGUF
+from ktk.ggml_quantise import BLOCK_TYPES, BlockType
 from ktk.models import Config, Experts
 from ktk.models.base import INTERMEDIATE_KEYS
-from ktk.types import ExpertWeights, MoESpec
+from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec
 
 ALIGNMENT = 32  # of tensors, the GGUF format's default
 # config.json's model_type -> general.architecture
@@ -80,17 +91,31 @@ FILE_TYPES = {
     "Q4_0": "MOSTLY_Q4_0",
     "Q4_K": "MOSTLY_Q4_K_S",
     "Q6_K": "MOSTLY_Q6_K",
+    "Q5_K": "MOSTLY_Q5_K_S",
+    "IQ4_NL": "MOSTLY_IQ4_NL",
+    "IQ4_XS": "MOSTLY_IQ4_XS",
+    "Q3_K": "MOSTLY_Q3_K_S",
     "MXFP4": "MOSTLY_MXFP4_MOE",
     "F32": "ALL_F32",
     "F16": "MOSTLY_F16",
     "BF16": "MOSTLY_BF16",
+}
+# Beside the types of the plain quantisers those that ktk.calibrate writes.
+LAYOUTS = BLOCK_TYPES | {
+    t.name: t
+    for t in (
+        BlockType("Q3_K", 256, 110),
+        BlockType("IQ4_XS", 256, 136),
+        BlockType("IQ4_NL", 32, 18),
+        BlockType("Q5_K", 256, 176),
+    )
 }
 EXPERTS_ONLY = "holds the experts only: the other tensors and the tokenizer stay with the Hugging Face directory"
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file. type : a name of BLOCK_TYPES or FLOAT_BYTES. expert_bytes : of one expert."""
+    """One tensor of the file. type : a name of LAYOUTS or FLOAT_BYTES. expert_bytes : of one expert."""
 
     name: str
     projection: str
@@ -113,6 +138,7 @@ def convert_to_gguf(
     whole_type: str | None = None,
     threads: int,
     progress: Callable[[Progress], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> Summary:
     """``ktk.convert.convert`` for an output that ends in .gguf; see there."""
     started = time.monotonic()
@@ -131,7 +157,10 @@ def convert_to_gguf(
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 job.check_room(output.parent)
                 write_all(file, job.header)
-                job.write_experts(file.fileno())
+                if calibration is None:
+                    job.write_experts(file.fileno())
+                else:
+                    job.write_calibrated(file.fileno(), checkpoint.directory, calibration)
                 job.write_rest(file.fileno())
                 changed = changed_source(source, fingerprint(checkpoint))
                 if changed:
@@ -179,7 +208,7 @@ class _Job:
     ) -> None:
         self.experts, self.threads, self.progress = experts, threads, progress
         self.path = checkpoint.path
-        self.type = _type_name(quant_method)
+        self.type = quant_method.upper()
         self.notes = [EXPERTS_ONLY] if whole_type is None else []
         self.specs = {
             layer: MoESpec(**experts.spec_fields(layer), weight_format="bf16")
@@ -192,7 +221,7 @@ class _Job:
         self.rest: RestOfModel | None = None
         if whole_type is not None:
             used = {name for layer in experts.layers for name in experts.tensor_names(layer)}
-            self.rest = RestOfModel(checkpoint, used, _type_name(whole_type))
+            self.rest = RestOfModel(checkpoint, used, whole_type.upper())
         rest = self.rest.tensors if self.rest else []
         sources = {t.source: checkpoint.tensors[t.source].nbytes for t in rest}
         self.total_bytes = sum(self.layer_bytes.values()) + sum(sources.values())
@@ -221,18 +250,14 @@ class _Job:
             outs, ins = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
             name = f"blk.{layer}.ffn_{projection}_exps"
             kind = self.type
-            if (
-                kind in BLOCK_TYPES
-                and ins % BLOCK_TYPES[kind].block
-                and ins % BLOCK_TYPES[FALLBACK].block == 0
-            ):
+            if kind in LAYOUTS and ins % LAYOUTS[kind].block and ins % LAYOUTS[FALLBACK].block == 0:
                 kind = FALLBACK
                 note = f"{projection}: {FALLBACK}, as its rows of {ins} weights are not whole {self.type} blocks"
                 if note not in self.notes:
                     self.notes.append(note)
                     _log.logger.info(note)
             try:
-                size = row_bytes(kind, ins)
+                size = LAYOUTS[kind].row_bytes(ins) if kind in LAYOUTS else row_bytes(kind, ins)
             except ValueError as error:
                 raise ValueError(f"{name}.weight: {error}") from None
             plans.append(
@@ -314,11 +339,49 @@ class _Job:
                     return
                 layer, expert, future = pending.popleft()
                 future.result()
-                count, size = self.specs[layer].num_experts, self.layer_bytes[layer]
-                more = size * (expert + 1) // count - size * expert // count
-                self.report(f"layer {layer}", more)
+                self._report_expert(layer, expert)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def write_calibrated(self, fd: int, source: Path, calibration: Calibration) -> None:
+        """The same, each layer rounded for what the layers written before it make of the calibration text."""
+        os.ftruncate(fd, self.file_bytes)
+
+        def on_layer(layer: int, inputs: LayerInputs) -> np.ndarray:
+            spec = dataclasses.replace(
+                self.specs[layer], weight_format=GGUF.name, activation_group=None
+            )
+            types = {t.projection: t.type for t in self.tensors[layer]}
+            made: list[dict[str, np.ndarray]] = []
+            for expert, (weights, stored) in enumerate(
+                calibrated_experts(
+                    self.experts,
+                    layer,
+                    LayerCalibration(spec, inputs),
+                    lambda name, w, factor: calibrated_rows(w, types[name], factor),
+                    self.threads,
+                    str(self.path),
+                )
+            ):
+                for tensor in self.tensors[layer]:
+                    if tensor.type == "F32":
+                        stored[tensor.projection] = _encode(tensor, weights)
+                    _write_at(fd, stored[tensor.projection], tensor.offset + expert * tensor.expert_bytes)  # fmt: skip
+                made.append(stored)
+                self._report_expert(layer, expert)
+            matrices = {
+                name: BlockMatrix(types[name], spec.hidden_size if name != "down" else spec.intermediate_size,
+                                  np.stack([e[name] for e in made]))
+                for name in ("gate", "up", "down") if name in types
+            }  # fmt: skip
+            biases = {
+                name: np.stack([e[name] for e in made]) for name in types if name.endswith("_bias")
+            }
+            blocks = BlockExperts(spec, matrices.get("gate"), matrices["up"], matrices["down"], **biases)  # fmt: skip
+            return layer_output(blocks, inputs)
+
+        calibration.run(source, self.experts, on_layer)
+        self.notes.append("calibrated: " + json.dumps(calibration.provenance()))
 
     def _write(self, fd: int, layer: int, expert: int) -> None:
         try:
@@ -356,6 +419,11 @@ class _Job:
             at += rows[0] * row_bytes(tensor.type, tensor.shape[-1])
         _write_at(fd, self.rest.encoded(tensor, rows), at)
 
+    def _report_expert(self, layer: int, expert: int) -> None:
+        count, size = self.specs[layer].num_experts, self.layer_bytes[layer]
+        more = size * (expert + 1) // count - size * expert // count
+        self.report(f"layer {layer}", more)
+
     def report(self, what: str, more: int) -> None:
         self.done_bytes += more
         if self.progress is not None:
@@ -386,17 +454,11 @@ class _Job:
         )
 
 
-def _write_at(fd: int, array: np.ndarray, at: int) -> None:
-    """All of a C-contiguous array, from byte ``at`` of the file on."""
-    span = array.data.cast("B")
+def _write_at(fd: int, data: np.ndarray, at: int) -> None:
+    span = np.ascontiguousarray(data).data.cast("B")
     while len(span):
         written = os.pwrite(fd, span, at)
         span, at = span[written:], at + written
-
-
-def _type_name(method: str) -> str:
-    """The ggml type that a quant_method names; ValueError lists the known ones."""
-    return method.upper() if method.upper() in FLOAT_BYTES else block_type(method).name
 
 
 def _encode(tensor: _Tensor, weights: ExpertWeights) -> np.ndarray:
@@ -407,7 +469,11 @@ def _encode(tensor: _Tensor, weights: ExpertWeights) -> np.ndarray:
             raise ValueError(f"{tensor.projection} holds NaN or inf")
         return np.ascontiguousarray(values, "<f4")
     try:
-        return encode_rows(values, tensor.type)
+        return (
+            rows_alike(values, tensor.type)
+            if tensor.type in LAYOUTS
+            else encode_rows(values, tensor.type)
+        )
     except ValueError as error:
         raise ValueError(f"{tensor.projection}: {error}") from None
 

@@ -19,13 +19,13 @@ import torch
 from checkpoints import STYLES, Expected, base_config, make, write_directory
 
 import ktk
+from ktk.calibrate import rows_alike
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.checkpoint.packed import TEMPORARY_PREFIX, list_layers, read_config, read_layer
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.convert import GGUF_METHODS, Progress, Summary, convert
-from ktk.convert_to_gguf import ARCHITECTURES
+from ktk.convert_to_gguf import ARCHITECTURES, LAYOUTS
 from ktk.errors import CheckpointError
-from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
 from ktk.models import find_experts
 from ktk.models.gguf import find_gguf_experts
 from ktk.pack import pack_experts
@@ -44,7 +44,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def expected_blocks(expected: Expected, layer: int, projection: str, type: str) -> np.ndarray:
     experts = expected.experts[layer]
-    return np.stack([quantise_rows(np.ascontiguousarray(e[projection]), type) for e in experts])
+    return np.stack([rows_alike(np.ascontiguousarray(e[projection]), type) for e in experts])
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -75,7 +75,7 @@ def test_every_style_gives_the_tensors_of_llama_cpp(tmp_path: Path, style: str) 
     assert not list(output.parent.glob(TEMPORARY_PREFIX + "*"))
 
 
-@pytest.mark.parametrize("method", [method.lower() for method in BLOCK_TYPES])
+@pytest.mark.parametrize("method", [name.lower() for name in LAYOUTS])
 def test_every_method_writes_its_type(tmp_path: Path, method: str) -> None:
     expected = make(tmp_path / "in", "deepseek", sizes=BIG)
     output = tmp_path / "m.gguf"
@@ -87,7 +87,7 @@ def test_every_method_writes_its_type(tmp_path: Path, method: str) -> None:
         assert found.tensor_type.name == type
         np.testing.assert_array_equal(found.data, expected_blocks(expected, 1, projection, type))
     assert gguf.LlamaFileType(fields["general.file_type"]).name.startswith(f"MOSTLY_{type}")
-    kind = BLOCK_TYPES[type]
+    kind = LAYOUTS[type]
     assert summary.weight_format == type
     assert summary.bits_per_weight == pytest.approx(kind.num_bytes * 8 / kind.block)
     assert (summary.group_size, summary.activation_group) == (0, 0)

@@ -30,8 +30,9 @@ from transformers import (
 from ktk import backends
 from ktk.cli import main
 from ktk.demo import evaluate, run, smollm2
-from ktk.demo.text import stdlib_text, windows
 from ktk.errors import CheckpointError
+from ktk.evaluate import distance
+from ktk.text import stdlib_text, windows
 
 RUNS_GGUF = backends.backends()["LLAMAFILE"].why_not() is None
 
@@ -156,7 +157,7 @@ def test_text_is_the_same_in_every_process() -> None:
     text = stdlib_text()
     assert len(text) > 50_000
     assert " at 0x" not in text
-    code = "import hashlib; from ktk.demo.text import stdlib_text as t; print(hashlib.sha256(t().encode()).hexdigest())"
+    code = "import hashlib; from ktk.text import stdlib_text as t; print(hashlib.sha256(t().encode()).hexdigest())"
     other = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "5"},
@@ -187,8 +188,8 @@ def test_distance_is_the_mean_divergence_and_agreement() -> None:
     rng = np.random.default_rng(1)
     p_logits, q_logits = rng.standard_normal((2, 100, 7))
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (p_logits, q_logits))
-    got = evaluate.distance(
-        fake_model(torch.tensor(q_logits)), [list(range(100))], [torch.tensor(p_logits)]
+    got = distance(
+        fake_model(torch.tensor(q_logits)), [[i % 7 for i in range(100)]], [torch.tensor(p_logits)]
     )
     assert got.kl == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-6)
     assert got.top1 == (p.argmax(1) == q.argmax(1)).mean()
@@ -197,7 +198,7 @@ def test_distance_is_the_mean_divergence_and_agreement() -> None:
 
 def test_distance_of_a_model_from_itself_is_zero() -> None:
     logits = torch.randn(10, 5)
-    same = evaluate.distance(fake_model(logits), [list(range(10))], [logits])
+    same = distance(fake_model(logits), [[i % 5 for i in range(10)]], [logits])
     assert (same.kl, same.top1) == (0.0, 1.0)
 
 

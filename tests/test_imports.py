@@ -12,11 +12,12 @@ import ktk
 PACKAGE = Path(ktk.__file__).parent
 # From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    ("errors", "types", "layout", "formats", "env", "_log", "numa", "memory", "_cy"),
+    ("errors", "text", "types", "layout", "formats", "env", "_log", "numa", "memory", "_cy"),
     ("cpu",),
     ("checkpoint",),
     ("models",),
-    ("reference", "_pack_numba", "_ggml_numba", "pack", "ggml_quantise"),
+    ("reference", "_pack_numba", "_ggml_numba", "pack", "ggml_quantise", "ggml_library"),
+    ("_calibrate_numba", "calibrate"),
     ("backends",),
     ("runtime",),
     ("requantise", "moe"),
@@ -25,6 +26,7 @@ LAYERS = (
     ("wrapper_arguments", "wrapper"),
     ("convert", "convert_whole", "convert_to_gguf", "convert_from_gguf"),
     ("integration",),
+    ("evaluate",),
     ("demo",),
     ("server",),
     ("cli", "__main__"),

@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "ktk.cli.serve",
     "convert": "ktk.cli.convert",
     "demo": "ktk.cli.demo",
+    "eval": "ktk.cli.eval",
     "bench": "ktk.cli.bench",
 }
 

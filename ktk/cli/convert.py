@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +31,7 @@ def command(
     quant_method: Annotated[
         str,
         typer.Option(
-            help="int4, int8 or bf16; for a .gguf output q8_0, q6_k, q4_k, q4_0, mxfp4, bf16, f16 or f32."
+            help="int4, int8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, bf16, f16 or f32."
         ),
     ] = "int4",
     input_type: Annotated[
@@ -51,6 +52,15 @@ def command(
             help="Activations that share a scale: 32, 64 or 128; default: 128 for int4, 64 for int8."
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A UTF-8 text like what the model will read: rounds with error feedback on what it gives the experts."
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[
+        int, typer.Option(min=256, help="Tokens of that text, in windows of 256 spread over it.")
+    ] = 8192,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Experts packed at a time; default: physical cores.")
     ] = None,
@@ -76,6 +86,14 @@ def command(
     from ktk.convert import Progress as Report
     from ktk.convert import convert
 
+    calibration = None
+    if calibrate is not None:
+        os.environ.setdefault(
+            "HF_HUB_OFFLINE", "1"
+        )  # all is local; read when transformers is imported
+        from ktk.integration.transformers.calibration import Calibration
+
+        calibration = Calibration(calibrate, calibrate_tokens)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -111,6 +129,7 @@ def command(
                 resume=resume,
                 whole=whole,
                 progress=show,
+                calibration=calibration,
             )
     except KeyboardInterrupt:
         is_file = output.name.lower().endswith(".gguf")

@@ -1,9 +1,8 @@
-"""How a model answers, how fast it is and how far its predictions are from another's."""
+"""How a model answers and how fast it is."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 # The language is named because SmolLM2's first tokens of an English and of a French answer are level without it:
 # the checkpoint's own bf16 rounding then decides, not the experts.
 QUESTION = "What is the capital of France? Answer in English."
-_ROWS = 64  # positions whose float64 distributions are in memory at once
 
 
 class Clock:
@@ -84,35 +82,3 @@ def prefill_rate(model: Any, window: list[int], repeats: int = 5) -> float:
         model(ids, use_cache=True, logits_to_keep=1)
         seconds.append(time.perf_counter() - start)
     return len(window) / median(seconds[1:])
-
-
-@torch.no_grad()
-def window_logits(model: Any, window: list[int]) -> torch.Tensor:
-    """float32 (tokens, vocabulary)."""
-    logits: torch.Tensor = model(torch.tensor([window]), use_cache=False).logits[0]
-    return logits.float()
-
-
-@dataclass(frozen=True)
-class Distance:
-    """kl: mean Kullback-Leibler divergence per token, in nats. top1: share of tokens, 0..1."""
-
-    kl: float
-    top1: float
-    num_tokens: int
-
-
-def distance(model: Any, windows: list[list[int]], reference: list[torch.Tensor]) -> Distance:
-    """How far the model's next-token distributions are from the reference's logits on the same windows."""
-    total, same, count = 0.0, 0, 0
-    for window, logits in zip(windows, reference, strict=True):
-        got = window_logits(model, window)
-        for start in range(0, len(window), _ROWS):
-            p = torch.log_softmax(
-                logits[start : start + _ROWS].double(), dim=-1
-            )  # (rows, vocabulary)
-            q = torch.log_softmax(got[start : start + _ROWS].double(), dim=-1)
-            total += float((p.exp() * (p - q)).sum())
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        count += len(window)
-    return Distance(total / count, same / count, count)

@@ -15,8 +15,8 @@ from typing import Any
 
 from ktk import backends, cpu, env
 from ktk.demo import evaluate, smollm2
-from ktk.demo.text import stdlib_text, windows
 from ktk.errors import CheckpointError
+from ktk.text import stdlib_text, windows
 
 WINDOW = 256
 ANSWER_TOKENS = 32
@@ -180,6 +180,7 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
     import torch
     from transformers import AutoTokenizer
 
+    from ktk.evaluate import distance, window_logits
     from ktk.integration.transformers.loading import load_model, packed_modules
 
     formats, types = chosen_formats(options.method)
@@ -205,10 +206,10 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
             ):
                 model.to(torch.float32)  # all but packed experts: then only the experts differ
                 if method == "bf16":
-                    reference.extend(evaluate.window_logits(model, part) for part in parts)
+                    reference.extend(window_logits(model, part) for part in parts)
                     kl, top1 = 0.0, 1.0
                 else:
-                    found = evaluate.distance(model, parts, reference)
+                    found = distance(model, parts, reference)
                     kl, top1 = found.kl, found.top1
         rows.append(Row(method, kernel, bits, expert_bytes, said, kl, top1, prefill, decode))
         reporter.row(rows[-1])

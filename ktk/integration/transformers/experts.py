@@ -186,7 +186,7 @@ class ModulePacker:
     def __init__(self, module: Any, spec: MoESpec) -> None:
         self.spec = spec
         self.missing = set(weight_names(module))
-        self._is_transposed, self._is_concatenated = module.is_transposed, module.is_concatenated
+        self._module = module
         self._data: np.ndarray | None = None
 
     def add(self, name: str, weight: torch.Tensor) -> None:
@@ -202,9 +202,9 @@ class ModulePacker:
 
         def work(expert: int) -> None:
             rows = weight[expert]
-            if self._is_transposed and not is_bias:
+            if self._module.is_transposed and not is_bias:
                 rows = rows.T
-            for projection, part in self._split(name, rows):
+            for projection, part in _split(self._module, name, rows):
                 if is_bias:
                     values = part.float().contiguous().numpy()
                     if not np.isfinite(values).all():
@@ -236,17 +236,34 @@ class ModulePacker:
         rows, columns = (h, i) if name.startswith("down") else ((1 + self.spec.has_gate) * i, h)
         if name.endswith("_bias"):
             return (e, rows)
-        return (e, columns, rows) if self._is_transposed else (e, rows, columns)
+        return (e, columns, rows) if self._module.is_transposed else (e, rows, columns)
 
-    def _split(self, name: str, rows: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        """(projection, its rows) out of one expert's parameter, (out_features, ...)."""
-        if name.startswith("down"):
-            return [("down", rows)]
-        if not self.spec.has_gate:
-            return [("up", rows)]
-        half = self.spec.intermediate_size
-        gate, up = (rows[:half], rows[half:]) if self._is_concatenated else (rows[0::2], rows[1::2])
-        return [("gate", gate), ("up", up)]
+
+def _split(module: Any, name: str, rows: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """(projection, its rows) out of one expert's parameter, (out_features, ...)."""
+    if name.startswith("down"):
+        return [("down", rows)]
+    if not module.has_gate:
+        return [("up", rows)]
+    half = len(rows) // 2
+    gate, up = (rows[:half], rows[half:]) if module.is_concatenated else (rows[0::2], rows[1::2])
+    return [("gate", gate), ("up", up)]
+
+
+def float_expert(module: Any, expert: int) -> ExpertWeights:
+    """One expert of a float module, its matrices (out_features, in_features); bf16 stays bf16 bits."""
+    found: dict[str, np.ndarray] = {}
+    for name in weight_names(module):
+        rows = getattr(module, name)[expert].detach().cpu()
+        is_bias = name.endswith("_bias")
+        if module.is_transposed and not is_bias:
+            rows = rows.T
+        for projection, part in _split(module, name, rows):
+            if is_bias:
+                found[f"{projection}_bias"] = part.float().contiguous().numpy()
+            else:
+                found[projection] = as_weights(part.contiguous(), name)
+    return ExpertWeights(found.pop("gate", None), **found)
 
 
 def pack_module(

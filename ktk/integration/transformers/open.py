@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ktk import backends, cpu
+from ktk.checkpoint import is_gguf
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.checkpoint.packed import QUANT_METHOD, layer_path, read_config
 from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError, KtkError
-from ktk.gguf_model import is_gguf
 from ktk.models import find_experts
 from ktk.models.gguf import GgufExperts, find_gguf_experts
 from ktk.types import MoESpec

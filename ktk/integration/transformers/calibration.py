@@ -1,0 +1,162 @@
+"""Run a model on a calibration text, one layer after the other, its experts supplied from outside.
+
+One forward pass of all windows at once: when it comes to a layer's experts, ``on_layer`` gets the inputs of all tokens, does with that
+layer what it wants and returns the experts' output, from which the next layers go on. So a layer sees the inputs that the
+quantised layers before it make, and no more than one layer's experts need to be in memory. All else of the model is, in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+
+from ktk import cpu
+from ktk.calibrate import LayerInputs
+from ktk.checkpoint import Checkpoint
+from ktk.errors import CheckpointError
+from ktk.integration.transformers.experts import find_experts
+from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, layer_of
+from ktk.integration.transformers.sources import ExpertsSource
+from ktk.models import Experts
+from ktk.models import find_experts as find_expert_tensors
+from ktk.text import windows
+from ktk.types import MoESpec, Packed
+
+WINDOW = 256
+NUM_TOKENS = 8192
+# float32 copies of a token's hidden state alive at once, attention's and a dense layer's included: a generous bound.
+_LIVE_COPIES = 24
+OnLayer = Callable[[int, LayerInputs], np.ndarray]
+_NAME = "ktk_calibrate"
+_ATTRIBUTE = "_ktk_on_layer"
+
+
+def _experts_function(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    inputs = LayerInputs(
+        hidden_states.float().contiguous().numpy(),
+        top_k_index.long().contiguous().numpy(),
+        top_k_weights.float().contiguous().numpy(),
+    )
+    output = torch.from_numpy(module.__dict__[_ATTRIBUTE](inputs))
+    return output.to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_function)
+
+
+@torch.no_grad()
+def run_layers(model: Any, token_ids: torch.Tensor, on_layer: OnLayer) -> None:
+    """Call ``on_layer`` for each layer that has experts, in order. token_ids : int64 (windows, length)."""
+    modules = list(find_experts(model))
+    owners = {id(m.config): m.config for _, m in modules} | {id(model.config): model.config}
+    before = {key: config._experts_implementation for key, config in owners.items()}
+    try:
+        for config in owners.values():
+            config._experts_implementation = _NAME
+        for name, module in modules:
+            layer = layer_of(name)
+            module.__dict__[_ATTRIBUTE] = lambda inputs, layer=layer: on_layer(layer, inputs)
+        model.base_model(token_ids, use_cache=False)
+    finally:
+        for key, config in owners.items():
+            config._experts_implementation = before[key]
+        for _, module in modules:
+            module.__dict__.pop(_ATTRIBUTE, None)
+
+
+class _WithoutExpertsConfig(KtkConfig):
+    """Loads all of a float checkpoint but its experts."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__(**others)
+        self.quant_method = "ktk_without_experts"  # type: ignore[assignment]
+
+
+class _WithoutExperts(KtkHfQuantizer):
+    def _open(self, checkpoint_files: list[str] | None) -> ExpertsSource | None:
+        if not checkpoint_files:
+            raise CheckpointError("a model to calibrate loads from its directory")
+        directory = Path(checkpoint_files[0]).parent
+        with Checkpoint.open(directory) as checkpoint:
+            experts = find_expert_tensors(checkpoint)
+            specs = {n: MoESpec(**experts.spec_fields(n), weight_format="bf16") for n in experts.layers}  # fmt: skip
+
+        def read(layer: int) -> Packed:
+            raise AssertionError(f"layer {layer}: nothing is attached here")
+
+        return ExpertsSource(str(directory), specs, read, is_beside=True)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        pass
+
+
+register_quantization_config("ktk_without_experts")(_WithoutExpertsConfig)
+register_quantizer("ktk_without_experts")(_WithoutExperts)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration text for ``ktk.convert``. num_tokens : at most so many, in windows of 256 spread over the text.
+
+    Raises CheckpointError / ValueError when run: the text is too short, the model does not fit into memory.
+    """
+
+    text: Path
+    num_tokens: int = NUM_TOKENS
+
+    def provenance(self) -> dict[str, Any]:
+        """What a packed directory tells of it: the text's sha256 and the number of tokens asked for."""
+        digest = hashlib.sha256(self.text.read_bytes()).hexdigest()
+        return {"text_sha256": digest, "num_tokens": self.num_tokens}
+
+    def run(self, source: Path, experts: Experts, on_layer: OnLayer) -> None:
+        """Run the float model in ``source`` without its own experts; ``on_layer`` as in ``run_layers``."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        if not (source / "config.json").is_file():
+            raise CheckpointError(
+                f"{source}: a model to calibrate needs its config.json and tokenizer"
+            )
+        config = AutoConfig.from_pretrained(source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"{source}: its weights are quantised already: calibration starts from float weights"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        text = self.text.read_text(encoding="utf-8")
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if self.num_tokens < WINDOW:
+            raise ValueError(f"num_tokens={self.num_tokens}: must be at least {WINDOW}")
+        parts = torch.tensor(windows(ids, self.num_tokens // WINDOW, WINDOW))
+        self._check_memory(source, experts, parts.numel())
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, quantization_config=_WithoutExpertsConfig()
+        ).eval()
+        run_layers(model, parts, on_layer)
+
+    def _check_memory(self, source: Path, experts: Experts, num_tokens: int) -> None:
+        with Checkpoint.open(source) as checkpoint:
+            taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
+            plain = sum(
+                4 * math.prod(t.shape) for n, t in checkpoint.tensors.items() if n not in taken
+            )
+        hidden = MoESpec(**experts.spec_fields(experts.layers[0])).hidden_size
+        needed = plain + num_tokens * hidden * 4 * _LIVE_COPIES
+        available = cpu.memory()[1]
+        if available and needed > available:
+            raise CheckpointError(
+                f"{source}: calibrating on {num_tokens} tokens needs about {needed / 1e9:.1f} GB (all but the experts in "
+                f"float32: {plain / 1e9:.1f} GB), {available / 1e9:.1f} GB are free; take fewer tokens with "
+                "--calibrate-tokens, or convert without --calibrate"
+            )
