@@ -329,7 +329,7 @@ def test_arguments_reach_the_experts_and_the_rest(made: Made) -> None:
 
 def test_a_loaded_model_cannot_be_saved_without_its_experts(made: Made, tmp_path: Path) -> None:
     _, file = made("qwen3moe", "q8_0")
-    with pytest.raises(ValueError, match="cannot be saved"):
+    with pytest.raises(ValueError, match="cannot be saved|blocks of its file"):
         load_gguf_model(file).save_pretrained(tmp_path)
 
 
