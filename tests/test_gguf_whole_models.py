@@ -329,7 +329,10 @@ def test_arguments_reach_the_experts_and_the_rest(made: Made) -> None:
 
 def test_a_loaded_model_cannot_be_saved_without_its_experts(made: Made, tmp_path: Path) -> None:
     _, file = made("qwen3moe", "q8_0")
-    with pytest.raises(ValueError, match="cannot be saved|blocks of its file"):
+    model = load_gguf_model(file)
+    with pytest.raises(ValueError, match="blocks of its file"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="keep it in a variable"):
         load_gguf_model(file).save_pretrained(tmp_path)
 
 

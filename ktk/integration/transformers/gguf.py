@@ -24,6 +24,7 @@ from ktk.errors import CheckpointError
 from ktk.integration.transformers.experts import attach, drop_weights, find_experts
 from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
 from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, layer_of
+from ktk.integration.transformers.saving import SavePretrained
 from ktk.models.gguf import find_gguf_experts
 from ktk.models.whole import Source, Tensor, WholeModel, whole_model
 from ktk.models.whole.base import Fields
@@ -100,6 +101,7 @@ def load_gguf_model(
     model.set_experts_implementation("ktk")
     model.generation_config.eos_token_id = _end_of_generation(experts.checkpoint, config)
     model.hf_quantizer = KtkHfQuantizer(KtkConfig(method=method, gguf=path), pre_quantized=False)
+    model.save_pretrained = SavePretrained(model)
     model.config._name_or_path = os.fspath(path)
     return model.eval()
 

@@ -25,7 +25,10 @@ _directory: contextvars.ContextVar[Path | None] = contextvars.ContextVar(
 
 
 class SavePretrained:
-    """``model.save_pretrained`` of a packed model: transformers' own, with the experts told where to go."""
+    """``model.save_pretrained`` of a packed model: transformers' own, with the experts told where to go.
+
+    It must not keep the model alive: gigabytes would wait for the garbage collector.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
@@ -34,7 +37,10 @@ class SavePretrained:
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
         model = self._model()
-        assert model is not None  # it holds this object
+        if model is None:
+            raise RuntimeError(
+                "the model is gone already: keep it in a variable, then call its save_pretrained"
+            )
         token = _directory.set(Path(save_directory) if is_main_process else None)
         try:
             type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
