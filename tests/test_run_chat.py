@@ -412,3 +412,24 @@ def test_a_model_that_does_not_fit_is_refused_with_the_figures(
         open_model(model)
     assert needs > OVERHEAD
     assert open_model(model, force=True).description.fits is False
+
+
+def test_linear_layers_are_packed_of_every_kind_of_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from ktk.convert import convert
+    from ktk.integration.transformers import linear
+    from ktk.integration.transformers.open import open_model
+
+    monkeypatch.setattr(linear, "SMALLEST", 1)
+    convert(model, tmp_path / "packed", quant_method="int8")
+    for path in (model, tmp_path / "packed"):
+        made = open_model(path, linear="int8").model
+        kinds = {type(m) for name, m in made.named_modules() if name.endswith("q_proj")}
+        assert kinds == {linear.KtkLinear}
+        with torch.inference_mode():
+            assert made(torch.ones(1, 3, dtype=torch.int64)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="linear='int3': must be int8 or int4"):
+        open_model(model, linear="int3")

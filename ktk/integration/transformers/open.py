@@ -174,10 +174,12 @@ def open_model(
 ) -> OpenModel:
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
-    path, method, weight_format, dtype, context : as in ``describe_model``. linear : "int8" or "int4" runs the dense linear
-    layers of a directory's model on ktk too. force : load it even if it does not fit.
+    path, method, weight_format, dtype, context : as in ``describe_model``. linear : "int8" or "int4" packs the model's
+    dense linear layers too. force : load it even if it does not fit.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not fit.
     """
+    if linear not in (None, "int8", "int4"):
+        raise ValueError(f"linear={linear!r}: must be int8 or int4, or left out")
     description = describe_model(path, method, weight_format, dtype, context)
     if description.reason is not None:
         raise CheckpointError(f"{path}: {description.reason}")
@@ -185,13 +187,13 @@ def open_model(
     if refusal is not None and not force:
         raise MemoryError(refusal)
     if description.kind == "gguf":
-        if linear is not None:
-            raise ValueError(
-                f"linear={linear!r}: is for Hugging Face directories, not for GGUF files"
-            )
         model, tokenizer = _open_gguf(path, method, description.dtype)
     else:
-        model, tokenizer = _open_directory(description, path, method, linear, dtype)
+        model, tokenizer = _open_directory(description, path, method, dtype)
+    if linear is not None:
+        from ktk.integration.transformers.linear import replace_linears
+
+        replace_linears(model, linear)
     return OpenModel(model.eval(), tokenizer, description)
 
 
@@ -206,7 +208,6 @@ def _open_directory(
     description: ModelDescription,
     path: str | os.PathLike[str],
     method: str,
-    linear: str | None,
     dtype: str | None,
 ) -> tuple[Any, Any]:
     import torch
@@ -216,12 +217,7 @@ def _open_directory(
 
     options: dict[str, Any] = {}
     if description.kind == "float":
-        own: dict[str, Any] = {} if linear is None else {"linear": linear}
-        options["quantization_config"] = KtkConfig(description.weight_format, method=method, **own)
-    elif linear is not None:
-        raise ValueError(
-            f"linear={linear!r}: is for float checkpoints; {path} is {description.kind}"
-        )
+        options["quantization_config"] = KtkConfig(description.weight_format, method=method)
     model = load_model(path, method, None if dtype is None else getattr(torch, dtype), **options)
     return model, AutoTokenizer.from_pretrained(path)
 

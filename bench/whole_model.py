@@ -1,0 +1,209 @@
+"""A whole model, ktk beside llama.cpp on the same GGUF file: prefill and decode, in turns.
+
+    python bench/whole_model.py [--layers 12] [--linear int8] [--rounds 3] [--json]
+
+The file is of Qwen3-30B-A3B's shape but for the number of layers, with random weights: experts Q4_0, the rest Q8_0. ktk runs the
+experts as they lie and the rest as bf16 or, with --linear, packed; llama.cpp (llama-cpp-python, if it is installed) runs all as it lies.
+Each engine runs in a process of its own, on as many threads as there are cores. The split of ktk's decoding comes from
+the time inside the experts' and the linear layers' calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from ktk import cpu
+from ktk.bench.blocks import random_matrix
+
+HIDDEN, WIDTH, EXPERTS, TOP_K, HEADS, KV_HEADS, HEAD, VOCAB = 2048, 768, 128, 8, 32, 4, 128, 151936
+EXPERT_TYPE, REST_TYPE = "Q4_0", "Q8_0"
+PROMPT, DECODE = 512, 48  # tokens
+
+
+def write_model(path: Path, layers: int) -> None:
+    """The random model; a layer's tensors are the same in every layer."""
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    for key, value in {
+        "block_count": layers, "context_length": 4096, "embedding_length": HIDDEN,
+        "feed_forward_length": 6144, "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
+        "attention.key_length": HEAD, "attention.value_length": HEAD, "expert_count": EXPERTS,
+        "expert_used_count": TOP_K, "expert_feed_forward_length": WIDTH,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"qwen3moe.{key}", value)
+    writer.add_float32("qwen3moe.rope.freq_base", 1e6)
+    writer.add_float32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    letters = [chr(33 + i) for i in range(94)]
+    tokens = [*letters, "ab", *(f"<{i}>" for i in range(VOCAB - 95))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(VOCAB - 1)
+
+    def blocks(kind: str, out_features: int, in_features: int, count: int = 0) -> np.ndarray:
+        data = random_matrix(kind, 1, out_features, in_features, out_features + in_features).data
+        return np.broadcast_to(data, (count, *data.shape[1:])) if count else data[0]
+
+    def add(name: str, data: np.ndarray, kind: str) -> None:
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+
+    ones = {n: np.ones(n, np.float32) for n in (HIDDEN, HEAD)}
+    add("token_embd.weight", blocks(REST_TYPE, VOCAB, HIDDEN), REST_TYPE)
+    add("output.weight", blocks(REST_TYPE, VOCAB, HIDDEN), REST_TYPE)
+    writer.add_tensor("output_norm.weight", ones[HIDDEN])
+    rest = {
+        "attn_q": (HEADS * HEAD, HIDDEN), "attn_k": (KV_HEADS * HEAD, HIDDEN),
+        "attn_v": (KV_HEADS * HEAD, HIDDEN), "attn_output": (HIDDEN, HEADS * HEAD),
+    }  # fmt: skip
+    made = {name: blocks(REST_TYPE, *shape) for name, shape in rest.items()}
+    experts = {
+        name: blocks(EXPERT_TYPE, *shape, EXPERTS)
+        for name, shape in (("ffn_gate_exps", (WIDTH, HIDDEN)), ("ffn_up_exps", (WIDTH, HIDDEN)), ("ffn_down_exps", (HIDDEN, WIDTH)))
+    }  # fmt: skip
+    router = np.random.default_rng(0).standard_normal((EXPERTS, HIDDEN), np.float32) * 0.1
+    for layer in range(layers):
+        for name, data in made.items():
+            add(f"blk.{layer}.{name}.weight", data, REST_TYPE)
+        for name, data in experts.items():
+            add(f"blk.{layer}.{name}.weight", data, EXPERT_TYPE)
+        writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
+        for name, size in (("attn_norm", HIDDEN), ("ffn_norm", HIDDEN), ("attn_q_norm", HEAD), ("attn_k_norm", HEAD)):  # fmt: skip
+            writer.add_tensor(f"blk.{layer}.{name}.weight", ones[size])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def prompt() -> list[int]:
+    return np.random.default_rng(1).integers(100, VOCAB - 1, PROMPT).tolist()
+
+
+def run_ktk(path: Path, linear: str | None) -> dict[str, float]:
+    """Milliseconds: prefill, decode of a token (median), and of it the experts and the packed linear layers."""
+    import torch
+
+    from ktk.integration.transformers.experts import find_experts
+    from ktk.integration.transformers.gguf import load_gguf_model
+    from ktk.integration.transformers.linear import KtkLinear, replace_linears
+
+    torch.set_num_threads(cpu.num_physical_cores())
+    model = load_gguf_model(path)
+    if linear:
+        replace_linears(model, linear)
+    inside = {"experts": 0.0, "linear": 0.0}
+
+    def clock(module: Any, what: str) -> None:
+        forward = module.forward
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            out = forward(*arguments, **named)
+            inside[what] += time.perf_counter() - begin
+            return out
+
+        module.forward = timed
+
+    for _, module in find_experts(model):
+        clock(module, "experts")
+    for module in model.modules():
+        if isinstance(module, KtkLinear | torch.nn.Linear):
+            clock(module, "linear")
+    ids = torch.tensor([prompt()])
+    with torch.inference_mode():
+        for _ in range(2):
+            begin = time.perf_counter()
+            out = model(ids, use_cache=True, logits_to_keep=1)
+            prefill = time.perf_counter() - begin
+        steps = []
+        inside.update(experts=0.0, linear=0.0)
+        for _ in range(DECODE):
+            begin = time.perf_counter()
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            steps.append(time.perf_counter() - begin)
+    found = {"prefill": prefill, "decode": statistics.median(steps)}
+    found |= {name: seconds / DECODE for name, seconds in inside.items()}
+    return {name: 1e3 * seconds for name, seconds in found.items()}
+
+
+def run_llama(path: Path) -> dict[str, float]:
+    """As ``run_ktk``, without the split."""
+    from llama_cpp import Llama
+
+    threads = cpu.num_physical_cores()
+    model = Llama(str(path), n_ctx=1024, n_batch=PROMPT, n_ubatch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)  # fmt: skip
+    for _ in range(2):
+        model.reset()
+        begin = time.perf_counter()
+        model.eval(prompt())
+        prefill = time.perf_counter() - begin
+    steps = []
+    for token in prompt()[:DECODE]:
+        begin = time.perf_counter()
+        model.eval([token])
+        steps.append(time.perf_counter() - begin)
+    return {"prefill": 1e3 * prefill, "decode": 1e3 * statistics.median(steps)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--linear", choices=["int8", "int4"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--engine", choices=["ktk", "llama"], help="run one, once, on --file")
+    parser.add_argument("--file", type=Path)
+    a = parser.parse_args()
+    if a.engine:
+        found = run_ktk(a.file, a.linear) if a.engine == "ktk" else run_llama(a.file)
+        print(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory(prefix="ktk-") as folder:
+        file = a.file or Path(folder) / "model.gguf"
+        if not file.exists():
+            write_model(file, a.layers)
+        engines = {"ktk": ["--engine", "ktk"], "llama.cpp": ["--engine", "llama"]}
+        if a.linear:
+            engines[f"ktk, linear {a.linear}"] = ["--engine", "ktk", "--linear", a.linear]
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
+        for _ in range(a.rounds):
+            for name, arguments in engines.items():
+                command = [sys.executable, __file__, "--file", str(file), *arguments]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    print(f"{name} left out: {done.stderr.strip()[-300:]}", file=sys.stderr)
+                    continue
+                results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {
+        name: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+        for name, runs in results.items()
+        if runs
+    }
+    if a.json:
+        print(json.dumps(medians, indent=1))
+        return
+    for name, found in medians.items():
+        split = "".join(
+            f", {key} {found[key]:.1f}" for key in ("experts", "linear") if key in found
+        )
+        rate = PROMPT / found["prefill"] * 1e3
+        print(f"{name}: prefill {rate:.0f} tokens/s, decode {1e3 / found['decode']:.1f} tokens/s ({found['decode']:.1f} ms{split})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
