@@ -95,12 +95,14 @@ def run_ktk(path: Path, linear: str | None) -> dict[str, float]:
     """Milliseconds: prefill, decode of a token (median), and of it the experts and the packed linear layers."""
     import torch
 
+    from ktk.integration.transformers.attention import use_attention
     from ktk.integration.transformers.experts import find_experts
     from ktk.integration.transformers.gguf import load_gguf_model
     from ktk.integration.transformers.linear import KtkLinear, replace_linears
 
     torch.set_num_threads(cpu.num_physical_cores())
     model = load_gguf_model(path)
+    use_attention(model)
     if linear:
         replace_linears(model, linear)
     inside = {"experts": 0.0, "linear": 0.0}

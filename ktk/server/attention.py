@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ktk.integration.transformers.attention import one_row
+
 NAME = "ktk_flash_paged"
 BLOCK = 64
 # Rows that a batch is filled up to with copies of its last token. Measured with torch 2.13 on Zen 4: the rows of a
@@ -68,22 +70,12 @@ def paged_attention(
         k = key[:, :, key_bounds[i] : key_bounds[i + 1]]
         v = value[:, :, key_bounds[i] : key_bounds[i + 1]]
         if q.shape[2] == 1:
-            parts.append(_one_row(q, k, v, scaling))
+            parts.append(one_row(q, k, v, scaling))  # a window's cache has no older keys
         else:
             parts.append(_blocks(q, k, v, scaling, sliding_window))
     if rows > own:
         parts.append(query.new_zeros(1, query.shape[1], rows - own, value.shape[-1]))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
-
-
-def _one_row(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """The newest token: it sees every key, a sliding window's cache having no older ones."""
-    _, heads, _, width = q.shape
-    grouped = q.reshape(1, k.shape[1], heads // k.shape[1], width)
-    out = F.scaled_dot_product_attention(grouped, k, v, scale=scaling)
-    return out.reshape(1, heads, 1, v.shape[-1])
 
 
 def _blocks(

@@ -29,6 +29,7 @@ if tuple(map(int, _transformers.__version__.split(".")[:2])) < (5, 20):
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ktk.integration.transformers.activations import recognise
+from ktk.integration.transformers.attention import use_attention
 from ktk.integration.transformers.experts import ktk_experts_forward
 from ktk.integration.transformers.loading import (
     KtkConfig,
@@ -49,5 +50,6 @@ __all__ = [
     "load_model",
     "packed_modules",
     "recognise",
+    "use_attention",
     "use_ktk",
 ]

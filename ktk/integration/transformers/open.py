@@ -190,10 +190,13 @@ def open_model(
         model, tokenizer = _open_gguf(path, method, description.dtype)
     else:
         model, tokenizer = _open_directory(description, path, method, dtype)
+    from ktk.integration.transformers.attention import use_attention
+
     if linear is not None:
         from ktk.integration.transformers.linear import replace_linears
 
         replace_linears(model, linear)
+    use_attention(model)
     return OpenModel(model.eval(), tokenizer, description)
 
 
