@@ -43,6 +43,7 @@ from ktk.bench.layer import hidden_states, random_expert
 from ktk.bench.shapes import Routing, Shape, routings
 from ktk.cli.bench import split
 from ktk.formats import GGUF
+from ktk.ggml_library import GgmlLibrary
 from ktk.reference.dequantise import expert_weights
 from ktk.reference.moe import oracle_forward
 from ktk.types import BlockExperts, BlockMatrix, MoESpec
@@ -55,7 +56,7 @@ LLAMA_BOUNDS = {"F16": 1e-3}  # it rounds activations to half precision; others:
 Quantise = Callable[[str, np.ndarray], np.ndarray]
 
 
-class Ggml:
+class Ggml(GgmlLibrary):
     """ggml's quantisers and its CPU backend."""
 
     class InitParams(ctypes.Structure):
@@ -66,6 +67,7 @@ class Ggml:
         )
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         pointer, size, c_int, c_int64 = (
             ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64,
         )  # fmt: skip
@@ -82,27 +84,12 @@ class Ggml:
             (self.base, "ggml_new_graph", pointer, pointer),
             (self.base, "ggml_build_forward_expand", None, pointer, pointer),
             (self.base, "ggml_graph_overhead", size),
-            (self.base, "ggml_quantize_requires_imatrix", ctypes.c_bool, c_int),
-            (self.base, "ggml_quantize_chunk", size, c_int, pointer, pointer, *[c_int64] * 3, pointer),
             (self.cpu, "ggml_cpu_init", None),
             (self.cpu, "ggml_graph_compute_with_ctx", c_int, pointer, pointer, c_int),
         ):  # fmt: skip
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         self.cpu.ggml_cpu_init()
-
-    def quantise(self, kind: str, w: np.ndarray) -> np.ndarray:
-        """float32 (rows, in_features) as uint8 (rows, row bytes); all weights as important."""
-        number, (rows, columns) = int(gguf.GGMLQuantizationType[kind]), w.shape
-        out = np.empty((rows, row_bytes(kind, columns)), np.uint8)
-        importance = np.ones(columns, np.float32)
-        needed = self.base.ggml_quantize_requires_imatrix(number)
-        written = self.base.ggml_quantize_chunk(
-            number, w.ctypes.data, out.ctypes.data, 0, rows, columns, importance.ctypes.data if needed else None
-        )  # fmt: skip
-        if written != out.size:
-            raise RuntimeError(f"ggml wrote {written} bytes of {kind}: must be {out.size}")
-        return out
 
     def multiply(self, kind: str, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Blocks of (rows, in_features) times float32 (tokens, in_features): float32 (tokens, rows)."""

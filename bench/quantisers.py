@@ -1,6 +1,6 @@
 """Error and speed of ktk's quantisers of ggml blocks beside ggml's own, on the same tensors.
 
-    python bench/quantisers.py --ggml PATH/libggml-base.so [--gguf MODEL.gguf] [--json]
+    python bench/quantisers.py --ggml FOLDER [--gguf MODEL.gguf] [--json]
 
 --gguf : a model whose matrices, decoded, are the "model" tensor; its values lie on its own format's grid, so only the
 shape of their distribution is real. Errors are root mean square, relative to the tensor's. One thread; best of --rounds.
@@ -9,10 +9,9 @@ shape of their distribution is real. Errors are root mean square, relative to th
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -20,26 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ktk.ggml_library import GgmlLibrary
 from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
 
 SHAPE = (1024, 2048)
 F = np.float32
-
-
-def ggml_quantiser(path: Path) -> Callable[[np.ndarray, str], np.ndarray]:
-    """ggml's quantiser without an importance matrix, with quantise_rows' interface."""
-    chunk = ctypes.CDLL(str(path.resolve())).ggml_quantize_chunk
-    chunk.restype = ctypes.c_size_t
-    chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-
-    def quantise(w: np.ndarray, name: str) -> np.ndarray:
-        out = np.empty((len(w), BLOCK_TYPES[name].row_bytes(w.shape[1])), np.uint8)
-        number = int(gguf.GGMLQuantizationType[name])
-        written = chunk(number, w.ctypes.data, out.ctypes.data, 0, *w.shape, None)
-        assert written == out.size
-        return out
-
-    return quantise
 
 
 def tensors(model: Path | None, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -69,13 +53,16 @@ def error(w: np.ndarray, blocks: np.ndarray, name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ggml", type=Path, required=True, help="libggml-base.so of llama.cpp")
+    parser.add_argument(
+        "--ggml", type=Path, required=True, help="folder of llama.cpp's libggml-base.so"
+    )
     parser.add_argument("--gguf", type=Path, help="a model to take weights from")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    quantisers = {"ktk": quantise_rows, "ggml": ggml_quantiser(arguments.ggml)}
+    library = GgmlLibrary(arguments.ggml)
+    quantisers = {"ktk": quantise_rows, "ggml": lambda w, name: library.quantise(name, w)}
     found = []
     for label, w in tensors(arguments.gguf, arguments.seed):
         for name in BLOCK_TYPES:
