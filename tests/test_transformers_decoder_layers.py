@@ -198,6 +198,14 @@ def test_batches_masks_gradients_and_other_caches_go_the_own_way() -> None:
     assert not calls
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v32", "hunyuan_v1_moe", "jamba"])
+def test_linear_layers_whose_weights_other_code_reads_stay(kind: str) -> None:
+    model = make(kind)  # packs what it can
+    assert any(isinstance(m, linear_layers.KtkLinear) for m in model.modules())
+    with torch.no_grad():
+        assert model(torch.full((1, 5), 9), use_cache=False).logits.isfinite().all()
+
+
 @torch.no_grad()
 def test_layers_whose_projections_are_not_packed_stay(caplog: pytest.LogCaptureFixture) -> None:
     model = AutoModelForCausalLM.from_config(small_config("qwen3_moe")).eval()
