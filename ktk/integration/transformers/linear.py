@@ -67,8 +67,10 @@ def _is_read_elsewhere(model: torch.nn.Module, owner_name: str, own: str) -> boo
     """Whether a module that holds this linear layer uses its parameters besides calling it: latent attention, some routers."""
     reads = re.compile(rf"\.{re.escape(own)}\.(weight|bias)\b")
     owners = owner_name.split(".") if owner_name else []
-    paths = [".".join(owners[:n]) for n in range(len(owners) + 1)]
-    return any(reads.search(_source(type(model.get_submodule(path)))) for path in paths)
+    kinds: list[Any] = [
+        type(model.get_submodule(".".join(owners[:n]))) for n in range(len(owners) + 1)
+    ]
+    return any(reads.search(_source(kind)) for kind in kinds)
 
 
 @functools.cache
