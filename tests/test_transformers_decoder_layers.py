@@ -132,6 +132,17 @@ def test_what_is_otherwise_keeps_its_own_forward(
     assert any("decoded by torch" in message for message in caplog.messages)
 
 
+def test_a_router_of_zeros_takes_all_experts_alike() -> None:
+    model = make("mixtral", num_experts_per_tok=4)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+    tokens, _ = decode(model)
+    fuse_decoder_layers(model)
+    assert decode(model)[0] == tokens
+    assert [f.trials for f in fused(model)] == [0, 0]
+
+
 def test_multipliers_are_found_by_trying() -> None:
     model = make("granitemoe", residual_multiplier=0.5)
     tokens, _ = decode(model)

@@ -390,7 +390,8 @@ def _router(
 
 def _routed(module: Any, experts: Any, matrix: torch.Tensor) -> _Routed:
     x = _probe(PROBE_TOKENS, matrix.shape[1], matrix)
-    x = x * (LOGITS / (x.float() @ matrix.float().T).std()).to(x.dtype)
+    spread = float((x.float() @ matrix.float().T).std())
+    x = x * (LOGITS / spread if spread else 1.0)
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def record(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
