@@ -41,7 +41,7 @@ Linear = Annotated[
     str | None,
     typer.Option(
         "--linear",
-        help="Dense linear layers: int8 or int4 packs them, file runs a GGUF file's blocks (its default), none leaves them to torch.",
+        help="Dense linear layers: file (the default) runs them as they are, int8 or int4 packs them, none leaves them to torch.",
     ),
 ]
 Dtype = Annotated[

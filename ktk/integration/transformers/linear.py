@@ -7,13 +7,14 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ktk import linear
 from ktk.linear import Linear
+from ktk.types import BlockMatrix
 
 log = logging.getLogger("ktk")
 
@@ -58,6 +59,78 @@ class KtkLinear(torch.nn.Module):
         return repr(self._ktk)
 
 
+_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class SharedForward:
+    """In place of a ``torch.nn.Linear``'s ``forward``: ktk's kernels on the module's own bf16 or fp16 weight, where it lies.
+
+    With gradients, on another device or with a weight of another dtype the module's own forward runs.
+    """
+
+    def __init__(self, module: torch.nn.Linear) -> None:
+        self.module, self.own_forward = module, module.forward
+        self.linear = self._shared()
+
+    def _shared(self) -> Linear:
+        weight, bias = self.module.weight.detach(), self.module.bias
+        self._address = weight.data_ptr()
+        rows = weight.view(torch.uint8).numpy()
+        blocks = BlockMatrix(_TYPES[weight.dtype], self.module.in_features, rows[None])
+        return Linear.of_blocks(blocks, None if bias is None else bias.detach())
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the module has another weight by now."""
+        return self.module.weight.data_ptr() != self._address
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        module, weight = self.module, self.module.weight
+        if x.dtype is not weight.dtype or x.device.type != "cpu" or torch.is_grad_enabled():
+            return self.own_forward(x)
+        if self.is_stale:
+            if not _can_be_shared(module):
+                return self.own_forward(x)
+            self.linear = self._shared()
+        y: torch.Tensor = self.linear(x.reshape(-1, module.in_features))
+        return y.view(*x.shape[:-1], module.out_features)
+
+
+def _can_be_shared(module: torch.nn.Module) -> bool:
+    weight = module.weight
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.device.type == "cpu"
+        and weight.dtype in _TYPES
+        and weight.is_contiguous()
+    )
+
+
+def share_linears(model: torch.nn.Module) -> list[str]:
+    """Have ktk's kernels run the model's bf16 and fp16 ``torch.nn.Linear`` modules on the weights they have; their names.
+
+    Nothing is copied, but matrices whose out_features are no multiple of 16. What ``replace_linears`` leaves alone is left alone.
+    """
+    if linear.why_not():
+        return []
+    shared = []
+    for name, module in _dense_linears(model):
+        if _can_be_shared(module):
+            module.forward = SharedForward(module)  # type: ignore[method-assign, assignment]
+            shared.append(name)
+    return shared
+
+
+def linear_of(module: Any) -> Linear | None:
+    """The ``ktk.linear.Linear`` that runs a linear layer, or None if torch does."""
+    if isinstance(module, KtkLinear):
+        return module._ktk
+    forward = getattr(module, "forward", None)
+    if isinstance(forward, SharedForward) and not forward.is_stale:
+        return forward.linear
+    return None
+
+
 def is_dense(name: str, shape: Sequence[int]) -> bool:
     """Whether a linear layer of this name, whose weight has this shape, is one for ktk's kernels: no router, no gate."""
     return math.prod(shape) >= SMALLEST and _ROUTERS.search(name) is None
@@ -94,6 +167,20 @@ def replace_linears(
         log.warning("linear layers stay with torch: %s", reason)
         return []
     replaced = []
+    for name, module in _dense_linears(model, skip):
+        owner_name, _, own = name.rpartition(".")
+        try:
+            packed = KtkLinear.pack(module, weight_format)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+        setattr(model.get_submodule(owner_name), own, packed)
+        replaced.append(name)
+    return replaced
+
+
+def _dense_linears(
+    model: torch.nn.Module, skip: tuple[str, ...] = ()
+) -> Iterator[tuple[str, torch.nn.Linear]]:
     for name, module in list(model.named_modules()):
         if type(module) is not torch.nn.Linear or not is_dense(name, module.weight.shape):
             continue
@@ -103,11 +190,4 @@ def replace_linears(
         if _is_read_elsewhere(model, owner_name, own):
             log.info("%s stays with torch: its owner's code reads its weight", name)
             continue
-        owner: Any = model.get_submodule(owner_name)
-        try:
-            packed = KtkLinear.pack(module, weight_format)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-        setattr(owner, own, packed)
-        replaced.append(name)
-    return replaced
+        yield name, module

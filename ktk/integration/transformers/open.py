@@ -146,10 +146,6 @@ def describe_model(
                 f"leave it out, or convert: ktk convert --input-path {path} --output DIR --quant-method {weight_format}"
             )
         return _describe_gguf(where, method, dtype or "bfloat16", context, linear)
-    if linear == "file":
-        raise ValueError(
-            f"linear='file': only a GGUF file has blocks to run, {path} is none; leave it out, or take int8 or int4"
-        )
     if not where.is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json, or a .gguf file")
     config = read_json_object(where / "config.json")
@@ -185,9 +181,14 @@ def open_model(
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
     path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense linear layers: "int8" or "int4"
-    packs them, "file" runs the blocks of a GGUF file, "none" leaves them to torch; None is "file" for a GGUF file, else "none". force : load it even if it does not fit.
+    packs them; "file" and None run them as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
+    force : load it even if it does not fit.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not fit.
     """
+    from ktk.integration.transformers.attention import use_attention
+    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
+    from ktk.integration.transformers.linear import replace_linears, share_linears
+
     description = describe_model(path, method, weight_format, dtype, context, linear)
     if description.reason is not None:
         raise CheckpointError(f"{path}: {description.reason}")
@@ -198,13 +199,10 @@ def open_model(
         model, tokenizer = _open_gguf(path, method, description.dtype, linear or "file")
     else:
         model, tokenizer = _open_directory(description, path, method, dtype)
-        if linear not in (None, "none"):
-            from ktk.integration.transformers.linear import replace_linears
-
+        if linear in (None, "file"):
+            share_linears(model)
+        elif linear != "none":
             replace_linears(model, linear)
-    from ktk.integration.transformers.attention import use_attention
-    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
-
     use_attention(model)
     fuse_decoder_layers(model)
     return OpenModel(model.eval(), tokenizer, description)
