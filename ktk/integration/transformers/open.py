@@ -35,8 +35,8 @@ class ModelDescription:
 
     kind : "packed", "float", "quantised" or "gguf". kernel : what runs the experts, "" where nothing does: see reason.
     expert_bytes : of experts as they will run; of a GGUF file they are mapped, so they need not fit. rest_bytes : of all
-    else, in ``dtype`` but for linear_bytes of it: dense linear layers that run as a GGUF file's blocks, which every token reads. kv_bytes : of a KV cache of ``context`` tokens. reason : why it cannot run, or None.
-    warning : what will be slow, or None.
+    else, in ``dtype`` but for linear_bytes of them: dense linear layers that run as a GGUF file's blocks, which every token
+    reads. kv_bytes : of a KV cache of ``context`` tokens. reason : why it cannot run, or None. warning : what will be slow, or None.
     """
 
     path: str
@@ -185,7 +185,8 @@ def open_model(
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
     path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense linear layers: "int8" or "int4"
-    packs them, "file" runs the blocks of a GGUF file, "none" leaves them to torch; None is "file" for a GGUF file, else "none". force : load it even if it does not fit.
+    packs them, "file" runs the blocks of a GGUF file, "none" leaves them to torch; None is "file" for a GGUF file, else "none".
+    force : load it even if it does not fit.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not fit.
     """
     description = describe_model(path, method, weight_format, dtype, context, linear)
