@@ -173,7 +173,7 @@ class Linear:
     __call__ = forward
 
     def __deepcopy__(self, memo: dict[int, object]) -> Linear:
-        return self  # nothing writes to it
+        return self  # the weights never change
 
     def __repr__(self) -> str:
         return (

@@ -204,8 +204,10 @@ def open_model(
 
             replace_linears(model, linear)
     from ktk.integration.transformers.attention import use_attention
+    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
 
     use_attention(model)
+    fuse_decoder_layers(model)
     return OpenModel(model.eval(), tokenizer, description)
 
 
