@@ -250,11 +250,28 @@ def test_what_needs_float_linear_layers_says_so(made: Made, small: None, tmp_pat
     model = load_gguf_model(file, "INT8")
     with pytest.raises(ValueError, match=r'q_proj is run by .* gguf Q8_0.*linear="none"'):
         model.save_pretrained(tmp_path / "saved")
+    assert not model(IDS).logits.requires_grad
+    model.model.embed_tokens.weight.requires_grad_()
     with pytest.raises(RuntimeError, match='linear="none"'):
         model(IDS)
     floats = load_gguf_model(file, "INT8", linear="none")
     floats.save_pretrained(tmp_path / "saved")
     assert floats(IDS).logits.requires_grad
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "mixtral"])
+def test_blocks_of_another_shape_are_named(
+    name: str, made: Made, small: None, tmp_path: Path
+) -> None:
+    _, file = made(name, "q8_0", "q8_0")
+
+    def shorter(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+        raw, kind = tensors["blk.0.attn_q.weight"]
+        tensors["blk.0.attn_q.weight"] = (raw[:64], kind)
+
+    path = rewritten(file, tmp_path / "m.gguf", shorter)
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_q\.weight' \(byte \d+\) gives \(64,"):
+        load_gguf_model(path)
 
 
 def test_without_the_extension_linear_layers_stay_with_torch(

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import ktk.linear
 from ktk import backends
-from ktk import linear as dense
 from ktk._log import logger
 from ktk.backends.llamafile import formats
 from ktk.backends.llamafile import repack as repack_blocks
@@ -74,7 +74,8 @@ def load_gguf_model(
     the order kernels read them; otherwise KTK_REPACK decides.
     linear : of the dense linear layers (attention projections, shared experts, dense layers, lm_head). "file": as the file's blocks,
     where ``file_linears`` finds some; "int8", "int4": dequantised, and packed by ``replace_linears``; "none" or None: dequantised, and
-    run by torch, which gradients and ``save_pretrained`` need. Without the compiled extension all are "none", with a warning.
+    run by torch, which gradients (else parameters are frozen) and ``save_pretrained`` need. Without the compiled extension all are
+    "none", with a warning.
     dtype : of everything else, which is dequantised: a torch dtype or its name; None: bfloat16.
     progress : called with (weights laid in place, all of them).
     Raises CheckpointError for an architecture without a row in ``ktk.models.whole``, and for tensors that are missing, left
@@ -110,8 +111,10 @@ def load_gguf_model(
     model.tie_weights()
     for name, plan in linears.items():
         model.set_submodule(name, _linear(experts.checkpoint, plan, fields, num_threads))
-    if linear in LINEAR_FORMATS:
-        replace_linears(model, linear)
+    if linears or (linear in LINEAR_FORMATS and replace_linears(model, linear)):
+        model.requires_grad_(
+            False
+        )  # nothing would get through; plain calls need no torch.no_grad()
     _make_rotary(experts.checkpoint, model)
     for name, module in modules.items():
         blocks = experts.experts(layer_of(name))
@@ -215,7 +218,7 @@ def file_linears(
     F16 in 42). Empty where the kernels do not run.
     """
     found: dict[str, tuple[Tensor, str]] = {}
-    if dense.why_not() is not None:
+    if ktk.linear.why_not() is not None:
         return found
     seen: set[str] = set()
     for tensor, layer in row.layer_tensors(num_layers):
@@ -258,7 +261,7 @@ def _take_linears(
     checkpoint: GgufCheckpoint, row: WholeModel, model: Any, plans: dict[str, _Plan]
 ) -> dict[str, _LinearPlan]:
     """The model's linear layers that run as blocks, by name; their tensors are taken out of ``plans``."""
-    if reason := dense.why_not():
+    if reason := ktk.linear.why_not():
         logger.warning("linear layers are dequantised and stay with torch: %s", reason)
     taken = {}
     found = file_linears(checkpoint, row, model.config.num_hidden_layers)

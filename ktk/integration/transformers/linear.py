@@ -26,10 +26,10 @@ _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 class KtkLinear(torch.nn.Module):
     """In place of a ``torch.nn.Linear`` of ``dtype``. Inference only; its weights are no parameters."""
 
-    def __init__(self, packed: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features = packed.in_features, packed.out_features
-        self._ktk = packed
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._ktk = linear
         self.dtype = dtype
 
     @classmethod
