@@ -20,7 +20,7 @@ from ktk.integration.transformers import linear as linear_layers
 from ktk.integration.transformers.cache import GrowingLayer, growing_layer
 from ktk.integration.transformers.decoder_layers import FusedForward
 from ktk.integration.transformers.experts import find_experts, pack_module
-from ktk.integration.transformers.linear import replace_linears
+from ktk.integration.transformers.linear import replace_linears, share_linears
 
 if linear.why_not() is not None:
     pytest.skip(str(linear.why_not()), allow_module_level=True)
@@ -57,7 +57,9 @@ def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SMALL, name, value)
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def make(
+    kind: str, dtype: torch.dtype = torch.float32, packs_linears: bool = True, **changes: Any
+) -> Any:
     """A random model whose experts and linear layers hold the same weights as ktk's panels."""
     config = small_config(kind)
     if getattr(config, "sliding_window", None):
@@ -81,7 +83,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     exact = "fp32" if dtype is torch.float32 else "bf16"
     for _, experts in find_experts(model):
         pack_module(experts, exact)
-    replace_linears(model, exact)
+    if packs_linears:
+        replace_linears(model, exact)
     return model
 
 
@@ -222,7 +225,24 @@ def test_layers_whose_projections_are_not_packed_stay(caplog: pytest.LogCaptureF
     model = AutoModelForCausalLM.from_config(small_config("qwen3_moe")).eval()
     with caplog.at_level(logging.INFO, "ktk"):
         assert fuse_decoder_layers(model) == []
-    assert "not a packed linear layer" in caplog.messages[0]
+    assert "q_proj is a Linear that torch runs" in caplog.messages[0]
+
+
+def test_shared_weights_fuse_until_they_are_replaced() -> None:
+    model = make("qwen2_moe", torch.bfloat16, packs_linears=False)
+    want = decode(model)[1]
+    assert share_linears(model)
+    assert len(fuse_decoder_layers(model)) == 2
+    got = decode(model)[1]
+    assert all(f.trials == 0 for f in fused(model))
+    assert (got - want).norm() <= 0.03 * want.norm()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight = torch.nn.Parameter(torch.zeros_like(projection.weight))
+    zeroed = decode(model)[1]
+    for layer in model.model.layers:
+        layer.forward = layer.forward.own_forward
+    assert (zeroed - decode(model)[1]).norm() <= 0.03 * zeroed.norm()
+    assert (zeroed - got).norm() > 0.1 * got.norm()
 
 
 def test_generate_with_beams_and_a_copied_cache() -> None:

@@ -78,7 +78,9 @@ class FusedForward:
         self.layer, self.name = layer, name
         self.index = int(module.self_attn.layer_idx)
         self.shared = [
-            f for m in module.modules() if isinstance(f := getattr(m, "forward", None), SharedForward)
+            f
+            for m in module.modules()
+            if isinstance(f := getattr(m, "forward", None), SharedForward)
         ]
         self.trials = TRIALS  # 0: it computes what the layer does
         self.other = DecoderLayer(replace(layer.spec, is_interleaved=True))
