@@ -103,6 +103,19 @@ def decode(model: Any, num_tokens: int = NEW) -> tuple[list[int], torch.Tensor]:
     return tokens, torch.cat(logits)
 
 
+@torch.no_grad()
+def teacher_forced(model: Any) -> torch.Tensor:
+    """float32 (36, vocabulary): logits of given tokens, one after the other."""
+    ids = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :4], past_key_values=cache, use_cache=True)
+    rows = [
+        model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        for i in range(4, 40)
+    ]
+    return torch.cat(rows)
+
+
 def fused(model: Any) -> list[FusedForward]:
     layers = model.get_decoder().layers
     return [f for layer in layers if isinstance(f := layer.forward, FusedForward)]
@@ -155,20 +168,7 @@ def test_multipliers_are_found_by_trying() -> None:
 
 
 def test_bf16_is_as_near_to_fp32_as_the_layers_own_forward() -> None:
-    exact = decode(make("qwen3_moe"), 1)[1]
     model = make("qwen3_moe", torch.bfloat16)
-    ids = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(1))
-
-    @torch.no_grad()
-    def teacher_forced(m: Any) -> torch.Tensor:
-        cache = DynamicCache(config=m.config)
-        m(ids[:, :4], past_key_values=cache, use_cache=True)
-        rows = [
-            m(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
-            for i in range(4, 40)
-        ]
-        return torch.cat(rows)
-
     want = teacher_forced(make("qwen3_moe"))
     own = teacher_forced(model)
     fuse_decoder_layers(model)
@@ -176,7 +176,6 @@ def test_bf16_is_as_near_to_fp32_as_the_layers_own_forward() -> None:
     assert all(f.trials == 0 for f in fused(model))
     error, own_error = ((x - want).norm() / want.norm() for x in (got, own))
     assert error <= 1.05 * own_error
-    assert exact.isfinite().all()
 
 
 @torch.no_grad()
@@ -230,19 +229,20 @@ def test_layers_whose_projections_are_not_packed_stay(caplog: pytest.LogCaptureF
 
 def test_shared_weights_fuse_until_they_are_replaced() -> None:
     model = make("qwen2_moe", torch.bfloat16, packs_linears=False)
-    want = decode(model)[1]
+    exact = teacher_forced(make("qwen2_moe"))
+    own = teacher_forced(model)
     assert share_linears(model)
     assert len(fuse_decoder_layers(model)) == 2
-    got = decode(model)[1]
+    got = teacher_forced(model)
     assert all(f.trials == 0 for f in fused(model))
-    assert (got - want).norm() <= 0.03 * want.norm()
+    assert (got - exact).norm() <= 1.05 * (own - exact).norm()
     projection = model.model.layers[0].self_attn.q_proj
     projection.weight = torch.nn.Parameter(torch.zeros_like(projection.weight))
-    zeroed = decode(model)[1]
+    zeroed = teacher_forced(model)
     for layer in model.model.layers:
         layer.forward = layer.forward.own_forward
-    assert (zeroed - decode(model)[1]).norm() <= 0.03 * zeroed.norm()
-    assert (zeroed - got).norm() > 0.1 * got.norm()
+    own = teacher_forced(model)
+    assert (zeroed - own).norm() < 0.2 * (zeroed - got).norm()
 
 
 def test_generate_with_beams_and_a_copied_cache() -> None:
