@@ -77,11 +77,8 @@ class FusedForward:
         self.module, self.own_forward = module, module.forward
         self.layer, self.name = layer, name
         self.index = int(module.self_attn.layer_idx)
-        self.shared = [
-            f
-            for m in module.modules()
-            if isinstance(f := getattr(m, "forward", None), SharedForward)
-        ]
+        forwards = (getattr(m, "forward", None) for m in module.modules())
+        self.shared = [(f, f.linear) for f in forwards if isinstance(f, SharedForward)]
         self.trials = TRIALS  # 0: it computes what the layer does
         self.other = DecoderLayer(replace(layer.spec, is_interleaved=True))
         self.is_unlike = False
