@@ -389,6 +389,7 @@ def test_doctor_knows_packed_directories_and_gguf_files(model: Path, tmp_path: P
     found = json.loads(done.stdout)
     assert (done.returncode, found["kind"], found["weight_format"]) == (1, "gguf", "GGUF Q8_0")
     assert found["expert_bytes"] > 0 and "token_embd.weight" in found["reason"]
+    assert "token_embd.weight" in ktk("doctor", str(experts)).stdout
     assert "token_embd.weight" in ktk("run", str(experts), "Why?").stderr
 
 
