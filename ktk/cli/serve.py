@@ -79,6 +79,7 @@ def command(
     from ktk.server.app import Access
     from ktk.server.engine import Limits
     from ktk.server.serve import LOCAL_HOSTS, is_loopback, serve
+    from ktk.server.trial import start_engine
 
     api_key = api_key or env.api_key()
     if no_auth and api_key:
@@ -99,6 +100,9 @@ def command(
     limits = Limits(
         opened.description.context, max_requests, 256, batch_tokens, _cache_bytes(kv_cache, force)
     )
+    engine, alone = start_engine(opened, limits)
+    if alone is not None:
+        typer.echo(f"ktk: warning: one request at a time: {alone}", err=True)
     hosts = (*LOCAL_HOSTS, host) if local and not api_key else None
     shown = f"[{host}]" if ":" in host else host
     typer.echo(
@@ -108,10 +112,10 @@ def command(
     )
     serve(
         opened,
+        engine,
         host,
         port,
         Access(api_key, hosts=hosts, cors_origins=tuple(cors_origin or ())),
-        limits,
     )
 
 

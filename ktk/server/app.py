@@ -125,6 +125,7 @@ class _Gone(Exception):
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of ``work``, cancelled with _Gone if the client goes away before."""
     result: list[T] = []
+    failure: Exception | None = None
     async with anyio.create_task_group() as group:
 
         async def watch() -> None:
@@ -133,8 +134,13 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
             group.cancel_scope.cancel()
 
         group.start_soon(watch)
-        result.append(await work)
+        try:
+            result.append(await work)
+        except Exception as error:  # out of the group it would come as an ExceptionGroup
+            failure = error
         group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
     if not result:
         raise _Gone
     return result[0]

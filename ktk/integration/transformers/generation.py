@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from ktk.integration.transformers.sampling import ChosenBySampler, Sampler, Sampling
+from ktk.integration.transformers.sampling import ChosenBySampler, Sampler, Sampling, Token
 from ktk.integration.transformers.text import Detokenizer, StopStrings
 
 PREFILL_CHUNK = 512  # tokens of a prompt run at once: a stop is noticed between chunks
@@ -119,41 +119,19 @@ class Session:
                 pieces.append(piece)
                 show(piece)
 
-        def receive(token: int) -> None:
+        def receive(token: Token) -> bool:
             nonlocal first, reason
             first = first or time.perf_counter()
-            if token in ends:
-                reason = "stop"
-                raise _Stop
-            give(stops.add(text.add(token)))
-            if stops.found:
-                reason = "stop"
-                raise _Stop
+            if token.id not in ends:
+                give(stops.add(text.add(token.id)))
+            ended = token.id in ends or stops.found
+            reason = "stop" if ended else reason
+            return ended
 
         start = time.perf_counter()
-        self._keep_common(ids)
-        prefilled = len(ids) - len(self._cached)
-        hook = self.model.register_forward_pre_hook(self._check_stopped)
-        try:
-            self.model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                past_key_values=self._cache,
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                prefill_chunk_size=PREFILL_CHUNK,
-                logits_processor=LogitsProcessorList([ChosenBySampler(sampler)]),
-                streamer=_Tokens(receive),
-                use_cache=True,
-            )
-        except _Stop:
-            reason = "interrupted" if self.stopped else reason
-        finally:
-            hook.remove()
-            sequence = ids + [token.id for token in sampler.tokens]
-            self._cached = sequence[: self._cache.get_seq_length()]
+        prefilled = self.generate_tokens(ids, sampler, max_tokens, receive)
+        if self.stopped and reason != "stop":
+            reason = "interrupted"
         end = time.perf_counter()
         if not stops.found:
             give(stops.add(text.finish()))
@@ -168,6 +146,47 @@ class Session:
             end - first,
             reason,
         )
+
+    def generate_tokens(
+        self,
+        ids: list[int],
+        sampler: Sampler,
+        max_tokens: int,
+        receive: Callable[[Token], bool],
+    ) -> int:
+        """Continue a prompt by tokens of the sampler until ``receive`` says of one that it is the last, or ``stop`` is called.
+
+        Returns the number of the prompt's tokens that were not in the KV cache.
+        """
+
+        def take(_: int) -> None:
+            if receive(sampler.tokens[-1]):
+                raise _Stop
+
+        self._keep_common(ids)
+        prefilled = len(ids) - len(self._cached)
+        hook = self.model.register_forward_pre_hook(self._check_stopped)
+        try:
+            self.model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                past_key_values=self._cache,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                prefill_chunk_size=PREFILL_CHUNK,
+                logits_processor=LogitsProcessorList([ChosenBySampler(sampler)]),
+                streamer=_Tokens(take),
+                use_cache=True,
+            )
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+            sequence = ids + [token.id for token in sampler.tokens]
+            self._cached = sequence[: self._cache.get_seq_length()]
+        return prefilled
 
     def _room(self, ids: list[int], max_tokens: int | None) -> int:
         longest = self.max_context
@@ -194,7 +213,7 @@ class Session:
         if self._cache is not None and common and common < len(self._cached):
             try:
                 self._cache.crop(common - len(self._cached))
-            except (ValueError, NotImplementedError, AttributeError):
+            except (ValueError, RuntimeError, AttributeError):
                 common = 0  # recurrent states and sliding windows cannot be taken back
             if self._cache.get_seq_length() != common:
                 common = 0
