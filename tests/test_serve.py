@@ -255,6 +255,7 @@ WRONG = {
     "stop a number": ({"messages": question(), "stop": 5}, "stop"),
     "stop empty": ({"messages": question(), "stop": [""]}, "stop"),
     "seed huge": ({"messages": question(), "seed": 2**70}, "seed"),
+    "half a character": ({"messages": question("a\ud800")}, "\\ud800, at character 1"),
     "n two": ({"messages": question(), "n": 2}, "n=2"),
     "tools": ({"messages": question(), "tools": [{"type": "function"}]}, "tools"),
     "top_logprobs alone": ({"messages": question(), "top_logprobs": 3}, "logprobs: true"),
@@ -290,6 +291,7 @@ def test_completions_refuse_echo_several_prompts_and_wrong_tokens(server: Server
         ({"prompt": [-1]}, "-1"),
         ({"prompt": ""}, "empty"),
         ({"prompt": []}, "empty"),
+        ({"prompt": "\ud800"}, "\\ud800"),
     ):
         status, answer = server.request("/v1/completions", {"prompt": "a", **more})
         assert (status, says in answer["error"]["message"]) == (400, True), answer

@@ -240,6 +240,11 @@ def test_engine_errors_reach_clients_as_json(
             answer = client.post("/v1/completions", json=body)
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
             assert "wait already" in answer.json()["error"]["message"]
+    quiet = TestClient(client.app, raise_server_exceptions=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bytes, "__call__", lambda *_: {}[0])
+        answer = quiet.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "0")
     assert client.post("/v1/completions", json=body).status_code == 200
 
 

@@ -23,7 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktk import __version__, cpu
-from ktk.integration.transformers.generation import encode_chat
+from ktk.integration.transformers.generation import encode, encode_chat
 from ktk.integration.transformers.open import OpenModel
 from ktk.server.answer import Answer, Piece, chat_logprobs, completion_logprobs
 from ktk.server.engine import Engine, RequestError, ServerBusy
@@ -240,18 +240,17 @@ class _Service:
         return Answer(self.engine, self.metrics, ids, sampling, limit, request.stops)
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
-        if isinstance(request, ChatRequest):
-            if not self.tokenizer.chat_template:
-                raise RequestError(
-                    f"{self.opened.name} has no chat template: use /v1/completions, which continues text"
-                )
-            try:
+        try:
+            if isinstance(request, ChatRequest):
+                if not self.tokenizer.chat_template:
+                    raise RequestError(
+                        f"{self.opened.name} has no chat template: use /v1/completions, which continues text"
+                    )
                 return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
-            except ValueError as error:
-                raise RequestError(str(error)) from error
-        if request.text is not None:
-            ids: list[int] = self.tokenizer(request.text)["input_ids"]
-            return ids
+            if request.text is not None:
+                return encode(self.tokenizer, request.text)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
         vocabulary = self.engine.model.get_input_embeddings().num_embeddings
         wrong = [token for token in request.tokens if not 0 <= token < vocabulary]
         if wrong:
@@ -307,9 +306,11 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
     async def gone(request: Request, error: _Gone) -> Response:
         return failed(request, Response(status_code=CLIENT_GONE))
 
+    # What nobody expected is logged with its traceback by uvicorn, and still is JSON to the client.
+    @app.exception_handler(Exception)
     @app.exception_handler(RuntimeError)
-    async def broken(request: Request, error: RuntimeError) -> Response:
-        return failed(request, _error(500, str(error)))
+    async def broken(request: Request, error: Exception) -> Response:
+        return failed(request, _error(500, str(error) or type(error).__name__))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:

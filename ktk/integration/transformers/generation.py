@@ -82,8 +82,8 @@ class Session:
         return encode_chat(self.tokenizer, messages)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
+        """The text's tokens. Raises ValueError if it is not Unicode."""
+        return encode(self.tokenizer, text)
 
     def stop(self) -> None:
         """End the generation that is running after its current forward pass; from a signal handler or another thread."""
@@ -222,16 +222,39 @@ class Session:
         self._cached = self._cached[:common]
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens. Raises ValueError if it is not Unicode."""
+    _check_unicode(text)
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation up to where the answer begins. Raises ValueError if the template refuses the messages."""
+    """The tokens of a conversation up to where the answer begins.
+
+    Raises ValueError if the template refuses the messages, or one is not Unicode.
+    """
     from jinja2 import TemplateError
 
+    for message in messages:
+        _check_unicode(message["content"])
     try:
         encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
     ids: list[int] = encoded["input_ids"]
     return ids
+
+
+def _check_unicode(text: str) -> None:
+    """Tokenizers take no halves of surrogate pairs: JSON's "\\ud800" is one, and a byte of a command line that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}: "
+            f"it must be whole Unicode characters"
+        ) from error
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
