@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 from types import FrameType
 
@@ -12,16 +11,6 @@ import uvicorn
 from ktk.integration.transformers.open import OpenModel
 from ktk.server.app import Access, build_app
 from ktk.server.engine import Engine
-
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to bind to is reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Server(uvicorn.Server):
