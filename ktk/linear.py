@@ -114,6 +114,9 @@ class Linear:
 
     __call__ = forward
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Linear:
+        return self  # packed weights never change
+
     def __repr__(self) -> str:
         return (
             f"Linear({self.in_features} -> {self.out_features}, {self.kernel}, {self.bits_per_weight:.2f} bits per weight, "

@@ -12,7 +12,19 @@ import ktk
 PACKAGE = Path(ktk.__file__).parent
 # From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    ("errors", "text", "types", "layout", "formats", "env", "_log", "numa", "memory", "_cy"),
+    (
+        "errors",
+        "text",
+        "types",
+        "routing",
+        "layout",
+        "formats",
+        "env",
+        "_log",
+        "numa",
+        "memory",
+        "_cy",
+    ),
     ("cpu",),
     ("checkpoint",),
     ("models",),
@@ -22,6 +34,7 @@ LAYERS = (
     ("runtime",),
     ("requantise", "moe"),
     ("linear", "gguf_model"),
+    ("decoder",),
     ("bench",),
     ("wrapper_arguments", "wrapper"),
     ("convert", "convert_whole", "convert_to_gguf", "convert_from_gguf"),

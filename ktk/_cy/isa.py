@@ -42,9 +42,9 @@ BLOCKS_SOURCES = ("kernels.c",)
 BLOCKS_BASE_SOURCES = ("llamafile.c",)
 
 # Compiled once per row.
-ROW_SOURCES = ("gemm.c", "quantise.c", "rows.c")
+ROW_SOURCES = ("attention.c", "gemm.c", "quantise.c", "rows.c")
 # Compiled once, with baseline flags: they run before the CPU is known, or on any.
-BASE_SOURCES = ("matrix.c", "moe.c", "linear.c", "pool.c", "probe.c")
+BASE_SOURCES = ("matrix.c", "moe.c", "linear.c", "decoder.c", "routing.c", "pool.c", "probe.c")
 # The same two for ktk._cy.measure, the ceilings that `ktk bench` measures.
 MEASURE_ROW_SOURCES = ("roof.c",)
 MEASURE_BASE_SOURCES = ("roof_run.c",)

@@ -94,6 +94,71 @@ cdef extern from "ktk.h" nogil:
                            int dtype, const void *x, void *y)
 
 
+cdef extern from "ktk_decoder.h" nogil:
+    ctypedef struct ktk_dense:
+        ktk_matrix w
+        const uint8_t *panels
+        const float *bias
+        int32_t in_features
+        int32_t out_features
+
+    ctypedef struct ktk_router:
+        int32_t num_experts
+        int32_t top_k
+        int32_t score
+        int32_t num_groups
+        int32_t top_groups
+        int32_t best_of_group
+        int32_t is_normalised
+        float scale
+        const float *correction
+
+    ctypedef struct ktk_mlp:
+        ktk_dense gate
+        ktk_dense up
+        ktk_dense down
+        ktk_activation activation
+        const float *scale
+
+    ctypedef struct ktk_decoder_layer:
+        int32_t hidden_size
+        int32_t num_heads
+        int32_t num_kv_heads
+        int32_t head_dim
+        int32_t rotary_dim
+        int32_t is_interleaved
+        int32_t norm_is_whole
+        float epsilon
+        float head_epsilon
+        float scaling
+        const float *input_norm
+        const float *output_norm
+        const float *q_norm
+        const float *k_norm
+        const float *sinks
+        ktk_dense q
+        ktk_dense k
+        ktk_dense v
+        ktk_dense o
+        ktk_layer *experts
+        ktk_dense logits
+        ktk_router router
+        ktk_mlp *mlp
+
+    ctypedef struct ktk_kv_rows:
+        void *keys
+        void *values
+        int64_t keys_head_stride
+        int64_t values_head_stride
+        int64_t num_cached
+
+    void ktk_route(const ktk_router *router, const float *logits, float *scores, int64_t *ids,
+                   float *weights)
+    int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                                  int dtype, const void *hidden, const float *cos, const float *sin,
+                                  const ktk_kv_rows *kv, void *out)
+
+
 cdef extern from "llamafile.h" nogil:
     ctypedef struct lf_format:
         const char *name
@@ -229,6 +294,17 @@ cdef void _fill_matrix(ktk_matrix *m, layout, str weight_format):
     m.panel_bytes = layout.panel_bytes
 
 
+cdef void _fill_activation(ktk_activation *a, act, bint has_gate) except *:
+    a.kind = _ACTIVATIONS[act.kind]
+    a.has_gate = has_gate
+    a.alpha = act.alpha
+    a.gate_min = act.gate_min
+    a.gate_max = act.gate_max
+    a.up_min = act.up_min
+    a.up_max = act.up_max
+    a.up_offset = act.up_offset
+
+
 cdef void *_address(array) except? NULL:
     """Where a contiguous array's data begins (its __array_interface__ takes a microsecond to build)."""
     cdef Py_buffer view
@@ -263,15 +339,7 @@ cdef class Experts:
         layer.num_experts = spec.num_experts
         layer.hidden_size = spec.hidden_size
         layer.intermediate_size = spec.intermediate_size
-        act = spec.activation
-        layer.activation.kind = _ACTIVATIONS[act.kind]
-        layer.activation.has_gate = spec.has_gate
-        layer.activation.alpha = act.alpha
-        layer.activation.gate_min = act.gate_min
-        layer.activation.gate_max = act.gate_max
-        layer.activation.up_min = act.up_min
-        layer.activation.up_max = act.up_max
-        layer.activation.up_offset = act.up_offset
+        _fill_activation(&layer.activation, spec.activation, spec.has_gate)
         assert len(parts) <= KTK_MAX_PARTS
         layer.num_parts = len(parts)
         # Six tables a part at most.
@@ -449,6 +517,134 @@ cdef class Matrix:
                                         pool.pool, num_rows, dtype, rows, y)
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
+
+
+_SCORES = {"softmax": 0, "sigmoid": 1}
+
+
+cdef const float *_floats(array) except? NULL:
+    if array is None:
+        return NULL
+    return <const float *>_address(array)
+
+
+cdef void _fill_router(ktk_router *r, router) except *:
+    """router : ktk.routing.Router; it must outlive r."""
+    r.num_experts = router.num_experts
+    r.top_k = router.top_k
+    r.score = _SCORES[router.score]
+    r.num_groups = router.num_groups
+    r.top_groups = router.top_groups
+    r.best_of_group = router.best_of_group
+    r.is_normalised = router.is_normalised
+    r.scale = router.scale
+    r.correction = _floats(router.correction)
+
+
+def route(router, logits):
+    """ktk.routing.Router over float32 (tokens, num_experts): int64 ids and float32 weights, (tokens, top_k)."""
+    cdef ktk_router r
+    _fill_router(&r, router)
+    cdef int64_t i, num_tokens = logits.shape[0]
+    ids = np.empty((num_tokens, router.top_k), np.int64)
+    weights = np.empty((num_tokens, router.top_k), np.float32)
+    scores = np.empty(2 * router.num_experts, np.float32)
+    cdef const float *x = <const float *>_address(logits)
+    cdef float *work = <float *>_address(scores)
+    cdef int64_t *chosen = <int64_t *>_address(ids)
+    cdef float *scale = <float *>_address(weights)
+    for i in range(num_tokens):
+        ktk_route(&r, x + i * r.num_experts, work, chosen + i * r.top_k, scale + i * r.top_k)
+    return ids, weights
+
+
+cdef void _fill_dense(ktk_dense *dense, linear) except *:
+    """linear : ktk.linear.Linear or None; it must outlive dense."""
+    dense.panels = NULL
+    if linear is None:
+        return
+    cdef Matrix matrix = linear.matrix
+    dense.w = matrix.matrix
+    dense.panels = <const uint8_t *>_address(matrix.panels)
+    dense.bias = _floats(matrix.bias)
+    dense.in_features = matrix.in_features
+    dense.out_features = matrix.out_features
+
+
+cdef class DecoderLayer:
+    """One new token through a decoder layer, in one call. The caller has checked that shapes fit."""
+
+    cdef ktk_decoder_layer layer
+    cdef ktk_mlp mlp
+    cdef const ktk_kernels *kernels
+    cdef _Pool pool
+    cdef object engine, spec
+    cdef Experts experts
+    cdef int pid
+
+    def __init__(self, spec, str isa, engine):
+        """spec : ktk.decoder.DecoderSpec. engine : ktk.types.EngineLayout."""
+        self.kernels = _kernels(isa)
+        self.engine = engine
+        self.pool = _pool_of(engine)
+        self.pid = os.getpid()
+        self.spec = spec
+        cdef ktk_decoder_layer *layer = &self.layer
+        layer.hidden_size = spec.hidden_size
+        layer.num_heads = spec.num_heads
+        layer.num_kv_heads = spec.num_kv_heads
+        layer.head_dim = spec.head_dim
+        layer.rotary_dim = spec.rotary_dim
+        layer.is_interleaved = spec.is_interleaved
+        layer.norm_is_whole = spec.norm_is_whole
+        layer.epsilon = spec.epsilon
+        layer.head_epsilon = spec.head_epsilon
+        layer.scaling = spec.scaling
+        layer.input_norm = _floats(spec.input_norm)
+        layer.output_norm = _floats(spec.output_norm)
+        layer.q_norm = _floats(spec.q_norm)
+        layer.k_norm = _floats(spec.k_norm)
+        layer.sinks = _floats(spec.sinks)
+        _fill_dense(&layer.q, spec.q)
+        _fill_dense(&layer.k, spec.k)
+        _fill_dense(&layer.v, spec.v)
+        _fill_dense(&layer.o, spec.o)
+        _fill_dense(&layer.logits, spec.logits)
+        layer.experts = NULL
+        if spec.experts is not None:
+            self.experts = spec.experts.runner.experts
+            layer.experts = &self.experts.layer
+            _fill_router(&layer.router, spec.router)
+        layer.mlp = NULL
+        if spec.mlp is not None:
+            layer.mlp = &self.mlp
+            _fill_dense(&self.mlp.gate, spec.mlp.gate)
+            _fill_dense(&self.mlp.up, spec.mlp.up)
+            _fill_dense(&self.mlp.down, spec.mlp.down)
+            _fill_activation(&self.mlp.activation, spec.mlp.activation, True)
+            self.mlp.scale = _floats(spec.mlp.scale)
+
+    def forward(self, str dtype, uintptr_t hidden, uintptr_t cosines, uintptr_t sines, uintptr_t keys,
+                int64_t keys_head_stride, uintptr_t values, int64_t values_head_stride, int64_t num_cached,
+                uintptr_t out):
+        """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). The rest: addresses, strides in elements."""
+        if self.pid != os.getpid():
+            self.pool = _pool_of(self.engine)
+            self.pid = os.getpid()
+        cdef _Pool pool = self.pool
+        cdef int kind = _DTYPES[dtype]
+        cdef ktk_kv_rows kv
+        kv.keys = <void *>keys
+        kv.values = <void *>values
+        kv.keys_head_stride = keys_head_stride
+        kv.values_head_stride = values_head_stride
+        kv.num_cached = num_cached
+        cdef int status
+        with nogil:
+            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, kind, <const void *>hidden,
+                                               <const float *>cosines, <const float *>sines, &kv, <void *>out)
+        if status:
+            raise MemoryError(f"no memory for a token with {num_cached} cached ones")
 
 
 def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panels):

@@ -86,6 +86,10 @@ struct ktk_rows {
 enum { KTK_MAX_ROWS = 64 };
 #define KTK_WORK_BYTES(code_stride) (2 * KTK_MAX_ROWS * (code_stride) + 65536)
 
+/* Keys of a call of attend, and of those the ones that are converted at a time. */
+enum { KTK_ATTEND_KEYS = 256, KTK_ATTEND_TILE = 16 };
+#define KTK_ATTEND_WORK(group, head_dim) (KTK_ATTEND_TILE * (head_dim) + (group) * KTK_ATTEND_KEYS)
+
 /* One ISA row's kernels. */
 typedef struct {
     const char *name;
@@ -105,6 +109,12 @@ typedef struct {
     void (*combine)(const float *y, int64_t stride, const int32_t *place, const float *weights, int top_k,
                     int n, float *acc);
     void (*add)(float *acc, const float *y, int64_t n);
+    /* Attention of `group` rows of q (group, head_dim; already scaled) over `count` <= KTK_ATTEND_KEYS keys and values
+     * (count, head_dim) of dtype: out (group, head_dim) = sum over keys of exp(score - most[0]) * value; most
+     * (group, 2): the largest score, and the sum of these exponentials. head_dim: a multiple of 16. work:
+     * KTK_ATTEND_WORK(group, head_dim) floats. */
+    void (*attend)(int dtype, int head_dim, int group, const float *q, const void *keys, const void *values,
+                   int count, float *work, float *out, float *most);
     /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
      * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
     int (*pack_panel)(const ktk_matrix *w, int in_features, const void *const *src, int src_is_bf16,

@@ -447,5 +447,6 @@ const ktk_kernels CAT(ktk_kernels_, KTK_ISA) = {
     .store = CAT(ktk_store_, KTK_ISA),
     .combine = CAT(ktk_combine_, KTK_ISA),
     .add = CAT(ktk_add_, KTK_ISA),
+    .attend = CAT(ktk_attend_, KTK_ISA),
     .pack_panel = CAT(ktk_pack_panel_, KTK_ISA),
 };

@@ -30,7 +30,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.attention import use_attention
+from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
 from ktk.integration.transformers.experts import ktk_experts_forward
+from ktk.integration.transformers.linear import replace_linears
 from ktk.integration.transformers.loading import (
     KtkConfig,
     KtkHfQuantizer,
@@ -46,10 +48,12 @@ __all__ = [
     "KtkConfig",
     "KtkHfQuantizer",
     "PackedModule",
+    "fuse_decoder_layers",
     "ktk_experts_forward",
     "load_model",
     "packed_modules",
     "recognise",
+    "replace_linears",
     "use_attention",
     "use_ktk",
 ]

@@ -96,3 +96,18 @@ def recognise(module: Any) -> Activation | None:
         if (np.abs(got - expected) <= tolerance + 1e-5 * np.abs(expected)).all():
             return activation
     return None
+
+
+def recognise_gate(act: Any) -> Activation | None:
+    """The activation of an MLP down(act(gate) * up), from its elementwise function; None if ktk has none that computes the same."""
+    gate = _probe([])[0]
+    try:
+        with torch.no_grad():
+            got = act(torch.from_numpy(gate)).double().numpy()
+    except Exception:  # no function of one tensor
+        return None
+    for activation in (Activation.silu(), Activation.gelu_tanh(), Activation.relu2()):
+        expected = oracle_activation(gate, np.ones_like(gate), activation)
+        if np.allclose(got, expected, rtol=1e-5, atol=1e-5):
+            return activation
+    return None

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.sampling import ChosenBySampler, Sampler, Sampling, Token
 from ktk.integration.transformers.text import Detokenizer, StopStrings
 
@@ -219,6 +220,8 @@ class Session:
                 common = 0
         if self._cache is None or not common:
             self._cache = DynamicCache(config=self.model.config)
+            for index in range(len(self._cache.layers)):
+                growing_layer(self._cache, index)
         self._cached = self._cached[:common]
 
 

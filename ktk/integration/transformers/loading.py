@@ -311,6 +311,8 @@ class KtkHfQuantizer(HfQuantizer):
         if config.linear is not None:
             linear = importlib.import_module("ktk.integration.transformers.linear")
             linear.replace_linears(model, config.linear)
+            layers = importlib.import_module("ktk.integration.transformers.decoder_layers")
+            layers.fuse_decoder_layers(model)
         model.save_pretrained = SavePretrained(model)
 
 

@@ -191,12 +191,14 @@ def open_model(
     else:
         model, tokenizer = _open_directory(description, path, method, dtype)
     from ktk.integration.transformers.attention import use_attention
+    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
 
     if linear is not None:
         from ktk.integration.transformers.linear import replace_linears
 
         replace_linears(model, linear)
     use_attention(model)
+    fuse_decoder_layers(model)
     return OpenModel(model.eval(), tokenizer, description)
 
 

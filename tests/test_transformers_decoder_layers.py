@@ -1,0 +1,294 @@
+"""Decoding by the fused call: the same tokens as the layers' own forward passes, and only where it is one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from test_transformers_families import SMALL, small_config
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ktk import linear
+from ktk.integration.transformers import decoder_layers, fuse_decoder_layers
+from ktk.integration.transformers import linear as linear_layers
+from ktk.integration.transformers.cache import GrowingLayer, growing_layer
+from ktk.integration.transformers.decoder_layers import FusedForward
+from ktk.integration.transformers.experts import find_experts, pack_module
+from ktk.integration.transformers.linear import replace_linears
+
+if linear.why_not() is not None:
+    pytest.skip(str(linear.why_not()), allow_module_level=True)
+
+PROMPT, NEW = 9, 24
+WINDOW = 16  # of sliding attention: passed while decoding
+
+# What each of them has that others lack.
+FUSED = {
+    "qwen3_moe": "norms of heads",
+    "qwen2_moe": "biases, scaled shared experts",
+    "mixtral": "a sliding window",
+    "olmoe": "norms of all heads",
+    "glm4_moe": "partly rotated heads, sigmoid scores, correction, shared experts",
+    "dots1": "shared experts, sigmoid scores",
+    "gpt_oss": "sinks, a window in every other layer, biases everywhere, eager attention's masks",
+    "minimax_m2": "norms of all heads, sigmoid scores",
+    "ernie4_5_moe": "neighbours rotated, a correction in a module of its own",
+    "granitemoe": "its router's own kind of softmax",
+    "hy_v3": "sigmoid scores",
+}
+UNLIKE = {
+    "flint": "attention of another kind: found by trying",
+    "deepseek_v3": "latent attention",
+    "cohere2_moe": "one norm for both",
+    "phimoe": "LayerNorm",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layers, "SMALLEST", 1)
+    for name, value in {"head_dim": 16, "hidden_size": 64}.items():
+        monkeypatch.setitem(SMALL, name, value)
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random model whose experts and linear layers hold the same weights as ktk's panels."""
+    config = small_config(kind)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = WINDOW
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.15)
+            elif "norm" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+            else:
+                weight.normal_(0, 0.3)
+    model = model.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "ktk"
+    exact = "fp32" if dtype is torch.float32 else "bf16"
+    for _, experts in find_experts(model):
+        pack_module(experts, exact)
+    replace_linears(model, exact)
+    return model
+
+
+@torch.no_grad()
+def decode(model: Any, num_tokens: int = NEW) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and the logits they came from, float32 (num_tokens, vocabulary)."""
+    ids = torch.randint(3, 64, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache(config=model.config)
+    tokens, logits = [], []
+    for _ in range(num_tokens):
+        out = model(ids, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1].float())
+        ids = out.logits[:, -1:].argmax(-1)
+        tokens.append(int(ids))
+    assert cache.get_seq_length() == PROMPT + num_tokens - 1
+    return tokens, torch.cat(logits)
+
+
+def fused(model: Any) -> list[FusedForward]:
+    layers = model.get_decoder().layers
+    return [f for layer in layers if isinstance(f := layer.forward, FusedForward)]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_same_tokens_and_logits(kind: str) -> None:
+    model = make(kind)
+    tokens, logits = decode(model)
+    names = fuse_decoder_layers(model)
+    assert len(names) == model.config.get_text_config().num_hidden_layers
+    got_tokens, got = decode(model)
+    assert all(f.trials == 0 for f in fused(model)), "a layer was not run by the native call"
+    assert got_tokens == tokens
+    assert (got - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_what_is_otherwise_keeps_its_own_forward(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(kind)
+    tokens, logits = decode(model)
+    with caplog.at_level(logging.INFO, "ktk"):
+        fuse_decoder_layers(model)
+        got_tokens, got = decode(model)
+    assert got_tokens == tokens
+    assert torch.equal(got, logits)
+    assert all(f.is_unlike for f in fused(model))
+    assert any("decoded by torch" in message for message in caplog.messages)
+
+
+def test_multipliers_are_found_by_trying() -> None:
+    model = make("granitemoe", residual_multiplier=0.5)
+    tokens, _ = decode(model)
+    fuse_decoder_layers(model)
+    assert decode(model)[0] == tokens
+    assert all(f.is_unlike for f in fused(model))
+
+
+def test_bf16_is_as_near_to_fp32_as_the_layers_own_forward() -> None:
+    exact = decode(make("qwen3_moe"), 1)[1]
+    model = make("qwen3_moe", torch.bfloat16)
+    ids = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def teacher_forced(m: Any) -> torch.Tensor:
+        cache = DynamicCache(config=m.config)
+        m(ids[:, :4], past_key_values=cache, use_cache=True)
+        rows = [
+            m(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
+            for i in range(4, 40)
+        ]
+        return torch.cat(rows)
+
+    want = teacher_forced(make("qwen3_moe"))
+    own = teacher_forced(model)
+    fuse_decoder_layers(model)
+    got = teacher_forced(model)
+    assert all(f.trials == 0 for f in fused(model))
+    error, own_error = ((x - want).norm() / want.norm() for x in (got, own))
+    assert error <= 1.05 * own_error
+    assert exact.isfinite().all()
+
+
+@torch.no_grad()
+def test_batches_masks_gradients_and_other_caches_go_the_own_way() -> None:
+    model = make("qwen3_moe")
+    fuse_decoder_layers(model)
+    decode(model, 3)
+    calls = []
+    for f in fused(model):
+        assert f.trials == 0
+        f._run = lambda *a, run=f._run: (calls.append(1), run(*a))[1]  # type: ignore[method-assign]
+
+    def step(batch: int = 1, **named: Any) -> None:
+        cache = DynamicCache(config=model.config)
+        ids = torch.full((batch, 5), 9)
+        model(ids, past_key_values=cache, use_cache=True)
+        model(ids[:, :1], past_key_values=cache, use_cache=True, **named)
+
+    step()
+    assert len(calls) == 2, "the case for the fast way"
+    calls.clear()
+    step(batch=2)
+    model(torch.full((1, 1), 9), use_cache=False)
+    step(attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]]))
+    with torch.enable_grad():
+        step_ids = torch.full((1, 1), 9)
+        embedded = model.get_input_embeddings()(step_ids).detach().requires_grad_()
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.full((1, 5), 9), past_key_values=cache, use_cache=True)
+        with pytest.raises(RuntimeError, match="no gradient"):
+            model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+    assert not calls
+
+
+@torch.no_grad()
+def test_layers_whose_projections_are_not_packed_stay(caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(small_config("qwen3_moe")).eval()
+    with caplog.at_level(logging.INFO, "ktk"):
+        assert fuse_decoder_layers(model) == []
+    assert "not a packed linear layer" in caplog.messages[0]
+
+
+def test_generate_with_beams_and_a_copied_cache() -> None:
+    model = make("mixtral")
+    ids = torch.randint(3, 64, (1, PROMPT), generator=torch.Generator().manual_seed(2))
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    want = [model.generate(ids, **options, num_beams=n) for n in (1, 3)]
+    fuse_decoder_layers(model)
+    got = [model.generate(ids, **options, num_beams=n) for n in (1, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache, use_cache=True)
+        token = torch.full((1, 1), 9)
+        model(token, past_key_values=cache, use_cache=True)
+        other = copy.deepcopy(cache)
+        first = model(token, past_key_values=cache, use_cache=True).logits
+        model(token + 1, past_key_values=cache, use_cache=True)
+        assert torch.equal(model(token, past_key_values=other, use_cache=True).logits, first)
+    twin = copy.deepcopy(model)
+    layers = [m.get_decoder().layers[0] for m in (model, twin)]
+    assert layers[1].forward.own_forward.__self__ is layers[1] is not layers[0]
+    assert torch.equal(twin.generate(ids, **options), want[0])
+
+
+# --- caches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 5, 300])
+def test_growing_layers_hold_what_transformers_own_do(window: int | None) -> None:
+    def make_layer() -> Any:
+        return DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+
+    g = torch.Generator().manual_seed(3)
+    own = make_layer()
+    cache = DynamicCache()
+    cache.layers.append(make_layer())
+    grown = growing_layer(cache, 0)
+    assert growing_layer(cache, 0) is grown is cache.layers[0]
+    total = 0
+    for step in range(400):
+        many = (1, 1, 1, 3, 17)[step % 5]
+        keys, values = (torch.randn(1, 2, many, n, generator=g) for n in (8, 4))
+        for a, b in zip(own.update(keys, values), grown.update(keys, values), strict=True):
+            assert torch.equal(a, b)
+        total += many
+        assert torch.equal(own.keys, grown.keys)
+        assert torch.equal(own.values, grown.values)
+        assert own.get_mask_sizes(1) == grown.get_mask_sizes(1)
+        assert own.get_seq_length() == grown.get_seq_length() == total
+        if step % 50 == 49 and (window is None or total < window):
+            own.crop(-2)
+            grown.crop(-2)
+            total -= 2
+        if step == 200:
+            for layer in (own, grown):
+                layer.batch_repeat_interleave(1)
+    own.reset()
+    grown.reset()
+    for layer in (own, grown):
+        layer.update(torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 4))
+    assert torch.equal(own.keys, grown.keys)
+
+
+def test_a_growing_layer_copies_seldom() -> None:
+    layer = GrowingLayer.__new__(GrowingLayer)
+    layer.take_over(DynamicLayer())
+    places = set()
+    for _ in range(5000):
+        layer.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
+        places.add(layer.keys.data_ptr())
+    assert len(places) < 12
+
+
+def test_caches_of_other_kinds_are_left_alone() -> None:
+    class Other(DynamicLayer):
+        pass
+
+    cache = DynamicCache()
+    cache.layers.append(Other())
+    assert growing_layer(cache, 0) is None
+    assert growing_layer(cache, 5) is None
+    assert growing_layer(object(), 0) is None
+    assert decoder_layers._sees_all(torch.zeros(1, 1, 1, 4), 4)
+    assert not decoder_layers._sees_all(torch.zeros(1, 1, 1, 4), 5)
+    assert not decoder_layers._sees_all(torch.tensor([[[[0.0, -1e9]]]]), 2)
+    assert not decoder_layers._sees_all(torch.tensor([[[[True, False]]]]), 2)
