@@ -1,11 +1,13 @@
 """A whole model, ktk beside llama.cpp on the same GGUF file: prefill and decode, in turns.
 
-    python bench/whole_model.py [--layers 12] [--linear int8] [--rounds 3] [--json]
+    python bench/whole_model.py [--layers 12] [--linear file none] [--rounds 3] [--json]
 
 The file is of Qwen3-30B-A3B's shape but for the number of layers, with random weights: experts Q4_0, the rest Q8_0. ktk runs the
-experts as they lie and the rest as bf16 or, with --linear, packed; llama.cpp (llama-cpp-python, if it is installed) runs all as it lies.
-Each engine runs in a process of its own, on as many threads as there are cores. The split of ktk's decoding comes from
-the time inside the experts' and the linear layers' calls.
+experts as they lie and the linear layers each way that --linear names: as they lie (file), as bf16 (none), packed (int8, int4);
+llama.cpp (llama-cpp-python, if it is installed) runs all as it lies. Each engine runs in a process of its own, on as many threads as
+there are cores. ktk decodes twice: each layer by one native call, as `ktk run` does, and by torch, layer by layer, with the
+time inside the experts' and the linear layers' calls. Loading is
+timed with the file in the page cache; memory is what no file backs, the most of it while loading and what stays.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -91,21 +94,40 @@ def prompt() -> list[int]:
     return np.random.default_rng(1).integers(100, VOCAB - 1, PROMPT).tolist()
 
 
-def run_ktk(path: Path, linear: str | None) -> dict[str, float]:
-    """Milliseconds: prefill, decode of a token (median), and of it the experts and the packed linear layers."""
+def anonymous_bytes() -> int:
+    """Of this process, what no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+def run_ktk(path: Path, linear: str) -> dict[str, float]:
+    """Milliseconds: load, prefill, decode of a token (median); torch_decode, of it the experts and the linear layers. GB: anonymous memory."""
     import torch
 
     from ktk.integration.transformers.attention import use_attention
+    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
     from ktk.integration.transformers.experts import find_experts
     from ktk.integration.transformers.gguf import load_gguf_model
-    from ktk.integration.transformers.linear import KtkLinear, replace_linears
+    from ktk.integration.transformers.linear import KtkLinear
 
     torch.set_num_threads(cpu.num_physical_cores())
-    model = load_gguf_model(path)
+    most, over, before = 0, threading.Event(), anonymous_bytes()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.01):
+            most = max(most, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    model = load_gguf_model(path, linear=linear)
+    load, stays = time.perf_counter() - begin, anonymous_bytes()
+    over.set()
+    watcher.join()
     use_attention(model)
-    if linear:
-        replace_linears(model, linear)
     inside = {"experts": 0.0, "linear": 0.0}
+    clocked = []
 
     def clock(module: Any, what: str) -> None:
         forward = module.forward
@@ -117,6 +139,7 @@ def run_ktk(path: Path, linear: str | None) -> dict[str, float]:
             return out
 
         module.forward = timed
+        clocked.append(module)
 
     for _, module in find_experts(model):
         clock(module, "experts")
@@ -129,16 +152,28 @@ def run_ktk(path: Path, linear: str | None) -> dict[str, float]:
             begin = time.perf_counter()
             out = model(ids, use_cache=True, logits_to_keep=1)
             prefill = time.perf_counter() - begin
-        steps = []
+        cache = out.past_key_values
+
+        def decode() -> float:
+            nonlocal out
+            cache.crop(PROMPT - cache.get_seq_length())
+            steps = []
+            for _ in range(DECODE):
+                begin = time.perf_counter()
+                token = out.logits[:, -1:].argmax(-1)
+                out = model(token, past_key_values=cache, use_cache=True)
+                steps.append(time.perf_counter() - begin)
+            return statistics.median(steps)
+
         inside.update(experts=0.0, linear=0.0)
-        for _ in range(DECODE):
-            begin = time.perf_counter()
-            token = out.logits[:, -1:].argmax(-1)
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            steps.append(time.perf_counter() - begin)
-    found = {"prefill": prefill, "decode": statistics.median(steps)}
+        torch_decode = decode()
+        for module in clocked:
+            del module.forward
+        fuse_decoder_layers(model)
+        found = {"load": load, "prefill": prefill, "decode": decode(), "torch_decode": torch_decode}
     found |= {name: seconds / DECODE for name, seconds in inside.items()}
-    return {name: 1e3 * seconds for name, seconds in found.items()}
+    memory = {"peak": (max(most, stays) - before) / 1e9, "memory": (stays - before) / 1e9}
+    return {name: 1e3 * seconds for name, seconds in found.items()} | memory
 
 
 def run_llama(path: Path) -> dict[str, float]:
@@ -165,23 +200,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--linear", choices=["int8", "int4"])
+    parser.add_argument(
+        "--linear", nargs="+", choices=["file", "int8", "int4", "none"], default=["file"]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--engine", choices=["ktk", "llama"], help="run one, once, on --file")
     parser.add_argument("--file", type=Path)
     a = parser.parse_args()
     if a.engine:
-        found = run_ktk(a.file, a.linear) if a.engine == "ktk" else run_llama(a.file)
+        found = run_ktk(a.file, a.linear[0]) if a.engine == "ktk" else run_llama(a.file)
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory(prefix="ktk-") as folder:
         file = a.file or Path(folder) / "model.gguf"
         if not file.exists():
             write_model(file, a.layers)
-        engines = {"ktk": ["--engine", "ktk"], "llama.cpp": ["--engine", "llama"]}
-        if a.linear:
-            engines[f"ktk, linear {a.linear}"] = ["--engine", "ktk", "--linear", a.linear]
+        engines = {
+            f"ktk, linear {linear}": ["--engine", "ktk", "--linear", linear] for linear in a.linear
+        }
+        engines["llama.cpp"] = ["--engine", "llama"]
         results: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         for _ in range(a.rounds):
             for name, arguments in engines.items():
@@ -200,11 +238,13 @@ def main() -> None:
         print(json.dumps(medians, indent=1))
         return
     for name, found in medians.items():
-        split = "".join(
-            f", {key} {found[key]:.1f}" for key in ("experts", "linear") if key in found
-        )
+        split = ""
+        if "torch_decode" in found:
+            split = f"; by torch {found['torch_decode']:.1f} ms, experts {found['experts']:.1f}, linear {found['linear']:.1f}"
         rate = PROMPT / found["prefill"] * 1e3
         print(f"{name}: prefill {rate:.0f} tokens/s, decode {1e3 / found['decode']:.1f} tokens/s ({found['decode']:.1f} ms{split})")  # fmt: skip
+        if "load" in found:
+            print(f"  loaded in {found['load'] / 1e3:.1f} s, {found['memory']:.2f} GB of memory, {found['peak']:.2f} at most")  # fmt: skip
 
 
 if __name__ == "__main__":

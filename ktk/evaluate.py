@@ -30,6 +30,7 @@ from ktk.calibrate import (
 )
 from ktk.formats import FORMATS, GGUF, get_format
 from ktk.formats.floats import to_f32
+from ktk.formats.gguf import activation_group_of
 from ktk.ggml_library import GgmlLibrary
 from ktk.integration.transformers.calibration import run_layers
 from ktk.integration.transformers.experts import (
@@ -54,7 +55,6 @@ from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec, Packed
 
 F = np.float32
 _ROWS = 64  # positions whose float64 distributions are in memory at once
-_FINE_BITS = 5  # GGUF types of so many bits round activations in groups of 64, others of 128 (ktk.models.gguf)
 
 
 @torch.no_grad()
@@ -262,7 +262,7 @@ class Quantiser:
         else:
             spec, activation = module_spec(module, None, None, None)
             fmt = ggml_formats()[v.format]
-            group = 64 if 8 * fmt.block_bytes / fmt.block_weights >= _FINE_BITS else 128
+            group = activation_group_of(8 * fmt.block_bytes / fmt.block_weights)
             spec = dataclasses.replace(
                 spec, weight_format=GGUF.name, group_size=None, activation_group=self._activation_group or group
             )  # fmt: skip

@@ -9,16 +9,18 @@ import numpy as np
 
 from ktk import cpu
 from ktk._cy import native_module
+from ktk.backends import llamafile
 from ktk.backends._openmp import borrow
 from ktk.errors import BackendError
 from ktk.formats import GGUF
 from ktk.formats.floats import to_f32
-from ktk.layout import PANEL
+from ktk.formats.gguf import activation_group_of
+from ktk.layout import PANEL, round_up
 from ktk.memory import aligned_buffer
 from ktk.moe import as_hidden, as_weights, is_tensor, to_numpy
 from ktk.pack import best_isa, pack_matrix
 from ktk.runtime import engine
-from ktk.types import MoESpec
+from ktk.types import BlockMatrix, EngineLayout, MoESpec
 
 
 def why_not() -> str | None:
@@ -29,8 +31,13 @@ def why_not() -> str | None:
     return f"CPU lacks {', '.join(lacking)}" if lacking else None
 
 
+def _check() -> None:
+    if reason := why_not():
+        raise BackendError(f"ktk.linear.Linear cannot run here: {reason}")
+
+
 class Linear:
-    """A dense matrix in panels, and its bias.
+    """A dense matrix, in panels or in the blocks of a GGUF file (``of_blocks``), and its bias.
 
     Parameters
     ----------
@@ -52,10 +59,11 @@ class Linear:
         activation_group: int | None = None,
         num_threads: int | None = None,
     ) -> None:
-        if reason := why_not():
-            raise BackendError(f"ktk.linear.Linear cannot run here: {reason}")
+        _check()
         if weight_format == GGUF.name:
-            raise ValueError("weight_format='gguf': must be a format of panels, e.g. 'int8'")
+            raise ValueError(
+                "weight_format='gguf': must be a format of panels, e.g. 'int8'; blocks go to Linear.of_blocks"
+            )
         w = as_weights(weight, "weight")
         if w.ndim != 2 or not w.size:
             raise ValueError(f"weight has shape {w.shape}: must be (out_features, in_features)")
@@ -71,22 +79,72 @@ class Linear:
             has_gate=False,
         )
         layout = self.spec.layout.down
-        self.in_features, self.out_features = layout.in_features, layout.out_features
         shape = (layout.num_panels, layout.panel_bytes)
         self.panels = aligned_buffer(layout.num_panels * layout.panel_bytes).reshape(shape)
-        self.bias = None if bias is None else self._padded(bias, layout.num_panels * PANEL)
         pack_matrix(w, layout, self.spec, self.panels)
-        self.bits_per_weight = 8 * self.panels.size / w.size
-        threads = engine.acquire(self, num_threads)
-        self.num_threads = threads.num_threads
+        threads = self._begin(bias, num_threads)
         isa = best_isa()
         self.kernel = f"{isa} {weight_format}" + (
             f" g{self.spec.group_size}" if self.spec.group_size else ""
         )
-        self.native: Any = native_module()
-        self.matrix = self.native.Matrix(
+        self.matrix = self.native.Matrix.of_panels(
             layout, weight_format, self.panels, self.bias, isa, threads
         )
+
+    @classmethod
+    def of_blocks(
+        cls,
+        matrix: BlockMatrix,
+        bias: Any = None,
+        *,
+        activation_group: int | None = None,
+        num_threads: int | None = None,
+    ) -> Linear:
+        """A matrix in a GGUF file's blocks, run where they lie.
+
+        matrix : of one expert, as the file has its rows. They are copied only where out_features is no multiple of 16, and, as
+        floats, where no kernel reads the type (with a warning). activation_group : None takes 64 for types of 5 bits and more, else 128.
+        bias, num_threads : as for panels. Raises ValueError, BackendError and EngineError likewise.
+        """
+        _check()
+        if len(matrix.data) != 1 or matrix.is_repacked:
+            raise ValueError(
+                f"{matrix.type} blocks of {len(matrix.data)} experts{', repacked' * matrix.is_repacked}: "
+                "must be one matrix, (1, out_features, row bytes), as a file holds it"
+            )
+        self = cls.__new__(cls)
+        out_features, row_bytes = matrix.data.shape[1:]
+        if activation_group is None:
+            activation_group = activation_group_of(8 * row_bytes / matrix.in_features)
+        self.spec = MoESpec(
+            1,
+            out_features,
+            matrix.in_features,
+            GGUF.name,
+            activation_group=activation_group,
+            has_gate=False,
+        )
+        whole = llamafile.whole_panels(matrix)
+        self.panels = whole.data[0]
+        threads = self._begin(bias, num_threads)
+        row, isa = llamafile.formats()[whole.type].table_index, llamafile.blocks_isa()
+        self.kernel = f"{isa} {GGUF.name} {whole.type}"
+        self.matrix = self.native.Matrix.of_blocks(
+            (row, whole.in_features, len(self.panels) // PANEL, False), self.panels, self.bias, matrix.in_features,
+            out_features, activation_group, llamafile.rows_isa(), isa, threads,
+        )  # fmt: skip
+        return self
+
+    def _begin(self, bias: Any, num_threads: int | None) -> EngineLayout:
+        """What both kinds have, once ``spec`` and ``panels`` are there; returns the threads."""
+        self.in_features, self.out_features = self.spec.intermediate_size, self.spec.hidden_size
+        length = round_up(self.out_features, PANEL)
+        self.bias = None if bias is None else self._padded(bias, length)
+        self.bits_per_weight = 8 * self.panels.size / (self.in_features * self.out_features)
+        threads = engine.acquire(self, num_threads)
+        self.num_threads = threads.num_threads
+        self.native: Any = native_module()
+        return threads
 
     def _padded(self, bias: Any, length: int) -> np.ndarray:
         given = as_weights(bias, "bias")
@@ -115,7 +173,7 @@ class Linear:
     __call__ = forward
 
     def __deepcopy__(self, memo: dict[int, object]) -> Linear:
-        return self  # packed weights never change
+        return self  # nothing writes to it
 
     def __repr__(self) -> str:
         return (

@@ -1,22 +1,28 @@
-"""Dense linear layers: the panels' exact arithmetic, whatever the batch, the dtype and the threads."""
+"""Dense linear layers: the exact arithmetic of panels and of blocks, whatever the batch, the dtype and the threads."""
 
 from __future__ import annotations
 
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
+import block_cases
 import numpy as np
 import pytest
 import torch
 
 from ktk import linear
+from ktk.backends import llamafile
+from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError, EngineError
 from ktk.integration.transformers.linear import KtkLinear, replace_linears
 from ktk.linear import Linear
 from ktk.memory import aligned_buffer
+from ktk.reference.dequantise import dequantise
 from ktk.reference.moe import ExactExperts, poison_rows
-from ktk.types import Packed
+from ktk.types import BlockMatrix, Packed
 
 if linear.why_not() is not None:
     pytest.skip(str(linear.why_not()), allow_module_level=True)
@@ -53,6 +59,72 @@ def test_forward_is_the_exact_model(fmt: str, group: int | None, sizes: tuple[in
         assert np.array_equal(got[-1:], made(x[-1:])), "a row has other bits alone"
 
 
+# Mean error, of the mean output: activations of 8 bits, of bf16 (BF16 on AVX512-BF16), of float32.
+BLOCK_ERRORS = {"Q8_0": 0.02, "Q6_K": 0.02, "Q5_1": 0.02, "Q4_0": 0.02, "Q4_K": 0.02, "IQ4_XS": 0.02, "Q3_K": 0.02,
+                "IQ2_S": 0.02, "MXFP4": 0.02, "BF16": 0.01, "F16": 1e-5, "F32": 1e-5}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BLOCK_ERRORS)
+@pytest.mark.parametrize("out_features", [16, 37, 528])
+def test_blocks_give_the_dequantised_matrix(kind: str, out_features: int) -> None:
+    matrix = random_matrix(kind, 1, out_features, 512, seed=0)
+    bias = random(out_features, seed=1)
+    made = Linear.of_blocks(matrix, bias)
+    assert kind in made.kernel and (made.in_features, made.out_features) == (512, out_features)
+    assert np.shares_memory(made.panels, matrix.data) == (out_features % 16 == 0)
+    weight = dequantise(matrix, 0).astype(np.float64)
+    for rows in (1, 2, 5, 33, 130):
+        x = random(rows, 512, seed=rows)
+        want, got = x.astype(np.float64) @ weight.T + bias, made(x)
+        assert np.abs(got - want).mean() < BLOCK_ERRORS[kind] * np.abs(want - bias).mean()
+        assert np.array_equal(got[-1:], made(x[-1:])), "a row has other bits alone"
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "Q4_0"])
+@pytest.mark.parametrize("group", [None, 32, 128])
+def test_blocks_have_the_stated_arithmetics_bits(kind: str, group: int | None) -> None:
+    matrix = random_matrix(kind, 1, 48, 768, seed=2)
+    made = Linear.of_blocks(matrix, activation_group=group)
+    assert made.spec.activation_group == (group or (64 if kind in ("Q8_0", "Q6_K") else 128))
+    one: Any = SimpleNamespace(spec=made.spec, matrices={"down": matrix}, biases={})
+    exact = block_cases.ExactBlocks(one, str(llamafile.blocks_isa()))
+    x = random(9, 768)
+    assert np.array_equal(exact.linear(0, "down", x), made(x))
+
+
+def test_blocks_without_a_kernel_run_as_floats(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamafile, "_warned", set())
+    raw = np.random.default_rng(0).integers(0, 127, (1, 20, 2 * 36), dtype=np.uint8)
+    raw[..., [0, 1, 2, 3, 36, 37, 38, 39]] = 0x30  # scales neither huge nor NaN
+    matrix = BlockMatrix("NVFP4", 128, raw)
+    with caplog.at_level(logging.WARNING, "ktk"):
+        made = Linear.of_blocks(matrix)
+    assert "NVFP4 has no kernel" in caplog.text and made.kernel.endswith(("F16", "F32"))
+    x = random(3, 128)
+    want = x.astype(np.float64) @ dequantise(matrix, 0).astype(np.float64).T
+    assert np.abs(made(x) - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_wrong_blocks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="blocks of 2 experts: must be one matrix"):
+        Linear.of_blocks(random_matrix("Q8_0", 2, 32, 64, 0))
+    matrix = random_matrix("Q8_0", 1, 32, 64, 0)
+    repacked = BlockMatrix("Q8_0", 64, matrix.data, is_repacked=True)
+    with pytest.raises(ValueError, match="1 experts, repacked: must be"):
+        Linear.of_blocks(repacked)
+    with pytest.raises(ValueError, match="activation_group=48"):
+        Linear.of_blocks(matrix, activation_group=48)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\): must be \(32,\)"):
+        Linear.of_blocks(matrix, random(3))
+    with pytest.raises(BackendError, match="does not decode Q9_X"):
+        Linear.of_blocks(BlockMatrix("Q9_X", 64, matrix.data))
+    monkeypatch.setattr(linear, "why_not", lambda: "no compiler")
+    with pytest.raises(BackendError, match="no compiler"):
+        Linear.of_blocks(matrix)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tensors_come_back_in_their_dtype(dtype: torch.dtype) -> None:
     made = Linear(torch.from_numpy(random(48, 64)).to(dtype))
@@ -76,10 +148,13 @@ def test_a_row_with_nan_or_inf_stays_alone() -> None:
 def test_threads_do_not_change_a_bit() -> None:
     code = """
 import sys, numpy as np
+from ktk.bench.blocks import random_matrix
 from ktk.linear import Linear
-r = np.random.default_rng(0)
-made = Linear(r.standard_normal((700, 256), dtype=np.float32), weight_format="int4", num_threads=int(sys.argv[1]))
-sys.stdout.buffer.write(made(r.standard_normal((70, 256), dtype=np.float32)).tobytes())
+r, threads = np.random.default_rng(0), int(sys.argv[1])
+packed = Linear(r.standard_normal((700, 256), dtype=np.float32), weight_format="int4", num_threads=threads)
+blocks = Linear.of_blocks(random_matrix("Q5_K", 1, 700, 256, 0), num_threads=threads)
+for made in (packed, blocks):
+    sys.stdout.buffer.write(made(r.standard_normal((70, 256), dtype=np.float32)).tobytes())
 """
     outputs = {
         subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, check=True).stdout

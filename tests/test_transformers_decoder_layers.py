@@ -132,6 +132,17 @@ def test_what_is_otherwise_keeps_its_own_forward(
     assert any("decoded by torch" in message for message in caplog.messages)
 
 
+def test_a_router_of_zeros_takes_all_experts_alike() -> None:
+    model = make("mixtral", num_experts_per_tok=4)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+    tokens, _ = decode(model)
+    fuse_decoder_layers(model)
+    assert decode(model)[0] == tokens
+    assert [f.trials for f in fused(model)] == [0, 0]
+
+
 def test_multipliers_are_found_by_trying() -> None:
     model = make("granitemoe", residual_multiplier=0.5)
     tokens, _ = decode(model)
@@ -196,6 +207,14 @@ def test_batches_masks_gradients_and_other_caches_go_the_own_way() -> None:
         with pytest.raises(RuntimeError, match="no gradient"):
             model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
     assert not calls
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "hunyuan_v1_moe", "jamba"])
+def test_linear_layers_whose_weights_other_code_reads_stay(kind: str) -> None:
+    model = make(kind)  # packs what it can
+    assert any(isinstance(m, linear_layers.KtkLinear) for m in model.modules())
+    with torch.no_grad():
+        assert model(torch.full((1, 5), 9), use_cache=False).logits.isfinite().all()
 
 
 @torch.no_grad()

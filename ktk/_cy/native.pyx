@@ -486,16 +486,32 @@ cdef class Matrix:
     cdef object panels, bias
     cdef int pid, in_features, out_features
 
-    def __init__(self, layout, str weight_format, panels, bias, str isa, engine):
-        """layout : MatrixLayout. panels : uint8 (num_panels, panel_bytes), contiguous. bias : float32 (16 * num_panels,) or None."""
+    cdef void _begin(self, panels, bias, int in_features, int out_features, str isa, engine) except *:
         self.kernels = _kernels(isa)
         self.engine = engine
         self.pool = _pool_of(engine)
         self.pid = os.getpid()
         self.panels, self.bias = panels, bias
-        self.in_features, self.out_features = layout.in_features, layout.out_features
+        self.in_features, self.out_features = in_features, out_features
+
+    @staticmethod
+    def of_panels(layout, str weight_format, panels, bias, str isa, engine):
+        """layout : MatrixLayout. panels : uint8 (num_panels, panel_bytes), contiguous. bias : float32 (16 * num_panels,) or None."""
+        cdef Matrix self = Matrix()
+        self._begin(panels, bias, layout.in_features, layout.out_features, isa, engine)
         _fill_matrix(&self.matrix, layout, weight_format)
         ktk_use_packed(&self.matrix, self.kernels)
+        return self
+
+    @staticmethod
+    def of_blocks(given, rows, bias, int in_features, int out_features, int activation_group, str isa,
+                  str blocks_isa, engine):
+        """A matrix in GGUF blocks. given : as a matrix of Experts.of_blocks. rows : uint8 (16 * panels, row bytes), contiguous.
+        bias : float32 (16 * panels,) or None."""
+        cdef Matrix self = Matrix()
+        self._begin(rows, bias, in_features, out_features, isa, engine)
+        ktk_use_blocks(&self.matrix, given[0], _blocks_isa(blocks_isa), given[1], given[2], activation_group, given[3])
+        return self
 
     def forward(self, x, out):
         """out = x W^T + bias. x, out : C-contiguous (rows, features), both float32, float16 or bf16 bits as uint16."""

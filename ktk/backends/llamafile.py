@@ -100,7 +100,7 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
     return BlockMatrix("F16" if exact else "F32", matrix.in_features, raw)
 
 
-def _whole_panels(matrix: BlockMatrix) -> BlockMatrix:
+def whole_panels(matrix: BlockMatrix) -> BlockMatrix:
     """Rows in sixteens and, of float formats, in_features in whole steps; a zero-padded copy only where they are not."""
     if matrix.type not in formats():
         matrix = _without_kernel(matrix)
@@ -132,8 +132,7 @@ def repack(experts: BlockExperts, num_threads: int) -> BlockExperts:
     """
     with ThreadPoolExecutor(num_threads) as pool:
         copies = {
-            name: _repacked(_whole_panels(matrix), pool)
-            for name, matrix in experts.matrices.items()
+            name: _repacked(whole_panels(matrix), pool) for name, matrix in experts.matrices.items()
         }
     return dataclasses.replace(
         experts, gate=copies.get("gate"), up=copies["up"], down=copies["down"]
@@ -160,6 +159,13 @@ def blocks_isa() -> str | None:
     features = cpu.detect()
     rows = [row for row in native.blocks_isa_rows() if not cpu.missing(row, features)]
     return rows[-1] if rows else None
+
+
+def rows_isa() -> str:
+    """The best ISA row of those beside the kernels over blocks: they load, quantise and store rows. ``why_not`` was asked first."""
+    features = cpu.detect()
+    rows = native_module().isa_rows()
+    return str([row for row in rows if row != "amx" and not cpu.missing(row, features)][-1])
 
 
 def _rows(matrix: BlockMatrix | None, first: int, many: int, node: int | None) -> np.ndarray | None:
@@ -206,7 +212,7 @@ class LlamafileRunner(OperatorRunner):
     ) -> None:
         self.native = native_module()
         self.blocks = experts
-        whole = {name: _whole_panels(matrix) for name, matrix in experts.matrices.items()}
+        whole = {name: whole_panels(matrix) for name, matrix in experts.matrices.items()}
         self.parts = _parts_of(experts, whole, engine)
         matrices = {
             name: (
@@ -241,8 +247,6 @@ class LlamafileBackend(Backend):
         return f"{blocks_isa()} {GGUF.name}"
 
     def load(self, packed: Any, engine: EngineLayout) -> Runner:
-        native, features = native_module(), cpu.detect()
-        rows = [r for r in native.isa_rows() if r != "amx" and not cpu.missing(r, features)]
         isa = blocks_isa()
         assert isa is not None  # select() asked why_not first
-        return LlamafileRunner(packed, rows[-1], isa, engine)
+        return LlamafileRunner(packed, rows_isa(), isa, engine)

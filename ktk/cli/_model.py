@@ -39,7 +39,10 @@ WeightFormat = Annotated[
 ]
 Linear = Annotated[
     str | None,
-    typer.Option("--linear", help="int8 or int4: run the dense linear layers on ktk too."),
+    typer.Option(
+        "--linear",
+        help="Dense linear layers: file (the default) runs them as they are, int8 or int4 packs them, none leaves them to torch.",
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -129,7 +132,7 @@ def load(
     quiet_transformers()
     from ktk.integration.transformers.open import describe_model, open_model
 
-    description = describe_model(path, method, weight_format, dtype, context)
+    description = describe_model(path, method, weight_format, dtype, context, linear)
     if description.warning:
         typer.echo(f"ktk: warning: {description.warning}", err=True)
     with loading(description):
@@ -156,7 +159,7 @@ def description_table(found: ModelDescription) -> Table:
         "packed": "packed by ktk convert",
         "float": "float checkpoint, experts are packed while it loads",
         "quantised": "quantised checkpoint, experts are packed while it loads",
-        "gguf": "GGUF, experts run from the mapped file",
+        "gguf": "GGUF, run from the mapped file",
     }
     mapped = ", mapped: need not fit" if found.kind == "gguf" else ""
     rows: dict[str, str] = {
@@ -165,7 +168,8 @@ def description_table(found: ModelDescription) -> Table:
         f"{found.num_experts} experts, {found.num_experts_per_tok} for each token",
         "experts": f"{found.weight_format}, {found.bits_per_weight:.2f} bits per weight, {size(found.expert_bytes)}{mapped}",
         "run by": f"{found.backend}: {found.kernel}" if found.kernel else "nothing",
-        "other weights": f"{size(found.rest_bytes)} in {found.dtype}",
+        "other weights": f"{size(found.rest_bytes - found.linear_bytes)} in {found.dtype}"
+        + (f", {size(found.linear_bytes)} as the file has them" if found.linear_bytes else ""),
         "KV cache": f"{size(found.kv_bytes)} for {found.context} tokens (the model's longest: {found.max_context or 'unknown'})",
         "working memory": size(OVERHEAD),
         "needed": size(found.needed_bytes),

@@ -87,6 +87,7 @@ def command(
     ] = None,
     method: _model.Method = "auto",
     weight_format: _model.WeightFormat = "auto",
+    linear: _model.Linear = None,
     dtype: _model.Dtype = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of KV cache to reckon with.")
@@ -95,7 +96,7 @@ def command(
 ) -> None:
     """Show what this machine is and which backends run on it; or what a model is, what runs it, and if it fits (else exit code 1)."""
     if model is not None:
-        _diagnose_model(model, method, weight_format, dtype, context, as_json)
+        _diagnose_model(model, method, weight_format, linear, dtype, context, as_json)
         return
     found = diagnosis()
     if as_json:
@@ -156,6 +157,7 @@ def _diagnose_model(
     path: str,
     method: str,
     weight_format: str,
+    linear: str | None,
     dtype: str | None,
     context: int | None,
     as_json: bool,
@@ -165,7 +167,7 @@ def _diagnose_model(
 
     from ktk.integration.transformers.open import describe_model
 
-    found = describe_model(path, method, weight_format, dtype, context)
+    found = describe_model(path, method, weight_format, dtype, context, linear)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
     else:

@@ -28,4 +28,12 @@ class BlockFormat(QuantFormat):
             )
 
 
+def activation_group_of(bits: float) -> int:
+    """The default for the finest of a layer's types, of ``bits`` per weight.
+
+    What one scale for more activations costs drowns in the error of coarser weights.
+    """
+    return 64 if bits >= 5 else 128
+
+
 GGUF = BlockFormat(name="gguf", bits=0, is_integer=True, default_activation_group=64)

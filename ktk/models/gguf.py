@@ -20,6 +20,7 @@ from ktk._log import logger
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.checkpoint.safetensors import strict_json
 from ktk.errors import CheckpointError
+from ktk.formats.gguf import activation_group_of
 from ktk.models.gguf_architectures import ARCHITECTURES, Architecture
 from ktk.types import Activation, BlockExperts, BlockMatrix, MoESpec
 
@@ -100,11 +101,7 @@ class GgufExperts:
         return top_k
 
     def spec(self, layer: int) -> MoESpec:
-        """Shape and activation of one layer.
-
-        activation_group is 64 if a projection has 5 bits per weight or more, else 128: what one scale for more
-        activations costs drowns in the error of coarser weights.
-        """
+        """Shape and activation of one layer; activation_group by the projection of most bits."""
         if layer not in self._specs:
             parts = self._layer(layer)
             clamp = _clamp(self.checkpoint, self._row, layer)
@@ -115,7 +112,7 @@ class GgufExperts:
                 down.out_features,
                 down.in_features,
                 "gguf",
-                activation_group=64 if max(map(_bits, types)) >= 5 else 128,
+                activation_group=activation_group_of(max(map(_bits, types))),
                 has_gate="gate" in parts,
                 has_bias=any(kind == "bias" for _, kind in self._extras.get(layer, {})),
                 activation=_written_activation(self.checkpoint)

@@ -22,7 +22,7 @@ from ktk.errors import BackendError
 from ktk.integration.transformers.activations import recognise_gate
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.experts import handle_of, is_experts
-from ktk.integration.transformers.linear import KtkLinear
+from ktk.integration.transformers.linear import KtkLinear, SharedForward, linear_of
 from ktk.linear import Linear
 from ktk.routing import MAX_GROUPS, SCORES, Router, route
 
@@ -45,7 +45,7 @@ class _UnlikeError(Exception):
 def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
     """Give every decoder layer that ``DecoderSpec`` describes its fast way to decode; their names.
 
-    Only layers whose projections are ``KtkLinear`` and whose experts are packed or in blocks. One log line names the others.
+    Only layers whose projections ktk runs (``replace_linears``, ``share_linears``) and whose experts are packed or in blocks. One log line names the others.
     """
     if reason := linear.why_not():
         log.info("decoder layers stay with torch: %s", reason)
@@ -77,6 +77,11 @@ class FusedForward:
         self.module, self.own_forward = module, module.forward
         self.layer, self.name = layer, name
         self.index = int(module.self_attn.layer_idx)
+        self.shared = [
+            f
+            for m in module.modules()
+            if isinstance(f := getattr(m, "forward", None), SharedForward)
+        ]
         self.trials = TRIALS  # 0: it computes what the layer does
         self.other = DecoderLayer(replace(layer.spec, is_interleaved=True))
         self.is_unlike = False
@@ -96,6 +101,8 @@ class FusedForward:
     def _rows(self, x: torch.Tensor, named: dict[str, Any]) -> tuple[Any, torch.Tensor] | None:
         """The layer's cache and the position's (2, rotary_dim / 2) cosines and sines, if this is a case for the fast way."""
         if x.shape[:-1] != (1, 1) or x.dtype not in _DTYPES or x.device.type != "cpu":
+            return None
+        if any(shared.is_stale for shared in self.shared):
             return None
         if self.module.training or (torch.is_grad_enabled() and x.requires_grad):
             return None
@@ -238,9 +245,10 @@ def _children(module: Any) -> dict[str, Any]:
 
 
 def _linear(module: Any, name: str) -> Linear:
-    if not isinstance(module, KtkLinear):
-        raise _UnlikeError(f"{name} is a {type(module).__name__}, not a packed linear layer")
-    return module._ktk
+    found = linear_of(module)
+    if found is None:
+        raise _UnlikeError(f"{name} is a {type(module).__name__} that torch runs")
+    return found
 
 
 def _norm(module: Any, name: str) -> tuple[np.ndarray, float]:
@@ -390,7 +398,8 @@ def _router(
 
 def _routed(module: Any, experts: Any, matrix: torch.Tensor) -> _Routed:
     x = _probe(PROBE_TOKENS, matrix.shape[1], matrix)
-    x = x * (LOGITS / (x.float() @ matrix.float().T).std()).to(x.dtype)
+    spread = float((x.float() @ matrix.float().T).std())
+    x = x * (LOGITS / spread if spread else 1.0)
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def record(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

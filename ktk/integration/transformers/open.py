@@ -18,6 +18,7 @@ from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError, KtkError
 from ktk.models import find_experts
 from ktk.models.gguf import GgufExperts, find_gguf_experts
+from ktk.models.whole import WHOLE_MODELS, Source
 from ktk.types import MoESpec
 
 CONTEXT = 8192  # tokens that the KV cache is reckoned for unless told otherwise
@@ -34,7 +35,7 @@ class ModelDescription:
 
     kind : "packed", "float", "quantised" or "gguf". kernel : what runs the experts, "" where nothing does: see reason.
     expert_bytes : of experts as they will run; of a GGUF file they are mapped, so they need not fit. rest_bytes : of all
-    else in ``dtype``. kv_bytes : of a KV cache of ``context`` tokens. reason : why it cannot run, or None.
+    else, in ``dtype`` but for linear_bytes of it: dense linear layers that run as a GGUF file's blocks, which every token reads. kv_bytes : of a KV cache of ``context`` tokens. reason : why it cannot run, or None.
     warning : what will be slow, or None.
     """
 
@@ -57,6 +58,7 @@ class ModelDescription:
     kv_bytes: int
     available_bytes: int
     total_bytes: int
+    linear_bytes: int = 0
     reason: str | None = None
     warning: str | None = None
 
@@ -115,14 +117,18 @@ def describe_model(
     weight_format: str | None = None,
     dtype: str | None = None,
     context: int | None = None,
+    linear: str | None = None,
 ) -> ModelDescription:
     """What a model is and needs, from its headers alone.
 
     path : a Hugging Face directory, one that ``ktk convert`` wrote, or a GGUF model's file, part or directory.
     weight_format : of float experts: a name of ``ktk.formats.FORMATS``; None or "auto" takes int8 if it fits into memory,
     else int4. dtype : "bfloat16", "float16" or "float32" for everything but the experts; None keeps the checkpoint's.
-    context : tokens of KV cache; None: the model's longest, at most 8192. Raises CheckpointError, ValueError.
+    context : tokens of KV cache; None: the model's longest, at most 8192. linear : as in ``open_model``.
+    Raises CheckpointError, ValueError.
     """
+    if linear not in (None, "file", "int8", "int4", "none"):
+        raise ValueError(f"linear={linear!r}: must be int8, int4, file or none, or left out")
     where = Path(path)
     backends.check_method(method)
     if dtype is not None and dtype not in DTYPE_BYTES:
@@ -141,7 +147,7 @@ def describe_model(
                 f"weight_format={weight_format!r}: a GGUF model's experts run in the types the file has; "
                 f"leave it out, or convert: ktk convert --input-path {path} --output DIR --quant-method {weight_format}"
             )
-        return _describe_gguf(where, method, dtype or "bfloat16", context)
+        return _describe_gguf(where, method, dtype or "bfloat16", context, linear)
     if not where.is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json, or a .gguf file")
     if not (where / "config.json").exists():
@@ -178,39 +184,42 @@ def open_model(
 ) -> OpenModel:
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
-    path, method, weight_format, dtype, context : as in ``describe_model``. linear : "int8" or "int4" packs the model's
-    dense linear layers too. force : load it even if it does not fit.
+    path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense linear layers: "int8" or "int4"
+    packs them; "file" and None run them as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
+    force : load it even if it does not fit.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not fit.
     """
-    if linear not in (None, "int8", "int4"):
-        raise ValueError(f"linear={linear!r}: must be int8 or int4, or left out")
-    description = describe_model(path, method, weight_format, dtype, context)
+    from ktk.integration.transformers.attention import use_attention
+    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
+    from ktk.integration.transformers.linear import replace_linears, share_linears
+
+    description = describe_model(path, method, weight_format, dtype, context, linear)
     if description.reason is not None:
         raise CheckpointError(f"{path}: {description.reason}")
     refusal = description.memory_refusal()
     if refusal is not None and not force:
         raise MemoryError(refusal)
     if description.kind == "gguf":
-        model, tokenizer = _open_gguf(path, method, description.dtype)
+        model, tokenizer = _open_gguf(path, method, description.dtype, linear or "file")
     else:
         model, tokenizer = _open_directory(description, path, method, dtype)
-    from ktk.integration.transformers.attention import use_attention
-    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
-
-    if linear is not None:
-        from ktk.integration.transformers.linear import replace_linears
-
-        replace_linears(model, linear)
+        if linear in (None, "file"):
+            share_linears(model)
+        elif linear != "none":
+            replace_linears(model, linear)
     use_attention(model)
     fuse_decoder_layers(model)
     return OpenModel(model.eval(), tokenizer, description)
 
 
-def _open_gguf(path: str | os.PathLike[str], method: str, dtype: str) -> tuple[Any, Any]:
+def _open_gguf(
+    path: str | os.PathLike[str], method: str, dtype: str, linear: str
+) -> tuple[Any, Any]:
     from ktk.integration.transformers.gguf import load_gguf_model
     from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
 
-    return load_gguf_model(path, method=method, dtype=dtype), load_gguf_tokenizer(path)
+    model = load_gguf_model(path, method=method, dtype=dtype, linear=linear)
+    return model, load_gguf_tokenizer(path)
 
 
 def _open_directory(
@@ -328,11 +337,16 @@ def _describe(
     )
 
 
-def _describe_gguf(path: Path, method: str, dtype: str, context: int | None) -> ModelDescription:
+def _describe_gguf(
+    path: Path, method: str, dtype: str, context: int | None, linear: str | None
+) -> ModelDescription:
     checkpoint = GgufCheckpoint.open(path)
     experts = find_gguf_experts(checkpoint)
     taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
     expert_bytes = sum(t.num_bytes for name, t in checkpoint.tensors.items() if name in taken)
+    blocks_of = _gguf_linears(experts) if linear in (None, "file") else set()
+    linear_bytes = sum(checkpoint.tensors[name].num_bytes for name in blocks_of)
+    taken |= blocks_of - {TOKEN_EMBEDDING}  # whose floats the embedding needs beside the blocks
     rest = sum(math.prod(t.shape) for name, t in checkpoint.tensors.items() if name not in taken)
     total, available = cpu.memory()
     metadata = checkpoint.metadata
@@ -379,7 +393,8 @@ def _describe_gguf(path: Path, method: str, dtype: str, context: int | None) -> 
         max_context=number("context_length"),
         context=tokens,
         expert_bytes=expert_bytes,
-        rest_bytes=rest * DTYPE_BYTES[dtype],
+        rest_bytes=rest * DTYPE_BYTES[dtype] + linear_bytes,
+        linear_bytes=linear_bytes,
         kv_bytes=tokens * layers * kv_heads * (key + value) * DTYPE_BYTES[dtype],
         available_bytes=available,
         total_bytes=total,
@@ -392,6 +407,18 @@ def _describe_gguf(path: Path, method: str, dtype: str, context: int | None) -> 
         f"they are read from disk again and again, which is slow"
     )
     return ModelDescription(**{**asdict(found), "warning": slow})
+
+
+def _gguf_linears(experts: GgufExperts) -> set[str]:
+    """The file's tensors that ``load_gguf_model`` runs as they lie, experts left out."""
+    checkpoint = experts.checkpoint
+    row = WHOLE_MODELS.get(experts.architecture)
+    if row is None or TOKEN_EMBEDDING not in checkpoint.tensors:
+        return set()
+    from ktk.integration.transformers.gguf import file_linears
+
+    found = file_linears(checkpoint, row, Source(experts).num_layers)
+    return {name for _, name in found.values()}
 
 
 def _gguf_top_k(experts: GgufExperts) -> int:

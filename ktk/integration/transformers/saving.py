@@ -14,6 +14,7 @@ from typing import Any
 
 from ktk.checkpoint.packed import layer_path, list_layers, write_layer
 from ktk.integration.transformers.experts import find_experts, handle_of
+from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.sources import layer_of
 from ktk.layout import LAYOUT_VERSION
 from ktk.types import BlockExperts, Packed
@@ -65,6 +66,12 @@ def write_experts(model: Any) -> None:
             f"its linear layers are packed as {said.linear}, which a packed directory does not hold: load the model without "
             "linear=, save that, and ask for linear= when the saved one is loaded"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, KtkLinear):
+            raise ValueError(
+                f"{name} is run by {module.kernel}, which a packed directory does not hold: load the model with "
+                'linear="none", and save that'
+            )
     layers: dict[int, Packed] = {}
     names: dict[int, str] = {}
     for name, module in find_experts(model):

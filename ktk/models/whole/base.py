@@ -38,6 +38,7 @@ class Tensor:
 
     gguf : the file's name; several where a file holds it in pieces. hf : the module's name.
     join : the file's arrays, float32, and the config's fields -> the module's array. split : the inverse. None: they are equal.
+    moves_rows : join puts the rows of one matrix into another order, of floats or of blocks, uint8 (rows, row bytes), alike.
     checkpoint : the name in a Hugging Face directory, if not ``hf``. is_optional : a module without it keeps its zeros.
     """
 
@@ -45,6 +46,7 @@ class Tensor:
     hf: str
     join: Callable[[list[np.ndarray], Fields], np.ndarray] | None = None
     split: Callable[[np.ndarray, Fields], list[np.ndarray]] | None = None
+    moves_rows: bool = False
     checkpoint: str = ""
     is_optional: bool = False
 
@@ -354,7 +356,7 @@ def permuted_attention() -> tuple[Tensor, ...]:
             return [_swap_rows(array, _heads(fields, heads), to_pairs=True)]
 
         name = f"model.layers.{{n}}.self_attn.{letter}_proj.weight"
-        return Tensor(plain.pop(name).gguf, name, halves, pairs)
+        return Tensor(plain.pop(name).gguf, name, halves, pairs, moves_rows=True)
 
     permuted = (row("q", "num_attention_heads"), row("k", "num_key_value_heads"))
     return (*permuted, *(r for r in plain.values() if r.hf.endswith(".weight")))
