@@ -168,6 +168,17 @@ def test_a_wrong_batch_is_noticed_before_anybody_is_answered(
             engine.stop()
 
 
+def test_a_model_that_does_not_generate_is_an_error_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = cases.make_model("qwen3_moe")
+    monkeypatch.setattr(model, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(
+        RuntimeError, match="Qwen3MoeForCausalLM cannot be served.*division by zero"
+    ):
+        trial.start_engine(opened(model), LIMITS)
+
+
 def test_rounding_is_no_difference_and_another_token_is() -> None:
     def token(chosen: int, *logprobs: float) -> Token:
         return Token(chosen, logprobs[chosen], tuple(enumerate(logprobs)))

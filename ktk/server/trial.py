@@ -29,7 +29,7 @@ TOLERANCE = 0.25
 def start_engine(opened: OpenModel, limits: Limits) -> tuple[Engine, str | None]:
     """A started engine, and why it takes one request at a time, or None if it batches them.
 
-    Raises RequestError if the KV cache is too small.
+    Raises RequestError if the KV cache is too small, RuntimeError if the model does not generate at all.
     """
     ids = _prompt(opened, max(1, min(PROMPT_TOKENS, limits.context - STEPS)))
     expected = _continue_alone(opened, ids)
@@ -76,8 +76,15 @@ def _greedy() -> Sampling:
 def _continue_alone(opened: OpenModel, ids: list[int]) -> list[Token]:
     """By generate(). In a thread that ends: the OpenMP team of one that stays spins beside the engine's."""
     sampler = Sampler(_greedy())
+    failures: list[Exception] = []
 
     def run() -> None:
+        try:
+            generate()
+        except Exception as error:  # whatever the model makes of it
+            failures.append(error)
+
+    def generate() -> None:
         Session(opened.model, opened.tokenizer).generate_tokens(
             ids, sampler, STEPS, lambda _: False
         )
@@ -85,6 +92,11 @@ def _continue_alone(opened: OpenModel, ids: list[int]) -> list[Token]:
     thread = threading.Thread(target=run, name="ktk-trial")
     thread.start()
     thread.join()
+    if failures:
+        kind = type(opened.model).__name__
+        raise RuntimeError(
+            f"{kind} cannot be served, its generate() fails: {failures[0]}"
+        ) from failures[0]
     return sampler.tokens
 
 
