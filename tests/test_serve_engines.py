@@ -15,7 +15,12 @@ pytest.importorskip("fastapi")
 
 import torch
 import transformers_cases as cases
-from transformers import AutoModelForCausalLM, GraniteMoeHybridConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeHybridConfig,
+    MiniMaxConfig,
+    Qwen3NextConfig,
+)
 
 from ktk.integration.transformers.open import OpenModel
 from ktk.integration.transformers.sampling import Sampling, Token
@@ -124,6 +129,23 @@ def test_what_cannot_be_batched_is_served_one_after_another(family: str) -> None
         # Twice: the second time, the cache of the last prompt is there.
         assert asyncio.run(together(engine, PROMPTS + PROMPTS)) == want + want
         assert engine.unfinished == engine.running == 0
+    finally:
+        engine.stop()
+
+
+def test_a_model_with_a_cache_of_its_own_is_served() -> None:
+    config = MiniMaxConfig(
+        **cases.SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=64, num_local_experts=4,
+        num_experts_per_tok=2, block_size=32,
+    )  # fmt: skip
+    torch.manual_seed(cases.SEED)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    want = [alone(model, prompt) for prompt in PROMPTS]
+    engine, reason = trial.start_engine(opened(model), LIMITS)
+    try:
+        assert reason and isinstance(engine, SequentialEngine)
+        assert asyncio.run(together(engine, PROMPTS)) == want
     finally:
         engine.stop()
 

@@ -176,7 +176,7 @@ class Session:
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
-                prefill_chunk_size=PREFILL_CHUNK,
+                prefill_chunk_size=None if self._cache is None else PREFILL_CHUNK,
                 logits_processor=LogitsProcessorList([ChosenBySampler(sampler)]),
                 streamer=_Tokens(take),
                 use_cache=True,
@@ -185,8 +185,9 @@ class Session:
             pass
         finally:
             hook.remove()
-            sequence = ids + [token.id for token in sampler.tokens]
-            self._cached = sequence[: self._cache.get_seq_length()]
+            if self._cache is not None:
+                sequence = ids + [token.id for token in sampler.tokens]
+                self._cached = sequence[: self._cache.get_seq_length()]
         return prefilled
 
     def _room(self, ids: list[int], max_tokens: int | None) -> int:
@@ -206,6 +207,10 @@ class Session:
 
     def _keep_common(self, ids: list[int]) -> None:
         """Crop the cache to the tokens it shares with a prompt, all but its last one at most: that one gives the logits."""
+        if (
+            not self.model._supports_default_dynamic_cache()
+        ):  # MiniMax-Text-01 makes its own, for each call
+            return
         common = 0
         for cached, wanted in zip(self._cached, ids[:-1], strict=False):
             if cached != wanted:
