@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -17,7 +18,12 @@ from ktk import linear
 from ktk.backends import llamafile
 from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError, EngineError
-from ktk.integration.transformers.linear import KtkLinear, replace_linears
+from ktk.integration.transformers.linear import (
+    KtkLinear,
+    linear_of,
+    replace_linears,
+    share_linears,
+)
 from ktk.linear import Linear
 from ktk.memory import aligned_buffer
 from ktk.reference.dequantise import dequantise
@@ -217,3 +223,60 @@ def test_where_kernels_do_not_run_layers_stay_with_torch(
     assert "stay with torch: no compiler" in caplog.text
     with pytest.raises(BackendError, match="no compiler"):
         Linear(random(16, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_shared_linears_run_on_the_modules_own_weights(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(256, 192), "b": torch.nn.Linear(192, 150, bias=False), "gate": torch.nn.Linear(256, 256)}
+    ).to(dtype)  # fmt: skip
+    assert share_linears(model) == ["a", "b"]
+    x = torch.randn(3, 2, 256).to(dtype)
+    exact = lambda m, x: torch.nn.functional.linear(x.double(), m.weight.double(), None if m.bias is None else m.bias.double())  # noqa: E731  # fmt: skip
+    bits = 2**-8 if dtype is torch.bfloat16 else 2**-10
+
+    def check() -> None:
+        for name, given in (("a", x), ("b", x[..., :192].contiguous())):
+            y, want = model[name](given), exact(model[name], given)
+            assert y.shape == want.shape
+            assert y.dtype == dtype
+            assert (y.double() - want).abs().max() <= bits * want.abs().max()
+
+    check()
+    a, forward = model["a"], model["a"].forward
+    panels = linear_of(a).panels
+    assert panels.ctypes.data == a.weight.data_ptr(), "the weights were copied"
+    assert set(model.state_dict()) == {"a.weight", "a.bias", "b.weight", "gate.weight", "gate.bias"}
+    a.weight.mul_(2)  # in place: seen at once
+    check()
+    a.weight = torch.nn.Parameter(torch.randn(192, 256).to(dtype))
+    assert linear_of(a) is None
+    check()
+    assert linear_of(a) is forward.linear
+    a.weight = torch.nn.Parameter(torch.randn(192, 256).to(dtype).T.contiguous().T)
+    check()
+    assert forward.is_stale, "rows that do not lie one behind the other are torch's"
+    twin = copy.deepcopy(model)
+    twin["b"].weight.zero_()
+    assert not twin["b"](x[..., :192]).any()
+    assert model["b"](x[..., :192]).any()
+
+
+def test_shared_linears_have_gradients_and_leave_float32_alone() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(256, 192)})
+    assert share_linears(model) == []
+    model.bfloat16()
+    assert share_linears(model) == ["a"]
+    x = torch.randn(4, 256).bfloat16().requires_grad_()
+    model["a"](x).sum().backward()
+    assert torch.allclose(x.grad.float(), model["a"].weight.sum(0).float().expand(4, -1), atol=0.1)
+    assert model["a"].weight.grad is not None
+    assert model["a"](x.detach().float().bfloat16()).requires_grad
+    model.float()
+    with torch.no_grad():
+        y = model["a"](x.float())
+    assert torch.allclose(
+        y, torch.nn.functional.linear(x.float(), model["a"].weight, model["a"].bias)
+    )

@@ -466,5 +466,3 @@ def test_linear_layers_are_packed_of_every_kind_of_model(
     assert type(open_model(model, linear="none").model.lm_head) is torch.nn.Linear
     with pytest.raises(ValueError, match="linear='int3': must be int8, int4, file or none"):
         open_model(model, linear="int3")
-    with pytest.raises(ValueError, match="only a GGUF file has blocks to run"):
-        open_model(model, linear="file")

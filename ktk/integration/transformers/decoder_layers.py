@@ -102,8 +102,8 @@ class FusedForward:
         """The layer's cache and the position's (2, rotary_dim / 2) cosines and sines, if this is a case for the fast way."""
         if x.shape[:-1] != (1, 1) or x.dtype not in _DTYPES or x.device.type != "cpu":
             return None
-        if any(shared.is_stale for shared in self.shared):
-            return None
+        if any(f.is_stale or f.linear is not linear for f, linear in self.shared):
+            return None  # a module has another weight than when the layer was fused
         if self.module.training or (torch.is_grad_enabled() and x.requires_grad):
             return None
         positions = named.get("position_embeddings")
