@@ -79,6 +79,18 @@ def _docstrings(name: str) -> Iterator[str]:
                 yield f"{node.name}: {docstring}"
 
 
+def read_text(path: Path) -> str:
+    """A text file. Raises ValueError, with its name, unless it is there and UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}: must be a UTF-8 text file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8: must be a UTF-8 text file"
+        ) from error
+
+
 def windows(token_ids: list[int], num_windows: int, length: int) -> list[list[int]]:
     """``num_windows`` windows of ``length`` tokens, evenly spread over the text and not overlapping.
 

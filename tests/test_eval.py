@@ -238,3 +238,30 @@ def test_convert_says_what_cannot_be_calibrated(source: Path, text: Path, tmp_pa
     short = write_text(tmp_path / "short.txt", 3, 100)
     with pytest.raises(ValueError, match="has 100 tokens"):
         convert(source, tmp_path / "b", calibration=Calibration(short))
+
+
+def test_wrong_texts_and_plots_are_refused_before_any_work(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Zwölf".encode("latin-1"))
+    output = tmp_path / "packed"
+    model = str(tmp_path / "no-model")  # which none of these gets to
+    for arguments, says in (
+        (["eval", model, "--text", str(latin)], f"{latin}: byte 2 is not UTF-8"),
+        (["eval", model, "--text", str(tmp_path)], "Is a directory"),
+        (["eval", model, "--text", str(text), "--calibrate", "no.txt"], "no.txt: No such file"),
+        (
+            ["eval", model, "--text", str(text), "--plot", str(tmp_path / "no" / "x.png")],
+            "must be a directory",
+        ),
+        (
+            ["convert", "--input-path", model, "--output", str(output), "--calibrate", str(latin)],
+            "byte 2 is not UTF-8",
+        ),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert ended.value.code == 1 and says in error and error.count("\n") == 1, error
+    assert not output.exists()

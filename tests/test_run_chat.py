@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,36 @@ def test_mistakes_are_one_line(model: Path, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr and done.stdout == ""
 
 
+def test_what_is_wrong_with_a_directory_is_said_before_the_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ktk.integration.transformers import loading
+
+    def says(change: Any) -> str:
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(model, broken)
+        change(broken)
+        done = ktk("run", str(broken), "Why?", "-n", "1")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    def without_tokenizer(directory: Path) -> None:
+        for file in directory.glob("token*"):
+            file.unlink()
+
+    def of_another_kind(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "model_type": "frobnicate"}))
+
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert "has no tokenizer" in says(without_tokenizer)
+    assert "tokenizer cannot be read" in says(lambda d: (d / "tokenizer.json").write_text("{}"))
+    assert "has no config.json" in says(lambda d: (d / "config.json").unlink())
+    assert "does not know model_type 'frobnicate'" in says(of_another_kind)
+    assert "path is empty" in ktk("run", "", "Why?").stderr
+
+
 def test_help_has_examples() -> None:
     for name in ("run", "chat", "serve", "doctor"):
         assert "Examples:" in ktk(name, "--help").stdout
@@ -389,6 +420,7 @@ def test_doctor_knows_packed_directories_and_gguf_files(model: Path, tmp_path: P
     found = json.loads(done.stdout)
     assert (done.returncode, found["kind"], found["weight_format"]) == (1, "gguf", "GGUF Q8_0")
     assert found["expert_bytes"] > 0 and "token_embd.weight" in found["reason"]
+    assert "token_embd.weight" in ktk("doctor", str(experts)).stdout
     assert "token_embd.weight" in ktk("run", str(experts), "Why?").stderr
 
 

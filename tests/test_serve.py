@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from serving import Server, make_model, serving
 
+from ktk.cli import main
+
 for needed in ("transformers", "fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(needed)
 openai = pytest.importorskip("openai")
@@ -31,6 +33,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
     with serving(model, "--context", str(CONTEXT), "--max-requests", "8") as running:
+        yield running
+        assert running.end(signal.SIGINT) == 0
+
+
+@pytest.fixture(scope="module")
+def keyed(model: Path) -> Iterator[Server]:
+    with serving(model, "--context", "16384", key="s3cret") as running:
         yield running
 
 
@@ -255,6 +264,7 @@ WRONG = {
     "stop a number": ({"messages": question(), "stop": 5}, "stop"),
     "stop empty": ({"messages": question(), "stop": [""]}, "stop"),
     "seed huge": ({"messages": question(), "seed": 2**70}, "seed"),
+    "half a character": ({"messages": question("a\ud800")}, "\\ud800, at character 1"),
     "n two": ({"messages": question(), "n": 2}, "n=2"),
     "tools": ({"messages": question(), "tools": [{"type": "function"}]}, "tools"),
     "top_logprobs alone": ({"messages": question(), "top_logprobs": 3}, "logprobs: true"),
@@ -290,6 +300,7 @@ def test_completions_refuse_echo_several_prompts_and_wrong_tokens(server: Server
         ({"prompt": [-1]}, "-1"),
         ({"prompt": ""}, "empty"),
         ({"prompt": []}, "empty"),
+        ({"prompt": "\ud800"}, "\\ud800"),
     ):
         status, answer = server.request("/v1/completions", {"prompt": "a", **more})
         assert (status, says in answer["error"]["message"]) == (400, True), answer
@@ -365,8 +376,9 @@ def open_stream(server: Server, max_tokens: int, waits: bool = True) -> socket.s
     body = json.dumps({"prompt": "The", "max_tokens": max_tokens, "stream": True, "temperature": 0})
     raw = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    raw.sendall((head + body).encode())
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    key = f"Authorization: Bearer {server.key}\r\n" if server.key else ""
+    raw.sendall(f"{head}{key}\r\n{body}".encode())
     got = b""
     while waits and b"data: " not in got:
         more = raw.recv(4096)
@@ -437,62 +449,78 @@ def test_many_cancelled_requests_leak_nothing(server: Server) -> None:
 # --- the end, keys, options -----------------------------------------------------------------------------
 
 
-def test_sigterm_ends_streams_with_a_last_chunk_and_exit_code_0(model: Path) -> None:
-    with serving(model, "--context", "16384") as own:
-        stream = open_stream(own, 16000)
-        start = time.monotonic()
-        code: list[int] = []
-        ender = threading.Thread(target=lambda: code.append(own.end(signal.SIGTERM)))
-        ender.start()
-        got = b""
-        while more := stream.recv(65536):
-            got += more
-        ender.join()
-        assert code == [0]
-        assert time.monotonic() - start < 10
-        last = [e for e in got.decode().split("\n\n") if "data: " in e]
-        assert last[-1].endswith("data: [DONE]")
-        assert '"finish_reason":"length"' in last[-2]
-        stream.close()
+def test_a_key_is_asked_for_everywhere_but_on_the_page(keyed: Server) -> None:
+    for path in ("/v1/models", "/v1/ktk", "/metrics", "/v1/chat/completions", "/nope"):
+        for given in ("", "Bearer wrong", "Bearer s3cre", "Basic s3cret"):
+            status, answer = keyed.request(path, headers={"authorization": given})
+            assert status == 401, (path, given)
+            assert answer["error"]["code"] == "invalid_api_key"
+    for path in ("/", "/health"):
+        assert keyed.request(path, headers={"authorization": ""})[0] == 200
+    good = openai.OpenAI(base_url=keyed.url + "/v1", api_key="s3cret", max_retries=0)
+    assert [m.id for m in good.models.list()] == ["tiny-moe"]
+    bad = openai.OpenAI(base_url=keyed.url + "/v1", api_key="s3cretx", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        bad.models.list()
 
 
-def test_a_key_is_asked_for_everywhere_but_on_the_page(model: Path) -> None:
-    with serving(model, key="s3cret") as own:
-        for path in ("/v1/models", "/v1/ktk", "/metrics", "/v1/chat/completions", "/nope"):
-            for given in ("", "Bearer wrong", "Bearer s3cre", "Basic s3cret"):
-                status, answer = own.request(path, headers={"authorization": given})
-                assert status == 401, (path, given)
-                assert answer["error"]["code"] == "invalid_api_key"
-        for path in ("/", "/health"):
-            assert own.request(path, headers={"authorization": ""})[0] == 200
-        good = openai.OpenAI(base_url=own.url + "/v1", api_key="s3cret", max_retries=0)
-        assert [m.id for m in good.models.list()] == ["tiny-moe"]
-        bad = openai.OpenAI(base_url=own.url + "/v1", api_key="s3cretx", max_retries=0)
-        with pytest.raises(openai.AuthenticationError):
-            bad.models.list()
-        assert own.end(signal.SIGINT) == 0
+def test_sigterm_ends_streams_with_a_last_chunk_and_exit_code_0(keyed: Server) -> None:
+    """The last test of that server."""
+    stream = open_stream(keyed, 16000)
+    start = time.monotonic()
+    code: list[int] = []
+    ender = threading.Thread(target=lambda: code.append(keyed.end(signal.SIGTERM)))
+    ender.start()
+    got = b""
+    while more := stream.recv(65536):
+        got += more
+    ender.join()
+    assert code == [0]
+    assert time.monotonic() - start < 10
+    last = [e for e in got.decode().split("\n\n") if "data: " in e]
+    assert last[-1].endswith("data: [DONE]")
+    assert '"finish_reason":"length"' in last[-2]
+    stream.close()
 
 
-def ktk(*arguments: str) -> subprocess.CompletedProcess[str]:
-    import sys
-
-    return subprocess.run(
-        [sys.executable, "-m", "ktk", *arguments], capture_output=True, text=True, timeout=60, check=False
-    )  # fmt: skip
-
-
-def test_other_addresses_need_a_key(model: Path) -> None:
-    done = ktk("serve", str(model), "--host", "0.0.0.0")
-    assert done.returncode == 2
-    assert "--no-auth" in done.stderr and "KTK_API_KEY" in done.stderr
-    assert ktk("serve", str(model), "--no-auth", "--api-key", "x").returncode == 2
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of `ktk serve`, in this process: it must end before it serves."""
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *arguments])
+    return int(str(ended.value.code)), capsys.readouterr().err
 
 
-def test_a_taken_port_and_a_small_cache_are_one_line(model: Path) -> None:
+def test_other_addresses_need_a_key(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for host in ("0.0.0.0", "::", "example.invalid"):
+        code, says = refusal(capsys, str(model), "--host", host)
+        assert code == 2 and "--no-auth" in says and "KTK_API_KEY" in says
+    assert refusal(capsys, str(model), "--no-auth", "--api-key", "x")[0] == 2
+
+
+def test_a_taken_port_and_a_small_cache_are_one_line(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = ktk("serve", str(model), "--port", str(taken.getsockname()[1]))
-    assert done.returncode == 1 and "choose another --port" in done.stderr
-    assert done.stderr.count("\n") == 1
-    done = ktk("serve", str(model), "--port", "0", "--context", "32768", "--kv-cache", "0.001")
-    assert done.returncode == 1 and "--context" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+        code, says = refusal(capsys, str(model), "--port", str(taken.getsockname()[1]))
+    assert code == 1 and "choose another --port" in says and says.count("\n") == 1
+    code, says = refusal(capsys, str(model), "--host", "no.invalid", "--no-auth")
+    assert code == 1 and "--host no.invalid" in says and says.count("\n") == 1
+    code, says = refusal(capsys, "no/such/model", "--port", "0")
+    assert code == 1 and "no such file" in says and says.count("\n") == 1
+    small = ("--port", "0", "--context", "32768", "--kv-cache", "0.001")
+    code, says = refusal(capsys, str(model), *small)
+    assert code == 1 and "--context" in says and says.count("\n") == 1
+
+
+def test_the_cache_holds_one_context_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V3 caches 5 MB a token, so 2 GB would not hold 8192 tokens."""
+    from ktk import cpu
+    from ktk.cli.serve import DEFAULT_CACHE, _cache_bytes
+
+    monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, 40 << 30))
+    assert _cache_bytes(None, 10 << 20, False) == DEFAULT_CACHE
+    assert _cache_bytes(None, 16 << 30, False) == 20 << 30
+    assert _cache_bytes(None, 60 << 30, True) == 40 << 30
+    assert _cache_bytes(1.0, 16 << 30, False) == 1 << 30
+    with pytest.raises(MemoryError, match="--kv-cache 41"):
+        _cache_bytes(41, 16 << 30, False)

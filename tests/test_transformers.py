@@ -404,6 +404,11 @@ def test_config_refuses_what_it_does_not_know() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             KtkConfig(**arguments)
+    for groups in ({"group_size": 33}, {"group_size": "32"}, {"group_size": -1}, {"activation_group": 7}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(groups))):
+            KtkConfig("int4", **groups)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="no option weight_fromat: it takes weight_format"):
+        KtkConfig(weight_fromat="int4")
 
 
 def test_config_packs_linear_layers_if_asked(

@@ -167,9 +167,7 @@ def description_table(found: ModelDescription) -> Table:
         "architecture": f"{found.architecture}, {found.num_layers} layers, {found.num_moe_layers} of them with "
         f"{found.num_experts} experts, {found.num_experts_per_tok} for each token",
         "experts": f"{found.weight_format}, {found.bits_per_weight:.2f} bits per weight, {size(found.expert_bytes)}{mapped}",
-        "run by": f"{found.backend}: {found.kernel}"
-        if found.kernel
-        else f"nothing: {found.reason}",
+        "run by": f"{found.backend}: {found.kernel}" if found.kernel else "nothing",
         "other weights": f"{size(found.rest_bytes - found.linear_bytes)} in {found.dtype}"
         + (f", {size(found.linear_bytes)} as the file has them" if found.linear_bytes else ""),
         "KV cache": f"{size(found.kv_bytes)} for {found.context} tokens (the model's longest: {found.max_context or 'unknown'})",
@@ -178,7 +176,7 @@ def description_table(found: ModelDescription) -> Table:
         "free": f"{size(found.available_bytes)} of {size(found.total_bytes)}",
     }
     if found.reason:
-        verdict = "[red]cannot run[/red]"
+        verdict = f"[red]cannot run[/red]: {escape(found.reason)}"
     elif found.fits:
         verdict = "[green]fits[/green]"
     else:

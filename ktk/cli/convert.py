@@ -85,9 +85,11 @@ def command(
 
     from ktk.convert import Progress as Report
     from ktk.convert import convert
+    from ktk.text import read_text
 
     calibration = None
     if calibrate is not None:
+        read_text(calibrate)  # before anything is made
         os.environ.setdefault(
             "HF_HUB_OFFLINE", "1"
         )  # all is local; read when transformers is imported

@@ -79,7 +79,7 @@ def command(
 
         from ktk.evaluate import Variant, all_variants, evaluate
         from ktk.ggml_library import GgmlLibrary
-        from ktk.text import windows
+        from ktk.text import read_text, windows
 
         logging.disable_progress_bar()
         library = None if ggml is None else GgmlLibrary(ggml)
@@ -95,9 +95,7 @@ def command(
         tokenizer = AutoTokenizer.from_pretrained(model)
 
         def windows_of(path: Path, count: int) -> list[list[int]]:
-            ids = tokenizer(
-                path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
-            )["input_ids"]
+            ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
             return windows(ids, count // WINDOW, WINDOW)
 
         parts = windows_of(text, tokens)
@@ -119,10 +117,10 @@ def command(
 
 def _check_texts(text: Path, calibrate: Path | None) -> None:
     """ValueError unless both can be read and differ."""
-    for path in (text, calibrate):
-        if path is not None and not path.is_file():
-            raise ValueError(f"{path}: must be a UTF-8 text file")
-    if calibrate is not None and calibrate.read_bytes() == text.read_bytes():
+    from ktk.text import read_text
+
+    measured = read_text(text)
+    if calibrate is not None and read_text(calibrate) == measured:
         raise ValueError(
             f"--calibrate {calibrate}: is the text that is measured on; its figures would flatter, take another"
         )
@@ -131,6 +129,8 @@ def _check_texts(text: Path, calibrate: Path | None) -> None:
 def _check_plot(plot: Path) -> None:
     if plot.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"--plot {plot}: must end in .png or .svg")
+    if not os.access(plot.parent, os.W_OK):  # before the measuring, which may take hours
+        raise ValueError(f"--plot {plot}: {plot.parent} must be a directory that can be written")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

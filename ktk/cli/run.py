@@ -19,7 +19,7 @@ EPILOG = """Examples:
 
   cat notes.txt | ktk run Qwen3-30B-A3B - --system "Summarise in one sentence."
 
-  ktk run Qwen3-30B-A3B "def fib(n):" --raw --stop "\\ndef"
+  ktk run Qwen3-30B-A3B "def fib(n):" --raw --stop $'\\ndef'
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from ktk import env
 from ktk.cli import _model
 
 DEFAULT_CACHE = 2 << 30  # bytes
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 EPILOG = """Examples:
 
   ktk serve Qwen3-30B-A3B-int4
@@ -52,7 +54,7 @@ def command(
         float | None,
         typer.Option(
             min=0.001,
-            help="GiB of keys and values of all requests; default: 2, at most a quarter of what is free.",
+            help="GiB of keys and values of all requests; default: 2, at most a quarter of what is free, but one whole context.",
         ),
     ] = None,
     max_requests: Annotated[
@@ -68,6 +70,25 @@ def command(
     force: _model.Force = False,
 ) -> None:
     """Serve a model to OpenAI's clients, and a chat page, until Ctrl-C."""
+    api_key = api_key or env.api_key()
+    if no_auth and api_key:
+        raise typer.BadParameter("--no-auth contradicts the API key: leave one of them out")
+    local = _is_loopback(host)
+    if not local and not api_key and not no_auth:
+        raise typer.BadParameter(
+            f"--host {host} lets others in: give --api-key (or KTK_API_KEY), or say --no-auth"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:  # before a model is loaded for minutes
+            probe.bind((host, port))
+        except socket.gaierror as error:
+            raise OSError(
+                f"--host {host}: {error.strerror}; give this machine's name or address"
+            ) from error
+        except OSError as error:
+            raise OSError(f"{host}:{port}: {error.strerror}; choose another --port") from error
+        port = probe.getsockname()[1]
     try:
         import fastapi
         import prometheus_client
@@ -78,51 +99,52 @@ def command(
     _model.quiet_transformers()
     from ktk.server.app import Access
     from ktk.server.engine import Limits
-    from ktk.server.serve import LOCAL_HOSTS, is_loopback, serve
+    from ktk.server.serve import serve
+    from ktk.server.trial import start_engine
 
-    api_key = api_key or env.api_key()
-    if no_auth and api_key:
-        raise typer.BadParameter("--no-auth contradicts the API key: leave one of them out")
-    local = is_loopback(host)
-    if not local and not api_key and not no_auth:
-        raise typer.BadParameter(
-            f"--host {host} lets others in: give --api-key (or KTK_API_KEY), or say --no-auth"
-        )
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:  # before a model is loaded for minutes
-            probe.bind((host, port))
-        except OSError as error:
-            raise OSError(f"{host}:{port}: {error.strerror}; choose another --port") from error
-        port = probe.getsockname()[1]
     opened = _model.load(model, method, weight_format, linear, dtype, force, context)
-    limits = Limits(
-        opened.description.context, max_requests, 256, batch_tokens, _cache_bytes(kv_cache, force)
-    )
+    found = opened.description
+    cache_bytes = _cache_bytes(kv_cache, found.kv_bytes, force)
+    limits = Limits(found.context, max_requests, 256, batch_tokens, cache_bytes)
+    engine, alone = start_engine(opened, limits)
+    if alone is not None:
+        typer.echo(f"ktk: warning: one request at a time: {alone}", err=True)
     hosts = (*LOCAL_HOSTS, host) if local and not api_key else None
     shown = f"[{host}]" if ":" in host else host
     typer.echo(
-        f"{opened.name}, {opened.description.kernel}: chat page http://{shown}:{port}/, "
+        f"{opened.name}, {found.kernel}: chat page http://{shown}:{port}/, "
         f"API http://{shown}:{port}/v1",
         err=True,
     )
     serve(
         opened,
+        engine,
         host,
         port,
         Access(api_key, hosts=hosts, cors_origins=tuple(cors_origin or ())),
-        limits,
     )
 
 
-def _cache_bytes(wanted_gib: float | None, force: bool) -> int:
-    """Bytes for the KV cache, once the model is loaded. Raises MemoryError if more is wanted than is free."""
+def _is_loopback(host: str) -> bool:
+    """Whether an address to bind to is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int:
+    """Bytes for the KV cache, once the model is loaded; by default enough for one sequence of one_context bytes, if they are free.
+
+    Raises MemoryError if more is wanted than is free.
+    """
     from ktk import cpu
     from ktk.integration.transformers.open import size
 
     _, free = cpu.memory()
     if wanted_gib is None:
-        return min(DEFAULT_CACHE, free // 4 or DEFAULT_CACHE)
+        # A quarter more: latent attention's values are stored as wide as its keys.
+        return max(min(DEFAULT_CACHE, free // 4 or DEFAULT_CACHE), min(one_context * 5 // 4, free))
     wanted = int(wanted_gib * 2**30)
     if free and wanted > free and not force:
         raise MemoryError(f"--kv-cache {wanted_gib:g} is {size(wanted)}, and {size(free)} are free")

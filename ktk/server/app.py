@@ -23,7 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktk import __version__, cpu
-from ktk.integration.transformers.generation import encode_chat
+from ktk.integration.transformers.generation import encode, encode_chat
 from ktk.integration.transformers.open import OpenModel
 from ktk.server.answer import Answer, Piece, chat_logprobs, completion_logprobs
 from ktk.server.engine import Engine, RequestError, ServerBusy
@@ -125,6 +125,7 @@ class _Gone(Exception):
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of ``work``, cancelled with _Gone if the client goes away before."""
     result: list[T] = []
+    failure: Exception | None = None
     async with anyio.create_task_group() as group:
 
         async def watch() -> None:
@@ -133,8 +134,13 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
             group.cancel_scope.cancel()
 
         group.start_soon(watch)
-        result.append(await work)
+        try:
+            result.append(await work)
+        except Exception as error:  # out of the group it would come as an ExceptionGroup
+            failure = error
         group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
     if not result:
         raise _Gone
     return result[0]
@@ -234,18 +240,17 @@ class _Service:
         return Answer(self.engine, self.metrics, ids, sampling, limit, request.stops)
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
-        if isinstance(request, ChatRequest):
-            if not self.tokenizer.chat_template:
-                raise RequestError(
-                    f"{self.opened.name} has no chat template: use /v1/completions, which continues text"
-                )
-            try:
+        try:
+            if isinstance(request, ChatRequest):
+                if not self.tokenizer.chat_template:
+                    raise RequestError(
+                        f"{self.opened.name} has no chat template: use /v1/completions, which continues text"
+                    )
                 return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
-            except ValueError as error:
-                raise RequestError(str(error)) from error
-        if request.text is not None:
-            ids: list[int] = self.tokenizer(request.text)["input_ids"]
-            return ids
+            if request.text is not None:
+                return encode(self.tokenizer, request.text)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
         vocabulary = self.engine.model.get_input_embeddings().num_embeddings
         wrong = [token for token in request.tokens if not 0 <= token < vocabulary]
         if wrong:
@@ -301,9 +306,11 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
     async def gone(request: Request, error: _Gone) -> Response:
         return failed(request, Response(status_code=CLIENT_GONE))
 
+    # What nobody expected is logged with its traceback by uvicorn, and still is JSON to the client.
+    @app.exception_handler(Exception)
     @app.exception_handler(RuntimeError)
-    async def broken(request: Request, error: RuntimeError) -> Response:
-        return failed(request, _error(500, str(error)))
+    async def broken(request: Request, error: Exception) -> Response:
+        return failed(request, _error(500, str(error) or type(error).__name__))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:

@@ -51,28 +51,38 @@ def paged_attention(
     cu_seq_lens_q: torch.Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim)."""
+    """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim).
+
+    s_aux : (heads,), logits of each head's sink. Raises ValueError for attention that is more than this.
+    """
+    for name in ("position_bias", "softcap"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention has {name}")
     rows = query.shape[2]
     bounds = cu_seq_lens_q.tolist()
     own = bounds[-1]  # what follows are copies: see pad_rows
+    key_width, value_width = key.shape[-1], value.shape[-1]  # differ in latent attention
+    width = max(key_width, value_width)  # the cache has one
     key, value = cache.update(
-        key_states=key[:, :, :own],
-        value_states=value[:, :, :own],
+        key_states=F.pad(key[:, :, :own], (0, width - key_width)),
+        value_states=F.pad(value[:, :, :own], (0, width - value_width)),
         layer_idx=module.layer_idx,
         kwargs=kwargs,
     )
+    key, value = key[..., :key_width], value[..., :value_width]
     key_bounds = kwargs["cu_seq_lens_k"].tolist()
     parts = []
     for i in range(len(bounds) - 1):
         q = query[:, :, bounds[i] : bounds[i + 1]]
         k = key[:, :, key_bounds[i] : key_bounds[i + 1]]
         v = value[:, :, key_bounds[i] : key_bounds[i + 1]]
-        if q.shape[2] == 1:
+        if q.shape[2] == 1 and s_aux is None:
             parts.append(one_row(q, k, v, scaling))  # a window's cache has no older keys
         else:
-            parts.append(_blocks(q, k, v, scaling, sliding_window))
+            parts.append(_blocks(q, k, v, scaling, sliding_window, s_aux))
     if rows > own:
         parts.append(query.new_zeros(1, query.shape[1], rows - own, value.shape[-1]))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
@@ -84,6 +94,7 @@ def _blocks(
     v: torch.Tensor,
     scaling: float | None,
     sliding_window: int | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     count, length = q.shape[2], k.shape[2]
     first = length - count  # the first query's place among the keys
@@ -103,10 +114,26 @@ def _blocks(
         mask = keys <= places
         if sliding_window is not None:
             mask &= keys > places - sliding_window
+        own_k, own_v = k[:, :, :seen], v[:, :, :seen]
+        if sinks is not None:
+            own_k, own_v, mask = _with_sink(own_k, own_v, mask, sinks)
         out = F.scaled_dot_product_attention(
-            block, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scaling,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )  # fmt: skip
+            block, own_k, own_v, attn_mask=mask, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+        )
         outs.append(out[:, :, : end - begin])
         begin = end
     return torch.cat(outs, 2)
+
+
+def _with_sink(
+    k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A sink as one more key of zeros, whose score is the sink's logit and whose value adds nothing.
+
+    mask : bool (rows, keys). Returns k and v with keys + 1, and what is added to the scores, (1, heads, rows, keys + 1).
+    """
+    rows, keys = mask.shape
+    added = k.new_zeros(1, len(sinks), rows, keys + 1)
+    added[..., :keys].masked_fill_(~mask, float("-inf"))
+    added[..., keys] = sinks[:, None]
+    return F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), added

@@ -1,4 +1,7 @@
-"""The engine of the server: transformers' continuous batching, with sampling, limits and cancellation of each request's own."""
+"""What every engine of the server is: it generates for requests, each with sampling, limits and an end of its own.
+
+``batching.py`` runs many at once, ``sequential.py`` one after another what cannot be batched; ``trial.py`` chooses.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,16 @@ import contextlib
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import AttentionInterface
-from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.logits_process import LogitsProcessorList
+from dataclasses import dataclass, field
 
 from ktk.errors import KtkError
 from ktk.integration.transformers.generation import end_tokens
-from ktk.integration.transformers.open import DTYPE_BYTES, OpenModel, kv_bytes_per_token, size
-from ktk.integration.transformers.sampling import Sampler, Sampling, Token, only
-from ktk.server.attention import NAME, pad_rows, paged_attention
+from ktk.integration.transformers.open import DTYPE_BYTES, OpenModel, kv_bytes_per_token
+from ktk.integration.transformers.sampling import Sampler, Sampling, Token
 
-PAGE = 64  # tokens; small pages waste little on short sequences
 SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
 
 
@@ -53,161 +45,91 @@ class Limits:
     cache_bytes: int = 2 << 30
 
 
-class _Samplers(ContinuousBatchingLogitsProcessorList):
-    """Stands where the manager has processors that all requests share, and asks each request's own Sampler.
+@dataclass(frozen=True)
+class Progress:
+    """num_tokens : made so far. error : why the request failed, or None."""
 
-    Used by the generation thread; ``samplers`` is filled by the event loop.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(LogitsProcessorList())
-        self.do_processing = True
-        self.samplers: dict[str, Sampler] = {}
-        self._rows: list[str] = []
-
-    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        return None
-
-    def prepare_tensor_args(
-        self, requests_in_batch: list[Any], arg_storage: torch.Tensor
-    ) -> torch.Tensor:
-        self._rows = [r.state.request_id for r in requests_in_batch if r.has_new_token]
-        return arg_storage
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
-    ) -> torch.Tensor:
-        """scores : float32 (rows, vocab_size); rows beyond the sequences with a new token are fillers."""
-        chosen = []
-        for row, request_id in enumerate(self._rows):
-            sampler = self.samplers.get(request_id)  # None: cancelled since the batch was made
-            chosen.append(0 if sampler is None else sampler.choose(scores[row]))
-        return only(scores, chosen)
+    num_tokens: int
+    is_finished: bool = False
+    error: str | None = None
 
 
-class _Router(OutputRouter):
-    """Hands outputs to the requests that wait for them. Those of cancelled requests are dropped, not kept in a queue."""
+@dataclass
+class Generation:
+    """One request in an engine. The event loop reads ``progress``, None in it: the request ends where it is."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Any]]] = {}
+    ids: list[int]
+    sampler: Sampler
+    max_tokens: int
+    loop: asyncio.AbstractEventLoop
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    progress: asyncio.Queue[Progress | None] = field(default_factory=asyncio.Queue)
+    is_cancelled: bool = False
 
-    def deliver(self, output: Any) -> None:
-        self.deliver_batch([output])
-
-    def deliver_batch(self, outputs: list[Any]) -> None:
-        for output in outputs:
-            entry = self.waiting.get(output.request_id)
-            if entry is not None:
-                loop, queue = entry
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(queue.put_nowait, output)
+    def report(self, progress: Progress) -> None:
+        """From the generation thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.progress.put_nowait, progress)
 
 
-class Engine:
-    """Generates for many requests at once. ``start`` before the first one, ``stop`` at the end.
+class Engine(ABC):
+    """``start`` before the first request, ``stop`` at the end; ``generate`` from one event loop."""
 
-    Raises RequestError for a model whose attention transformers cannot batch.
-    """
+    cache_bytes: int  # of keys and values, when all of the cache is in use
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         self.model, self.tokenizer = opened.model, opened.tokenizer
         self.limits = limits
         self.eos = end_tokens(self.model, self.tokenizer)
-        self._samplers, self._router = _Samplers(), _Router()
+        self._generations: dict[str, Generation] = {}
         self._recent: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
-        self._hook = self.model.register_forward_pre_hook(pad_rows, with_kwargs=True)
-        text = self.model.config.get_text_config().to_dict()
-        element = DTYPE_BYTES[str(self.model.dtype).removeprefix("torch.")]
-        page_bytes = PAGE * max(1, kv_bytes_per_token(text, element))
-        # Two pages more than the context: a sequence's last page, and one that is being filled.
-        enough = limits.running * (limits.context // PAGE + 2)
-        pages = min(enough, limits.cache_bytes // page_bytes)
-        if pages * PAGE < limits.context:
-            raise RequestError(
-                f"a KV cache of {size(limits.cache_bytes)} holds {pages * PAGE} tokens, and one sequence may have "
-                f"{limits.context}: give a larger --kv-cache or a smaller --context"
-            )
-        self.cache_bytes = pages * page_bytes
-        self._manager = self._make_manager(int(pages))
 
-    def _make_manager(self, pages: int) -> Any:
-        if self.model._supports_sdpa:
-            AttentionInterface.register(NAME, paged_attention)
-            # Not by set_attn_implementation: it would look for the flash-attn package.
-            self.model.config._attn_implementation = NAME
-        try:
-            manager = self.model.init_continuous_batching(
-                generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-                continuous_batching_config=ContinuousBatchingConfig(
-                    page_size=PAGE,
-                    num_blocks=pages,
-                    max_batch_tokens=self.limits.batch_tokens,
-                    max_requests_per_batch=self.limits.running,
-                    use_async_batching=False,
-                    use_cuda_graph=False,
-                    auto_switch_to_flash=False,
-                ),
-            )
-        except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-            raise RequestError(
-                f"transformers cannot batch {type(self.model).__name__} ({error}); `ktk run` and `ktk chat` run it"
-            ) from error
-        manager.logit_processor = self._samplers
-        manager.output_router = self._router
-        return manager
-
+    @abstractmethod
     def start(self) -> None:
-        """Start the generation thread, and wait until it has its KV cache. Raises RequestError if it cannot."""
-        self._manager.start()
-        while self._manager.batch_processor is None and self._manager.is_running():
-            time.sleep(0.01)
-        if not self.is_alive:
-            error = self._manager.background_thread_status.fatal_error
-            raise RequestError(f"transformers cannot batch {type(self.model).__name__}: {error}")
+        """Start the generation thread, and wait until it can take requests."""
 
+    @abstractmethod
     def stop(self) -> None:
         """End the generation thread; requests that still run fail."""
-        self._hook.remove()
-        self._manager.stop(block=True, timeout=30, hard_stop=True)
 
     @property
+    @abstractmethod
     def is_alive(self) -> bool:
-        return bool(
-            self._manager.is_running()
-            and self._manager.background_thread_status.fatal_error is None
-        )
+        """Whether requests are still answered."""
 
     @property
+    @abstractmethod
     def running(self) -> int:
         """Sequences being generated."""
-        processor = self._manager.batch_processor
-        return 0 if processor is None else len(processor.scheduler.active_requests)
+
+    @property
+    @abstractmethod
+    def cache_pages(self) -> tuple[int, int]:
+        """(free, all) pages of the KV cache; (0, 0) where it has none."""
+
+    @abstractmethod
+    def _submit(self, generation: Generation) -> None:
+        """Take a request on. Raises ServerBusy."""
+
+    @abstractmethod
+    def _cancel(self, generation: Generation) -> None:
+        """End a request that nobody waits for any more."""
+
+    def _cache_bytes_per_token(self) -> int:
+        text = self.model.config.get_text_config().to_dict()
+        element = DTYPE_BYTES[str(self.model.dtype).removeprefix("torch.")]
+        return max(1, kv_bytes_per_token(text, element))
 
     @property
     def unfinished(self) -> int:
         """Requests that somebody waits for."""
-        return len(self._router.waiting)
+        return len(self._generations)
 
     @property
     def waiting(self) -> int:
         """Requests whose turn has not come."""
-        return max(0, len(self._router.waiting) - self.running)
-
-    @property
-    def cache_pages(self) -> tuple[int, int]:
-        """(free, all) pages of the KV cache; pages kept for a following prompt of the same beginning count as free."""
-        processor = self._manager.batch_processor
-        if processor is None:
-            return 0, 0
-        cache = processor.cache
-        held = sum(
-            len(blocks)
-            for allocator in cache.cache_allocators.values()
-            for blocks in list(allocator.block_table.values())  # the generation thread changes it
-        )
-        return cache.num_blocks - held, cache.num_blocks
+        return max(0, len(self._generations) - self.running)
 
     @property
     def tokens_per_second(self) -> float:
@@ -252,8 +174,8 @@ class Engine:
 
     def end_all(self) -> None:
         """End every request where it is, as if it had reached its limit; from the event loop."""
-        for _, queue in list(self._router.waiting.values()):
-            queue.put_nowait(None)
+        for generation in list(self._generations.values()):
+            generation.progress.put_nowait(None)
 
     async def generate(
         self, ids: list[int], sampling: Sampling, max_tokens: int
@@ -267,38 +189,26 @@ class Engine:
             raise ServerBusy("the engine has stopped: restart the server")
         if self.waiting >= self.limits.waiting:
             raise ServerBusy(f"{self.waiting} requests wait already: try again later")
-        request_id = uuid.uuid4().hex
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        sampler = Sampler(sampling)
-        self._samplers.samplers[request_id] = sampler
-        self._router.waiting[request_id] = (asyncio.get_running_loop(), queue)
+        own = Generation(ids, Sampler(sampling), max_tokens, asyncio.get_running_loop())
+        self._generations[own.id] = own
         given, finished = 0, False
         try:
-            if (
-                self._manager.add_request(
-                    ids, request_id, max_tokens, streaming=True, eos_token_id=sorted(self.eos)
-                )
-                is None
-            ):
-                raise ServerBusy("the server is shutting down")
+            self._submit(own)
             while not finished:
-                output = await queue.get()
-                while output is not None and not queue.empty():
-                    output = queue.get_nowait()
-                if output is None:
+                progress = await own.progress.get()
+                while progress is not None and not own.progress.empty():
+                    progress = own.progress.get_nowait()
+                if progress is None:
                     return
-                if output.error is not None:
-                    finished = True
-                    raise RuntimeError(f"generation failed: {output.error}")
-                finished = output.is_finished()
-                made = len(output.generated_tokens)
-                tokens = sampler.tokens[given:made]
+                finished = progress.is_finished
+                if progress.error is not None:
+                    raise RuntimeError(f"generation failed: {progress.error}")
+                tokens = own.sampler.tokens[given : progress.num_tokens]
                 self._count(len(tokens))
-                given = made
+                given = progress.num_tokens
                 if tokens:
                     yield tokens
         finally:
-            del self._samplers.samplers[request_id]
-            del self._router.waiting[request_id]
+            del self._generations[own.id]
             if not finished:
-                self._manager.cancel_request(request_id)
+                self._cancel(own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 from types import FrameType
 
@@ -11,17 +10,7 @@ import uvicorn
 
 from ktk.integration.transformers.open import OpenModel
 from ktk.server.app import Access, build_app
-from ktk.server.engine import Engine, Limits
-
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to bind to is reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+from ktk.server.engine import Engine
 
 
 class _Server(uvicorn.Server):
@@ -45,11 +34,9 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    opened: OpenModel, host: str, port: int, access: Access, limits: Limits, grace: float = 2.0
+    opened: OpenModel, engine: Engine, host: str, port: int, access: Access, grace: float = 2.0
 ) -> None:
-    """Serve a model until SIGINT or SIGTERM. port 0 takes a free one. Raises RequestError if it cannot be batched."""
-    engine = Engine(opened, limits)
-    engine.start()
+    """Serve a model by a started engine until SIGINT or SIGTERM, and stop the engine."""
     try:
         config = uvicorn.Config(
             build_app(opened, engine, access),

@@ -28,7 +28,7 @@ from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, laye
 from ktk.integration.transformers.sources import ExpertsSource
 from ktk.models import Experts
 from ktk.models import find_experts as find_expert_tensors
-from ktk.text import windows
+from ktk.text import read_text, windows
 from ktk.types import MoESpec, Packed
 
 WINDOW = 256
@@ -134,8 +134,7 @@ class Calibration:
                 f"{source}: its weights are quantised already: calibration starts from float weights"
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
-        text = self.text.read_text(encoding="utf-8")
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(read_text(self.text), add_special_tokens=False, verbose=False)["input_ids"]
         if self.num_tokens < WINDOW:
             raise ValueError(f"num_tokens={self.num_tokens}: must be at least {WINDOW}")
         parts = torch.tensor(windows(ids, self.num_tokens // WINDOW, WINDOW))

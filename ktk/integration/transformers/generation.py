@@ -12,7 +12,7 @@ from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from ktk.integration.transformers.cache import growing_layer
-from ktk.integration.transformers.sampling import ChosenBySampler, Sampler, Sampling
+from ktk.integration.transformers.sampling import ChosenBySampler, Sampler, Sampling, Token
 from ktk.integration.transformers.text import Detokenizer, StopStrings
 
 PREFILL_CHUNK = 512  # tokens of a prompt run at once: a stop is noticed between chunks
@@ -83,8 +83,8 @@ class Session:
         return encode_chat(self.tokenizer, messages)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
+        """The text's tokens. Raises ValueError if it is not Unicode."""
+        return encode(self.tokenizer, text)
 
     def stop(self) -> None:
         """End the generation that is running after its current forward pass; from a signal handler or another thread."""
@@ -120,41 +120,19 @@ class Session:
                 pieces.append(piece)
                 show(piece)
 
-        def receive(token: int) -> None:
+        def receive(token: Token) -> bool:
             nonlocal first, reason
             first = first or time.perf_counter()
-            if token in ends:
-                reason = "stop"
-                raise _Stop
-            give(stops.add(text.add(token)))
-            if stops.found:
-                reason = "stop"
-                raise _Stop
+            if token.id not in ends:
+                give(stops.add(text.add(token.id)))
+            ended = token.id in ends or stops.found
+            reason = "stop" if ended else reason
+            return ended
 
         start = time.perf_counter()
-        self._keep_common(ids)
-        prefilled = len(ids) - len(self._cached)
-        hook = self.model.register_forward_pre_hook(self._check_stopped)
-        try:
-            self.model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                past_key_values=self._cache,
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                prefill_chunk_size=PREFILL_CHUNK,
-                logits_processor=LogitsProcessorList([ChosenBySampler(sampler)]),
-                streamer=_Tokens(receive),
-                use_cache=True,
-            )
-        except _Stop:
-            reason = "interrupted" if self.stopped else reason
-        finally:
-            hook.remove()
-            sequence = ids + [token.id for token in sampler.tokens]
-            self._cached = sequence[: self._cache.get_seq_length()]
+        prefilled = self.generate_tokens(ids, sampler, max_tokens, receive)
+        if self.stopped and reason != "stop":
+            reason = "interrupted"
         end = time.perf_counter()
         if not stops.found:
             give(stops.add(text.finish()))
@@ -169,6 +147,48 @@ class Session:
             end - first,
             reason,
         )
+
+    def generate_tokens(
+        self,
+        ids: list[int],
+        sampler: Sampler,
+        max_tokens: int,
+        receive: Callable[[Token], bool],
+    ) -> int:
+        """Continue a prompt by tokens of the sampler until ``receive`` says of one that it is the last, or ``stop`` is called.
+
+        Returns the number of the prompt's tokens that were not in the KV cache.
+        """
+
+        def take(_: int) -> None:
+            if receive(sampler.tokens[-1]):
+                raise _Stop
+
+        self._keep_common(ids)
+        prefilled = len(ids) - len(self._cached)
+        hook = self.model.register_forward_pre_hook(self._check_stopped)
+        try:
+            self.model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                past_key_values=self._cache,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                prefill_chunk_size=None if self._cache is None else PREFILL_CHUNK,
+                logits_processor=LogitsProcessorList([ChosenBySampler(sampler)]),
+                streamer=_Tokens(take),
+                use_cache=True,
+            )
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+            if self._cache is not None:
+                sequence = ids + [token.id for token in sampler.tokens]
+                self._cached = sequence[: self._cache.get_seq_length()]
+        return prefilled
 
     def _room(self, ids: list[int], max_tokens: int | None) -> int:
         longest = self.max_context
@@ -187,6 +207,10 @@ class Session:
 
     def _keep_common(self, ids: list[int]) -> None:
         """Crop the cache to the tokens it shares with a prompt, all but its last one at most: that one gives the logits."""
+        if (
+            not self.model._supports_default_dynamic_cache()
+        ):  # MiniMax-Text-01 makes its own, for each call
+            return
         common = 0
         for cached, wanted in zip(self._cached, ids[:-1], strict=False):
             if cached != wanted:
@@ -195,7 +219,7 @@ class Session:
         if self._cache is not None and common and common < len(self._cached):
             try:
                 self._cache.crop(common - len(self._cached))
-            except (ValueError, NotImplementedError, AttributeError):
+            except (ValueError, RuntimeError, AttributeError):
                 common = 0  # recurrent states and sliding windows cannot be taken back
             if self._cache.get_seq_length() != common:
                 common = 0
@@ -206,16 +230,39 @@ class Session:
         self._cached = self._cached[:common]
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens. Raises ValueError if it is not Unicode."""
+    _check_unicode(text)
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation up to where the answer begins. Raises ValueError if the template refuses the messages."""
+    """The tokens of a conversation up to where the answer begins.
+
+    Raises ValueError if the template refuses the messages, or one is not Unicode.
+    """
     from jinja2 import TemplateError
 
+    for message in messages:
+        _check_unicode(message["content"])
     try:
         encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
     ids: list[int] = encoded["input_ids"]
     return ids
+
+
+def _check_unicode(text: str) -> None:
+    """Tokenizers take no halves of surrogate pairs: JSON's "\\ud800" is one, and a byte of a command line that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}: "
+            f"it must be whole Unicode characters"
+        ) from error
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -159,7 +159,8 @@ class KtkConfig(QuantizationConfigMixin):
     win over given ones; its method is KTK_BACKEND, ``load_model(method=...)`` or "method" in its config.json.
     gguf : as in ``load_model``; weight_format and the groups do not count then.
     linear : "int8" or "int4" also packs the dense linear layers; None leaves them to torch.
-    Raises ValueError for a weight_format, method or linear that is unknown.
+    Raises ValueError for a weight_format, method or linear that is unknown and for groups that the format has not, TypeError
+    for other options.
     """
 
     def __init__(
@@ -173,10 +174,13 @@ class KtkConfig(QuantizationConfigMixin):
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
-        if weight_format is not None:
-            from ktk.formats import get_format
-
-            get_format(weight_format)
+        if others and "layout_version" not in others:  # which every packed directory has
+            raise TypeError(
+                f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, group_size, "
+                f"activation_group, method, gguf and linear"
+            )
+        if weight_format is not None:  # for its checks; 128 is a multiple of every group
+            MoESpec(1, 128, 128, weight_format=weight_format, group_size=group_size, activation_group=activation_group)  # fmt: skip
         backends.check_method(method)
         if linear not in (None, *LINEAR_FORMATS):
             raise ValueError(

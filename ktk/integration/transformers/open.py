@@ -133,11 +133,13 @@ def describe_model(
     backends.check_method(method)
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
+    what = (
+        "a model is a Hugging Face directory, a directory written by `ktk convert`, or a .gguf file"
+    )
+    if not os.fspath(path):  # Path("") is the current directory
+        raise CheckpointError(f"the model's path is empty; {what}")
     if not where.exists():
-        raise CheckpointError(
-            f"{path}: no such file or directory; a model is a Hugging Face directory, a directory written by "
-            f"`ktk convert`, or a .gguf file"
-        )
+        raise CheckpointError(f"{path}: no such file or directory; {what}")
     weight_format = None if weight_format == "auto" else weight_format
     if is_gguf(where):
         if weight_format is not None:
@@ -148,6 +150,8 @@ def describe_model(
         return _describe_gguf(where, method, dtype or "bfloat16", context, linear)
     if not where.is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json, or a .gguf file")
+    if not (where / "config.json").exists():
+        raise CheckpointError(f"{path}: has no config.json; {what}")
     config = read_json_object(where / "config.json")
     quantised = config.get("quantization_config")
     if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
@@ -232,8 +236,17 @@ def _open_directory(
     options: dict[str, Any] = {}
     if description.kind == "float":
         options["quantization_config"] = KtkConfig(description.weight_format, method=method)
+    try:  # before the model, which may take minutes
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever the files make of it
+        raise CheckpointError(
+            f"{path}: its tokenizer cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    # Of a directory without one, transformers makes a tokenizer with no more than special tokens.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise CheckpointError(f"{path}: has no tokenizer: copy its tokenizer.json there")
     model = load_model(path, method, None if dtype is None else getattr(torch, dtype), **options)
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, tokenizer
 
 
 # --- descriptions -------------------------------------------------------------------------------------
@@ -298,6 +311,7 @@ def _describe(
     tokens = _context(longest, context)
     bits = 8 * expert_bytes / sum(s.num_weights * s.num_experts for s in specs.values())
     backend, kernel, reason = _selected(method, spec)
+    reason = reason or _unknown_to_transformers(config)
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
     return ModelDescription(
         path=str(path),
@@ -421,6 +435,16 @@ def _selected(method: str, spec: MoESpec) -> tuple[str, str, str | None]:
     except (KtkError, ValueError) as error:
         return "", "", str(error)
     return backend.name, backend.kernel(spec), None
+
+
+def _unknown_to_transformers(config: dict[str, Any]) -> str | None:
+    """Why transformers cannot make the model, or None if it can."""
+    import transformers
+
+    kind = config.get("model_type")
+    if kind in transformers.CONFIG_MAPPING:
+        return None
+    return f"transformers {transformers.__version__} does not know model_type {kind!r}: a newer one may"
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
