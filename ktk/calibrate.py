@@ -69,6 +69,7 @@ def _steps(first: float, last: float, step: float, both_signs: bool = False) -> 
 
 
 GRIDS = {
+    "Q2_K": Grid(16, _steps(2.5, 4.5, 0.25), 0, 3, 256, is_affine=True, int_max=15),
     "Q3_K": Grid(16, _steps(2.75, 4.75, 0.25, True), -4, 3, 256, int_min=-32, int_max=31),
     "MXFP4": Grid(32, (8, 4, 16), 0, 14, 32, refits=0, rounding=_POWER_OF_TWO, table=_E2M1),
     "IQ4_XS": Grid(
@@ -281,7 +282,7 @@ def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarra
     d, dmin = by_block(r.supers[0])[0], by_block(r.supers[1])[0]
     codes, ints = (codes - grid.code_min).astype(np.uint8), by_block(r.ints[0])
     if grid.is_affine:
-        lay_affine = {"Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}[type]
+        lay_affine = {"Q2_K": oracle.lay_q2_k, "Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}[type]
         blocks = lay_affine(codes, ints, by_block(r.ints[1]), d, dmin)
     else:
         lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k, "IQ4_XS": oracle.lay_iq4_xs}
