@@ -282,8 +282,8 @@ def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarra
     d, dmin = by_block(r.supers[0])[0], by_block(r.supers[1])[0]
     codes, ints = (codes - grid.code_min).astype(np.uint8), by_block(r.ints[0])
     if grid.is_affine:
-        lay_affine = {"Q2_K": oracle.lay_q2_k, "Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}[type]
-        blocks = lay_affine(codes, ints, by_block(r.ints[1]), d, dmin)
+        lay_affine = {"Q2_K": oracle.lay_q2_k, "Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}
+        blocks = lay_affine[type](codes, ints, by_block(r.ints[1]), d, dmin)
     else:
         lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k, "IQ4_XS": oracle.lay_iq4_xs}
         blocks = lay_signed[type](codes, ints, d)
