@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--calibrate-tokens", type=int, default=8192)
+    parser.add_argument("--activation-group", type=int)
     parser.add_argument("--ggml", type=Path)
     parser.add_argument("-f", "--format", action="append", default=[])
     parser.add_argument("--dither", type=Path)
@@ -81,7 +82,10 @@ def main() -> None:
     parts = windows_of(arguments.text, arguments.tokens)
     ggml = GgmlLibrary(arguments.ggml) if arguments.ggml else None
     chosen = [v for v in variants if v and (calibration is not None or not v.is_calibrated)]
-    for row in evaluate(arguments.model, parts, chosen, ggml=ggml, calibration_ids=calibration):
+    for row in evaluate(
+        arguments.model, parts, chosen, ggml=ggml, calibration_ids=calibration,
+        activation_group=arguments.activation_group,
+    ):  # fmt: skip
         print(json.dumps(row.to_json()), flush=True)
 
 

@@ -34,6 +34,7 @@ F = np.float32
 DAMPING = 0.01
 # An expert's moments count as one of (its tokens + PRIOR * in_features), the layer's the rest.
 PRIOR = 0.25
+_BALANCE_BITS = 4  # channels are scaled by 2**-4 to 2**4, which half-precision scales can take
 _COLUMNS = 128  # rounded between two products with the rest of U
 _NOT, _BF16, _FP16, _POWER_OF_TWO = range(4)  # as in _calibrate_numba
 _E2M1 = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)  # doubled, as ggml has them
@@ -69,6 +70,7 @@ def _steps(first: float, last: float, step: float, both_signs: bool = False) -> 
 
 
 GRIDS = {
+    "Q2_K": Grid(16, _steps(2.5, 4.5, 0.25), 0, 3, 256, is_affine=True, int_max=15),
     "Q3_K": Grid(16, _steps(2.75, 4.75, 0.25, True), -4, 3, 256, int_min=-32, int_max=31),
     "MXFP4": Grid(32, (8, 4, 16), 0, 14, 32, refits=0, rounding=_POWER_OF_TWO, table=_E2M1),
     "IQ4_XS": Grid(
@@ -281,8 +283,8 @@ def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarra
     d, dmin = by_block(r.supers[0])[0], by_block(r.supers[1])[0]
     codes, ints = (codes - grid.code_min).astype(np.uint8), by_block(r.ints[0])
     if grid.is_affine:
-        lay_affine = {"Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}[type]
-        blocks = lay_affine(codes, ints, by_block(r.ints[1]), d, dmin)
+        lay_affine = {"Q2_K": oracle.lay_q2_k, "Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}
+        blocks = lay_affine[type](codes, ints, by_block(r.ints[1]), d, dmin)
     else:
         lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k, "IQ4_XS": oracle.lay_iq4_xs}
         blocks = lay_signed[type](codes, ints, d)
@@ -353,6 +355,10 @@ class LayerCalibration:
     mixed with the whole layer's, which count as PRIOR * hidden_size tokens. Down: its inputs are what the expert's rounded gate and up
     make of them; mixed with their own diagonal alone, since channels of different experts have nothing in common. An expert
     without tokens so gets the layer's moments for gate and up, and plain rounding for down.
+
+    Where up only multiplies, an intermediate channel's size can move from down to up and nothing is computed differently: down's columns
+    are also tried times the square root of their inputs' size, and if that loses less, up's rows are divided by it. By powers of
+    two, so that up keeps its codes.
     """
 
     def __init__(self, spec: MoESpec, inputs: LayerInputs) -> None:
@@ -362,6 +368,9 @@ class LayerCalibration:
                 "the inputs of the calibration hold NaN or inf: the model overflows on that text"
             )
         self._pooled = _moments(inputs.hidden, np.ones(len(inputs.hidden), F))
+        a = spec.activation
+        is_bounded = np.isfinite(a.up_min) or np.isfinite(a.up_max)
+        self._up_multiplies = spec.has_gate and not (spec.has_bias or a.up_offset or is_bounded)
 
     def expert(self, expert: int, weights: ExpertWeights, encode: Encode) -> dict[str, np.ndarray]:
         """The bytes of each projection. Raises ValueError / TypeError as ``ktk.pack.pack_expert``."""
@@ -380,9 +389,35 @@ class LayerCalibration:
                 first[name] += bias
         h = _activated(first.get("gate"), first["up"], self.spec.activation)
         moments = _moments(h, routing)
-        factor = factorise(_mix(moments, routing, np.diag(np.diag(moments))))
-        stored["down"] = encode("down", weights.down, factor)[0]
+        down = factorise(_mix(moments, routing, np.diag(np.diag(moments))))
+        stored["down"], values = encode("down", weights.down, down)
+        if not self._up_multiplies or not moments.any():
+            return stored
+        scales = _balancing_scales(np.diag(moments))
+        w = to_f32(weights.down)
+        balanced, scaled = encode("down", w * scales, _scaled(down, scales))
+        if _loss(w - scaled / scales, down) < _loss(w - values, down):
+            up = to_f32(weights.up) / scales[:, None]
+            stored |= {"down": balanced, "up": encode("up", up, factor)[0]}
         return stored
+
+
+def _balancing_scales(mean_square: np.ndarray) -> np.ndarray:
+    """Powers of two near the square root of each channel's root mean square, float32 (K,); 1 for channels of the mean size."""
+    share = np.maximum(mean_square / mean_square.mean(), F(1e-9))
+    exponent = np.clip(np.rint(np.log2(share) / 4), -_BALANCE_BITS, _BALANCE_BITS)
+    return np.exp2(exponent).astype(F)
+
+
+def _scaled(factor: Factor, scales: np.ndarray) -> Factor:
+    """The factor of inputs divided by scales (K,)."""
+    weight = factor.weight / np.square(scales)
+    return Factor(factor.upper * (scales / scales[:, None]), weight / weight.mean())
+
+
+def _loss(error: np.ndarray, factor: Factor) -> float:
+    """e H e^T summed over the rows of error (rows, K)."""
+    return float(np.square(error + error @ factor.upper).sum(axis=0, dtype=np.float64) @ factor.weight)  # fmt: skip
 
 
 def _moments(x: np.ndarray, routing: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ from ktk.types import BlockExperts, CodedExpert, ExpertWeights, MoESpec, Packed
 
 QUANT_METHODS = ("int4", "int8", "bf16")
 GGUF_METHODS = (
-    "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k", "bf16", "f16", "f32",
+    "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k", "q2_k", "bf16", "f16", "f32",
 )  # fmt: skip
 WHOLE_TYPES = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4", "bf16", "f16", "f32")
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
@@ -160,7 +160,8 @@ def convert(
         exact = quant_method in ("bf16", "f16", "f32")
         what = f"{quant_method} rounds nothing away" if exact else f"{input_path} is GGUF"
         raise ValueError(
-            f"calibration: {what}; it needs a Hugging Face directory of float weights, and int4, int8 or a GGUF type of blocks"
+            f"calibration: {what}; it needs a Hugging Face directory of float weights, and int4, int8 or a GGUF type of "
+            "blocks; otherwise leave it out"
         )
     if Path(output).name.lower().endswith(".gguf"):
         from ktk.convert_to_gguf import convert_to_gguf

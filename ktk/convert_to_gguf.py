@@ -95,6 +95,7 @@ FILE_TYPES = {
     "IQ4_NL": "MOSTLY_IQ4_NL",
     "IQ4_XS": "MOSTLY_IQ4_XS",
     "Q3_K": "MOSTLY_Q3_K_S",
+    "Q2_K": "MOSTLY_Q2_K_S",
     "MXFP4": "MOSTLY_MXFP4_MOE",
     "F32": "ALL_F32",
     "F16": "MOSTLY_F16",
@@ -104,6 +105,7 @@ FILE_TYPES = {
 LAYOUTS = BLOCK_TYPES | {
     t.name: t
     for t in (
+        BlockType("Q2_K", 256, 84),
         BlockType("Q3_K", 256, 110),
         BlockType("IQ4_XS", 256, 136),
         BlockType("IQ4_NL", 32, 18),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import gguf
@@ -24,7 +25,7 @@ from ktk.formats import FORMATS, get_format
 from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
 from ktk.layout import matrix_layout
 from ktk.reference.pack import quantise_weights, read_panels
-from ktk.types import ExpertWeights, MoESpec
+from ktk.types import Activation, ExpertWeights, MoESpec
 
 F = np.float32
 PACKED = [(f.name, g) for f in FORMATS.values() if f.is_integer for g in f.group_sizes]
@@ -217,6 +218,36 @@ def test_calibration_brings_the_layer_closer_to_its_float_output() -> None:
     for e in range(3):
         gained = error(calibration.expert(e, experts[e], encode), e)
         assert gained < 0.6 * error(plain.expert(e, experts[e], encode), e)
+
+
+def test_the_size_of_channels_moves_from_down_to_up() -> None:
+    rng = np.random.default_rng(9)
+    spec = MoESpec(2, 96, 64, "int4", 32)
+    experts, inputs = layer(rng, spec)
+    # large inputs with small weights, as trained models have
+    sizes = np.where(np.arange(64) % 8 < 2, F(30), F(1))
+    expert = experts[0]
+    expert = expert._replace(up=expert.up * sizes[:, None], down=expert.down / sizes)
+    never = Activation(up_min=-1e30, up_max=1e30)  # never reached
+    bounded = dataclasses.replace(spec, activation=never)
+    balanced, plain = (
+        LayerCalibration(s, inputs).expert(0, expert, packed_encoder(s)) for s in (spec, bounded)
+    )
+    np.testing.assert_array_equal(balanced["gate"], plain["gate"])
+    up, plain_up = (decoded_packed(stored["up"], spec, 64, 96) for stored in (balanced, plain))
+    scales = np.abs(plain_up).max(axis=1) / np.abs(up).max(axis=1)
+    np.testing.assert_array_equal(up * scales[:, None], plain_up)  # the codes are the same
+    assert scales.max() / scales.min() >= 4
+    token = np.nonzero(inputs.topk_ids == 0)[0]
+    x = inputs.hidden[token]
+    gate = x @ decoded_packed(plain["gate"], spec, 64, 96).T
+    h = gate / (1 + np.exp(-gate)) * (x @ plain_up.T)
+    true = h @ expert.down.T
+
+    def error(stored: dict[str, np.ndarray], h: np.ndarray) -> float:
+        return float(np.square(h @ decoded_packed(stored["down"], spec, 96, 64).T - true).sum())
+
+    assert error(balanced, h / scales) < 0.7 * error(plain, h)
 
 
 def test_an_expert_without_tokens_takes_the_layers_moments() -> None:

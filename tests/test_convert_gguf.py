@@ -550,9 +550,9 @@ def test_the_wrapper_takes_a_packed_gguf(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got.numpy(), moe.forward(x, ids, weights))
 
 
-# Root of mean squared error of the output, relative to it; measured 0.018, 0.032, 0.121, 0.151, 0.185; 0.065, 0.130, 0.135, 0.254.
+# Root of mean squared error of the output, relative to it; measured 0.018, 0.032, 0.121, 0.151, 0.185; 0.065, 0.130, 0.135, 0.254, 0.459.
 OUTPUT_ERROR = {"q8_0": 0.025, "q6_k": 0.04, "q4_k": 0.15, "q4_0": 0.18, "mxfp4": 0.22}
-OUTPUT_ERROR |= {"q5_k": 0.08, "iq4_nl": 0.16, "iq4_xs": 0.16, "q3_k": 0.3}
+OUTPUT_ERROR |= {"q5_k": 0.08, "iq4_nl": 0.16, "iq4_xs": 0.16, "q3_k": 0.3, "q2_k": 0.55}
 OUTPUT_ERROR |= {"bf16": 0.004, "f16": 0.0005, "f32": 1e-6}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from ktk import backends, load_gguf
 from ktk.checkpoint import packed
 from ktk.cli import main
 from ktk.convert import convert
+from ktk.errors import CheckpointError
 from ktk.evaluate import StoredLogits, Variant, all_variants, distance
 from ktk.formats import FORMATS
 from ktk.integration.transformers.calibration import Calibration, run_layers
@@ -235,9 +237,17 @@ def test_convert_calibrated_writes_gguf_files(source: Path, text: Path, tmp_path
 def test_convert_says_what_cannot_be_calibrated(source: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bf16 rounds nothing"):
         convert(source, tmp_path / "a", quant_method="bf16", calibration=Calibration(text))
+    with pytest.raises(ValueError, match="is GGUF; it needs a Hugging Face directory of float"):
+        convert(tmp_path / "model.gguf", tmp_path / "a", calibration=Calibration(text))
     short = write_text(tmp_path / "short.txt", 3, 100)
     with pytest.raises(ValueError, match="has 100 tokens"):
         convert(source, tmp_path / "b", calibration=Calibration(short))
+    shutil.copytree(source, tmp_path / "fp8")
+    config = json.loads((source / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    with pytest.raises(CheckpointError, match="quantised already.*take the float original"):
+        convert(tmp_path / "fp8", tmp_path / "c", calibration=Calibration(text))
 
 
 def test_wrong_texts_and_plots_are_refused_before_any_work(

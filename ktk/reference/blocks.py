@@ -272,20 +272,34 @@ def lay_q5_k(
 def lay_q3_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray:
     """Codes (256, blocks) of 0..7, integer scales (16, blocks) of -32..31 and d (blocks,) to uint8 (blocks, 110).
 
-    Bytes: 32 of the codes' third bits (bit i of byte k: weight 32 i + k), 64 of their low pairs (of each half of 128 weights in
-    32 bytes, k, k + 32, k + 64 and k + 96 together), 12 of scales plus 32 (low nibbles of 0..7 and 8..15 together, then high pairs of 0, 4,
-    8 and 12 together, 1, 5, ...), d.
+    Bytes: 32 of the codes' third bits (bit i of byte k: weight 32 i + k), 64 of their low pairs, 12 of scales plus 32 (low
+    nibbles of 0..7 and 8..15 together, then high pairs of 0, 4, 8 and 12 together, 1, 5, ...), d.
     """
     rows = codes.reshape(8, 32, -1)
     third = np.zeros(rows.shape[1:], np.uint8)
     for i in range(8):
         third |= rows[i] >> 2 << i
-    q = (codes & 3).reshape(2, 4, 32, -1)
-    pairs = (q[:, 0] | q[:, 1] << 2 | q[:, 2] << 4 | q[:, 3] << 6).reshape(64, -1)
     s = (scales.T.astype(np.int16) + 32).astype(np.uint8)  # (blocks, 16)
     low = s[:, :8] & 15 | (s[:, 8:] & 15) << 4
     high = s[:, :4] >> 4 | s[:, 4:8] >> 4 << 2 | s[:, 8:12] >> 4 << 4 | s[:, 12:] >> 4 << 6
-    return np.hstack([third.T, pairs.T, low, high, half_bytes(d)])
+    return np.hstack([third.T, _bit_pairs(codes & 3), low, high, half_bytes(d)])
+
+
+def _bit_pairs(codes: np.ndarray) -> np.ndarray:
+    """Codes (256, blocks) of 0..3 to uint8 (blocks, 64): k, k + 32, k + 64 and k + 96 of each half of 128 weights together."""
+    q = codes.reshape(2, 4, 32, -1)
+    return (q[:, 0] | q[:, 1] << 2 | q[:, 2] << 4 | q[:, 3] << 6).reshape(64, -1).T
+
+
+def lay_q2_k(
+    codes: np.ndarray, scales: np.ndarray, minima: np.ndarray, d: np.ndarray, dmin: np.ndarray
+) -> np.ndarray:
+    """Codes (256, blocks) of 0..3, integer scales and minima (16, blocks) of 0..15, d and dmin (blocks,) to uint8 (blocks, 84).
+
+    Bytes: 16 of scales and minima (high nibbles), 64 of codes as Q3_K's low pairs, d, dmin.
+    """
+    integers = scales.T.astype(np.uint8) | minima.T.astype(np.uint8) << 4
+    return np.hstack([integers, _bit_pairs(codes), half_bytes(d), half_bytes(dmin)])
 
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -131,7 +131,8 @@ class Calibration:
         config = AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(
-                f"{source}: its weights are quantised already: calibration starts from float weights"
+                f"{source}: its weights are quantised already: calibration starts from float weights; take the float "
+                "original, or leave the calibration out"
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
         ids = tokenizer(read_text(self.text), add_special_tokens=False, verbose=False)["input_ids"]

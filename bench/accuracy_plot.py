@@ -1,0 +1,70 @@
+"""Rows of ``bench/accuracy.py`` as a table and a plot, and llama.cpp's formats that lie below ktk's curve.
+
+    python bench/accuracy_plot.py bench/accuracy/docstrings.jsonl [more.jsonl ...] [--plot accuracy.png] [--bits 3 9]
+
+Below the curve is a format of llama.cpp if no format written by ktk has both no more bits and no more KL. Of several rows with one
+label and activation group the last counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from ktk.cli.eval import draw
+from ktk.evaluate import Distance, Row
+
+DISTANCE = [f.name for f in dataclasses.fields(Distance)]
+
+
+def read_rows(files: list[Path]) -> list[Row]:
+    """By bits, the float model's row first."""
+    rows: dict[tuple[str, int], Row] = {}
+    for line in "".join(file.read_text() for file in files).splitlines():
+        fields = json.loads(line)
+        found = Distance(**{name: fields.pop(name) for name in DISTANCE})
+        row = Row(distance=found, **fields)
+        rows[row.label, row.activation_group] = row
+    return sorted(rows.values(), key=lambda r: (r.label != "float", r.bits_per_weight, r.label))
+
+
+def is_theirs(row: Row) -> bool:
+    return "llama.cpp" in row.label
+
+
+def below_the_curve(rows: list[Row], low: float, high: float) -> list[Row]:
+    """llama.cpp's rows of low..high bits with less KL than every row of ktk's of no more bits."""
+    own = [r for r in rows if r.label != "float" and not is_theirs(r)]
+    theirs = [r for r in rows if is_theirs(r) and low <= r.bits_per_weight <= high]
+
+    def best(bits: float) -> float:
+        return min((r.distance.kl for r in own if r.bits_per_weight <= bits), default=float("inf"))
+
+    return [r for r in theirs if r.distance.kl < best(r.bits_per_weight)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("rows", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--bits", type=float, nargs=2, default=(3.0, 9.0))
+    arguments = parser.parse_args()
+    rows = read_rows(arguments.rows)
+    print("| experts | bits per weight | activation group | perplexity | KL | KL, 99 % | top-1 |")
+    print("|---|---|---|---|---|---|---|")
+    for r in rows:
+        d = r.distance
+        print(
+            f"| {r.label} | {r.bits_per_weight:.2f} | {r.activation_group or '-'} | {d.perplexity:.2f} | {d.kl:.4f} "
+            f"| {d.kl_p99:.3f} | {d.top1:.1%} |"
+        )
+    below = [f"{r.label} ({r.distance.kl:.4f})" for r in below_the_curve(rows, *arguments.bits)]
+    print("below ktk's curve:", ", ".join(below) or "none")
+    if arguments.plot:
+        draw(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
