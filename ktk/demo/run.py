@@ -181,6 +181,9 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
     from transformers import AutoTokenizer
 
     from ktk.evaluate import distance, window_logits
+    from ktk.integration.transformers.attention import use_attention
+    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
+    from ktk.integration.transformers.linear import share_linears
     from ktk.integration.transformers.loading import load_model, packed_modules
 
     formats, types = chosen_formats(options.method)
@@ -231,6 +234,9 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
         loads[name] = partial(load_model, source, method=GGUF_METHOD, gguf=file)
     for weight_format, load in loads.items():
         model = load()
+        share_linears(model)
+        use_attention(model)
+        fuse_decoder_layers(model)
         modules = packed_modules(model)
         size = sum(m.bytes for m in modules)
         weights = sum(8 * m.bytes / m.bits_per_weight for m in modules)

@@ -32,7 +32,7 @@ from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.attention import use_attention
 from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
 from ktk.integration.transformers.experts import ktk_experts_forward
-from ktk.integration.transformers.linear import replace_linears
+from ktk.integration.transformers.linear import replace_linears, share_linears
 from ktk.integration.transformers.loading import (
     KtkConfig,
     KtkHfQuantizer,
@@ -54,6 +54,7 @@ __all__ = [
     "packed_modules",
     "recognise",
     "replace_linears",
+    "share_linears",
     "use_attention",
     "use_ktk",
 ]
