@@ -308,6 +308,37 @@ def test_growing_layers_hold_what_transformers_own_do(window: int | None) -> Non
     assert torch.equal(own.keys, grown.keys)
 
 
+def test_growing_layers_pass_from_inference_mode_and_back_and_have_gradients() -> None:
+    cache = DynamicCache()
+    cache.layers.append(DynamicLayer())
+    layer = growing_layer(cache, 0)
+    ones = torch.ones(1, 1, 1, 4)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            for _ in range(3):
+                layer.update(ones, ones)
+    weight = torch.ones(4, requires_grad=True)
+    for _ in range(2):
+        keys, values = layer.update(ones * weight, ones * weight)
+        (keys * values).sum().backward()
+        layer.keys, layer.values = keys.detach(), values.detach()
+    assert keys.shape[-2] == 14
+    assert torch.equal(weight.grad, torch.full((4,), 4.0))
+
+
+def test_fusing_again_takes_new_weights() -> None:
+    model = make("qwen3_moe", torch.bfloat16, packs_linears=False)
+    for _ in range(2):
+        share_linears(model)
+        assert len(fuse_decoder_layers(model)) == 2
+        decode(model, 4)
+        assert [f.trials for f in fused(model)] == [0, 0]
+        assert not isinstance(fused(model)[0].own_forward, FusedForward)
+        for layer in model.model.layers:
+            weight = layer.self_attn.q_proj.weight
+            layer.self_attn.q_proj.weight = torch.nn.Parameter(weight * 2)
+
+
 def test_a_growing_layer_copies_seldom() -> None:
     layer = GrowingLayer.__new__(GrowingLayer)
     layer.take_over(DynamicLayer())

@@ -35,6 +35,8 @@ class _Buffer:
         data = self.data
         if data is None or not length or cached.shape[0] != data.shape[0]:
             return False
+        if data.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # torch forbids writing to it
         skipped = cached.storage_offset() - data.storage_offset()
         if cached.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
             return False
@@ -76,6 +78,10 @@ class _Grows:
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (batch, heads, tokens, head_dim); returns all that the new tokens see."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # Gradients need the old tensors as they were.
+            grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)  # type: ignore[misc]
+            return grown
         more = key_states.shape[-2]
         keys, values = self._with_room(key_states, value_states)
         keys[:, :, -more:] = key_states

@@ -45,7 +45,7 @@ class _UnlikeError(Exception):
 def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
     """Give every decoder layer that ``DecoderSpec`` describes its fast way to decode; their names.
 
-    Only layers whose projections ktk runs (``replace_linears``, ``share_linears``) and whose experts are packed or in blocks. One log line names the others.
+    To be called again once weights were replaced. Only layers whose projections ktk runs (``replace_linears``, ``share_linears``) and whose experts are packed or in blocks. One log line names the others.
     """
     if reason := linear.why_not():
         log.info("decoder layers stay with torch: %s", reason)
@@ -55,6 +55,8 @@ def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
     for name, module in list(model.named_modules()):
         if not isinstance(getattr(module, "self_attn", None), torch.nn.Module):
             continue
+        if isinstance(module.forward, FusedForward):
+            module.forward = module.forward.own_forward
         try:
             module.forward = FusedForward(module, _layer_of(module), name)
         except (_UnlikeError, BackendError, ValueError) as error:
@@ -113,6 +115,8 @@ class FusedForward:
         if keys.shape[:2] != (1, spec.num_kv_heads) or keys.shape[-1] != spec.head_dim:
             return None
         if keys.dtype is not x.dtype or keys.device.type != "cpu" or not keys.shape[-2]:
+            return None
+        if cache.values.shape != keys.shape:
             return None
         if not _sees_all(named.get("attention_mask"), keys.shape[-2] + 1):
             return None

@@ -115,8 +115,11 @@ def share_linears(model: torch.nn.Module) -> list[str]:
         return []
     shared = []
     for name, module in _dense_linears(model):
-        if _can_be_shared(module):
+        if linear_of(module) is None and _can_be_shared(module):
+            if isinstance(module.forward, SharedForward):  # of another weight
+                del module.forward
             module.forward = SharedForward(module)  # type: ignore[method-assign, assignment]
+        if linear_of(module) is not None:
             shared.append(name)
     return shared
 
