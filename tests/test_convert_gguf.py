@@ -218,7 +218,7 @@ def test_architectures_are_gguf_s() -> None:
     [
         ({"quant_method": "q4_k"}, "out", "writes a GGUF file; give a name that ends in .gguf"),
         ({"quant_method": "int4"}, "m.gguf", "int4 writes a directory"),
-        ({"quant_method": "q2_k"}, "m.gguf", "for a GGUF file q8_0, q6_k, q5_k, q4_k, q4_0"),
+        ({"quant_method": "q9_k"}, "m.gguf", "for a GGUF file q8_0, q6_k, q5_k, q4_k, q4_0"),
         ({"quant_method": "q4_k", "group_size": 32}, "m.gguf", "group_size=32: q4_k has groups of its own"),
         ({"quant_method": "q4_k", "resume": True}, "m.gguf", "written in one go"),
         ({"quant_method": "q4_k", "input_type": "fp16"}, "m.gguf", "are bf16; leave it out"),
