@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from ktk.errors import KtkError
+from ktk.integration.transformers.linear import keep_bits_for_any_batch
 from ktk.integration.transformers.open import OpenModel, size
 from ktk.integration.transformers.sampling import only
 from ktk.server.attention import NAME, pad_rows, paged_attention
@@ -97,6 +98,7 @@ class BatchingEngine(Engine):
         self._attention = self.model.config._attn_implementation
         self._manager = self._make_manager(int(pages))
         self._hook = self.model.register_forward_pre_hook(pad_rows, with_kwargs=True)
+        keep_bits_for_any_batch(self.model)
 
     def _cache_bytes_per_token(self) -> int:
         latent = _latent_shape(self.model.config.get_text_config())
