@@ -29,7 +29,7 @@ TEMPLATE = (
 
 
 def make_model(directory: Path, longest: int = 32768) -> Path:
-    """A Qwen3-MoE of two layers whose greedy text is endless: it practically never chooses the end token."""
+    """A Qwen3-MoE of two layers whose text is endless: it never chooses the end token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
@@ -60,7 +60,13 @@ def make_model(directory: Path, longest: int = 32768) -> Path:
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0, 0.15)
+        # By a channel that is 5 in every token and that no layer writes. With a logit of 0, 0.13 % a token, one answer in six ended.
+        model.model.embed_tokens.weight[:, 0] = 5
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.experts.down_proj[:, 0] = 0
         model.lm_head.weight[fast.eos_token_id] = 0
+        model.lm_head.weight[fast.eos_token_id, 0] = -50
     model.save_pretrained(directory)
     fast.save_pretrained(directory)
     return directory
