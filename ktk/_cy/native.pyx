@@ -314,15 +314,33 @@ cdef void *_address(array) except? NULL:
     return at
 
 
-cdef class Experts:
-    """One layer's experts with the kernels of one ISA row. The caller has checked shapes and dtypes."""
+cdef class _OnPool:
+    """What runs on the pool of an engine layout with the kernels of one ISA row."""
 
-    cdef ktk_layer layer
     cdef const ktk_kernels *kernels
     cdef _Pool pool
     cdef object engine
-    cdef object parts
     cdef int pid
+
+    cdef void _take_pool(self, str isa, engine) except *:
+        self.kernels = _kernels(isa)
+        self.engine = engine
+        self.pool = _pool_of(engine)
+        self.pid = os.getpid()
+
+    cdef _Pool _pool(self):
+        """The pool, a new one after a fork. Callers keep the reference while they run."""
+        if self.pid != os.getpid():
+            self.pool = _pool_of(self.engine)
+            self.pid = os.getpid()
+        return self.pool
+
+
+cdef class Experts(_OnPool):
+    """One layer's experts with the kernels of one ISA row. The caller has checked shapes and dtypes."""
+
+    cdef ktk_layer layer
+    cdef object parts
     cdef const void **tables  # every part's pointers, one behind the other
     cdef int64_t num_tables
 
@@ -330,11 +348,8 @@ cdef class Experts:
         free(self.tables)
 
     cdef void _begin(self, spec, str isa, engine, parts) except *:
-        self.kernels = _kernels(isa)
+        self._take_pool(isa, engine)
         self.parts = parts
-        self.engine = engine
-        self.pool = _pool_of(engine)
-        self.pid = os.getpid()
         cdef ktk_layer *layer = &self.layer
         layer.num_experts = spec.num_experts
         layer.hidden_size = spec.hidden_size
@@ -426,13 +441,6 @@ cdef class Experts:
             part.down_bias = <const float **>self._table(part_given.down_bias, 0, order)
         return self
 
-    cdef _Pool _pool(self):
-        """The pool, a new one after a fork. Callers keep the reference while they run."""
-        if self.pid != os.getpid():
-            self.pool = _pool_of(self.engine)
-            self.pid = os.getpid()
-        return self.pool
-
     def forward(self, hidden, topk_ids, topk_weights, skip, out, add):
         """See ktk.backends.base.Runner.forward."""
         cdef _Pool pool = self._pool()
@@ -476,21 +484,15 @@ cdef class Experts:
         return result
 
 
-cdef class Matrix:
+cdef class Matrix(_OnPool):
     """One dense matrix with the kernels of one ISA row. The caller has checked shapes and dtypes."""
 
     cdef ktk_matrix matrix
-    cdef const ktk_kernels *kernels
-    cdef _Pool pool
-    cdef object engine
     cdef object panels, bias
-    cdef int pid, in_features, out_features
+    cdef int in_features, out_features
 
     cdef void _begin(self, panels, bias, int in_features, int out_features, str isa, engine) except *:
-        self.kernels = _kernels(isa)
-        self.engine = engine
-        self.pool = _pool_of(engine)
-        self.pid = os.getpid()
+        self._take_pool(isa, engine)
         self.panels, self.bias = panels, bias
         self.in_features, self.out_features = in_features, out_features
 
@@ -515,10 +517,7 @@ cdef class Matrix:
 
     def forward(self, x, out):
         """out = x W^T + bias. x, out : C-contiguous (rows, features), both float32, float16 or bf16 bits as uint16."""
-        if self.pid != os.getpid():
-            self.pool = _pool_of(self.engine)
-            self.pid = os.getpid()
-        cdef _Pool pool = self.pool
+        cdef _Pool pool = self._pool()
         cdef int64_t num_rows = x.shape[0]
         cdef int dtype = _DTYPES[x.dtype.char]
         cdef const void *rows = <const void *>_address(x)
@@ -587,23 +586,17 @@ cdef void _fill_dense(ktk_dense *dense, linear) except *:
     dense.out_features = matrix.out_features
 
 
-cdef class DecoderLayer:
+cdef class DecoderLayer(_OnPool):
     """One new token through a decoder layer, in one call. The caller has checked that shapes fit."""
 
     cdef ktk_decoder_layer layer
     cdef ktk_mlp mlp
-    cdef const ktk_kernels *kernels
-    cdef _Pool pool
-    cdef object engine, spec
+    cdef object spec
     cdef Experts experts
-    cdef int pid
 
     def __init__(self, spec, str isa, engine):
         """spec : ktk.decoder.DecoderSpec. engine : ktk.types.EngineLayout."""
-        self.kernels = _kernels(isa)
-        self.engine = engine
-        self.pool = _pool_of(engine)
-        self.pid = os.getpid()
+        self._take_pool(isa, engine)
         self.spec = spec
         cdef ktk_decoder_layer *layer = &self.layer
         layer.hidden_size = spec.hidden_size
@@ -644,10 +637,7 @@ cdef class DecoderLayer:
                 int64_t keys_head_stride, uintptr_t values, int64_t values_head_stride, int64_t num_cached,
                 uintptr_t out):
         """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). The rest: addresses, strides in elements."""
-        if self.pid != os.getpid():
-            self.pool = _pool_of(self.engine)
-            self.pid = os.getpid()
-        cdef _Pool pool = self.pool
+        cdef _Pool pool = self._pool()
         cdef int kind = _DTYPES[dtype]
         cdef ktk_kv_rows kv
         kv.keys = <void *>keys
