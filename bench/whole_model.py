@@ -103,12 +103,14 @@ def anonymous_bytes() -> int:
 def run_ktk(path: Path, linear: str) -> dict[str, float]:
     """Milliseconds: load, prefill, decode of a token (median); torch_decode, of it the experts and the linear layers. GB: anonymous memory."""
     import torch
+    from transformers import DynamicCache
 
     from ktk.integration.transformers.attention import use_attention
     from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
     from ktk.integration.transformers.experts import find_experts
     from ktk.integration.transformers.gguf import load_gguf_model
     from ktk.integration.transformers.linear import KtkLinear
+    from ktk.integration.transformers.names import CACHE
 
     torch.set_num_threads(cpu.num_physical_cores())
     most, over, before = 0, threading.Event(), anonymous_bytes()
@@ -149,10 +151,10 @@ def run_ktk(path: Path, linear: str) -> dict[str, float]:
     ids = torch.tensor([prompt()])
     with torch.inference_mode():
         for _ in range(2):
+            cache = DynamicCache(config=model.config)
             begin = time.perf_counter()
-            out = model(ids, use_cache=True, logits_to_keep=1)
+            out = model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             prefill = time.perf_counter() - begin
-        cache = out.past_key_values
 
         def decode() -> float:
             nonlocal out
@@ -161,7 +163,7 @@ def run_ktk(path: Path, linear: str) -> dict[str, float]:
             for _ in range(DECODE):
                 begin = time.perf_counter()
                 token = out.logits[:, -1:].argmax(-1)
-                out = model(token, past_key_values=cache, use_cache=True)
+                out = model(token, **{CACHE: cache}, use_cache=True)
                 steps.append(time.perf_counter() - begin)
             return statistics.median(steps)
 

@@ -21,6 +21,7 @@ from ktk.integration.transformers.cache import GrowingLayer, growing_layer
 from ktk.integration.transformers.decoder_layers import FusedForward
 from ktk.integration.transformers.experts import find_experts, pack_module
 from ktk.integration.transformers.linear import replace_linears, share_linears
+from ktk.integration.transformers.names import CACHE
 
 if linear.why_not() is not None:
     pytest.skip(str(linear.why_not()), allow_module_level=True)
@@ -95,7 +96,7 @@ def decode(model: Any, num_tokens: int = NEW) -> tuple[list[int], torch.Tensor]:
     cache = DynamicCache(config=model.config)
     tokens, logits = [], []
     for _ in range(num_tokens):
-        out = model(ids, past_key_values=cache, use_cache=True)
+        out = model(ids, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits[:, -1].float())
         ids = out.logits[:, -1:].argmax(-1)
         tokens.append(int(ids))
@@ -108,9 +109,9 @@ def teacher_forced(model: Any) -> torch.Tensor:
     """float32 (36, vocabulary): logits of given tokens, one after the other."""
     ids = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(1))
     cache = DynamicCache(config=model.config)
-    model(ids[:, :4], past_key_values=cache, use_cache=True)
+    model(ids[:, :4], **{CACHE: cache}, use_cache=True)
     rows = [
-        model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        model(ids[:, i : i + 1], **{CACHE: cache}, use_cache=True).logits[:, -1].float()
         for i in range(4, 40)
     ]
     return torch.cat(rows)
@@ -191,8 +192,8 @@ def test_batches_masks_gradients_and_other_caches_go_the_own_way() -> None:
     def step(batch: int = 1, **named: Any) -> None:
         cache = DynamicCache(config=model.config)
         ids = torch.full((batch, 5), 9)
-        model(ids, past_key_values=cache, use_cache=True)
-        model(ids[:, :1], past_key_values=cache, use_cache=True, **named)
+        model(ids, **{CACHE: cache}, use_cache=True)
+        model(ids[:, :1], **{CACHE: cache}, use_cache=True, **named)
 
     step()
     assert len(calls) == 2, "the case for the fast way"
@@ -205,9 +206,9 @@ def test_batches_masks_gradients_and_other_caches_go_the_own_way() -> None:
         embedded = model.get_input_embeddings()(step_ids).detach().requires_grad_()
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(torch.full((1, 5), 9), past_key_values=cache, use_cache=True)
+            model(torch.full((1, 5), 9), **{CACHE: cache}, use_cache=True)
         with pytest.raises(RuntimeError, match="no gradient"):
-            model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+            model(inputs_embeds=embedded, **{CACHE: cache}, use_cache=True)
     assert not calls
 
 
@@ -256,13 +257,13 @@ def test_generate_with_beams_and_a_copied_cache() -> None:
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **{CACHE: cache}, use_cache=True)
         token = torch.full((1, 1), 9)
-        model(token, past_key_values=cache, use_cache=True)
+        model(token, **{CACHE: cache}, use_cache=True)
         other = copy.deepcopy(cache)
-        first = model(token, past_key_values=cache, use_cache=True).logits
-        model(token + 1, past_key_values=cache, use_cache=True)
-        assert torch.equal(model(token, past_key_values=other, use_cache=True).logits, first)
+        first = model(token, **{CACHE: cache}, use_cache=True).logits
+        model(token + 1, **{CACHE: cache}, use_cache=True)
+        assert torch.equal(model(token, **{CACHE: other}, use_cache=True).logits, first)
     twin = copy.deepcopy(model)
     layers = [m.get_decoder().layers[0] for m in (model, twin)]
     assert layers[1].forward.own_forward.__self__ is layers[1] is not layers[0]

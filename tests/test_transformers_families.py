@@ -194,6 +194,8 @@ def causal_families() -> list[str]:
 
 
 def small_config(kind: str) -> Any:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
     config_class = CONFIG_MAPPING[kind]
     known: set[str] = set(inspect.signature(config_class.__init__).parameters)
     for base in config_class.__mro__:

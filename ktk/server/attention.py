@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.attention import one_row
+from ktk.server.paged_cache import OwnRows
 
 NAME = "ktk_flash_paged"
 BLOCK = 64
@@ -28,11 +30,12 @@ MIN_ROWS_BF16 = 2
 
 def pad_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a model: at least so many tokens and logits; the copies are dropped later."""
-    if "cu_seq_lens_q" not in kwargs:
+    bounds = hf.query_bounds(kwargs)
+    if bounds is None:
         return None
     fewest = MIN_ROWS_BF16 if module.dtype == torch.bfloat16 else MIN_ROWS
-    changed = dict(kwargs)
-    for name in ("input_ids", "position_ids", "logits_indices", "logits_to_keep"):
+    changed = {**kwargs, hf.BATCH_CACHE: OwnRows(kwargs[hf.BATCH_CACHE], int(bounds[-1]))}
+    for name in hf.BATCH_ROWS:
         value = kwargs.get(name)
         if isinstance(value, torch.Tensor) and value.shape[-1] < fewest:
             copies = value[..., -1:].expand(*value.shape[:-1], fewest - value.shape[-1])
@@ -47,8 +50,6 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cache: Any,
-    cu_seq_lens_q: torch.Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
@@ -56,24 +57,18 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim).
 
+    key, value : all that the tokens see, unless a cache is among the arguments, which then is to be updated here.
     s_aux : (heads,), logits of each head's sink. Raises ValueError for attention that is more than this.
     """
     for name in ("position_bias", "softcap"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention has {name}")
     rows = query.shape[2]
-    bounds = cu_seq_lens_q.tolist()
+    cache = hf.cache_in(kwargs)
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx, kwargs)
+    bounds, key_bounds = hf.query_bounds(kwargs).tolist(), hf.key_bounds(kwargs).tolist()
     own = bounds[-1]  # what follows are copies: see pad_rows
-    key_width, value_width = key.shape[-1], value.shape[-1]  # differ in latent attention
-    width = max(key_width, value_width)  # the cache has one
-    key, value = cache.update(
-        key_states=F.pad(key[:, :, :own], (0, width - key_width)),
-        value_states=F.pad(value[:, :, :own], (0, width - value_width)),
-        layer_idx=module.layer_idx,
-        kwargs=kwargs,
-    )
-    key, value = key[..., :key_width], value[..., :value_width]
-    key_bounds = kwargs["cu_seq_lens_k"].tolist()
     parts = []
     for i in range(len(bounds) - 1):
         q = query[:, :, bounds[i] : bounds[i + 1]]

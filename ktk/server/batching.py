@@ -22,6 +22,7 @@ from ktk.integration.transformers.open import OpenModel, size
 from ktk.integration.transformers.sampling import only
 from ktk.server.attention import NAME, pad_rows, paged_attention
 from ktk.server.engine import Engine, Generation, Limits, Progress, RequestError, ServerBusy
+from ktk.server.paged_cache import cache_geometry, cached_shapes
 
 PAGE = 64  # tokens; small pages waste little on short sequences
 
@@ -85,6 +86,10 @@ class BatchingEngine(Engine):
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
+        AttentionInterface.register(NAME, paged_attention)
+        self._attention = self.model.config._attn_implementation
+        with self._own_attention():
+            self._shapes = cached_shapes(self.model)
         page_bytes = PAGE * self._cache_bytes_per_token()
         # Two pages more than the context: a sequence's last page, and one that is being filled.
         enough = limits.running * (limits.context // PAGE + 2)
@@ -95,21 +100,35 @@ class BatchingEngine(Engine):
                 f"{limits.context}: give a larger --kv-cache or a smaller --context"
             )
         self.cache_bytes = pages * page_bytes
-        self._attention = self.model.config._attn_implementation
         self._manager = self._make_manager(int(pages))
         self._hook = self.model.register_forward_pre_hook(pad_rows, with_kwargs=True)
         keep_bits_for_any_batch(self.model)
 
     def _cache_bytes_per_token(self) -> int:
-        latent = _latent_shape(self.model.config.get_text_config())
-        if latent is None:
+        if not self._shapes:
             return super()._cache_bytes_per_token()
-        config, (heads, width) = self.model.config.get_text_config(), latent
-        return config.num_hidden_layers * heads * 2 * width * self.model.dtype.itemsize
+        layers = self.model.config.get_text_config().num_hidden_layers
+        heads, width = self._geometry()
+        return int(layers * heads * 2 * width * self.model.dtype.itemsize)
+
+    def _geometry(self) -> tuple[int, int]:
+        """Heads and width of the KV cache. Raises CannotBatch where layers differ in the number of heads."""
+        heads = {heads for heads, _ in self._shapes}
+        if len(heads) > 1:
+            numbers = ", ".join(map(str, sorted(heads)))
+            raise CannotBatch(f"its layers cache different numbers of heads: {numbers}")
+        return max(self._shapes)
+
+    @contextlib.contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        """Not by set_attn_implementation: it would look for the flash-attn package."""
+        self.model.config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            self.model.config._attn_implementation = self._attention
 
     def _make_manager(self, pages: int) -> Any:
-        AttentionInterface.register(NAME, paged_attention)
-        # Not by set_attn_implementation: it would look for the flash-attn package.
         self.model.config._attn_implementation = NAME
         try:
             manager = self.model.init_continuous_batching(
@@ -133,7 +152,10 @@ class BatchingEngine(Engine):
 
     def start(self) -> None:
         """Start the generation thread, and wait until it has its KV cache. Raises CannotBatch if it cannot."""
-        with _cache_of_heads(self.model.config.get_text_config()):
+        with contextlib.ExitStack() as stack:
+            if self._shapes:
+                config = self.model.config.get_text_config()
+                stack.enter_context(cache_geometry(config, *self._geometry()))
             self._manager.start()
             while self._manager.batch_processor is None and self._manager.is_running():
                 time.sleep(0.01)
@@ -186,29 +208,3 @@ class BatchingEngine(Engine):
 
     def _cancel(self, generation: Generation) -> None:
         self._manager.cancel_request(generation.id)
-
-
-def _latent_shape(config: Any) -> tuple[int, int] | None:
-    """(heads, width) of what a model with latent attention (DeepSeek) caches: every head's keys, and its values filled up."""
-    if not getattr(config, "kv_lora_rank", None):
-        return None
-    key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    return config.num_attention_heads, max(key, config.v_head_dim)
-
-
-@contextlib.contextmanager
-def _cache_of_heads(config: Any) -> Iterator[None]:
-    """transformers makes its KV cache by two fields of the config that mean something else where attention is latent."""
-    latent = _latent_shape(config)
-    if latent is None:
-        yield
-        return
-    names = ("num_key_value_heads", "head_dim")
-    before = [getattr(config, name, None) for name in names]
-    for name, needed in zip(names, latent, strict=True):
-        setattr(config, name, needed)
-    try:
-        yield
-    finally:
-        for name, own in zip(names, before, strict=True):
-            setattr(config, name, own)

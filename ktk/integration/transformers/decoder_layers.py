@@ -19,6 +19,7 @@ import torch
 from ktk import linear
 from ktk.decoder import HEAD_STEP, DecoderLayer, DecoderSpec, Mlp
 from ktk.errors import BackendError
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.activations import recognise_gate
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.experts import handle_of, is_experts
@@ -105,10 +106,10 @@ class FusedForward:
             return None  # a module has another weight than when the layer was fused
         if self.module.training or (torch.is_grad_enabled() and x.requires_grad):
             return None
-        positions = named.get("position_embeddings")
+        positions = named.get(hf.POSITIONS)
         if not isinstance(positions, tuple) or len(positions) != 2:
             return None
-        cache = growing_layer(named.get("past_key_values"), self.index)
+        cache = growing_layer(hf.cache_in(named), self.index)
         if cache is None or not cache.is_initialized or not cache.get_seq_length():
             return None
         spec, keys = self.layer.spec, cache.keys
@@ -145,7 +146,7 @@ class FusedForward:
     ) -> Any:
         """The layer's own result; whether the fast way's is as near as rounding allows decides what comes after."""
         own = self.own_forward(x, **named)
-        cache = growing_layer(named["past_key_values"], self.index)
+        cache = growing_layer(hf.cache_in(named), self.index)
         errors = [float("inf")]
         if isinstance(own, torch.Tensor) and own.shape == out.shape:
             errors = [

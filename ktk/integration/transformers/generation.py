@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.sampling import ChosenBySampler, Sampler, Sampling, Token
 from ktk.integration.transformers.text import Detokenizer, StopStrings
@@ -171,7 +172,7 @@ class Session:
             self.model.generate(
                 torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                past_key_values=self._cache,
+                **{hf.CACHE: self._cache},
                 max_new_tokens=max_tokens,
                 do_sample=False,
                 eos_token_id=None,
