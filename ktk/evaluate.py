@@ -32,6 +32,7 @@ from ktk.formats import FORMATS, GGUF, get_format
 from ktk.formats.floats import to_f32
 from ktk.formats.gguf import activation_group_of
 from ktk.ggml_library import GgmlLibrary
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.calibration import run_layers
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
@@ -440,7 +441,7 @@ def evaluate(
     with contextlib.closing(StoredLogits(model, windows)) as reference:
         bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
         with_itself = distance(model, windows, reference)
-        yield Row("float", f"torch {model.config._experts_implementation}", bits, 0, with_itself, perf_counter() - started)  # fmt: skip
+        yield Row("float", f"torch {hf.experts_implementation(model.config)}", bits, 0, with_itself, perf_counter() - started)  # fmt: skip
         del model
         for variant in variants:
             step(variant.label)

@@ -5,6 +5,8 @@ Release lines: 5.20 to 5.23 (``past_key_values``; attention functions update a b
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,30 @@ import torch
 import transformers_cases as cases
 from transformers import DynamicCache, PreTrainedModel
 
+import ktk
 from ktk.integration.transformers import names as hf
+
+PACKAGE, NAMES = Path(ktk.__file__).parent, Path(hf.__file__)
+# Words that mean something elsewhere too: in a config.json, in the documentation of models, in ktk itself.
+COMMON = {
+    "cache",
+    "dtype",
+    "error",
+    "generated_tokens",
+    "head_dim",
+    "input_ids",
+    "is_finished",
+    "kwargs",
+    "logits_to_keep",
+    "num_blocks",
+    "num_key_value_heads",
+    "parameters",
+    "request_id",
+    "shape",
+    "state",
+    "update",
+    "use_cache",
+}
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -53,3 +78,52 @@ def test_a_cache_is_found_under_either_name(name: str) -> None:
     assert hf.cache_in({name: cache}) is cache
     assert hf.cache_in({"cache": None, "past_key_values": None, name: cache}) is cache
     assert hf.cache_in({"cache": None}) is hf.cache_in({}) is None
+
+
+# --- no other module names what is named there ---------------------------------------------------------------
+
+
+def words(path: Path) -> set[str]:
+    """Keywords, attributes and strings of one word in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.keyword | ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return {word for word in found if word and word.isidentifier()}
+
+
+def of_transformers() -> set[str]:
+    """Strings that names.py gives transformers, and attributes it reads there, except its own and Python's."""
+    own = set(hf.__all__) | {name for name in vars(hf) if not name.startswith("__")}
+    tree = ast.parse(NAMES.read_text())
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "torch", "inspect")}  # fmt: skip
+    local = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    python = {name for kind in (dict, list, set, str, tuple) for name in dir(kind)}
+    return words(NAMES) - own - python - local - COMMON
+
+
+def submodules(path: Path) -> set[str]:
+    """Modules inside transformers that a file imports from."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and n.module}
+    found |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    return {name for name in found if name.startswith("transformers.")}
+
+
+def test_the_names_are_found() -> None:
+    expected = {"past_key_values", "position_embeddings", "cu_seq_lens_q", "logits_indices"}
+    expected |= {"_attn_implementation", "_is_hf_initialized", "cache_allocators", "logit_processor"}  # fmt: skip
+    assert expected <= of_transformers()
+    assert "transformers.cache_utils" in submodules(NAMES)
+
+
+def test_no_other_module_knows_transformers_inside() -> None:
+    """What fails here is to be given a name in names.py, or imported from there."""
+    files = [path for path in PACKAGE.rglob("*.py") if path != NAMES]
+    known = of_transformers()
+    found = {str(p.relative_to(PACKAGE)): submodules(p) | (words(p) & known) for p in files}
+    assert {file: sorted(names) for file, names in found.items() if names} == {}

@@ -141,7 +141,7 @@ def load(
 
 def quiet_transformers() -> None:
     """Its warnings and bars belong to programmers: they are shown with KTK_LOG=debug or info."""
-    from transformers.utils import logging as transformers_logging
+    from transformers import logging as transformers_logging
 
     if env.log_level() not in ("debug", "info"):
         transformers_logging.set_verbosity(logging.ERROR)

@@ -74,8 +74,7 @@ def command(
     rows: list[Row] = []
     with errors.status("reading") as status:
         import torch
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
+        from transformers import AutoTokenizer, logging
 
         from ktk.evaluate import Variant, all_variants, evaluate
         from ktk.ggml_library import GgmlLibrary

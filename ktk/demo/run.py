@@ -65,7 +65,7 @@ class Reporter:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings from transformers, while it lasts."""
-    from transformers.utils import logging
+    from transformers import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -181,6 +181,7 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
     from transformers import AutoTokenizer
 
     from ktk.evaluate import distance, window_logits
+    from ktk.integration.transformers import names as hf
     from ktk.integration.transformers.attention import use_attention
     from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
     from ktk.integration.transformers.linear import share_linears
@@ -222,7 +223,7 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
         experts = expert_parameters(model)
         size = sum(w.numel() * w.element_size() for w in experts)
         bits = 8 * size / sum(w.numel() for w in experts)
-        name = f"torch {model.config._experts_implementation}"
+        name = f"torch {hf.experts_implementation(model.config)}"
         measure(model, "bf16", name, bits, size)
         del model, experts
         gc.collect()

@@ -60,7 +60,7 @@ def paged_attention(
     key, value : all that the tokens see, unless a cache is among the arguments, which then is to be updated here.
     s_aux : (heads,), logits of each head's sink. Raises ValueError for attention that is more than this.
     """
-    for name in ("position_bias", "softcap"):
+    for name in hf.MORE_ATTENTION:
         if kwargs.get(name) is not None:
             raise ValueError(f"attention has {name}")
     rows = query.shape[2]

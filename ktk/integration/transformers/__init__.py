@@ -26,8 +26,6 @@ if tuple(map(int, _transformers.__version__.split(".")[:2])) < (5, 20):
         f"must be version 5.20 or newer; pip install --upgrade transformers"
     )
 
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
 from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.attention import use_attention
 from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
@@ -41,6 +39,7 @@ from ktk.integration.transformers.loading import (
     packed_modules,
     use_ktk,
 )
+from ktk.integration.transformers.names import ALL_EXPERTS_FUNCTIONS
 
 ALL_EXPERTS_FUNCTIONS.register("ktk", ktk_experts_forward)
 

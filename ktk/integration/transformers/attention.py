@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ktk.integration.transformers import names as hf
 
 NAME = "ktk_sdpa"
 
@@ -41,9 +40,10 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls for the implementation ``NAME``: its own SDPA but for one row without a mask."""
-    special = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))  # fmt: skip
+    special = dropout or any(kwargs.get(name) is not None for name in hf.MORE_ATTENTION)
+    special = special or hf.cache_in(kwargs) is not None
     if query.shape[2] != 1 or attention_mask is not None or special:
-        out: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        out: tuple[torch.Tensor, None] = hf.sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
@@ -52,11 +52,11 @@ def attention_forward(
 
 def use_attention(model: Any) -> bool:
     """Have a transformers model decode by ``one_row`` if it runs SDPA on a CPU; whether it does."""
-    if model.config._attn_implementation != "sdpa" or model.device.type != "cpu":
+    if hf.attention_implementation(model.config) != "sdpa" or model.device.type != "cpu":
         return False
     model.set_attn_implementation(NAME)
     return True
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+hf.ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+hf.ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, hf.sdpa_mask)

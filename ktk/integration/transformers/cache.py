@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.names import DynamicLayer, DynamicSlidingWindowLayer
 
 LEAST_ROWS = 256
 GROWTH = 1.5
@@ -124,9 +126,9 @@ def growing_layer(cache: Any, index: int) -> Any:
         return None
     layer = layers[index]
     if isinstance(layer, _Grows):
-        return None if getattr(layer, "record_past", False) else layer
+        return None if hf.records_past(layer) else layer
     kind = _GROWING.get(type(layer))
-    if kind is None or getattr(layer, "record_past", False):
+    if kind is None or hf.records_past(layer):
         return None
     grown: Any = object.__new__(kind)
     grown.take_over(layer)

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from ktk import cpu
 from ktk.calibrate import LayerInputs
 from ktk.checkpoint import Checkpoint
 from ktk.errors import CheckpointError
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, layer_of
 from ktk.integration.transformers.sources import ExpertsSource
@@ -52,7 +51,7 @@ def _experts_function(
     return output.to(hidden_states.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_function)
+hf.ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_function)
 
 
 @torch.no_grad()
@@ -60,17 +59,17 @@ def run_layers(model: Any, token_ids: torch.Tensor, on_layer: OnLayer) -> None:
     """Call ``on_layer`` for each layer that has experts, in order. token_ids : int64 (windows, length)."""
     modules = list(find_experts(model))
     owners = {id(m.config): m.config for _, m in modules} | {id(model.config): model.config}
-    before = {key: config._experts_implementation for key, config in owners.items()}
+    before = {key: hf.experts_implementation(config) for key, config in owners.items()}
     try:
         for config in owners.values():
-            config._experts_implementation = _NAME
+            hf.set_experts_implementation(config, _NAME)
         for name, module in modules:
             layer = layer_of(name)
             module.__dict__[_ATTRIBUTE] = lambda inputs, layer=layer: on_layer(layer, inputs)
         model.base_model(token_ids, use_cache=False)
     finally:
         for key, config in owners.items():
-            config._experts_implementation = before[key]
+            hf.set_experts_implementation(config, before[key])
         for _, module in modules:
             module.__dict__.pop(_ATTRIBUTE, None)
 
@@ -101,8 +100,8 @@ class _WithoutExperts(KtkHfQuantizer):
         pass
 
 
-register_quantization_config("ktk_without_experts")(_WithoutExpertsConfig)
-register_quantizer("ktk_without_experts")(_WithoutExperts)
+hf.register_quantization_config("ktk_without_experts")(_WithoutExpertsConfig)
+hf.register_quantizer("ktk_without_experts")(_WithoutExperts)
 
 
 @dataclass(frozen=True)

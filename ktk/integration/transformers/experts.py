@@ -18,6 +18,7 @@ import torch
 
 from ktk import backends, cpu
 from ktk.errors import CheckpointError
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.activations import join_gate_up, recognise
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE, as_weights
@@ -308,7 +309,7 @@ def drop_weights(module: Any) -> None:
     for name in weight_names(module):
         weight = module._parameters.pop(name)
         empty = torch.empty(0, dtype=weight.dtype, device="cpu")
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        hf.mark_initialised(empty)
         setattr(module, name, empty)
     handle = module.__dict__.get(_ATTRIBUTE)
     if handle is not None:

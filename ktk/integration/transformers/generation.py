@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
@@ -48,7 +47,7 @@ class _Stop(Exception):
     """Ends generate() between two forward passes."""
 
 
-class _Tokens(BaseStreamer):
+class _Tokens(hf.BaseStreamer):
     """Hands each generated token on; generate() gives it the prompt first."""
 
     def __init__(self, receive: Callable[[int], None]) -> None:
@@ -208,9 +207,7 @@ class Session:
 
     def _keep_common(self, ids: list[int]) -> None:
         """Crop the cache to the tokens it shares with a prompt, all but its last one at most: that one gives the logits."""
-        if (
-            not self.model._supports_default_dynamic_cache()
-        ):  # MiniMax-Text-01 makes its own, for each call
+        if hf.keeps_own_cache(self.model):  # MiniMax-Text-01
             return
         common = 0
         for cached, wanted in zip(self._cached, ids[:-1], strict=False):

@@ -24,6 +24,7 @@ from ktk.backends.llamafile import repack as repack_blocks
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.cpu import default_threads
 from ktk.errors import CheckpointError
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import attach, drop_weights, find_experts
 from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
 from ktk.integration.transformers.linear import KtkLinear, is_dense, replace_linears
@@ -317,9 +318,7 @@ def _fill(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Dequantise everything, several tensors at a time, the largest first."""
-    kept = {*(model._keep_in_fp32_modules_strict or ())}
-    if model.dtype == torch.float16:
-        kept |= {*(model._keep_in_fp32_modules or ())}
+    kept = hf.kept_in_float32(model)
     total, done = sum(plan.num_weights for plan in plans.values()), 0
 
     def read(item: tuple[str, _Plan]) -> tuple[str, torch.Tensor]:

@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktk import backends
 from ktk._log import logger
 from ktk.errors import CheckpointError
 from ktk.gguf_model import open_experts
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
     ModulePacker,
@@ -136,7 +133,7 @@ def use_ktk(
 def _select_ktk(model: torch.nn.Module, modules: list[torch.nn.Module]) -> None:
     configs = [getattr(owner, "config", None) for owner in (model, *modules)]
     for config in {id(c): c for c in configs if c is not None}.values():
-        config._experts_implementation = "ktk"
+        hf.set_experts_implementation(config, "ktk")
 
 
 def _log_left_eager(model: torch.nn.Module) -> None:
@@ -152,7 +149,7 @@ def _log_left_eager(model: torch.nn.Module) -> None:
         )
 
 
-class KtkConfig(QuantizationConfigMixin):
+class KtkConfig(hf.QuantizationConfigMixin):
     """``quantization_config`` of a packed directory; given to from_pretrained, packs a float model on load.
 
     weight_format, group_size, activation_group, method : as in ``use_ktk``. A packed directory's own values
@@ -197,7 +194,7 @@ class KtkConfig(QuantizationConfigMixin):
             setattr(self, name, value)
 
 
-class KtkHfQuantizer(HfQuantizer):
+class KtkHfQuantizer(hf.HfQuantizer):
     """Hangs packed experts on a model while from_pretrained loads the rest."""
 
     requires_calibration = False
@@ -222,7 +219,7 @@ class KtkHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """What save_pretrained calls before it writes the rest: the moment to write the experts."""
-        if not getattr(model, "_hf_peft_config_loaded", False):  # else it saves adapters only
+        if not hf.saves_adapters_only(model):
             write_experts(model)
         return None, {}
 
@@ -231,9 +228,10 @@ class KtkHfQuantizer(HfQuantizer):
         if self.source is None:
             return weight_conversions
         packed = {name for _, module in find_experts(model) for name in weight_names(module)}
-        targets = [(c, getattr(c, "_original_target_patterns", [])) for c in weight_conversions]
         return [
-            c for c, names in targets if not any(str(n).rpartition(".")[2] in packed for n in names)
+            conversion
+            for conversion in weight_conversions
+            if not any(name.rpartition(".")[2] in packed for name in hf.targets_of(conversion))
         ]
 
     @property
@@ -245,7 +243,7 @@ class KtkHfQuantizer(HfQuantizer):
         module, _, name = param_name.rpartition(".")
         return module in self.packers and name in weight_names(model.get_submodule(module))
 
-    def get_quantize_ops(self) -> ConversionOps:
+    def get_quantize_ops(self) -> hf.ConversionOps:
         return _PackParameter(self)
 
     def _process_model_before_weight_loading(
@@ -259,11 +257,9 @@ class KtkHfQuantizer(HfQuantizer):
             _check_layers(model, modules, self.source)
             for module in modules.values():
                 drop_weights(module)
-                module._is_hf_initialized = True
+                hf.mark_initialised(module)
             if self.source.is_beside:  # the directory's own experts stay unread: that is no mistake
-                known = {rf"(^|\.){re.escape(name)}\." for name in modules}
-                ignored = model._keys_to_ignore_on_load_unexpected
-                model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *known}
+                hf.ignore_unread(model, {rf"(^|\.){re.escape(name)}\." for name in modules})
         elif modules:
             for name, module in modules.items():
                 try:
@@ -320,7 +316,7 @@ class KtkHfQuantizer(HfQuantizer):
         model.save_pretrained = SavePretrained(model)
 
 
-class _PackParameter(ConversionOps):
+class _PackParameter(hf.ConversionOps):
     """Takes a parameter of float experts, as the model would have it, packs it, and leaves an empty one."""
 
     def __init__(self, quantizer: KtkHfQuantizer) -> None:
@@ -348,7 +344,7 @@ class _PackParameter(ConversionOps):
         return left
 
     @property
-    def reverse_op(self) -> ConversionOps:
+    def reverse_op(self) -> hf.ConversionOps:
         raise NotImplementedError("packed experts do not become float tensors again")
 
 
@@ -487,5 +483,5 @@ def _load_quantised(
     return model
 
 
-register_quantization_config("ktk")(KtkConfig)
-register_quantizer("ktk")(KtkHfQuantizer)
+hf.register_quantization_config("ktk")(KtkConfig)
+hf.register_quantizer("ktk")(KtkHfQuantizer)

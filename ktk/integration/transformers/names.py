@@ -1,33 +1,81 @@
-"""Names inside transformers, 5.20 to 5.24 and on: keywords and attributes that ktk reads or passes and that no documentation promises.
+"""Names inside transformers, 5.20 to 5.24 and on: classes, keywords and attributes that ktk uses and that no documentation promises.
 
 A release may rename any of them, and one place must change then: here. Where releases differ, what is installed is looked at, a signature or an
 attribute, never a version number. Code of a model's own (``trust_remote_code``) may be written for an older release than the
-installed one: what a caller hands to ktk is understood under every name.
+installed one: what a caller hands to ktk is understood under every name. What modules call their parts and weights (``q_proj``,
+``gate_up_proj``) are checkpoints' names too, which stay: they are with what reads them.
+``tests/test_transformers_names.py`` holds each claim against the installed release, and that no other module uses these names.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.core_model_loading import ConversionOps
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_EXPERTS_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
     "BATCH_CACHE",
     "BATCH_ROWS",
     "CACHE",
     "CACHE_GEOMETRY",
+    "MORE_ATTENTION",
     "POSITIONS",
+    "BaseStreamer",
+    "BatchRouter",
+    "BatchSampler",
+    "ConversionOps",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "HfQuantizer",
     "PagedAttentionCache",
+    "QuantizationConfigMixin",
+    "attention_implementation",
     "batch_inputs",
     "bounds_of_keys",
     "cache_in",
+    "cache_pages",
+    "experts_implementation",
+    "fatal_error",
+    "has_cache",
+    "ignore_unread",
+    "keeps_own_cache",
+    "kept_in_float32",
     "key_bounds",
+    "mark_initialised",
     "query_bounds",
+    "records_past",
+    "register_quantization_config",
+    "register_quantizer",
+    "running_requests",
+    "saves_adapters_only",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+    "set_attention_implementation",
+    "set_experts_implementation",
+    "take_over",
     "takes",
+    "targets_of",
 ]
 
 
@@ -36,17 +84,88 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+# --- which functions a model's modules call ----------------------------------------------------------------
+
+_EXPERTS_IMPLEMENTATION, _ATTENTION_IMPLEMENTATION = "_experts_implementation", "_attn_implementation"  # fmt: skip
+# Arguments of an attention function that make it compute more than softmax(q k) v.
+MORE_ATTENTION = ("position_bias", "softcap")
+
+
+def experts_implementation(config: Any) -> Any:
+    return getattr(config, _EXPERTS_IMPLEMENTATION)
+
+
+def set_experts_implementation(config: Any, name: Any) -> None:
+    """Of this config alone; a model's own method also sets its parts'."""
+    setattr(config, _EXPERTS_IMPLEMENTATION, name)
+
+
+def attention_implementation(config: Any) -> Any:
+    return getattr(config, _ATTENTION_IMPLEMENTATION)
+
+
+def set_attention_implementation(config: Any, name: Any) -> None:
+    """Unlike a model's own method, looks for no package that the name might stand for."""
+    setattr(config, _ATTENTION_IMPLEMENTATION, name)
+
+
 # --- a decoder layer's forward pass ----------------------------------------------------------------------
 
 _CACHE_NAMES = ("cache", "past_key_values")  # newest first
 # What generate() and the models' forward take the KV cache by.
 CACHE = next(name for name in _CACHE_NAMES if takes(GenerationMixin.prepare_inputs_for_generation, name))  # fmt: skip
 POSITIONS = "position_embeddings"  # (cosines, sines)
+_RECORDS_PAST, _DEFAULT_CACHE = "record_past", "_supports_default_dynamic_cache"
 
 
 def cache_in(named: Mapping[str, Any]) -> Any:
     """The KV cache among a forward's keyword arguments; None if there is none."""
     return next((named[name] for name in _CACHE_NAMES if named.get(name) is not None), None)
+
+
+def records_past(layer: Any) -> bool:
+    """Whether a cache layer keeps states that ``crop`` may ask for: assisted decoding."""
+    return bool(getattr(layer, _RECORDS_PAST, False))
+
+
+def keeps_own_cache(model: Any) -> bool:
+    """Whether generate() takes no cache for a model, which makes one of its own for each call."""
+    return not getattr(model, _DEFAULT_CACHE)()
+
+
+# --- loading and saving --------------------------------------------------------------------------------------
+
+_INITIALISED, _UNREAD = "_is_hf_initialized", "_keys_to_ignore_on_load_unexpected"
+_IN_FLOAT32, _IN_FLOAT32_OF_FLOAT16 = "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"
+_TARGETS, _ADAPTERS = "_original_target_patterns", "_hf_peft_config_loaded"
+
+
+def mark_initialised(owner: Any) -> None:
+    """A module or parameter that from_pretrained shall not fill."""
+    setattr(owner, _INITIALISED, True)
+
+
+def ignore_unread(model: Any, patterns: Iterable[str]) -> None:
+    """Tensors of a checkpoint that the model has no place for, and that is no mistake."""
+    setattr(model, _UNREAD, {*(getattr(model, _UNREAD) or ()), *patterns})
+
+
+def kept_in_float32(model: Any) -> set[str]:
+    """Parts of the names of parameters that stay in float32 whatever the model's dtype."""
+    kept = {*(getattr(model, _IN_FLOAT32) or ())}
+    if model.dtype == torch.float16:
+        kept |= {*(getattr(model, _IN_FLOAT32_OF_FLOAT16) or ())}
+    return kept
+
+
+def targets_of(conversion: Any) -> list[str]:
+    """The parameters, as patterns of names, that a step of loading makes."""
+    return [str(name) for name in getattr(conversion, _TARGETS, [])]
+
+
+def saves_adapters_only(model: Any) -> bool:
+    """Whether save_pretrained leaves the model's own weights out."""
+    return bool(getattr(model, _ADAPTERS, False))
 
 
 # --- a continuous batch's forward pass ---------------------------------------------------------------------
@@ -86,3 +205,87 @@ def batch_inputs(ids: torch.Tensor, cache: Any) -> dict[str, Any]:
         BATCH_CACHE: cache,
         "use_cache": False,
     }
+
+
+# --- the manager of continuous batches -----------------------------------------------------------------------
+
+
+class BatchSampler(ContinuousBatchingLogitsProcessorList):
+    """Stands where the manager has processors that all requests share; called by the generation thread.
+
+    choose : (ids of requests, scores float32 (rows, vocab_size)) -> scores in which each request's token is the largest; rows beyond
+    the requests are fillers.
+    """
+
+    def __init__(self, choose: Callable[[list[str], torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
+        self._choose = choose
+        self._rows: list[str] = []
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        return None
+
+    def prepare_tensor_args(
+        self, requests_in_batch: list[Any], arg_storage: torch.Tensor
+    ) -> torch.Tensor:
+        self._rows = [r.state.request_id for r in requests_in_batch if r.has_new_token]
+        return arg_storage
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
+    ) -> torch.Tensor:
+        return self._choose(self._rows, scores)
+
+
+class BatchRouter(OutputRouter):
+    """Stands where the manager hands out what is made, and keeps nothing; called by the generation thread.
+
+    receive : (a request's id, tokens made so far, whether it is finished, its error or None).
+    """
+
+    def __init__(self, receive: Callable[[str, int, bool, str | None], None]) -> None:
+        super().__init__()
+        self._receive = receive
+
+    def deliver(self, output: Any) -> None:
+        made = len(output.generated_tokens)
+        self._receive(output.request_id, made, output.is_finished(), output.error)
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+def take_over(manager: Any, sampler: BatchSampler, router: BatchRouter) -> None:
+    """Have a manager that has not started ask for tokens, and hand out what is made, elsewhere."""
+    manager.logit_processor, manager.output_router = sampler, router
+
+
+def has_cache(manager: Any) -> bool:
+    """Whether the generation thread has come so far."""
+    return manager.batch_processor is not None
+
+
+def fatal_error(manager: Any) -> Exception | None:
+    """What ended the generation thread."""
+    error: Exception | None = manager.background_thread_status.fatal_error
+    return error
+
+
+def running_requests(manager: Any) -> int:
+    """Requests that are being generated."""
+    return len(manager.batch_processor.scheduler.active_requests) if has_cache(manager) else 0
+
+
+def cache_pages(manager: Any) -> tuple[int, int]:
+    """(free, all) pages of the KV cache; those kept for a following prompt of the same beginning count as free."""
+    if not has_cache(manager):
+        return 0, 0
+    cache = manager.batch_processor.cache
+    held = sum(
+        len(blocks)
+        for allocator in cache.cache_allocators.values()
+        for blocks in list(allocator.block_table.values())  # the generation thread changes it
+    )
+    return cache.num_blocks - held, cache.num_blocks
