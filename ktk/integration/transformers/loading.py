@@ -206,6 +206,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
         self.source: ExpertsSource | None = (
             None  # of experts that are not in the model's own float tensors
         )
+        self.unread: set[str] = set()  # names of experts' parameters, if a source has them
         self.packers: dict[str, ModulePacker] = {}  # by module, while float experts are read
         self.error: Exception | None = None  # transformers swallows what is raised in its loop
 
@@ -223,21 +224,23 @@ class KtkHfQuantizer(hf.HfQuantizer):
             write_experts(model)
         return None, {}
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Without the experts' converters nothing looks for float experts, which come from elsewhere."""
-        if self.source is None:
-            return weight_conversions
-        packed = {name for _, module in find_experts(model) for name in weight_names(module)}
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Without the experts' converters nothing looks for float experts, which come from elsewhere.
+
+        model : not given by transformers 5.20.
+        """
         return [
             conversion
             for conversion in weight_conversions
-            if not any(name.rpartition(".")[2] in packed for name in hf.targets_of(conversion))
+            if not any(name.rpartition(".")[2] in self.unread for name in hf.targets_of(conversion))
         ]
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Of the experts' parameters on the device that a device_map gives them: they take nothing there."""
-        return 0
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """On the device that a device_map gives a parameter: those of experts take nothing there."""
+        is_expert = self.param_needs_quantization(model, param_name)
+        return 0 if is_expert else float(super().param_element_size(model, param_name, param))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, name = param_name.rpartition(".")
@@ -256,6 +259,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
         if self.source is not None:
             _check_layers(model, modules, self.source)
             for module in modules.values():
+                self.unread.update(weight_names(module))
                 drop_weights(module)
                 hf.mark_initialised(module)
             if self.source.is_beside:  # the directory's own experts stay unread: that is no mistake
