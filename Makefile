@@ -2,20 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Of all that is installed, and (the first up to pip 26.1, the second from 25.3 on) of what builds are given.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 MODEL ?=
 NUMA_TESTS ?= tests/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*/*.c ktk/_cy/*/*.h vendor/*/*.c vendor/*/*.h vendor/*/*/*.h)
 
-.PHONY: setup demo test test-numa lint bench doctor clean
+.PHONY: setup demo test test-numa test-versions lock lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
 
-# torch first: the constraint names the CPU build, and what follows must find it satisfied.
+# torch first: what follows must find it there.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[transformers,serve,dev]'
+	$(PIP) install -q torch
+	$(PIP) install -q -e '.[transformers,serve,dev]'
 	touch $@
 
 $(VENV)/.smollm2: | setup
@@ -36,6 +38,16 @@ test: setup lint
 # In a virtual machine with two NUMA nodes, emulated: minutes. As root it installs qemu, else it says how.
 test-numa: setup
 	$(BIN)/python tests/numa/run.py --install -- -m pytest $(NUMA_TESTS)
+
+# With the oldest and the newest packages that pyproject.toml allows, in throw-away environments: half an hour.
+test-versions:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python tests/versions/run.py
+
+# constraints.txt anew: the newest packages. Then `make test`.
+lock:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python tests/versions/lock.py
 
 lint: setup
 	$(BIN)/ruff check

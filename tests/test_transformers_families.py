@@ -72,6 +72,7 @@ def make_experts(module: str, name: str) -> torch.nn.Module:
 EXTRA: dict[str, dict[str, Any]] = {
     "AriaExperts": {"moe_num_experts": 4},
     "Inkling2Experts": {"mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0},
+    "Inkling2LoopExperts": {"mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0},
     "LongcatFlashExperts": {"expert_ffn_hidden_size": 48, "zero_expert_num": 1},
     "DbrxExperts": {"ffn_hidden_size": 48, "moe_num_experts": 4, "ffn_act_fn": {"name": "silu"}},
     "NllbMoeExperts": {
@@ -163,6 +164,7 @@ SMALL: dict[str, Any] = {
     "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 0, "num_dense_layers": 0,
     "ffn_hidden_size": 48, "o_lora_rank": 16, "o_groups": 2, "ssm_state_size": 8, "mamba_num_heads": 4,
     "mamba_head_dim": 16, "n_groups": 2, "moe_latent_size": None, "moe_shared_expert_overlap": False,
+    "unpadded_vocab_size": 64,
 }  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["sparse", "sparse"]},
