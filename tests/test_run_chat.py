@@ -176,6 +176,25 @@ def test_a_second_turn_prefills_only_what_is_new(opened: Any) -> None:
     assert third.text == fresh.text and fresh.prefilled_tokens == 33
 
 
+def test_a_long_prompt_is_read_in_chunks_behind_what_is_cached(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ktk.integration.transformers import generation
+    from ktk.integration.transformers.generation import Session
+    from ktk.integration.transformers.sampling import Sampling
+
+    prompt = list(range(5, 45))
+    longer = [*prompt, *range(50, 90)]
+    whole = [Session(opened.model, opened.tokenizer).generate(ids, Sampling(0.0), 4) for ids in (prompt, longer)]  # fmt: skip
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
+    session = Session(opened.model, opened.tokenizer)
+    for ids, want, expected in zip((prompt, longer), whole, ([16, 16, 8], [16, 16, 8]), strict=True):  # fmt: skip
+        with forwarded(opened.model) as lengths:
+            got = session.generate(ids, Sampling(0.0), 4)
+        assert lengths == [*expected, 1, 1, 1]
+        assert got.text == want.text
+
+
 def test_a_stopped_answer_leaves_a_usable_cache(opened: Any) -> None:
     from ktk.integration.transformers.generation import Session
     from ktk.integration.transformers.sampling import Sampling

@@ -23,7 +23,6 @@ PACKAGE, NAMES = Path(ktk.__file__).parent, Path(hf.__file__)
 # Words that mean something elsewhere too: in a config.json, in the documentation of models, in ktk itself.
 COMMON = {
     "cache",
-    "dtype",
     "error",
     "generated_tokens",
     "head_dim",
@@ -33,9 +32,7 @@ COMMON = {
     "logits_to_keep",
     "num_blocks",
     "num_key_value_heads",
-    "parameters",
     "request_id",
-    "shape",
     "state",
     "update",
     "use_cache",
@@ -80,6 +77,13 @@ def test_a_cache_is_found_under_either_name(name: str) -> None:
     assert hf.cache_in({"cache": None}) is hf.cache_in({}) is None
 
 
+def test_a_forward_pass_can_compute_the_last_logits_only() -> None:
+    model = cases.make_model("qwen3_moe")
+    with torch.no_grad():
+        assert model(IDS, **hf.last_logits(model)).logits.shape[1] == 1
+    assert hf.last_logits(model.model) == {}
+
+
 # --- no other module names what is named there ---------------------------------------------------------------
 
 
@@ -97,12 +101,12 @@ def words(path: Path) -> set[str]:
 
 
 def of_transformers() -> set[str]:
-    """Strings that names.py gives transformers, and attributes it reads there, except its own and Python's."""
+    """Strings that names.py gives transformers, and attributes it reads there, except its own, Python's and torch's."""
     own = set(hf.__all__) | {name for name in vars(hf) if not name.startswith("__")}
     tree = ast.parse(NAMES.read_text())
     own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "torch", "inspect")}  # fmt: skip
     local = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    python = {name for kind in (dict, list, set, str, tuple) for name in dir(kind)}
+    python = {name for kind in (dict, list, set, str, tuple, torch.Tensor, torch.nn.Module) for name in dir(kind)}  # fmt: skip
     return words(NAMES) - own - python - local - COMMON
 
 

@@ -10,7 +10,12 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 from transformers_cases import (
     FAMILIES,
     SEED,
@@ -29,6 +34,11 @@ from ktk.integration.transformers.experts import handle_of
 from ktk.integration.transformers.gradients import ExpertsFunction
 from ktk.reference.moe import ExactExperts
 
+CHECKPOINTING = next(  # the second up to transformers 5.22, where it warns since
+    name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(PreTrainedModel, name)
+)
 GRADIENT_MODULES = (
     "qwen3_moe.Qwen3MoeExperts",  # an activation ktk does not have
     "mixtral.MixtralExperts",
@@ -141,7 +151,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
     found = []
     for is_checkpointed in (False, True):
         if is_checkpointed:
-            model.activation_checkpointing_enable()
+            getattr(model, CHECKPOINTING)()
         model.train()
         model.zero_grad()
         model(prompt(), labels=prompt(), use_cache=False).loss.backward()

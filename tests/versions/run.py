@@ -28,6 +28,7 @@ from pathlib import Path
 from requirements import ROOT, lowest, name_of, pinned, required
 
 EXTRAS = ("transformers", "serve")
+TOOLS = ("httpx",)  # what the test client of an older Starlette asks for
 SHOWN = ("transformers", "torch", "numpy", "numba", "llvmlite")
 # What stands on these packages; the kernels and formats beneath do not.
 TESTS = (
@@ -89,30 +90,38 @@ def build_wheel(folder: Path) -> Path:
 
 
 def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -> Result:
-    """Make an environment in a folder, run the tests there, and say how it went."""
+    """Make an environment in a folder, unless one is there, run the tests in it, and say how it went."""
     python = folder / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    held = folder / "constraints.txt"
-    held.write_text("\n".join(environment.constraints))
-    wanted = [f"{wheel}[{','.join((*EXTRAS, 'plot', 'dev'))}]", *environment.requirements]
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        held = folder / "constraints.txt"
+        held.write_text("\n".join(environment.constraints))
+        wanted = [
+            f"{wheel}[{','.join((*EXTRAS, 'plot', 'dev'))}]",
+            *TOOLS,
+            *environment.requirements,
+        ]
+        install = [str(python), "-m", "pip", "install", "-q", "-c", str(held), *wanted]
+    else:
+        install = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)]  # fmt: skip
     installed = subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", "-c", str(held), *wanted],
-        check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        install, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if installed.returncode:
         print(installed.stdout, file=sys.stderr)
         return Result(environment.name, {}, error=f"pip: {installed.stdout.strip()[-200:]}")
     versions = installed_versions(python)
     report, work = folder / "report.xml", folder / "work"
-    work.mkdir()
+    report.unlink(missing_ok=True)
+    work.mkdir(exist_ok=True)
     # From another folder, so that `import ktk` there, and in what tests start, finds the wheel.
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run(
+    tested = subprocess.run(
         [str(python), "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--junitxml={report}", *tests],
         check=False, cwd=work, env=variables,
     )  # fmt: skip
-    if not report.is_file():
-        return Result(environment.name, versions, error="pytest did not run")
+    if tested.returncode not in (0, 1) or not report.is_file():
+        return Result(environment.name, versions, error=f"pytest ended with {tested.returncode}")
     return counted(environment.name, versions, report)
 
 
@@ -152,14 +161,24 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=known, default=list(known))
-    parser.add_argument("--keep", type=Path, help="leave the environments in this folder")
-    parser.add_argument("tests", nargs="*", help="test files; default: what stands on the packages")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="leave the environments in this folder, and use those that are there",
+    )
+    parser.add_argument("--wheel", type=Path, help="of ktk, instead of one built of this tree")
+    parser.add_argument(
+        "tests",
+        nargs="*",
+        type=os.path.abspath,
+        help="test files; default: what stands on the packages",
+    )
     options = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="ktk-versions-")) if options.keep is None else options.keep
     results = []
     try:
         base.mkdir(parents=True, exist_ok=True)
-        wheel = build_wheel(Path(tempfile.mkdtemp(dir=base)))
+        wheel = options.wheel or build_wheel(Path(tempfile.mkdtemp(dir=base)))
         for name in options.only:
             folder = base / name.replace(" ", "-")
             print(f"--- {name}", flush=True)

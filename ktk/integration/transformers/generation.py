@@ -168,6 +168,7 @@ class Session:
         prefilled = len(ids) - len(self._cached)
         hook = self.model.register_forward_pre_hook(self._check_stopped)
         try:
+            self._prefill(ids)
             self.model.generate(
                 torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -176,7 +177,6 @@ class Session:
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
-                prefill_chunk_size=None if self._cache is None else PREFILL_CHUNK,
                 logits_processor=LogitsProcessorList([ChosenBySampler(sampler)]),
                 streamer=_Tokens(take),
                 use_cache=True,
@@ -189,6 +189,16 @@ class Session:
                 sequence = ids + [token.id for token in sampler.tokens]
                 self._cached = sequence[: self._cache.get_seq_length()]
         return prefilled
+
+    @torch.no_grad()
+    def _prefill(self, ids: list[int]) -> None:
+        """Run a prompt but for its last chunk. generate() with prefill_chunk_size reads all again in transformers 5.20, cached or not."""
+        if self._cache is None:
+            return
+        for start in range(len(self._cached), len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
+            chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]])
+            named = {**hf.last_logits(self.model), hf.CACHE: self._cache}
+            self.model(input_ids=chunk, use_cache=True, **named)
 
     def _room(self, ids: list[int], max_tokens: int | None) -> int:
         longest = self.max_context

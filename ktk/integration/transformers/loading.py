@@ -207,6 +207,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
             None  # of experts that are not in the model's own float tensors
         )
         self.unread: set[str] = set()  # names of experts' parameters, if a source has them
+        self.dtypes: dict[str, torch.dtype] = {}  # of the tensors of a packed directory's model
         self.packers: dict[str, ModulePacker] = {}  # by module, while float experts are read
         self.error: Exception | None = None  # transformers swallows what is raised in its loop
 
@@ -256,6 +257,8 @@ class KtkHfQuantizer(hf.HfQuantizer):
         _log_left_eager(model)
         config = self.quantization_config
         self.source = self._open(checkpoint_files)
+        if self.pre_quantized:
+            self.dtypes = hf.dtypes(model)
         if self.source is not None:
             _check_layers(model, modules, self.source)
             for module in modules.values():
@@ -299,6 +302,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.error is not None:
             raise self.error
+        hf.restore_dtypes(model, self.dtypes)
         config = self.quantization_config
         method = _method.get() or config.method
         for name, module in find_experts(model):

@@ -55,6 +55,7 @@ __all__ = [
     "bounds_of_keys",
     "cache_in",
     "cache_pages",
+    "dtypes",
     "experts_implementation",
     "fatal_error",
     "has_cache",
@@ -62,11 +63,13 @@ __all__ = [
     "keeps_own_cache",
     "kept_in_float32",
     "key_bounds",
+    "last_logits",
     "mark_initialised",
     "query_bounds",
     "records_past",
     "register_quantization_config",
     "register_quantizer",
+    "restore_dtypes",
     "running_requests",
     "saves_adapters_only",
     "sdpa_attention_forward",
@@ -115,6 +118,7 @@ _CACHE_NAMES = ("cache", "past_key_values")  # newest first
 # What generate() and the models' forward take the KV cache by.
 CACHE = next(name for name in _CACHE_NAMES if takes(GenerationMixin.prepare_inputs_for_generation, name))  # fmt: skip
 POSITIONS = "position_embeddings"  # (cosines, sines)
+_LOGITS = "logits_to_keep"
 _RECORDS_PAST, _DEFAULT_CACHE = "record_past", "_supports_default_dynamic_cache"
 
 
@@ -131,6 +135,11 @@ def records_past(layer: Any) -> bool:
 def keeps_own_cache(model: Any) -> bool:
     """Whether generate() takes no cache for a model, which makes one of its own for each call."""
     return not getattr(model, _DEFAULT_CACHE)()
+
+
+def last_logits(model: Any) -> dict[str, int]:
+    """What has a model's forward pass compute the last token's logits only, where it can."""
+    return {_LOGITS: 1} if takes(type(model).forward, _LOGITS) else {}
 
 
 # --- loading and saving --------------------------------------------------------------------------------------
@@ -158,6 +167,25 @@ def kept_in_float32(model: Any) -> set[str]:
     return kept
 
 
+def dtypes(model: Any) -> dict[str, torch.dtype]:
+    """Of a model's tensors before they are loaded: what they are to have."""
+    kept = kept_in_float32(model)
+    return {
+        name: torch.float32 if any(part in name for part in kept) else tensor.dtype
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def restore_dtypes(model: Any, wanted: Mapping[str, torch.dtype]) -> None:
+    """5.20 leaves the tensors of a quantised checkpoint that it renames in the checkpoint's dtype."""
+    for name, tensor in model.state_dict().items():
+        dtype = wanted.get(name, tensor.dtype)
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            parent, _, own = name.rpartition(".")
+            module = model.get_submodule(parent)
+            getattr(module, own).data = tensor.to(dtype)
+
+
 def targets_of(conversion: Any) -> list[str]:
     """The parameters, as patterns of names, that a step of loading makes."""
     return [str(name) for name in getattr(conversion, _TARGETS, [])]
@@ -171,7 +199,7 @@ def saves_adapters_only(model: Any) -> bool:
 # --- a continuous batch's forward pass ---------------------------------------------------------------------
 
 # Of one row for each token, or for each sequence whose next token is wanted.
-BATCH_ROWS = ("input_ids", "position_ids", "logits_indices", "logits_to_keep")
+BATCH_ROWS = ("input_ids", "position_ids", "logits_indices", _LOGITS)
 BATCH_CACHE = "cache"  # in 5.20 to 5.23 beside past_key_values, for attention functions; since then the layers' own
 CACHE_GEOMETRY = (
     "num_key_value_heads",
