@@ -26,6 +26,7 @@ BLOCK = 64
 # sequence, this costs 5 to 10 %.
 MIN_ROWS = 4
 MIN_ROWS_BF16 = 2
+_IGNORED = {*hf.PLUMBING, "dropout", "is_causal"}
 
 
 def pad_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,11 +59,13 @@ def paged_attention(
     """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim).
 
     key, value : all that the tokens see, unless a cache is among the arguments, which then is to be updated here.
-    s_aux : (heads,), logits of each head's sink. Raises ValueError for attention that is more than this.
+    s_aux : (heads,), logits of each head's sink. Raises ValueError for attention that may be more than this.
     """
-    for name in hf.MORE_ATTENTION:
-        if kwargs.get(name) is not None:
+    for name, given in kwargs.items():
+        if name not in _IGNORED and given is not None:
             raise ValueError(f"attention has {name}")
+    if kwargs.get("dropout") or kwargs.get("is_causal") is False:
+        raise ValueError("attention has dropout, or sees what is to come")
     rows = query.shape[2]
     cache = hf.cache_in(kwargs)
     if cache is not None:

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 
 from ktk.errors import KtkError
 from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.attention_names import decides_by_name
 from ktk.integration.transformers.linear import keep_bits_for_any_batch
 from ktk.integration.transformers.open import OpenModel, size
 from ktk.integration.transformers.sampling import only
@@ -33,6 +34,8 @@ class BatchingEngine(Engine):
         super().__init__(opened, limits)
         AttentionInterface.register(NAME, paged_attention)
         self._attention = hf.attention_implementation(self.model.config)
+        if kind := decides_by_name(self.model, self._attention, NAME):
+            raise CannotBatch(f"{kind} computes by its attention implementation's name")
         with self._own_attention():
             self._shapes = cached_shapes(self.model)
         page_bytes = PAGE * self._cache_bytes_per_token()

@@ -25,7 +25,6 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -34,12 +33,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_EXPERTS_FUNCTIONS",
-    "ALL_MASK_ATTENTION_FUNCTIONS",
     "BATCH_CACHE",
     "BATCH_ROWS",
     "CACHE",
     "CACHE_GEOMETRY",
+    "IMPLEMENTATION_NAMES",
+    "IMPLEMENTATION_PASSED",
+    "IMPLEMENTATION_QUESTION",
     "MORE_ATTENTION",
+    "PLUMBING",
     "POSITIONS",
     "BaseStreamer",
     "BatchRouter",
@@ -73,7 +75,6 @@ __all__ = [
     "running_requests",
     "saves_adapters_only",
     "sdpa_attention_forward",
-    "sdpa_mask",
     "set_attention_implementation",
     "set_experts_implementation",
     "take_over",
@@ -90,6 +91,9 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 # --- which functions a model's modules call ----------------------------------------------------------------
 
 _EXPERTS_IMPLEMENTATION, _ATTENTION_IMPLEMENTATION = "_experts_implementation", "_attn_implementation"  # fmt: skip
+# In the code of models: the attributes that hold the name, what asks for it, and the method that it is only passed to.
+IMPLEMENTATION_NAMES = {_ATTENTION_IMPLEMENTATION, "_attn_implementation_internal"}
+IMPLEMENTATION_QUESTION, IMPLEMENTATION_PASSED = "is_flash_attention_requested", "get_interface"
 # Arguments of an attention function that make it compute more than softmax(q k) v.
 MORE_ATTENTION = ("position_bias", "softcap")
 
@@ -216,6 +220,14 @@ def query_bounds(named: Mapping[str, Any]) -> Any:
 def key_bounds(named: Mapping[str, Any]) -> Any:
     """Where each sequence's keys begin, and the last one's end, once the layer's cache is updated."""
     return named[_KEY_BOUNDS]
+
+
+# Keyword arguments of attention functions, all releases, that say where tokens lie and what is to be returned, not what is computed.
+PLUMBING = {
+    *_CACHE_NAMES, _QUERY_BOUNDS, _KEY_BOUNDS, *BATCH_ROWS, "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k",
+    "write_index", "read_index", "block_table", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "logits_processor_args",
+}  # fmt: skip
 
 
 def bounds_of_keys(bounds: Any) -> dict[str, Any]:
