@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ktk._log import logger
 from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError
 from ktk.formats.floats import f32_to_bf16, to_f32
 from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
 from ktk.models.whole import WHOLE_MODELS, Tensor, WholeModel
+from ktk.models.whole.ends import end_keys
 from ktk.models.whole.tokenizer import PRE_TOKENIZERS
 
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -200,12 +202,14 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     for token, index in model["vocab"].items():
         put(token, index, BYTE if not is_bytes and BYTE_TOKEN.fullmatch(token) else NORMAL)
     for added in described.get("added_tokens", ()):
-        kind = CONTROL if added.get("special") else USER_DEFINED
-        put(
-            added["content"],
-            added["id"],
-            UNKNOWN if added["content"] == model.get("unk_token") else kind,
-        )
+        put(added["content"], added["id"], CONTROL if added.get("special") else USER_DEFINED)
+    ids = {token: index for index, token in enumerate(tokens)}
+    ends = _end_ids(directory, vocab_size)
+    special = {ids[text] for text in _special_texts(settings) if text in ids}
+    for index in special.union(ends):
+        types[index] = CONTROL
+    if not is_bytes and model.get("unk_token") in ids:
+        types[ids[model["unk_token"]]] = UNKNOWN
     found: dict[str, Any] = {"tokenizer.ggml.model": "gpt2" if is_bytes else "llama"}
     if is_bytes:
         found["tokenizer.ggml.pre"] = _pre_name(path, described.get("pre_tokenizer"))
@@ -224,12 +228,17 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
             or '"prepend_scheme": "' in normalizer.replace('"prepend_scheme": "never"', "")
         )
     found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"] = tokens, types
-    ids = {token: index for index, token in enumerate(tokens)}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = settings.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        token = _text_of(settings.get(f"{name}_token"))
         if token in ids:
             found[f"tokenizer.ggml.{key}_token_id"] = ids[token]
+    keys, unsaid = end_keys(ends, found.get("tokenizer.ggml.eos_token_id"), tokens)
+    found.update(keys)
+    if unsaid:
+        logger.warning(
+            "%s: %s end an answer: a GGUF file can name three such tokens, so only ktk will end there",
+            directory, ", ".join(repr(tokens[i]) for i in unsaid),
+        )  # fmt: skip
     found["tokenizer.ggml.add_bos_token"] = _begins_with(described, settings.get("bos_token"))
     template = directory / "chat_template.jinja"
     text = (
@@ -242,12 +251,38 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     return found
 
 
+def _text_of(token: Any) -> str | None:
+    """A token's text, as tokenizer_config.json has it in either of two forms."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _special_texts(settings: dict[str, Any]) -> set[str]:
+    """Tokens that tokenizer_config.json calls special, which tokenizer.json need not repeat."""
+    found = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or ()
+        found += more.values() if isinstance(more, dict) else more
+    decoder = settings.get("added_tokens_decoder") or {}
+    found += [token for token in decoder.values() if token.get("special")]
+    return {text for token in found if (text := _text_of(token)) is not None}
+
+
+def _end_ids(directory: Path, vocab_size: int) -> list[int]:
+    """What ends an answer: generation_config.json's list, else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            given = read_json_object(directory / name).get("eos_token_id")
+            ends = given if isinstance(given, list) else [] if given is None else [given]
+            if ends:
+                return [i for i in ends if i < vocab_size]
+    return []
+
+
 def _begins_with(described: dict[str, Any], bos: Any) -> bool:
     """Whether the post-processor puts the bos token before a text."""
-    token = bos.get("content") if isinstance(bos, dict) else bos
-    return isinstance(token, str) and json.dumps(token) in json.dumps(
-        described.get("post_processor")
-    )
+    token = _text_of(bos)
+    return token is not None and json.dumps(token) in json.dumps(described.get("post_processor"))
 
 
 def _pre_name(path: Path, described: Any) -> str:

@@ -67,7 +67,7 @@ def greedy(model: Any) -> list[int]:
     count = 8 if model.config.num_hidden_layers < 9 else 2
     out = model.generate(
         IDS[:, :16], attention_mask=torch.ones(1, 16), max_new_tokens=count, min_new_tokens=count,
-        do_sample=False, pad_token_id=0,
+        do_sample=False, pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
     return out[0].tolist()
 

@@ -26,7 +26,7 @@ from ktk.cpu import default_threads
 from ktk.errors import CheckpointError
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import attach, drop_weights, find_experts
-from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
+from ktk.integration.transformers.gguf_tokenizer import gguf_ends, load_gguf_tokenizer
 from ktk.integration.transformers.linear import KtkLinear, is_dense, replace_linears
 from ktk.integration.transformers.loading import LINEAR_FORMATS, KtkConfig, KtkHfQuantizer, layer_of
 from ktk.integration.transformers.saving import SavePretrained
@@ -123,7 +123,8 @@ def load_gguf_model(
             blocks = repack_blocks(blocks, num_threads or default_threads())
         attach(module, blocks, method, num_threads)
     model.set_experts_implementation("ktk")
-    model.generation_config.eos_token_id = _end_of_generation(experts.checkpoint, config)
+    ends = [i for i in gguf_ends(experts.checkpoint) if i < config.vocab_size]
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
     model.hf_quantizer = KtkHfQuantizer(KtkConfig(method=method, gguf=path), pre_quantized=False)
     model.save_pretrained = SavePretrained(model)
     model.config._name_or_path = os.fspath(path)
@@ -416,36 +417,6 @@ def _make_rotary(checkpoint: GgufCheckpoint, model: Any) -> None:
             made.inv_freq /= torch.from_numpy(factors)
             made.original_inv_freq = made.inv_freq
         model.set_submodule(name, made)
-
-
-# Control tokens that end a turn whatever the metadata names: files of chat models often name only the end of a text.
-ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|user|>",
-    "<|observation|>",
-)
-
-
-def _end_of_generation(checkpoint: GgufCheckpoint, config: Any) -> int | list[int] | None:
-    """The ids that end an answer: what the metadata names so, and what vocabularies call so."""
-    metadata = checkpoint.metadata
-    keys = ("eos", "eot", "eom")
-    found = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
-    lists = [f"tokenizer.ggml.{key}" for key in ("tokens", "token_type")]
-    if all(key in metadata and metadata.size(key) is not None for key in lists):
-        tokens, kinds = (metadata[key] for key in lists)
-        is_harmony = "<|return|>" in tokens
-        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
-            # In gpt-oss' format <|end|> ends a message, after which the answer goes on.
-            if kind == 3 and token in ENDS and not (is_harmony and token == "<|end|>"):
-                found.append(index)
-    ids = list(dict.fromkeys(i for i in found if type(i) is int and 0 <= i < config.vocab_size))
-    return ids if len(ids) > 1 else ids[0] if ids else None
 
 
 __all__ = ["load_gguf_model", "load_gguf_tokenizer"]

@@ -19,9 +19,10 @@ from tokenizers import (
 
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
+from ktk.models.whole.ends import CONTROL, end_ids
 from ktk.models.whole.tokenizer import BY_NAME
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # of tokenizer.ggml.token_type
+UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6  # of tokenizer.ggml.token_type
 MAX_TOKENS = 1 << 22
 SPACE = "▁"
 # transformers' name -> what comes before _token_id
@@ -71,6 +72,13 @@ def load_gguf_tokenizer(path: str | os.PathLike[str]) -> Any:
     return made
 
 
+def gguf_ends(checkpoint: GgufCheckpoint) -> list[int]:
+    """Ids of the tokens that end an answer; without a tokenizer in the file, what the metadata names so."""
+    if "tokenizer.ggml.tokens" not in checkpoint.metadata:
+        return end_ids(checkpoint.metadata, ())
+    return _Fields(checkpoint).ends
+
+
 class _Fields:
     """The tokenizer's keys, checked."""
 
@@ -83,11 +91,15 @@ class _Fields:
             first = next(a for a, b in itertools.pairwise(twice) if a == b)
             raise self.error(f"tokenizer.ggml.tokens holds {first!r} twice")
         has_types = "tokenizer.ggml.token_type" in self.metadata
-        self.types: list[int] = self.array("token_type", int) if has_types else [1] * count
+        self.types: list[int] = list(self.array("token_type", int)) if has_types else [1] * count
         if len(self.types) != count:
             raise self.error(
                 f"tokenizer.ggml.token_type has {len(self.types)} entries, tokens {count}"
             )
+        # As llama.cpp has it: what ends an answer is no part of it, whatever type the file gives it.
+        self.ends = [i for i in end_ids(self.metadata, self.tokens, self.types) if i < count]
+        for index in self.ends:
+            self.types[index] = CONTROL
 
     def get(self, key: str, kind: type) -> Any:
         """``tokenizer.ggml.{key}``, None if there is none."""
