@@ -27,7 +27,6 @@ WEIGHS_INPUT = "routing weights multiply the experts' input in this architecture
 OUTPUT_SCALES = "the experts' output scales are part of the down projections"
 # config.json's name -> the metadata's, after the architecture
 CONFIG_KEYS = {
-    "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "n_shared_experts": "expert_shared_count",
@@ -154,6 +153,8 @@ class _GgufJob(Job):
             value = metadata.get(f"{experts.architecture}.{name}")
             if type(value) is int:
                 config[key] = value
+        if experts.num_layers is not None:
+            config["num_hidden_layers"] = experts.num_layers
         config["num_experts"] = spec.num_experts
         config["moe_intermediate_size"] = spec.intermediate_size
         if f"{experts.architecture}.expert_used_count" in metadata:

@@ -54,7 +54,7 @@ from ktk.errors import CheckpointError
 from ktk.formats import GGUF
 from ktk.ggml_quantise import BLOCK_TYPES, BlockType
 from ktk.models import Config, Experts
-from ktk.models.base import INTERMEDIATE_KEYS
+from ktk.models.base import INTERMEDIATE_KEYS, NUM_LAYERS_KEYS
 from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec
 
 ALIGNMENT = 32  # of tensors, the GGUF format's default
@@ -484,8 +484,7 @@ def _metadata(config: Config, experts: Experts, specs: dict[int, MoESpec]) -> di
     """What GGUF programs want to know about the experts, by key after the architecture; as far as the config says it."""
     spec = next(iter(specs.values()))
     counted = {
-        "block_count": config.size(("num_hidden_layers", "n_layer", "num_layers"))
-        or max(specs) + 1,
+        "block_count": config.size(NUM_LAYERS_KEYS) or max(specs) + 1,
         "embedding_length": config.size(("hidden_size",)) or spec.hidden_size,
         "feed_forward_length": config.size(
             ("intermediate_size", *INTERMEDIATE_KEYS), experts.layers[0]

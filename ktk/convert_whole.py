@@ -16,6 +16,7 @@ from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError
 from ktk.formats.floats import f32_to_bf16, to_f32
 from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
+from ktk.models.prediction import predicts
 from ktk.models.whole import WHOLE_MODELS, Tensor, WholeModel
 from ktk.models.whole.ends import end_keys
 from ktk.models.whole.tokenizer import PRE_TOKENIZERS
@@ -114,9 +115,7 @@ class RestOfModel:
         unused = [
             name
             for name in tensors
-            if name not in used
-            and not name.endswith("inv_freq")
-            and not _predicts(name, num_layers)
+            if name not in used and not name.endswith("inv_freq") and not predicts(name, num_layers)
         ]
         if unused:
             raise CheckpointError(
@@ -164,12 +163,6 @@ class RestOfModel:
             return encode_rows(values.reshape(-1, tensor.shape[-1]), tensor.type)
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.path}: {tensor.source}: {error}") from None
-
-
-def _predicts(name: str, num_layers: int) -> bool:
-    """Whether a tensor belongs to a layer of multi-token prediction, which comes after the model's own."""
-    found = re.search(r"(?:^|\.)layers\.(\d{1,5})\.", name)
-    return found is not None and int(found[1]) >= num_layers
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.base import Config, Experts, Family, Layer
+from ktk.models.base import NUM_LAYERS_KEYS, Config, Experts, Family, Layer
 from ktk.models.coding import SOURCE_DTYPES
 from ktk.models.deepseek import DEEPSEEK
 from ktk.models.ffn import FFN
@@ -37,6 +37,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def find_num_layers(checkpoint: Checkpoint) -> int | None:
+    """Layers of the model by its config, those of multi-token prediction left out; None if it does not say."""
+    return Config(checkpoint.config, str(checkpoint.directory / "config.json")).size(
+        NUM_LAYERS_KEYS
+    )
+
+
 def find_experts(checkpoint: Checkpoint) -> Experts:
     """The experts of a checkpoint: its family from the tensor names, shapes and activation checked.
 
@@ -44,7 +51,7 @@ def find_experts(checkpoint: Checkpoint) -> Experts:
     Raises CheckpointError if no family or several fit, experts are missing, or shapes contradict config.json.
     """
     config = Config(checkpoint.config, str(checkpoint.directory / "config.json"))
-    num_layers = config.size(("num_hidden_layers", "n_layer", "num_layers"))
+    num_layers = config.size(NUM_LAYERS_KEYS)
     found: dict[str, dict[int, dict[str, re.Match[str]]]] = {}
     for family in FAMILIES.values():
         pattern = family.pattern()
@@ -77,4 +84,12 @@ def find_experts(checkpoint: Checkpoint) -> Experts:
     return Experts(family, config, layers, activation, str(checkpoint.path))
 
 
-__all__ = ["FAMILIES", "SOURCE_DTYPES", "Config", "Experts", "Family", "find_experts"]
+__all__ = [
+    "FAMILIES",
+    "SOURCE_DTYPES",
+    "Config",
+    "Experts",
+    "Family",
+    "find_experts",
+    "find_num_layers",
+]

@@ -35,6 +35,7 @@ from ktk.types import Activation, BlockExperts, BlockMatrix, CodedExpert, Expert
 LAYER_PREFIX = r"(?:(?:model|language_model\.model|model\.language_model|backbone)\.)?layers"
 INDEX = r"(?:0|[1-9]\d{0,4})"
 NUM_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",

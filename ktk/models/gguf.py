@@ -89,6 +89,12 @@ class GgufExperts:
         self._specs: dict[int, MoESpec] = {}
 
     @property
+    def num_layers(self) -> int | None:
+        """Layers of the model, those of multi-token prediction left out; None if the metadata does not say."""
+        count = _size(self.checkpoint, f"{self.architecture}.block_count")
+        return count and count - _num_predicting(self.checkpoint, self.architecture)
+
+    @property
     def num_experts_per_tok(self) -> int:
         """Experts a token goes to; CheckpointError if the metadata does not say."""
         key = f"{self.architecture}.expert_used_count"
@@ -315,13 +321,17 @@ def _leave_out_prediction(checkpoint: GgufCheckpoint, name: str, found: dict[int
         raise CheckpointError(
             f"{checkpoint.path}: layer {max(found)} has experts, but {key} is {num_layers}"
         )
-    predicted = _size(checkpoint, f"{name}.nextn_predict_layers") or 0
+    predicted = _num_predicting(checkpoint, name)
     for layer in [layer for layer in found if layer >= num_layers - predicted]:
         del found[layer]
     if not found:
         raise CheckpointError(
             f"{checkpoint.path}: {key} is {num_layers} and {name}.nextn_predict_layers {predicted}: no layer is left"
         )
+
+
+def _num_predicting(checkpoint: GgufCheckpoint, name: str) -> int:
+    return _size(checkpoint, f"{name}.nextn_predict_layers") or 0
 
 
 def _layer_parts(

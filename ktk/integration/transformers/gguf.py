@@ -33,6 +33,7 @@ from ktk.integration.transformers.saving import SavePretrained
 from ktk.linear import Linear
 from ktk.memory import aligned_buffer
 from ktk.models.gguf import find_gguf_experts
+from ktk.models.prediction import gguf_predicts
 from ktk.models.whole import Source, Tensor, WholeModel, whole_model
 from ktk.models.whole.base import Fields
 from ktk.requantise import packed_format
@@ -194,7 +195,9 @@ def _plan(
             f"{checkpoint.path}: {len(named)} tensors are missing: {_some(named)}"
         )
     unused = [
-        name for name in checkpoint.tensors if name not in known and not _predicts(name, num_layers)
+        name
+        for name in checkpoint.tensors
+        if name not in known and not gguf_predicts(name, num_layers)
     ]
     if unused:
         raise CheckpointError(
@@ -298,13 +301,6 @@ def _linear(
         bias = _read(checkpoint, plan.bias, torch.float32, fields)
     matrix = BlockMatrix(tensor.type, tensor.shape[1], blocks[None])
     return KtkLinear(Linear.of_blocks(matrix, bias, num_threads=num_threads), weight.target.dtype)
-
-
-def _predicts(name: str, num_layers: int) -> bool:
-    """Whether a tensor belongs to a layer of multi-token prediction: the file's last ones, which no model here has."""
-    head, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    return head == "blk" and number.isdecimal() and int(number) >= num_layers
 
 
 def _some(names: list[str]) -> str:

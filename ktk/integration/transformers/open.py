@@ -16,8 +16,9 @@ from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.checkpoint.packed import QUANT_METHOD, layer_path, read_config
 from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError, KtkError
-from ktk.models import find_experts
+from ktk.models import find_experts, find_num_layers
 from ktk.models.gguf import GgufExperts, find_gguf_experts
+from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole import WHOLE_MODELS, Source
 from ktk.types import MoESpec
 
@@ -284,10 +285,12 @@ def _describe_float(
 
 
 def _rest_bytes(checkpoint: Checkpoint, taken: set[str], dtype: str) -> int:
-    """Bytes of all tensors but the taken ones and packed experts, once they are in ``dtype``."""
+    """Bytes of all tensors that a model loads but the taken ones and packed experts, once they are in ``dtype``."""
     count = 0
+    num_layers = find_num_layers(checkpoint)
     for name, info in checkpoint.tensors.items():
-        if name not in taken and not info.file.name.startswith("ktk-experts-"):
+        is_packed = info.file.name.startswith("ktk-experts-")
+        if name not in taken and not is_packed and not predicts(name, num_layers):
             count += math.prod(info.shape)
     return count * DTYPE_BYTES[dtype]
 
@@ -344,6 +347,7 @@ def _describe_gguf(
     experts = find_gguf_experts(checkpoint)
     taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
     expert_bytes = sum(t.num_bytes for name, t in checkpoint.tensors.items() if name in taken)
+    taken |= {name for name in checkpoint.tensors if gguf_predicts(name, experts.num_layers)}
     blocks_of = _gguf_linears(experts) if linear in (None, "file") else set()
     linear_bytes = sum(checkpoint.tensors[name].num_bytes for name in blocks_of)
     taken |= blocks_of - {TOKEN_EMBEDDING}  # whose floats the embedding needs beside the blocks
@@ -358,16 +362,13 @@ def _describe_gguf(
             value = max(value, default=default)
         return int(value)
 
-    layers, heads = number("block_count"), number("attention.head_count")
+    layers, heads = experts.num_layers or 0, number("attention.head_count")
     head = number("embedding_length") // max(heads, 1)
     key, value = number("attention.key_length", head), number("attention.value_length", head)
     tokens = _context(number("context_length"), context)
     kv_heads = number("attention.head_count_kv", heads)
-    if number(
-        "attention.key_length_mla"
-    ):  # DeepSeek: transformers caches every head's keys and values
-        kv_heads = heads
-        key, value = number("attention.key_length_mla"), number("attention.value_length_mla")
+    if rank := number("attention.kv_lora_rank"):  # DeepSeek: the latent, and what rotates of keys
+        kv_heads, key, value = 1, rank, number("rope.dimension_count")
     spec = experts.spec(experts.layers[0])
     backend, kernel, reason = _selected(method, spec)
     if TOKEN_EMBEDDING not in checkpoint.tensors:
@@ -475,7 +476,7 @@ def _top_k(text: Mapping[str, Any]) -> int:
 def kv_bytes_per_token(text: Mapping[str, Any], element_bytes: int) -> int:
     """Bytes of keys and values of one token over all layers that keep them, from a config.json's text part.
 
-    DeepSeek's attention counts with what transformers caches: all heads' keys and values, not the latent.
+    DeepSeek's attention counts with what transformers caches: the latent, and what rotates of the keys, for all heads.
     Layers of linear attention keep a state of fixed size, which is not counted.
     """
     layers, heads = (
@@ -484,10 +485,11 @@ def kv_bytes_per_token(text: Mapping[str, Any], element_bytes: int) -> int:
     )
     kinds = text.get("layer_types")
     if isinstance(kinds, list):
-        layers = sum("linear" not in str(kind) and "mamba" not in str(kind) for kind in kinds)
+        kept = kinds[:layers]  # some list the layers of multi-token prediction too
+        layers = sum("linear" not in str(kind) and "mamba" not in str(kind) for kind in kept)
     if text.get("kv_lora_rank"):
-        key = int(text.get("qk_nope_head_dim") or 0) + int(text.get("qk_rope_head_dim") or 0)
-        return layers * heads * (key + int(text.get("v_head_dim") or key)) * element_bytes
+        latent = int(text["kv_lora_rank"]) + int(text.get("qk_rope_head_dim") or 0)
+        return layers * latent * element_bytes
     head = int(text.get("head_dim") or int(text.get("hidden_size") or 0) // max(heads, 1))
     kv_heads = int(text.get("num_key_value_heads") or heads)
     return layers * kv_heads * 2 * head * element_bytes
