@@ -36,7 +36,7 @@ ISA_ROWS = (
 BLOCKS = "vendor/llamafile"
 BLOCKS_ROWS = (
     *ISA_ROWS[:3],
-    IsaRow("avx512bf16", (*_AVX512, "-mavx512vnni", "-mavx512bf16")),
+    IsaRow("avx512bf16", (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-DLF_OTHERS=avx512vnni")),
 )
 BLOCKS_SOURCES = ("kernels.c",)
 BLOCKS_BASE_SOURCES = ("llamafile.c",)

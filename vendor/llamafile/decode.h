@@ -264,15 +264,6 @@ INLINE VF odd_scale(VI x, int bit) {
 #include "blocks/iq3_xxs.h"
 #include "blocks/iq3_s.h"
 
-INLINE void decode(const int FORMAT, const int MR, block b, sink *s) {
-    switch (FORMAT) {
-#define ROW(NAME, ...)                                                                                       \
-    case FORMAT_##NAME:                                                                                      \
-        decode_##NAME(MR, b, s);                                                                             \
-        break;
-        LF_INTEGER_FORMATS(ROW)
-#undef ROW
-    }
-}
+typedef void decode_fn(const int MR, block b, sink *s);
 
 #endif

@@ -1,4 +1,5 @@
-/* The kernels of one ISA. Compiled once per ISA row with KTK_ISA its name.
+/* The kernels of one ISA. Compiled once per ISA row with KTK_ISA its name; with LF_OTHERS, too, where a row has instructions for
+ * BF16 alone and runs every other format as the row LF_OTHERS does.
  *
  * A strip is LANES rows of weights, one a lane: gather.h puts the bytes of a block of its rows side by side, decode.h makes
  * codes and scales of them. For few rows of activations multiply.h takes these as they come, in registers. For more they
@@ -22,9 +23,13 @@ enum { FUSED_ROWS = 2, FEW_FUSED_ROWS = 2 };
 
 /* -- blocks through the decoder -------------------------------------------------------------------------------- */
 
-/* Blocks [first, first + num_blocks) of a strip; MR as in sink. ahead: the strip that is wanted next, or NULL. */
-INLINE void run_blocks(const int FORMAT, const int MR, const lf_matrix *w, const uint8_t *panel, int strip,
-                       int first, int num_blocks, const uint8_t *ahead, sink *s) {
+/* Blocks [first, first + num_blocks) of a strip; MR as in sink. ahead: the strip that is wanted next, or NULL.
+ *
+ * The decoder comes as an argument, not out of a switch over FORMAT: GCC would inline every format's decoder into every format's
+ * kernels before it sees which one is meant: a fifth of its time, and half the memory. */
+INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, const lf_matrix *w,
+                       const uint8_t *panel, int strip, int first, int num_blocks, const uint8_t *ahead,
+                       sink *s) {
     const traits *t = &TRAITS[FORMAT];
     const int64_t row_bytes = (int64_t)w->in_features / t->weights * t->bytes;
     const int lane = w->is_repacked ? strip * LANES : 0;
@@ -47,25 +52,33 @@ INLINE void run_blocks(const int FORMAT, const int MR, const lf_matrix *w, const
                 accumulate_float(MR, FORMAT, to, t->dwords, &s->rows);
             else
                 s->to.codes += t->dwords * VI_BYTES;
+        } else if (t->dwords > FEW_DWORDS && FORMAT != FORMAT_q3_k) {
+            /* Both orders of bytes through one copy of a long decoder (40 to 95 KB of code a format were twice that) at the
+             * same speed; Q3_K's takes 5-20 % longer so. */
+            const int is_there = w->is_repacked;
+            const uint8_t *words = at + 64 * t->dwords + t->head_bytes * lane;
+            const head_words heads =
+                is_there ? load_heads(t->head_bytes, words) : gather(FORMAT, 64, &rows, buffer, NULL);
+            decode(MR, (block){is_there ? at + 4 * lane : buffer, NULL, heads}, s);
         } else if (w->is_repacked) {
             const uint8_t *heads = at + 64 * t->dwords + t->head_bytes * lane;
-            decode(FORMAT, MR, (block){at + 4 * lane, NULL, load_heads(t->head_bytes, heads)}, s);
+            decode(MR, (block){at + 4 * lane, NULL, load_heads(t->head_bytes, heads)}, s);
         } else if (t->dwords <= FEW_DWORDS) {
             VI few[FEW_DWORDS];
             const head_words heads = gather(FORMAT, 64, &rows, NULL, few);
-            decode(FORMAT, MR, (block){NULL, few, heads}, s);
+            decode(MR, (block){NULL, few, heads}, s);
         } else {
             const head_words heads = gather(FORMAT, 64, &rows, buffer, NULL);
-            decode(FORMAT, MR, (block){buffer, NULL, heads}, s);
+            decode(MR, (block){buffer, NULL, heads}, s);
         }
     }
 }
 
 /* MR rows of a tile straight from a strip. */
-INLINE void fused(const int FORMAT, const int MR, const lf_matrix *w, const uint8_t *panel, int strip,
-                  const uint8_t *ahead, tile *rows) {
+INLINE void fused(const int FORMAT, decode_fn *const decode, const int MR, const lf_matrix *w,
+                  const uint8_t *panel, int strip, const uint8_t *ahead, tile *rows) {
     sink s = {.rows = begin(MR, rows), .activation_group = w->activation_group};
-    run_blocks(FORMAT, MR, w, panel, strip, 0, w->in_features / TRAITS[FORMAT].weights, ahead, &s);
+    run_blocks(FORMAT, decode, MR, w, panel, strip, 0, w->in_features / TRAITS[FORMAT].weights, ahead, &s);
     end(MR, &s.rows, rows);
 }
 
@@ -87,43 +100,10 @@ INLINE void repack(const int FORMAT, const lf_matrix *w, const uint8_t *panel, u
 
 typedef void repack_fn(const lf_matrix *w, const uint8_t *panel, uint8_t *out);
 
-#define ROW(NAME, ...)                                                                                       \
-    static void lay_##NAME(const lf_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,   \
-                           const uint8_t *ahead, laid p) {                                                   \
-        sink s = {.to = p};                                                                                  \
-        run_blocks(FORMAT_##NAME, 0, w, panel, strip, first, num_blocks, ahead, &s);                         \
-    }                                                                                                        \
-    static void repack_##NAME(const lf_matrix *w, const uint8_t *panel, uint8_t *out) {                      \
-        repack(FORMAT_##NAME, w, panel, out);                                                                \
-    }
-LF_FLOAT_FORMATS(ROW)
-LF_INTEGER_FORMATS(ROW)
-#undef ROW
-
-#define FUSED(MR, FORMAT)                                                                                    \
-    case MR:                                                                                                 \
-        fused(FORMAT, MR, w, panel, strip, ahead, rows);                                                     \
-        break;
-#define ROW(NAME) +1 * (FORMAT == FORMAT_##NAME)
-INLINE int fused_rows(const int FORMAT) { return (0 LF_FUSED_FORMATS(ROW)) ? FUSED_ROWS : FEW_FUSED_ROWS; }
-#undef ROW
-#ifdef __AVX512F__
-#define MORE_FUSED(FORMAT)                                                                                   \
-    if (fused_rows(FORMAT) > 2) switch (rows->num_rows) {                                                    \
-            FUSED(3, FORMAT) FUSED(4, FORMAT)                                                                \
-        }
-#else
-#define MORE_FUSED(FORMAT)
-#endif
-#define ROW(NAME, ...)                                                                                       \
-    static void fused_##NAME(const lf_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead,      \
-                             tile *rows) {                                                                   \
-        switch (rows->num_rows) { FUSED(1, FORMAT_##NAME) FUSED(2, FORMAT_##NAME) }                          \
-        MORE_FUSED(FORMAT_##NAME)                                                                            \
-    }
-LF_FLOAT_FORMATS(ROW)
-LF_INTEGER_FORMATS(ROW)
-#undef ROW
+/* A constant expression, so that GCC does not even look at what a format does not have. */
+#define FUSED_BIT(NAME) | UINT64_C(1) << FORMAT_##NAME
+#define FUSED_ROWS_OF(FORMAT)                                                                                \
+    (((0 LF_FUSED_FORMATS(FUSED_BIT)) >> (FORMAT) & 1) ? FUSED_ROWS : FEW_FUSED_ROWS)
 
 /* -- rows of activations --------------------------------------------------------------------------------------- */
 
@@ -211,7 +191,7 @@ INLINE void gemm(const int FORMAT, const lf_matrix *w, const uint8_t *panels, in
     const int K = w->in_features, weights = TRAITS[FORMAT].weights;
     const int64_t panel_bytes = lf_panel_bytes(w);
     const int num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS; /* of nearly equal height */
-    const int is_fused = num_rows <= fused_rows(FORMAT);
+    const int is_fused = num_rows <= FUSED_ROWS_OF(FORMAT);
     multiply_fn *multiply = multiply_of(FORMAT);
     const int longest = num_tiles <= 2 ? SHORT_CHUNK : CHUNK, chunk = K < longest ? K : longest;
     const laid p = laid_at(FORMAT, chunk, work);
@@ -248,16 +228,65 @@ typedef void gemm_fn(const lf_matrix *w, const uint8_t *panels, int num_panels, 
                      const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next,
                      uint8_t *work);
 
-#define ROW(NAME, ...)                                                                                       \
+#define FUSED(MR, NAME, DECODE)                                                                              \
+    case MR:                                                                                                 \
+        fused(FORMAT_##NAME, DECODE, MR, w, panel, strip, ahead, rows);                                      \
+        break;
+#define KERNELS_OF(NAME, DECODE)                                                                             \
+    static void lay_##NAME(const lf_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,   \
+                           const uint8_t *ahead, laid p) {                                                   \
+        sink s = {.to = p};                                                                                  \
+        run_blocks(FORMAT_##NAME, DECODE, 0, w, panel, strip, first, num_blocks, ahead, &s);                 \
+    }                                                                                                        \
+    static void fused_##NAME(const lf_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead,      \
+                             tile *rows) {                                                                   \
+        switch (rows->num_rows) { FUSED(1, NAME, DECODE) FUSED(2, NAME, DECODE) }                            \
+        if (FUSED_ROWS_OF(FORMAT_##NAME) > 2) switch (rows->num_rows) {                                      \
+                FUSED(3, NAME, DECODE) FUSED(4, NAME, DECODE)                                                \
+            }                                                                                                \
+    }                                                                                                        \
     static void gemm_##NAME(const lf_matrix *w, const uint8_t *panels, int num_panels, const lf_rows *a,     \
                             const int32_t *rows, int num_rows, float *out, int64_t out_stride,               \
                             const uint8_t *next, uint8_t *work) {                                            \
         gemm(FORMAT_##NAME, w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work,           \
              lay_##NAME, fused_##NAME);                                                                      \
     }
-LF_FLOAT_FORMATS(ROW)
+
+#ifdef LF_OTHERS
+
+KERNELS_OF(bf16, NULL)
+
+extern const lf_kernels CAT(lf_kernels_, LF_OTHERS);
+#define OTHERS CAT(lf_kernels_, LF_OTHERS)
+
+static void gemm_any(const lf_matrix *w, const uint8_t *panels, int num_panels, const lf_rows *a,
+                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next,
+                     uint8_t *work) {
+    (w->format == FORMAT_bf16 ? gemm_bf16 : OTHERS.gemm)(w, panels, num_panels, a, rows, num_rows, out,
+                                                         out_stride, next, work);
+}
+
+static void repack_any(const lf_matrix *w, const uint8_t *panel, uint8_t *out) {
+    OTHERS.repack(w, panel, out);
+}
+
+static void unpack_any(const lf_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
+                       uint8_t *work) {
+    OTHERS.unpack(w, panel, codes, scales, minima, work);
+}
+
+#else
+
+#define REPACK_OF(NAME)                                                                                      \
+    static void repack_##NAME(const lf_matrix *w, const uint8_t *panel, uint8_t *out) {                      \
+        repack(FORMAT_##NAME, w, panel, out);                                                                \
+    }
+#define FLOAT_ROW(NAME, ...) KERNELS_OF(NAME, NULL) REPACK_OF(NAME)
+#define ROW(NAME, ...) KERNELS_OF(NAME, decode_##NAME) REPACK_OF(NAME)
+LF_FLOAT_FORMATS(FLOAT_ROW)
 LF_INTEGER_FORMATS(ROW)
 #undef ROW
+#undef FLOAT_ROW
 
 #define ROW(NAME, ...) gemm_##NAME,
 static gemm_fn *const GEMM[] = {LF_FLOAT_FORMATS(ROW) LF_INTEGER_FORMATS(ROW)};
@@ -316,6 +345,8 @@ static void unpack_any(const lf_matrix *w, const uint8_t *panel, float *codes, f
             }
     }
 }
+
+#endif
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)

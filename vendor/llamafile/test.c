@@ -102,7 +102,7 @@ static void random_rows(const lf_matrix *w, int codes, activations *a) {
     uint8_t *row = last(&row_pages, (size_t)(NUM_ROWS * stride));
     float *scales = last(&scale_pages, 4 * (size_t)(NUM_ROWS * groups));
     int32_t *sums = last(&sum_pages, 4 * (size_t)(NUM_ROWS * K / 16));
-    a->rows = (lf_rows){row, scales, sums, stride, groups, K / 16};
+    a->rows = (lf_rows){row, scales, sums, stride, groups, K / 16, 0};
     for (int m = 0; m < NUM_ROWS; m++, row += stride) {
         for (int g = 0; g < groups; g++) scales[m * groups + g] = 0.01f + 0.01f * fabsf(random_float());
         for (int k = 0; k < K; k++) {
