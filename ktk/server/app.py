@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -38,6 +39,7 @@ PAGE_POLICY = (
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 T = TypeVar("T")
+log = logging.getLogger("ktk")
 
 
 @dataclass(frozen=True)
@@ -445,10 +447,13 @@ class _Form:
                     begun = True
             if wants_usage:
                 yield _event(self._frame(self.chunk_object, [], usage=answer.usage))
-        except RuntimeError as error:  # the engine failed
+        except (
+            Exception
+        ) as error:  # the engine's, or this request's own: the stream has begun with 200
             if not begun:
                 raise
-            yield _event(error_body(str(error), "server_error"))
+            log.exception("an answer's stream failed")
+            yield _event(error_body(str(error) or type(error).__name__, "server_error"))
         yield "data: [DONE]\n\n"
 
     def choice(self, piece: Piece) -> dict[str, Any]:

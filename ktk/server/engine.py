@@ -65,11 +65,23 @@ class Generation:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     progress: asyncio.Queue[Progress | None] = field(default_factory=asyncio.Queue)
     is_cancelled: bool = False
+    has_failed: bool = False
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end it."""
+        return self.sampler.sampling.ends
 
     def report(self, progress: Progress) -> None:
         """From the generation thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self.loop.call_soon_threadsafe(self.progress.put_nowait, progress)
+
+    def fail(self, error: Exception) -> None:
+        """From the generation thread: this request ends with an error, and no other one."""
+        self.has_failed = True
+        text = str(error) or type(error).__name__
+        self.report(Progress(len(self.sampler.tokens), error=text))
 
 
 class Engine(ABC):
@@ -182,7 +194,7 @@ class Engine(ABC):
     ) -> AsyncIterator[list[Token]]:
         """Tokens as they come, several where the caller is slower than the engine; the end token is the last if there is one.
 
-        Closing the iterator cancels the request and frees what it held. Raises ServerBusy if too many wait or the engine
+        sampling : its ``ends`` are all that end it, the model's own too. Closing the iterator cancels the request and frees what it held. Raises ServerBusy if too many wait or the engine
         has stopped, RuntimeError if the engine fails.
         """
         if not self.is_alive:
@@ -196,7 +208,7 @@ class Engine(ABC):
             self._submit(own)
             while not finished:
                 progress = await own.progress.get()
-                while progress is not None and not own.progress.empty():
+                while progress and progress.error is None and not own.progress.empty():
                     progress = own.progress.get_nowait()
                 if progress is None:
                     return

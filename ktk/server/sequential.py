@@ -78,7 +78,7 @@ class SequentialEngine(Engine):
 
         def receive(token: Token) -> bool:
             generation.report(Progress(len(made)))
-            return token.id in self.eos
+            return token.id in generation.ends
 
         try:
             self._session.generate_tokens(

@@ -9,17 +9,21 @@ import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+# A smaller temperature is greedy: it is no normal float32, so arithmetic may take it for 0. Larger ones divide how far logits
+# lie below the largest, 0 or less, so nothing overflows but to minus infinity, whose probability is 0: the limit.
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens; seed None is a random one.
 
-    num_logprobs : alternatives to report with each token; 0 its own log probability alone, None nothing.
+    num_logprobs : alternatives to report with each token; 0 its own log probability alone, None nothing. ends : tokens that end
+    the text, of which none is chosen before min_tokens others.
     """
 
     temperature: float = 1.0
@@ -27,6 +31,8 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     num_logprobs: int | None = None
+    min_tokens: int = 0
+    ends: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, config: Any, **given: Any) -> Sampling:
@@ -58,14 +64,12 @@ class Sampler:
         self.tokens: list[Token] = []
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.temperature >= SMALLEST_TEMPERATURE:
             self._generator = torch.Generator()
             if sampling.seed is None:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(sampling.seed % 2**63)
-            if sampling.temperature != 1:
-                self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k:
                 self._warpers.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
@@ -73,15 +77,22 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token's id. logits : float32 (vocab_size,)."""
+        allowed = self._without_ends(logits)
         if self._generator is None:
-            chosen = int(logits.argmax())
+            chosen = int(allowed.argmax())
         else:
             no_ids = torch.LongTensor(1, 0)  # no warper reads them
-            scores = self._warpers(no_ids, logits[None])  # (1, vocab_size)
-            probabilities = scores[0].softmax(-1)
+            scores = (allowed - allowed.max()) / self.sampling.temperature
+            probabilities = self._warpers(no_ids, scores[None])[0].softmax(-1)  # (vocab_size,)
             chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self.tokens.append(self._token(chosen, logits))
         return chosen
+
+    def _without_ends(self, logits: torch.Tensor) -> torch.Tensor:
+        ends = [token for token in self.sampling.ends if token < len(logits)]
+        if len(self.tokens) >= self.sampling.min_tokens or not ends:
+            return logits
+        return logits.index_fill(0, torch.tensor(ends), float("-inf"))
 
     def _token(self, chosen: int, logits: torch.Tensor) -> Token:
         count = self.sampling.num_logprobs
