@@ -241,6 +241,35 @@ def test_run_prints_the_text_and_its_speed(model: Path) -> None:
     assert "int8" in found["kernel"]
 
 
+def test_what_ended_an_answer_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    for limit in ("0", "2048"):
+        done = ktk("run", str(short), "The experts", "--raw", "-n", limit)
+        assert "the context is full]" in done.stderr, done.stderr
+    done = ktk("run", str(short), "The experts", "--raw", "-n", "9")
+    assert (
+        "answer 9 tokens" in done.stderr and "ended by --max-tokens (0: no limit)]" in done.stderr
+    )
+    done = ktk("chat", str(model), "-n", "9", given="Why?\n")
+    assert "ended by --max-tokens" in done.stderr
+    asked: list[int | None] = []
+
+    def generate(self: Any, ids: Any, sampling: Any, max_tokens: int | None, *_: Any) -> Any:
+        asked.append(max_tokens)
+        return Generated("", 1, 1, 1, 1.0, 1.0, "stop")
+
+    from ktk.integration.transformers.generation import Generated, Session
+
+    monkeypatch.setattr(Session, "generate", generate)
+    done = ktk("run", str(short), "Why?")
+    assert asked == [2048] and "ended" not in done.stderr and "full" not in done.stderr
+
+
 def test_run_options_reach_the_generation(model: Path, opened: Any) -> None:
     def text(*options: str) -> str:
         done = ktk("run", str(model), "The experts", "--raw", "-n", "20", *options)

@@ -52,11 +52,12 @@ Dtype = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
 MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-tokens", "-n", min=1, help="At most this many; default: to the context's end."
-    ),
+    int,
+    typer.Option("--max-tokens", "-n", min=0, help="At most this many; 0: to the context's end."),
 ]
+ANSWER_TOKENS = (
+    2048  # unless told otherwise: a model that repeats itself would go on to its context's end
+)
 Temperature = Annotated[
     float | None,
     typer.Option(min=0, max=10, help="0 is greedy; default: the model's own setting, else 0."),

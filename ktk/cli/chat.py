@@ -37,7 +37,7 @@ EPILOG = """Examples:
 
 def command(
     model: _model.Model,
-    max_tokens: _model.MaxTokens = None,
+    max_tokens: _model.MaxTokens = _model.ANSWER_TOKENS,
     temperature: _model.Temperature = None,
     top_p: _model.TopP = None,
     top_k: _model.TopK = None,
@@ -61,7 +61,7 @@ def command(
     chat = Chat(opened, Session(opened.model, opened.tokenizer), system)
     chat.options = {
         "sampling": _model.sampling_of(opened.model, temperature, top_p, top_k, seed),
-        "max_tokens": max_tokens,
+        "max_tokens": max_tokens or None,
         "stop": stop or (),
     }
     if sys.stdin.isatty():
@@ -156,7 +156,7 @@ class Chat:
         finally:
             signal.signal(signal.SIGINT, before)
         show("\n")
-        typer.echo(speeds(made), err=True)
+        typer.echo(speeds(made, self.options.get("max_tokens") or 0), err=True)
         self.messages.append({"role": "assistant", "content": made.text})
 
     def _set_system(self, system: str | None) -> None:

@@ -26,7 +26,7 @@ EPILOG = """Examples:
 def command(
     model: _model.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The prompt; "-" reads stdin.')],
-    max_tokens: _model.MaxTokens = None,
+    max_tokens: _model.MaxTokens = _model.ANSWER_TOKENS,
     temperature: _model.Temperature = None,
     top_p: _model.TopP = None,
     top_k: _model.TopK = None,
@@ -73,7 +73,7 @@ def command(
         made = session.generate(
             ids,
             _model.sampling_of(opened.model, temperature, top_p, top_k, seed),
-            max_tokens,
+            max_tokens or None,
             stop or (),
             show,
         )
@@ -94,7 +94,7 @@ def command(
         typer.echo(json.dumps(figures, indent=2))
     else:
         show("\n")
-        typer.echo(speeds(made), err=True)
+        typer.echo(speeds(made, max_tokens), err=True)
     if made.finish_reason == "interrupted":
         raise typer.Exit(130)
 
@@ -110,11 +110,14 @@ def interrupting(session: Any) -> Any:
     return handle
 
 
-def speeds(made: Any) -> str:
-    """One line of figures about a ``Generated``."""
+def speeds(made: Any, max_tokens: int) -> str:
+    """One line of figures about a ``Generated``, and what ended it if the model did not. max_tokens : 0: no limit was set."""
     cached = made.prompt_tokens - made.prefilled_tokens
     kept = f" ({cached} more from the cache)" if cached else ""
-    ended = ", interrupted" if made.finish_reason == "interrupted" else ""
+    ended = {"interrupted": ", interrupted", "stop": ""}.get(made.finish_reason)
+    if ended is None:
+        is_limit = 0 < max_tokens <= made.generated_tokens
+        ended = ", ended by --max-tokens (0: no limit)" if is_limit else ", the context is full"
     return (
         f"[prompt {made.prefilled_tokens} tokens{kept}, {made.prefill_speed:.1f} tokens/s; "
         f"answer {made.generated_tokens} tokens, {made.decode_speed:.1f} tokens/s{ended}]"

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-# The language is named because SmolLM2's first tokens of an English and of a French answer are level without it:
-# the checkpoint's own bf16 rounding then decides, not the experts.
-QUESTION = "What is the capital of France? Answer in English."
+# Of SmolLM2's answer to it every token leads the next likeliest by 1.75 and more, where int8 experts move that lead by 0.22 at
+# most: an answer that differs is a fault, not rounding. Most questions are not like that ("What is the capital of France?": 0.12).
+QUESTION = "Please tell me the capital of Germany."
+ANSWER = "The capital of Germany is Berlin."
 
 
 class Clock:
