@@ -10,6 +10,7 @@ import logging
 from ktk import env
 
 logger = logging.getLogger("ktk")
+_warned: set[str] = set()
 
 
 def configure() -> None:
@@ -22,3 +23,15 @@ def configure() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("ktk %(levelname)s: %(message)s"))
         logger.addHandler(handler)
+
+
+def warn_once(what: str, message: str, *arguments: object) -> None:
+    """A warning that stands for all that follow: one for each ``what`` and process. message : as the logger formats it."""
+    if what not in _warned:
+        _warned.add(what)
+        logger.warning(message, *arguments)
+
+
+def forget_warnings() -> None:
+    """For tests: the next ``warn_once`` of everything warns again."""
+    _warned.clear()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import mmap
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +26,31 @@ def aligned_buffer(num_bytes: int) -> np.ndarray:
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % HUGE_PAGE
     return whole[start : start + num_bytes]
+
+
+def huge_share(arrays: list[np.ndarray]) -> float | None:
+    """The part, 0 to 1, of the arrays' resident memory that lies in huge pages; None where the system does not tell.
+
+    Counted by mapping (/proc/self/smaps): a mapping that holds one of the arrays counts as a whole.
+    """
+    try:
+        text = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return None
+    starts = sorted(array.ctypes.data for array in arrays if array.size)
+    resident = huge = 0
+    is_ours = False
+    for line in text.splitlines():
+        name, _, rest = line.partition(" ")
+        if "-" in name and not name.endswith(":"):
+            begin, end = (int(part, 16) for part in name.split("-"))
+            at = bisect.bisect_left(starts, begin)
+            is_ours = at < len(starts) and starts[at] < end
+        elif is_ours and name == "Rss:":
+            resident += int(rest.split()[0])
+        elif is_ours and name in ("AnonHugePages:", "FilePmdMapped:", "ShmemPmdMapped:"):
+            huge += int(rest.split()[0])
+    return huge / resident if resident else None
 
 
 def node_of_pages(array: np.ndarray) -> np.ndarray:

@@ -100,9 +100,8 @@ def test_blocks_have_the_stated_arithmetics_bits(kind: str, group: int | None) -
 
 
 def test_blocks_without_a_kernel_run_as_floats(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(llamafile, "_warned", set())
     raw = np.random.default_rng(0).integers(0, 127, (1, 20, 2 * 36), dtype=np.uint8)
     raw[..., [0, 1, 2, 3, 36, 37, 38, 39]] = 0x30  # scales neither huge nor NaN
     matrix = BlockMatrix("NVFP4", 128, raw)

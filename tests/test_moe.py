@@ -260,7 +260,6 @@ def test_a_named_backend_runs_or_says_why_not(
 def test_amx_weights_run_elsewhere_with_one_warning(packed: Packed, caplog, monkeypatch) -> None:
     amx = backends.backends()["AMXINT8"]
     monkeypatch.setattr(amx, "why_not", lambda spec=None: "no tiles")
-    monkeypatch.setattr(backends, "_warned", set())
     logger = logging.getLogger("ktk")
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.WARNING, "ktk"):

@@ -21,7 +21,6 @@ from cases import assert_exact, pack_all, random_experts, random_hidden, random_
 
 import ktk
 from ktk import cpu, numa
-from ktk.backends import _parts
 from ktk.memory import HUGE_PAGE, aligned_buffer, node_of_pages
 from ktk.pack import best_isa
 from ktk.reference.moe import ExactExperts
@@ -231,7 +230,6 @@ def test_a_refused_binding_is_a_warning_and_the_same_bits(
         raise PermissionError(errno.EPERM, "refused")
 
     monkeypatch.setattr(numa, "bind", refuse)
-    monkeypatch.setattr(_parts, "_warned", set())
     packed, want = small("int8")
     with layout_of(4, 2), caplog.at_level("WARNING", "ktk"):
         assert_exact(want[:3], ktk.MoE(packed)(*inputs(3)))

@@ -83,6 +83,14 @@ def test_the_page_shows_what_runs(page: Any, server: Server) -> None:
     facts = server.info()
     assert by_id(page, "model").text == "tiny-moe"
     assert by_id(page, "kernel").text == facts["kernel"]
+    taken = [path["taken"] for path in facts["fast_paths"]]
+    summary = page.find_element(By.CSS_SELECTOR, "#paths summary")
+    assert summary.text == f"{sum(taken)} of {len(taken)} fast paths taken"
+    summary.click()
+    shown = page.find_element(By.CSS_SELECTOR, "#paths ul").text
+    for path in facts["fast_paths"]:
+        assert f"{path['name']}: {'yes' if path['taken'] else 'no'}" in shown
+        assert path["taken"] or path["reason"] in shown
     assert "experts" in by_id(page, "memory").text and "MB" in by_id(page, "memory").text
 
 

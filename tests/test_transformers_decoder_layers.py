@@ -11,14 +11,14 @@ import torch
 
 pytest.importorskip("transformers")
 from test_transformers_families import SMALL, small_config
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ktk import linear
 from ktk.integration.transformers import decoder_layers, fuse_decoder_layers
 from ktk.integration.transformers import linear as linear_layers
 from ktk.integration.transformers.cache import GrowingLayer, growing_layer
-from ktk.integration.transformers.decoder_layers import FusedForward
+from ktk.integration.transformers.decoder_layers import FusedForward, fusion_report, native_calls
 from ktk.integration.transformers.experts import find_experts, pack_module
 from ktk.integration.transformers.linear import replace_linears, share_linears
 from ktk.integration.transformers.names import CACHE
@@ -130,6 +130,8 @@ def test_same_tokens_and_logits(kind: str) -> None:
     assert len(names) == model.config.get_text_config().num_hidden_layers
     got_tokens, got = decode(model)
     assert all(f.trials == 0 for f in fused(model)), "a layer was not run by the native call"
+    assert native_calls(model) == (NEW - 1) * len(names), "of each token but the prompt's"
+    assert set(fusion_report(model).items()) == {(name, None) for name in names}
     assert got_tokens == tokens
     assert (got - logits).abs().max() <= 1e-5 * logits.abs().max()
 
@@ -147,6 +149,9 @@ def test_what_is_otherwise_keeps_its_own_forward(
     assert torch.equal(got, logits)
     assert all(f.is_unlike for f in fused(model))
     assert any("decoded by torch" in message for message in caplog.messages)
+    report = fusion_report(model)
+    assert len(report) == model.config.get_text_config().num_hidden_layers
+    assert all(report.values())
 
 
 def test_a_router_of_zeros_takes_all_experts_alike() -> None:
@@ -212,6 +217,32 @@ def test_batches_masks_gradients_and_other_caches_go_the_own_way() -> None:
     assert not calls
 
 
+@torch.no_grad()
+def test_a_token_that_falls_back_is_one_warning_and_a_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make("qwen3_moe")
+    names = fuse_decoder_layers(model)
+    decode(model, 3)
+    assert not caplog.records
+    mask = torch.tensor([[0] + [1] * PROMPT])
+    for _ in range(3):
+        cache = DynamicCache(config=model.config)
+        model(torch.full((1, PROMPT), 9), **{CACHE: cache}, use_cache=True)
+        token = torch.full((1, 1), 9)
+        model(token, **{CACHE: cache}, use_cache=True, attention_mask=mask)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "decoded by torch, which is slower: a mask hides some of the keys" in caplog.text
+    assert fusion_report(model) == dict.fromkeys(names, "a mask hides some of the keys")
+    decode(model, 3)
+    assert fusion_report(model) == dict.fromkeys(names), "the native call decodes again"
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(torch.full((1, PROMPT), 9), **{CACHE: cache}, use_cache=True)
+    model(torch.full((1, 1), 9), **{CACHE: cache}, use_cache=True)
+    assert "StaticCache that does not grow in place" in caplog.records[-1].getMessage()
+    assert len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("kind", ["deepseek_v32", "hunyuan_v1_moe", "jamba"])
 def test_linear_layers_whose_weights_other_code_reads_stay(kind: str) -> None:
     model = make(kind)  # packs what it can
@@ -226,6 +257,9 @@ def test_layers_whose_projections_are_not_packed_stay(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "ktk"):
         assert fuse_decoder_layers(model) == []
     assert "q_proj is a Linear that torch runs" in caplog.messages[0]
+    assert fusion_report(model) == dict.fromkeys(
+        ["model.layers.0", "model.layers.1"], "q_proj is a Linear that torch runs"
+    )
 
 
 def test_shared_weights_fuse_until_they_are_replaced() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ktk import env
-from ktk._log import logger
+from ktk._log import logger, warn_once
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
 from ktk.formats import FORMATS
@@ -32,7 +32,6 @@ _BUILT_IN = (
 _FORMAT_METHODS = {name.upper(): name for name in FORMATS}
 # Backends whose packed weights run elsewhere too: the next best runs them, with one warning.
 _PORTABLE = {"AMXINT4": "int4", "AMXINT8": "int8"}
-_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -137,11 +136,8 @@ def select(method: str, spec: MoESpec) -> Backend:
         if key not in _PORTABLE or env.strict_backend():
             raise BackendError(f"{key} cannot run here: {reason}. Backends:\n{_reasons(spec)}")
         stand_in = _first(spec)
-        if key not in _warned:
-            _warned.add(key)
-            logger.warning(
-                "%s does not run here (%s); %s runs its weights", key, reason, stand_in.kernel(spec)
-            )
+        text = "%s does not run here (%s); %s runs its weights"
+        warn_once(key, text, key, reason, stand_in.kernel(spec))
         return stand_in
     return _first(spec)
 
@@ -149,6 +145,9 @@ def select(method: str, spec: MoESpec) -> Backend:
 def _first(spec: MoESpec) -> Backend:
     for backend in backends().values():
         if backend.why_not(spec) is None and not backend.is_emulated:
+            if backend.is_last_resort:
+                text = "%s runs the experts, many times slower than compiled kernels; AVX2: %s"
+                warn_once("compiled", text, backend.name, backends()["AVX2"].why_not(spec))
             return backend
     raise BackendError(f"no backend runs {spec}:\n{_reasons(spec)}")
 

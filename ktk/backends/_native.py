@@ -49,6 +49,9 @@ class NativeRunner(OperatorRunner):
             packed.spec, packed.spec.layout, self.parts, isa, engine
         )
 
+    def weights(self) -> list[np.ndarray]:
+        return [part.data for part in self.parts]
+
     def packed(self) -> Packed:
         if len(self.parts) == 1:
             return Packed(self.spec, self.parts[0].data)

@@ -11,13 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ktk import numa
-from ktk._log import logger
+from ktk._log import warn_once
 from ktk.layout import PANEL
 from ktk.memory import aligned_buffer
 from ktk.types import EngineLayout, MoESpec, Packed
 
 BLOCK = 128  # channels a cut falls between: a multiple of every activation group
-_warned: set[str] = set()
 
 
 class Part(NamedTuple):
@@ -104,9 +103,7 @@ def bound_buffer(num_bytes: int, node: int) -> np.ndarray:
         if num_bytes:
             numa.bind(buffer.ctypes.data, num_bytes, node)
     except (OSError, ValueError) as error:  # a container may forbid it: slower, not wrong
-        if "bind" not in _warned:
-            _warned.add("bind")
-            logger.warning("weights are not bound to NUMA nodes: %s", error)
+        warn_once("bind", "weights are not bound to NUMA nodes: %s", error)
     return buffer
 
 

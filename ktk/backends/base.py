@@ -44,11 +44,16 @@ class Runner(ABC):
     def packed(self) -> Packed | BlockExperts:
         """The experts it runs, in one piece; put together again if they were split over NUMA nodes."""
 
+    def weights(self) -> list[np.ndarray]:
+        """The memory that ``forward`` reads: uint8 arrays, views of it. None where the backend does not tell."""
+        return []
+
 
 class Backend(ABC):
     """Kernels for one kind of CPU. They run ``Packed`` experts; LLAMAFILE's run ``BlockExperts``."""
 
     name: str
+    is_last_resort: bool = False  # it runs where nothing compiled does, many times slower
 
     @property
     def is_emulated(self) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ktk import cpu
 from ktk._cy import native_module
-from ktk._log import logger
+from ktk._log import warn_once
 from ktk.backends._native import OperatorRunner
 from ktk.backends._parts import bound_buffer, cut
 from ktk.backends.base import Backend, Runner
@@ -21,8 +21,6 @@ from ktk.layout import K_ALIGN, PANEL, round_up
 from ktk.memory import aligned_buffer
 from ktk.reference.dequantise import decoded_types, dequantise
 from ktk.types import BlockExperts, BlockMatrix, EngineLayout, MoESpec
-
-_warned: set[str] = set()
 
 
 class BlockFormat(NamedTuple):
@@ -90,12 +88,9 @@ def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
         ) from error
     half = values.astype(np.float16)
     exact = np.array_equal(half.astype(np.float32), values)
-    if matrix.type not in _warned:
-        _warned.add(matrix.type)
-        name = "F16" if exact else "F32"
-        logger.warning(
-            "GGUF type %s has no kernel: its weights run as a copy in %s", matrix.type, name
-        )
+    name = "F16" if exact else "F32"
+    text = "GGUF type %s has no kernel: its weights run as a copy in %s"
+    warn_once(f"no kernel {matrix.type}", text, matrix.type, name)
     raw = (half if exact else values).view(np.uint8)
     return BlockMatrix("F16" if exact else "F32", matrix.in_features, raw)
 
@@ -229,6 +224,10 @@ class LlamafileRunner(OperatorRunner):
 
     def packed(self) -> BlockExperts:
         return self.blocks
+
+    def weights(self) -> list[np.ndarray]:
+        found = [(part.gate, part.up, part.down) for part in self.parts]
+        return [matrix for part in found for matrix in part if matrix is not None]
 
 
 class LlamafileBackend(Backend):

@@ -33,6 +33,9 @@ class NumbaRunner(Runner):
     def packed(self) -> Packed:
         return Packed(self.spec, self.view.data)
 
+    def weights(self) -> list[np.ndarray]:
+        return [self.view.data]
+
     def _linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         """float32 (rows, in_features) to (rows, out_features), bias added."""
         matrix, fmt = self.view.matrix(projection), self.view.format
@@ -131,6 +134,7 @@ class NumbaRunner(Runner):
 
 class NumbaBackend(Backend):
     name = "NUMBA"
+    is_last_resort = True
 
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         if importlib.util.find_spec("numba") is None:

@@ -23,6 +23,9 @@ class NumpyRunner(Runner):
     def packed(self) -> Packed:
         return Packed(self.experts.spec, self.experts.data)
 
+    def weights(self) -> list[np.ndarray]:
+        return [self.experts.data]
+
     def forward(
         self,
         hidden: np.ndarray,
@@ -50,6 +53,7 @@ class NumpyRunner(Runner):
 
 class NumpyBackend(Backend):
     name = "NUMPY"
+    is_last_resort = True
 
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         return refuse_blocks(spec)

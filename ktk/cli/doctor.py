@@ -74,8 +74,9 @@ EPILOG = """Examples:
 
   ktk doctor Qwen3-30B-A3B --weight-format int4 --context 32768
 
-  ktk doctor model.gguf --json
+  ktk doctor model.gguf --json --headers
 """
+TRIED_CONTEXT = 512  # tokens: of the trial that says which fast paths are taken
 
 
 def command(
@@ -92,11 +93,17 @@ def command(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of KV cache to reckon with.")
     ] = None,
+    headers: Annotated[
+        bool,
+        typer.Option("--headers", help="Do not load the model: fast paths are not tried."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what this machine is and which backends run on it; or what a model is, what runs it, and if it fits (else exit code 1)."""
+    """Show what this machine is and which backends run on it; or what a model is, what runs it, if it fits (else exit code 1), and,
+    once it is loaded and tried, which fast paths it takes or why not."""
     if model is not None:
-        _diagnose_model(model, method, weight_format, linear, dtype, context, as_json)
+        options = (model, method, weight_format, linear, dtype)
+        _diagnose_model(options, context, headers, as_json)
         return
     found = diagnosis()
     if as_json:
@@ -153,24 +160,47 @@ def command(
     console.print(types)
 
 
-def _diagnose_model(
-    path: str,
-    method: str,
-    weight_format: str,
-    linear: str | None,
-    dtype: str | None,
-    context: int | None,
-    as_json: bool,
-) -> None:
-    """What a model is and needs; exit code 1 if it cannot run here."""
+Options = tuple[str, str, str, str | None, str | None]  # path, method, weight format, linear, dtype
+
+
+def _diagnose_model(options: Options, context: int | None, headers: bool, as_json: bool) -> None:
+    """What a model is and needs, and what it is like when it runs; exit code 1 if it cannot run here."""
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
     from ktk.integration.transformers.open import describe_model
 
+    path, method, weight_format, linear, dtype = options
     found = describe_model(path, method, weight_format, dtype, context, linear)
+    runs = not found.reason and found.fits
+    console = Console(highlight=False)
+    if not as_json:
+        console.print(_model.description_table(found))
+    paths = [] if headers or not runs else _fast_paths(options)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2))
-    else:
-        Console(highlight=False).print(_model.description_table(found))
-    if found.reason or not found.fits:
+        tried = [path.to_json() for path in paths] if paths else None
+        typer.echo(json.dumps({**found.to_json(), "fast_paths": tried}, indent=2))
+    elif paths:
+        table = Table(show_header=False, box=None)
+        for path in paths:
+            state = "[green]yes[/green]" if path.is_taken else "[yellow]no[/yellow]"
+            text = ", ".join(filter(None, (path.detail, path.reason)))
+            table.add_row(f"[bold]{path.name:<14}[/bold]", state, escape(text))
+        console.print(table)
+    if not runs:
         raise typer.Exit(1)
+
+
+def _fast_paths(options: Options) -> list[Any]:
+    """Loads the model, continues a short text with it as ``ktk run`` and as ``ktk serve`` do, and tells what was fast."""
+    from ktk.integration.transformers.fast_paths import memory_paths, run_paths
+    from ktk.server.engine import Limits
+    from ktk.server.trial import start_engine
+
+    opened = _model.load(*options, force=False)
+    context = min(TRIED_CONTEXT, opened.description.max_context or TRIED_CONTEXT)
+    limits = Limits(context, 2, 2, context, 1 << 62)
+    engine = start_engine(opened, limits)
+    engine.stop()
+    return [*run_paths(opened.model, engine.why_alone), *memory_paths(opened.model)]

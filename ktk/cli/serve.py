@@ -106,9 +106,9 @@ def command(
     found = opened.description
     cache_bytes = _cache_bytes(kv_cache, found.kv_bytes, force)
     limits = Limits(found.context, max_requests, 256, batch_tokens, cache_bytes)
-    engine, alone = start_engine(opened, limits)
-    if alone is not None:
-        typer.echo(f"ktk: warning: one request at a time: {alone}", err=True)
+    engine = start_engine(opened, limits)
+    if engine.why_alone is not None:
+        typer.echo(f"ktk: warning: one request at a time: {engine.why_alone}", err=True)
     hosts = (*LOCAL_HOSTS, host) if local and not api_key else None
     shown = f"[{host}]" if ":" in host else host
     typer.echo(

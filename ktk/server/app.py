@@ -24,6 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktk import __version__, cpu
+from ktk.integration.transformers.fast_paths import memory_paths, run_paths
 from ktk.integration.transformers.generation import encode, encode_chat
 from ktk.integration.transformers.open import OpenModel
 from ktk.server.answer import Answer, Piece, chat_logprobs, completion_logprobs
@@ -189,11 +190,15 @@ class _Service:
         self.opened, self.engine, self.metrics = opened, engine, metrics
         self.tokenizer = opened.tokenizer
         self.created = int(time.time())
+        self._memory_paths = memory_paths(
+            opened.model
+        )  # not asked again: it reads the process's whole map of memory
 
     def info(self) -> dict[str, Any]:
         """What the chat page shows about the model and the engine."""
         found, engine = self.opened.description, self.engine
         free, pages = engine.cache_pages
+        paths = [*run_paths(self.opened.model, engine.why_alone), *self._memory_paths]
         return {
             "model": self.opened.name,
             "ktk": __version__,
@@ -213,7 +218,9 @@ class _Service:
             "kv_cache_pages_free": free,
             "requests_running": engine.running,
             "requests_waiting": engine.waiting,
+            "largest_batch": engine.largest_batch,
             "tokens_per_second": round(engine.tokens_per_second, 2),
+            "fast_paths": [path.to_json() for path in paths],
         }
 
     def model_row(self) -> dict[str, Any]:

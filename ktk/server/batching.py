@@ -32,6 +32,7 @@ class BatchingEngine(Engine):
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
+        self._largest_batch = 0
         AttentionInterface.register(NAME, paged_attention)
         self._attention = hf.attention_implementation(self.model.config)
         if kind := decides_by_name(self.model, self._attention, NAME):
@@ -98,6 +99,7 @@ class BatchingEngine(Engine):
 
     def _choose(self, requests: list[str], scores: torch.Tensor) -> torch.Tensor:
         """Each request's own sampler chooses; the event loop fills ``_generations``. scores : float32 (rows, vocab_size)."""
+        self._largest_batch = max(self._largest_batch, len(requests))
         chosen = []
         for row, request_id in enumerate(requests):
             own = self._generations.get(request_id)  # None: cancelled since the batch was made
@@ -131,6 +133,10 @@ class BatchingEngine(Engine):
     @property
     def is_alive(self) -> bool:
         return bool(self._manager.is_running() and hf.fatal_error(self._manager) is None)
+
+    @property
+    def largest_batch(self) -> int:
+        return self._largest_batch
 
     @property
     def running(self) -> int:

@@ -88,6 +88,7 @@ class Engine(ABC):
     """``start`` before the first request, ``stop`` at the end; ``generate`` from one event loop."""
 
     cache_bytes: int  # of keys and values, when all of the cache is in use
+    why_alone: str | None = None  # why requests run one by one; None: they share batches
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         self.model, self.tokenizer = opened.model, opened.tokenizer
@@ -119,6 +120,11 @@ class Engine(ABC):
     @abstractmethod
     def cache_pages(self) -> tuple[int, int]:
         """(free, all) pages of the KV cache; (0, 0) where it has none."""
+
+    @property
+    def largest_batch(self) -> int:
+        """Sequences that one forward pass gave a token, at most so far."""
+        return 1
 
     @abstractmethod
     def _submit(self, generation: Generation) -> None:

@@ -26,8 +26,8 @@ STEPS = 4
 TOLERANCE = 0.25
 
 
-def start_engine(opened: OpenModel, limits: Limits) -> tuple[Engine, str | None]:
-    """A started engine, and why it takes one request at a time, or None if it batches them.
+def start_engine(opened: OpenModel, limits: Limits) -> Engine:
+    """A started engine; its ``why_alone`` says why it takes one request at a time, if it does.
 
     Raises RequestError if the KV cache is too small, RuntimeError if the model does not generate at all.
     """
@@ -42,13 +42,14 @@ def start_engine(opened: OpenModel, limits: Limits) -> tuple[Engine, str | None]
         except RuntimeError as error:
             reason = str(error)
         if reason is None:
-            return engine, None
+            return engine
         engine.stop()
     except CannotBatch as error:
         reason = str(error)
     sequential = SequentialEngine(opened, limits)
     sequential.start()
-    return sequential, f"transformers cannot batch {type(opened.model).__name__} ({reason})"
+    sequential.why_alone = f"transformers cannot batch {type(opened.model).__name__} ({reason})"
+    return sequential
 
 
 def difference(expected: list[Token], got: list[Token]) -> str | None:

@@ -12,11 +12,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from ktk import linear
+from ktk._log import warn_once
 from ktk.decoder import HEAD_STEP, DecoderLayer, DecoderSpec, Mlp
 from ktk.errors import BackendError
 from ktk.integration.transformers import names as hf
@@ -46,35 +48,79 @@ class _UnlikeError(Exception):
 def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
     """Give every decoder layer that ``DecoderSpec`` describes its fast way to decode; their names.
 
-    To be called again once weights were replaced. Only layers whose projections ktk runs (``replace_linears``, ``share_linears``) and whose experts are packed or in blocks. One log line names the others.
+    To be called again once weights were replaced. Only layers whose projections ktk runs (``replace_linears``, ``share_linears``) and whose experts are packed or in blocks. A warning names the others.
     """
-    if reason := linear.why_not():
-        log.info("decoder layers stay with torch: %s", reason)
-        return []
     fused: list[str] = []
     unlike: dict[str, list[str]] = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(getattr(module, "self_attn", None), torch.nn.Module):
-            continue
+    missing = linear.why_not()
+    for name, module in decoder_layers(model):
         if isinstance(module.forward, FusedForward):
             module.forward = module.forward.own_forward
         try:
+            if missing is not None:
+                raise _UnlikeError(missing)
             module.forward = FusedForward(module, _layer_of(module), name)
         except (_UnlikeError, BackendError, ValueError) as error:
+            _unlike[module] = str(error)
             unlike.setdefault(str(error), []).append(name)
         else:
             fused.append(name)
     for why, names in unlike.items():
-        log.info("%s: decoded by torch, layer by layer: %s", _some(names), why)
+        text = "%s: decoded by torch, layer by layer, which is slower: %s"
+        warn_once(f"fused decode {type(model).__name__} {why}", text, some(names), why)
     return fused
 
 
-def _some(names: list[str]) -> str:
+def decoder_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """(name, module) of each layer around experts, in order, and of every other module with a ``self_attn``."""
+    around = {
+        child
+        for parent in model.modules()
+        if isinstance(parent, torch.nn.ModuleList)
+        and any(is_experts(m) for child in parent for m in child.modules() if m is not child)
+        for child in parent
+    }
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if module in around or isinstance(getattr(module, "self_attn", None), torch.nn.Module)
+    ]
+
+
+# Why a layer has no fast way to decode, of those that ``fuse_decoder_layers`` has seen.
+_unlike: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+def fusion_report(model: torch.nn.Module) -> dict[str, str | None]:
+    """Each decoder layer's name -> None if a new token passes it in one native call, else the reason why not.
+
+    What shows only when a token is decoded counts from then on.
+    """
+    found: dict[str, str | None] = {}
+    for name, module in decoder_layers(model):
+        if isinstance(module.forward, FusedForward):
+            found[name] = module.forward.reason
+        else:
+            found[name] = _unlike.get(module, "fuse_decoder_layers was not called")
+    return found
+
+
+def native_calls(model: torch.nn.Module) -> int:
+    """How often a decoder layer was run by one native call, tokens times layers."""
+    forwards = (module.forward for _, module in decoder_layers(model))
+    return sum(forward.calls for forward in forwards if isinstance(forward, FusedForward))
+
+
+def some(names: list[str]) -> str:
+    """The first three of them, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class FusedForward:
-    """In place of a decoder layer's ``forward``."""
+    """In place of a decoder layer's ``forward``.
+
+    calls : native ones. reason : why the layer's own forward decodes now, None if the native call does.
+    """
 
     def __init__(self, module: Any, layer: DecoderLayer, name: str) -> None:
         self.module, self.own_forward = module, module.forward
@@ -85,44 +131,72 @@ class FusedForward:
         self.trials = TRIALS  # 0: it computes what the layer does
         self.other = DecoderLayer(replace(layer.spec, is_interleaved=True))
         self.is_unlike = False
+        self.calls = 0
+        self.reason: str | None = None
 
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        rows = None if arguments or self.is_unlike else self._rows(hidden_states, named)
-        if rows is None:
+        is_new_token = hidden_states.shape[:-1] == (1, 1) and not arguments
+        rows = self._rows(hidden_states, named) if is_new_token and not self.is_unlike else None
+        if not isinstance(rows, tuple):
+            if rows is not None:
+                self._lost(rows)
             return self.own_forward(hidden_states, *arguments, **named)
         cache, turns = rows
         keys, values = cache.room()
         out = self._run(hidden_states, turns, keys, values)
+        self.calls += 1
+        self.reason = None
         if self.trials:
             return self._try(hidden_states, named, out, keys[:, :, -1].clone(), values[:, :, -1].clone())  # fmt: skip
         cache.append(keys, values)
         return out
 
-    def _rows(self, x: torch.Tensor, named: dict[str, Any]) -> tuple[Any, torch.Tensor] | None:
-        """The layer's cache and the position's (2, rotary_dim / 2) cosines and sines, if this is a case for the fast way."""
-        if x.shape[:-1] != (1, 1) or x.dtype not in _DTYPES or x.device.type != "cpu":
+    def _rows(
+        self, x: torch.Tensor, named: dict[str, Any]
+    ) -> tuple[Any, torch.Tensor] | str | None:
+        """The layer's cache and the position's (2, rotary_dim / 2) cosines and sines.
+
+        None if this is no case for the fast way: a prompt of one token, gradients. Otherwise what keeps it from being one.
+        """
+        given = hf.cache_in(named)
+        if given is None or (torch.is_grad_enabled() and x.requires_grad):
             return None
+        if self.module.training:
+            return "the layer is in training mode: call model.eval()"
+        if x.dtype not in _DTYPES or x.device.type != "cpu":
+            return f"hidden states are {x.dtype} on {x.device.type}"
         if any(f.is_stale or f.linear is not linear for f, linear in self.shared):
-            return None  # a module has another weight than when the layer was fused
-        if self.module.training or (torch.is_grad_enabled() and x.requires_grad):
-            return None
+            return "a linear layer has another weight by now: call fuse_decoder_layers again"
         positions = named.get(hf.POSITIONS)
         if not isinstance(positions, tuple) or len(positions) != 2:
-            return None
-        cache = growing_layer(hf.cache_in(named), self.index)
-        if cache is None or not cache.is_initialized or not cache.get_seq_length():
+            return f"the layer is given no {hf.POSITIONS}"
+        cache = growing_layer(given, self.index)
+        if cache is None:
+            return f"its keys are in a {type(given).__name__} that does not grow in place"
+        if not cache.is_initialized or not cache.get_seq_length():
             return None
         spec, keys = self.layer.spec, cache.keys
-        if keys.shape[:2] != (1, spec.num_kv_heads) or keys.shape[-1] != spec.head_dim:
-            return None
-        if keys.dtype is not x.dtype or keys.device.type != "cpu" or not keys.shape[-2]:
-            return None
-        if cache.values.shape != keys.shape:
-            return None
+        shape = (1, spec.num_kv_heads, keys.shape[-2], spec.head_dim)
+        if keys.shape != shape or cache.values.shape != shape or not keys.shape[-2]:
+            return f"the KV cache holds keys {tuple(keys.shape)} and values {tuple(cache.values.shape)}, not {shape}"
+        if keys.dtype is not x.dtype or keys.device.type != "cpu":
+            return (
+                f"the KV cache is {keys.dtype} on {keys.device.type}, hidden states are {x.dtype}"
+            )
         if not _sees_all(named.get("attention_mask"), keys.shape[-2] + 1):
-            return None
+            return "a mask hides some of the keys"
         turns = _turns_of(positions, spec.rotary_dim)
-        return None if turns is None else (cache, turns)
+        return "its position embeddings have an unknown shape" if turns is None else (cache, turns)
+
+    def _lost(self, reason: str) -> None:
+        """A new token that the native call could not take."""
+        self.reason = reason
+        warn_once(
+            f"fused decode {reason}",
+            "%s: a token was decoded by torch, which is slower: %s",
+            self.name,
+            reason,
+        )
 
     def _run(
         self, x: torch.Tensor, turns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -162,11 +236,7 @@ class FusedForward:
             self.is_unlike = not self.trials
             self.layer, self.other = self.other, self.layer
             if self.is_unlike:
-                log.info(
-                    "%s: decoded by torch: its own forward differs from the native call by %.3f",
-                    self.name,
-                    max(errors),
-                )
+                self._lost(f"its own forward differs from the native call by {max(errors):.3f}")
         return own
 
 
@@ -216,6 +286,8 @@ def _turns_of(positions: tuple[Any, ...], rotary_dim: int) -> torch.Tensor | Non
 
 
 def _layer_of(module: Any) -> DecoderLayer:
+    if not isinstance(getattr(module, "self_attn", None), torch.nn.Module):
+        raise _UnlikeError(f"a {type(module).__name__} without a self_attn")
     children = _children(module)
     attention = children.pop("self_attn")
     norms = [
