@@ -28,7 +28,6 @@ from pathlib import Path
 from requirements import ROOT, lowest, name_of, pinned, required
 
 EXTRAS = ("transformers", "serve")
-TOOLS = ("httpx",)  # what the test client of an older Starlette asks for
 SHOWN = ("transformers", "torch", "numpy", "numba", "llvmlite")
 # What stands on these packages; the kernels and formats beneath do not.
 TESTS = (
@@ -98,7 +97,6 @@ def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -
         held.write_text("\n".join(environment.constraints))
         wanted = [
             f"{wheel}[{','.join((*EXTRAS, 'plot', 'dev'))}]",
-            *TOOLS,
             *environment.requirements,
         ]
         install = [str(python), "-m", "pip", "install", "-q", "-c", str(held), *wanted]
