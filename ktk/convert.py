@@ -226,10 +226,18 @@ def experts_to_convert(checkpoint: Checkpoint, input_type: str | None) -> Expert
 def run_job(make: Callable[[], Job], output: Path, resume: bool) -> Summary:
     """Do what a conversion into a packed directory has to do, alone in its directory."""
     started = time.monotonic()
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
-        job = make()
         try:
-            job.start(resume)
+            try:
+                job = make()
+                job.start(resume)
+            except BaseException:
+                for path in made:
+                    with contextlib.suppress(OSError):  # holds something by now
+                        path.rmdir()
+                raise
             job.run()
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -688,7 +696,7 @@ def _shard_header(tensors: list[PlainTensor]) -> bytes:
 
 
 def check_places(source: Path, output: Path) -> Path:
-    """The output directory, made if need be; ValueError if it lies in the input."""
+    """The output directory; ValueError if it lies in the input."""
     inside, outside = output.resolve(), source.resolve()
     if inside == outside or outside in inside.parents:
         raise ValueError(
@@ -696,7 +704,6 @@ def check_places(source: Path, output: Path) -> Path:
         )
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: exists and is not a directory")
-    output.mkdir(parents=True, exist_ok=True)
     return output
 
 

@@ -16,6 +16,8 @@ from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError
 from ktk.formats.floats import f32_to_bf16, to_f32
 from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
+from ktk.models import check_directory
+from ktk.models.metadata import read_generation
 from ktk.models.prediction import predicts
 from ktk.models.whole import WHOLE_MODELS, Tensor, WholeModel
 from ktk.models.whole.ends import end_keys
@@ -263,13 +265,11 @@ def _special_texts(settings: dict[str, Any]) -> set[str]:
 
 def _end_ids(directory: Path, vocab_size: int) -> list[int]:
     """What ends an answer: generation_config.json's list, else config.json's."""
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).is_file():
-            given = read_json_object(directory / name).get("eos_token_id")
-            ends = given if isinstance(given, list) else [] if given is None else [given]
-            if ends:
-                return [i for i in ends if i < vocab_size]
-    return []
+    given = read_generation(directory).get("eos_token_id")
+    if given in (None, []) and (directory / "config.json").is_file():
+        given = check_directory(directory).get("eos_token_id")
+    ends = given if isinstance(given, list) else [given]
+    return [i for i in ends if i is not None and 0 <= i < vocab_size]
 
 
 def _begins_with(described: dict[str, Any], bos: Any) -> bool:

@@ -307,9 +307,10 @@ def test_the_output_scale_of_gemma_is_the_callers_and_others_are_refused(
         ({"expert_count": "four"}, "'four': must be an int"),
         ({"expert_count": [4]}, "lists 1 layers: must be more than 1"),
         ({"expert_gating_func": 9}, "expert_gating_func is 9.0: ktk knows"),
-        ({"expert_weights_norm": 1}, "expert_weights_norm is 1: must be a bool"),
-        ({"expert_weights_scale": float("nan")}, "expert_weights_scale is nan: must be a number"),
-        ({"nextn_predict_layers": 3}, "no layer is left"),
+        ({"expert_weights_norm": 1}, "expert_weights_norm=1: must be true or false"),
+        ({"expert_weights_scale": float("nan")}, "expert_weights_scale=nan: must be a number"),
+        ({"nextn_predict_layers": 3}, "nextn_predict_layers=3: must be at most 2"),
+        ({"nextn_predict_layers": 2}, "no layer is left"),
     ],
     ids=str,
 )

@@ -412,14 +412,14 @@ def _unsay(key: str) -> Callable[..., None]:
         (_say("architecture", "dbrx"), "whole models of qwen3moe, deepseek2, llama"),
         (_say("qwen3moe.rope.scaling.type", "longrope"), "ktk knows none, linear and yarn"),
         (_say("qwen3moe.rope.dimension_count", 8), "must be the head's size, 32"),
-        (_say("qwen3moe.attention.head_count", "four"), "must be of type int"),
+        (_say("qwen3moe.attention.head_count", "four"), "must be an int of 0"),
         (_unsay("qwen3moe.attention.head_count"), "attention.head_count is None: the model's config needs it"),
         (_say("qwen3moe.attention.head_count_kv", [2, 4, 2]), "differs between layers"),
-        (_say("qwen3moe.attention.head_count", 3), "blk"),
+        (_say("qwen3moe.attention.head_count", 3), "head_count=3: must be a multiple of 2"),
         (_say("qwen3moe.attention.head_count_kv", 0), "transformers makes no qwen3_moe of what"),
         (_say("qwen3moe.block_count", 1 << 20), "says 1048576 layers"),
         (_say("qwen3moe.block_count", 4), r"11 tensors are missing: blk\.3\."),
-        (_say("qwen3moe.attention.layer_norm_rms_epsilon", "small"), "must be of type float"),
+        (_say("qwen3moe.attention.layer_norm_rms_epsilon", "small"), "must be a number of 0 to 1"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(

@@ -254,7 +254,7 @@ def test_scale_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> No
             {f"model.layers.0.mlp.experts.0.{role}_proj.{s}": a for s, a in stored.items()}
         )
     tensors["model.layers.0.mlp.experts.0.up_proj.weight_scale"][3] = value
-    experts = find_experts(one_layer(tmp_path, tensors, num_experts=1))
+    experts = find_experts(one_layer(tmp_path, tensors, num_experts=1, num_experts_per_tok=1))
     with pytest.raises(CheckpointError, match="up_proj.weight_scale.*NaN or infinite"):
         experts.read(0, 0)
 

@@ -78,6 +78,7 @@ def command(
 
         from ktk.evaluate import Variant, all_variants, evaluate
         from ktk.ggml_library import GgmlLibrary
+        from ktk.integration.transformers.model_config import model_config
         from ktk.text import read_text, windows
 
         logging.disable_progress_bar()
@@ -91,6 +92,7 @@ def command(
             ]
         if not (model / "config.json").is_file():
             raise ValueError(f"{model}: must be a Hugging Face directory with a config.json")
+        model_config(model)  # says what of its files cannot be meant
         tokenizer = AutoTokenizer.from_pretrained(model)
 
         def windows_of(path: Path, count: int) -> list[list[int]]:

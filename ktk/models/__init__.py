@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
-from ktk.checkpoint.safetensors import Checkpoint
+from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError
 from ktk.models.base import NUM_LAYERS_KEYS, Config, Experts, Family, Layer
 from ktk.models.coding import SOURCE_DTYPES
@@ -15,6 +17,7 @@ from ktk.models.gpt_oss import GPT_OSS
 from ktk.models.granite import GRANITE
 from ktk.models.jamba import JAMBA
 from ktk.models.lfm2 import LFM2
+from ktk.models.metadata import read_generation
 from ktk.models.mistral import MISTRAL
 from ktk.models.mixtral import MIXTRAL
 from ktk.models.nemotron_h import NEMOTRON_H
@@ -35,6 +38,14 @@ FAMILIES: dict[str, Family] = {
         GRANITE,
     )
 }
+
+
+def check_directory(directory: Path) -> dict[str, Any]:
+    """config.json of a directory, checked, as is generation_config.json beside it. Raises CheckpointError."""
+    config = read_json_object(directory / "config.json")
+    Config(config, str(directory / "config.json"))  # checks
+    read_generation(directory)
+    return config
 
 
 def find_num_layers(checkpoint: Checkpoint) -> int | None:
@@ -90,6 +101,7 @@ __all__ = [
     "Config",
     "Experts",
     "Family",
+    "check_directory",
     "find_experts",
     "find_num_layers",
 ]

@@ -28,22 +28,16 @@ from ktk.models.coding import (
     scale_matrix,
 )
 from ktk.models.int4 import Int4Matrix, Int4Settings
+from ktk.models.metadata import EXPERT_COUNTS, TOP_KS, check_config
 from ktk.models.mxfp4 import mxfp4_blocks
 from ktk.types import Activation, BlockExperts, BlockMatrix, CodedExpert, ExpertWeights, MoESpec
 
 # What may stand before the layer's index.
 LAYER_PREFIX = r"(?:(?:model|language_model\.model|model\.language_model|backbone)\.)?layers"
 INDEX = r"(?:0|[1-9]\d{0,4})"
-NUM_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+NUM_EXPERTS_KEYS = EXPERT_COUNTS
 NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-TOP_K_KEYS = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "top_k_experts",
-    "moe_k",
-    "moe_topk",
-)
+TOP_K_KEYS = TOP_KS
 HIDDEN_KEYS = (
     "moe_latent_size",
     "hidden_size",
@@ -107,6 +101,7 @@ class Config:
                     raise CheckpointError(
                         f"{self.where}: {key} is a {type(nested).__name__}: must be an object"
                     )
+        check_config(self.parts, self.where)
 
     def get(self, keys: Iterable[str]) -> tuple[str, Any]:
         """The first of ``keys`` that is there and not null, and its value; ("", None) if none is."""

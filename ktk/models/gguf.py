@@ -22,6 +22,7 @@ from ktk.checkpoint.safetensors import strict_json
 from ktk.errors import CheckpointError
 from ktk.formats.gguf import activation_group_of
 from ktk.models.gguf_architectures import ARCHITECTURES, Architecture
+from ktk.models.metadata import check_gguf
 from ktk.types import Activation, BlockExperts, BlockMatrix, MoESpec
 
 INDEX = r"(?:0|[1-9][0-9]{0,4})"
@@ -299,6 +300,7 @@ def find_gguf_experts(checkpoint: GgufCheckpoint) -> GgufExperts:
         row = Architecture(name, gating=None, is_normalised=None)
     if row.refused:
         raise CheckpointError(f"{path}: architecture {name!r}: {row.refused}")
+    check_gguf(checkpoint.metadata, name, str(path))
     _leave_out_prediction(checkpoint, name, found)
     weights = {
         layer: _layer_parts(checkpoint, row, layer, found[layer], extras.get(layer, {}))
@@ -478,10 +480,6 @@ def _routing(checkpoint: GgufCheckpoint, row: Architecture) -> Routing:
             f"{checkpoint.path}: {arch}.expert_gating_func is {code}: ktk knows {GATING}"
         )
     norm = _entry(checkpoint, f"{arch}.expert_weights_norm", 0)
-    if not isinstance(norm, bool | None):
-        raise CheckpointError(
-            f"{checkpoint.path}: {arch}.expert_weights_norm is {norm!r:.80}: must be a bool"
-        )
     return Routing(
         GATING[int(code)] if code else row.gating,
         row.is_normalised if norm is None else norm,

@@ -19,6 +19,7 @@ from tokenizers import (
 
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
+from ktk.models.metadata import check_gguf_tokenizer
 from ktk.models.whole.ends import CONTROL, end_ids
 from ktk.models.whole.tokenizer import BY_NAME
 
@@ -84,6 +85,7 @@ class _Fields:
 
     def __init__(self, checkpoint: GgufCheckpoint) -> None:
         self.checkpoint, self.metadata = checkpoint, checkpoint.metadata
+        check_gguf_tokenizer(self.metadata, str(checkpoint.path))
         self.tokens: list[str] = self.array("tokens", str)
         count = len(self.tokens)
         if len(set(self.tokens)) != count:

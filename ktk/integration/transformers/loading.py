@@ -31,6 +31,7 @@ from ktk.integration.transformers.experts import (
     pack_module,
     weight_names,
 )
+from ktk.integration.transformers.model_config import model_config
 from ktk.integration.transformers.saving import SavePretrained, write_experts
 from ktk.integration.transformers.sources import (
     ExpertsSource,
@@ -410,12 +411,12 @@ def load_model(
         in place of those of ``path``, which must be an ordinary directory; they are not read.
     kwargs : for ``AutoModelForCausalLM.from_pretrained``. Raises CheckpointError, BackendError, ValueError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json")
     backends.check_method(method)
-    config = AutoConfig.from_pretrained(path)
+    config = model_config(path)
     given = _quant_method(config)
     if gguf is not None:
         if given is not None:

@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -72,6 +73,7 @@ __all__ = [
     "register_quantization_config",
     "register_quantizer",
     "restore_dtypes",
+    "rope_types",
     "running_requests",
     "saves_adapters_only",
     "sdpa_attention_forward",
@@ -81,6 +83,11 @@ __all__ = [
     "takes",
     "targets_of",
 ]
+
+
+def rope_types() -> tuple[str, ...]:
+    """The kinds of rotary embeddings that models can be made with."""
+    return ("default", *ROPE_INIT_FUNCTIONS)
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -14,9 +14,9 @@ from ktk import backends, cpu
 from ktk.checkpoint import is_gguf
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.checkpoint.packed import QUANT_METHOD, layer_path, read_config
-from ktk.checkpoint.safetensors import Checkpoint, read_json_object
+from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError, KtkError
-from ktk.models import find_experts, find_num_layers
+from ktk.models import check_directory, find_experts, find_num_layers
 from ktk.models.gguf import GgufExperts, find_gguf_experts
 from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole import WHOLE_MODELS, Source
@@ -153,7 +153,11 @@ def describe_model(
         raise CheckpointError(f"{path}: must be a directory with a config.json, or a .gguf file")
     if not (where / "config.json").exists():
         raise CheckpointError(f"{path}: has no config.json; {what}")
-    config = read_json_object(where / "config.json")
+    config = check_directory(where)
+    if _unknown_to_transformers(config) is None:
+        from ktk.integration.transformers.model_config import model_config
+
+        model_config(where)
     quantised = config.get("quantization_config")
     if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
         if weight_format is not None:
@@ -315,11 +319,11 @@ def _describe(
     bits = 8 * expert_bytes / sum(s.num_weights * s.num_experts for s in specs.values())
     backend, kernel, reason = _selected(method, spec)
     reason = reason or _unknown_to_transformers(config)
-    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    named = config.get("architectures") or config.get("model_type", "unknown")
     return ModelDescription(
         path=str(path),
         kind=kind,
-        architecture=str(architectures[0]),
+        architecture=named if isinstance(named, str) else str(named[0]),
         num_layers=int(text.get("num_hidden_layers") or len(specs)),
         num_moe_layers=len(specs),
         num_experts=spec.num_experts,
@@ -355,6 +359,8 @@ def _describe_gguf(
     total, available = cpu.memory()
     metadata = checkpoint.metadata
     architecture = str(experts.architecture)
+    if architecture in WHOLE_MODELS and TOKEN_EMBEDDING in checkpoint.tensors:
+        WHOLE_MODELS[architecture].fields(Source(experts))  # CheckpointError for what it cannot be
 
     def number(key: str, default: int = 0) -> int:
         value = metadata.get(f"{architecture}.{key}", default)
