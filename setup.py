@@ -1,10 +1,12 @@
 """Builds ktk._cy.native and ktk._cy.measure: each kernel source once per ISA row, linked into one extension.
 
-Beside it, on Linux, ktk._cy.tile_emulator: for tests of AMX kernels on a CPU without tiles.
+Beside it, on Linux, ktk._cy.tile_emulator: for tests of AMX kernels on a CPU without tiles. All of Python's limited
+API, so that one wheel serves every Python from LIMITED_API on.
 
 Without a C compiler, or on another architecture, the package installs without it: Numba and NumPy run then.
 """
 
+import hashlib
 import os
 import platform
 import runpy
@@ -18,50 +20,86 @@ from setuptools.command.build_ext import build_ext
 CY = Path("ktk/_cy")
 ISA = runpy.run_path(str(CY / "isa.py"))
 BLOCKS = Path(ISA["BLOCKS"])
+LIMITED_API = (3, 11)  # requires-python; the first with buffers
 # Extension: sources compiled once, sources compiled once per ISA row.
 EXTENSIONS = {
     "native": (ISA["BASE_SOURCES"], ISA["ROW_SOURCES"]),
     "measure": (ISA["MEASURE_BASE_SOURCES"], ISA["MEASURE_ROW_SOURCES"]),
 }
+# The Cython modules: arguments are checked there, nothing is computed.
+WRAPPER_FLAGS = ("-O1", "-fno-lto", "-g0", "-Wno-unused-const-variable")
 
 
 class BuildKernels(build_ext):
-    """build_ext that compiles the ISA rows first and hands their objects to the linker."""
+    """build_ext that compiles the sources of all extensions side by side, longest first, and then links.
+
+    Objects stay in build/ and serve again, for a wheel after an installation say, until one of what they are made of changes.
+    """
+
+    def build_extensions(self):
+        jobs = {ext.name: self.jobs(ext) for ext in self.extensions}
+        # The kernels over blocks take 20 s each, anything else at most 6.
+        order = sorted(
+            (job for of_one in jobs.values() for job in of_one),
+            key=lambda job: not job[0].is_relative_to(BLOCKS),
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            running = {job: pool.submit(self.compile, *job) for job in order}
+            self.objects = {name: [running[job] for job in of_one] for name, of_one in jobs.items()}
+            super().build_extensions()
 
     def build_extension(self, ext):
-        if ext.name.rpartition(".")[2] in EXTENSIONS:
-            self.compile_rows(ext)
+        objects = [future.result() for future in self.objects[ext.name]]
+        ext.extra_objects, ext.sources = objects, []
         super().build_extension(ext)
 
-    def compile_rows(self, ext):
-        build = Path(self.build_temp)
-        common = {"include_dirs": ext.include_dirs, "debug": self.debug}
-
-        def compile_row(sources, folder, flags, where=CY / "kernels"):
-            return self.compiler.compile(
-                [str(where / s) for s in sources],
-                output_dir=str(build / folder),
-                extra_postargs=[*ISA["COMMON_FLAGS"], *flags],
-                **common,
-            )
-
-        base_sources, row_sources = EXTENSIONS[ext.name.rpartition(".")[2]]
-        jobs = [(base_sources, "base", ISA["BASE_FLAGS"])]
-        is_native = ext.name.endswith("native")
-        for row in ISA["ISA_ROWS"]:
-            own = row.sources if is_native else ()
-            flags = [f"-DKTK_ISA={row.name}", *row.flags]
-            jobs += [((source,), row.name, flags) for source in (*row_sources, *own)]
+    def jobs(self, ext):
+        """(source, folder, flags) of every object of an extension."""
+        name = ext.name.rpartition(".")[2]
+        base = ISA["COMMON_FLAGS"]
+        jobs = [(CY / f"{name}.c", "", WRAPPER_FLAGS)]
+        if name == "tile_emulator":
+            return [*jobs, (CY / "emulator/tile_emulator.c", "emulator", base)]
+        base_sources, row_sources = EXTENSIONS[name]
+        sources = [CY / "kernels" / source for source in base_sources]
+        is_native = name == "native"
         if is_native:
-            jobs.append((ISA["BLOCKS_BASE_SOURCES"], "base", ISA["BASE_FLAGS"], BLOCKS))
-            for row in ISA["BLOCKS_ROWS"]:
-                flags = [f"-DKTK_ISA={row.name}", *row.flags]
-                jobs.append((ISA["BLOCKS_SOURCES"], row.name, flags, BLOCKS))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [
-                path for paths in pool.map(lambda job: compile_row(*job), jobs) for path in paths
-            ]
-        ext.extra_objects = objects
+            sources += [BLOCKS / source for source in ISA["BLOCKS_BASE_SOURCES"]]
+        jobs += [(source, "base", (*base, *ISA["BASE_FLAGS"])) for source in sources]
+        for row in ISA["ISA_ROWS"]:
+            flags = (*base, f"-DKTK_ISA={row.name}", *row.flags)
+            own = row.sources if is_native else ()
+            jobs += [(CY / "kernels" / s, row.name, flags) for s in (*row_sources, *own)]
+        for row in ISA["BLOCKS_ROWS"] if is_native else ():
+            flags = (*base, f"-DKTK_ISA={row.name}", *row.flags)
+            jobs += [(BLOCKS / source, row.name, flags) for source in ISA["BLOCKS_SOURCES"]]
+        return jobs
+
+    def compile(self, source, folder, flags):
+        """The object's path, compiled unless it is newer than all that it could be made of."""
+        ext = self.extensions[0]
+        command = repr((self.compiler.compiler_so, ext.include_dirs, ext.define_macros, flags))
+        digest = hashlib.sha256(command.encode()).hexdigest()[:16]
+        place = Path("build/objects", digest, folder)
+        made = place / source.with_suffix(".o")
+        newest = max(Path(path).stat().st_mtime for path in (source, *ext.depends))
+        if self.force or not made.exists() or made.stat().st_mtime <= newest:
+            self.compiler.compile(
+                [str(source)],
+                output_dir=str(place),
+                include_dirs=ext.include_dirs,
+                macros=ext.define_macros,
+                extra_postargs=[*flags],
+                debug=self.debug,
+            )
+        return str(made)
+
+    def copy_extensions_to_source(self):
+        """Without those of earlier builds, named for one Python, which Python would load before these."""
+        for ext in self.extensions:
+            for path in CY.glob(f"{ext.name.rpartition('.')[2]}.cpython-*.so"):
+                path.unlink()
+        super().copy_extensions_to_source()
 
 
 def extensions():
@@ -69,32 +107,28 @@ def extensions():
         return []
     from Cython.Build import cythonize
 
-    folders = (CY / "include", CY / "kernels", BLOCKS, BLOCKS / "blocks")
-    depends = [str(p) for folder in folders for p in sorted(folder.glob("*.[ch]"))]
-    described = [
-        Extension(
-            f"ktk._cy.{name}",
-            [str(CY / f"{name}.pyx")],
-            include_dirs=[str(CY / "include"), str(CY / "kernels"), str(BLOCKS)],
-            depends=[*depends, "setup.py", str(CY / "isa.py")],
-            extra_compile_args=["-O2", "-fno-lto"],
-            extra_link_args=["-pthread"],
-        )
-        for name in EXTENSIONS
-    ]
-    if sys.platform == "linux":
-        emulator = Extension(
-            "ktk._cy.tile_emulator",
-            [str(CY / "tile_emulator.pyx"), str(CY / "emulator/tile_emulator.c")],
-            include_dirs=[str(CY / "emulator")],
-            depends=["setup.py", str(CY / "emulator/tile_emulator.h")],
-            extra_compile_args=[f for f in ISA["COMMON_FLAGS"] if not f.startswith("-W")],
-        )
-        described.append(emulator)
-    modules = cythonize(described, language_level=3)
-    for module in modules:
-        module.optional = True  # set here: cythonize does not keep it
+    folders = (CY / "include", CY / "kernels", CY / "emulator", BLOCKS, BLOCKS / "blocks")
+    depends = [str(p) for folder in folders for p in sorted(folder.glob("*.h"))]
+    includes = [str(folder) for folder in folders[:4]]
+    names = [*EXTENSIONS, *(["tile_emulator"] if sys.platform == "linux" else [])]
+    modules = cythonize(
+        [Extension(f"ktk._cy.{name}", [str(CY / f"{name}.pyx")]) for name in names],
+        language_level=3,
+    )
+    for module in modules:  # set here: cythonize does not keep all of it
+        module.optional = True
+        module.py_limited_api = True
+        module.include_dirs = includes
+        module.depends = [*depends, "setup.py", str(CY / "isa.py")]
+        module.define_macros = [
+            ("Py_LIMITED_API", f"0x{LIMITED_API[0]:02x}{LIMITED_API[1]:02x}0000")
+        ]
+        module.extra_link_args = ["-pthread"]
     return modules
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*LIMITED_API)}},
+)

