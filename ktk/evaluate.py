@@ -48,6 +48,7 @@ from ktk.integration.transformers.loading import (
     load_model,
     packed_modules,
 )
+from ktk.integration.transformers.multimodal import auto_class
 from ktk.layout import round_up
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE
@@ -402,11 +403,12 @@ def quantise_model(
 
 def load_float(source: Path) -> Any:
     """The unquantised model in float32. Raises ValueError if it is quantised."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: must be a Hugging Face directory with a config.json")
-    if getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None:
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{source}: is quantised; the reference must be the float model it was made of"
         )
@@ -416,7 +418,7 @@ def load_float(source: Path) -> Any:
         raise ValueError(
             f"{source}: the float32 reference needs about {2 * size / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
         )
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    return auto_class(config).from_pretrained(source, dtype=torch.float32).eval()
 
 
 def evaluate(

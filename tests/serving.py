@@ -28,11 +28,10 @@ TEMPLATE = (
 )
 
 
-def make_model(directory: Path, longest: int = 32768) -> Path:
-    """A Qwen3-MoE of two layers whose text is endless: it never chooses the end token."""
-    import torch
+def make_tokenizer() -> Any:
+    """Byte-level BPE with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,6 +47,15 @@ def make_model(directory: Path, longest: int = 32768) -> Path:
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|end|>"
     )
     fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_model(directory: Path, longest: int = 32768) -> Path:
+    """A Qwen3-MoE of two layers whose text is endless: it never chooses the end token."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    fast = make_tokenizer()
     config = Qwen3MoeConfig(
         vocab_size=len(fast), hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,

@@ -24,6 +24,7 @@ from ktk.errors import CheckpointError
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, layer_of
+from ktk.integration.transformers.multimodal import auto_class, only_text
 from ktk.integration.transformers.sources import ExpertsSource
 from ktk.models import Experts
 from ktk.models import find_experts as find_expert_tensors
@@ -121,7 +122,7 @@ class Calibration:
 
     def run(self, source: Path, experts: Experts, on_layer: OnLayer) -> None:
         """Run the float model in ``source`` without its own experts; ``on_layer`` as in ``run_layers``."""
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         if not (source / "config.json").is_file():
             raise CheckpointError(
@@ -139,9 +140,11 @@ class Calibration:
             raise ValueError(f"num_tokens={self.num_tokens}: must be at least {WINDOW}")
         parts = torch.tensor(windows(ids, self.num_tokens // WINDOW, WINDOW))
         self._check_memory(source, experts, parts.numel())
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, quantization_config=_WithoutExpertsConfig()
-        ).eval()
+        with only_text():
+            model = auto_class(config).from_pretrained(
+                source, dtype=torch.float32, quantization_config=_WithoutExpertsConfig()
+            )
+        model.eval()
         run_layers(model, parts, on_layer)
 
     def _check_memory(self, source: Path, experts: Experts, num_tokens: int) -> None:

@@ -32,6 +32,7 @@ from ktk.integration.transformers.experts import (
     weight_names,
 )
 from ktk.integration.transformers.model_config import model_config
+from ktk.integration.transformers.multimodal import auto_class, leave_out_towers
 from ktk.integration.transformers.saving import SavePretrained, write_experts
 from ktk.integration.transformers.sources import (
     ExpertsSource,
@@ -254,6 +255,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        leave_out_towers(model)
         modules: dict[str, Any] = dict(find_experts(model))
         _log_left_eager(model)
         config = self.quantization_config
@@ -409,14 +411,14 @@ def load_model(
     method : as in ``ktk.MoE``. dtype : of everything but the experts; None keeps the checkpoint's.
     gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from the mapped file,
         in place of those of ``path``, which must be an ordinary directory; they are not read.
-    kwargs : for ``AutoModelForCausalLM.from_pretrained``. Raises CheckpointError, BackendError, ValueError.
+    kwargs : for ``from_pretrained``. Raises CheckpointError, BackendError, ValueError.
     """
-    from transformers import AutoModelForCausalLM
 
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json")
     backends.check_method(method)
     config = model_config(path)
+    auto = auto_class(config)
     given = _quant_method(config)
     if gguf is not None:
         if given is not None:
@@ -424,18 +426,18 @@ def load_model(
                 f"{path}: its experts are packed or quantised already: leave gguf out, or name the directory they came from"
             )
         kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
+        return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     if quantization_config is not None and method.lower() == "auto":
         method = quantization_config.method
     token = _method.set(None if method.lower() == "auto" else method)
     linear = _linear.set(quantization_config.linear if quantization_config else None)
     try:
         if given == "ktk":
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
+            return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
         if given is not None:
             return _load_quantised(Path(path), config, dtype, quantization_config, kwargs)
         kwargs["quantization_config"] = quantization_config or KtkConfig(None)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **kwargs)
+        return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     finally:
         _method.reset(token)
         _linear.reset(linear)

@@ -237,6 +237,7 @@ def _open_directory(
     from transformers import AutoTokenizer
 
     from ktk.integration.transformers.loading import KtkConfig, load_model
+    from ktk.integration.transformers.multimodal import only_text
 
     options: dict[str, Any] = {}
     if description.kind == "float":
@@ -250,7 +251,9 @@ def _open_directory(
     # Of a directory without one, transformers makes a tokenizer with no more than special tokens.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CheckpointError(f"{path}: has no tokenizer: copy its tokenizer.json there")
-    model = load_model(path, method, None if dtype is None else getattr(torch, dtype), **options)
+    own_dtype = None if dtype is None else getattr(torch, dtype)
+    with only_text():
+        model = load_model(path, method, own_dtype, **options)
     return model, tokenizer
 
 
@@ -318,7 +321,9 @@ def _describe(
     tokens = _context(longest, context)
     bits = 8 * expert_bytes / sum(s.num_weights * s.num_experts for s in specs.values())
     backend, kernel, reason = _selected(method, spec)
-    reason = reason or _unknown_to_transformers(config)
+    kind_reason, left_out = _as_text_model(path, config)
+    reason = reason or kind_reason
+    rest_bytes -= min(rest_bytes, left_out * DTYPE_BYTES[dtype])
     named = config.get("architectures") or config.get("model_type", "unknown")
     return ModelDescription(
         path=str(path),
@@ -452,6 +457,19 @@ def _unknown_to_transformers(config: dict[str, Any]) -> str | None:
     if kind in transformers.CONFIG_MAPPING:
         return None
     return f"transformers {transformers.__version__} does not know model_type {kind!r}: a newer one may"
+
+
+def _as_text_model(path: Path, config: dict[str, Any]) -> tuple[str | None, int]:
+    """Why transformers cannot make text with the model, or None; the weights of its checkpoint that text does not need."""
+    import transformers
+
+    from ktk.integration.transformers.multimodal import left_out_elements, why_not
+
+    if reason := _unknown_to_transformers(config):
+        return reason, 0
+    config_class = transformers.CONFIG_MAPPING[config["model_type"]]
+    reason = why_not(config_class)
+    return reason, 0 if reason else left_out_elements(path, config_class)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

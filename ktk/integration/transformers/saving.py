@@ -15,6 +15,7 @@ from typing import Any
 from ktk.checkpoint.packed import layer_path, list_layers, write_layer
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.linear import KtkLinear
+from ktk.integration.transformers.multimodal import LeftOut
 from ktk.integration.transformers.sources import layer_of
 from ktk.layout import LAYOUT_VERSION
 from ktk.types import BlockExperts, Packed
@@ -55,7 +56,8 @@ class SavePretrained:
 def write_experts(model: Any) -> None:
     """Write the experts' files into the directory in work and tell the model's config of them.
 
-    Raises ValueError for linear layers or experts that have no packed form or are not packed, and for two modules of one layer number.
+    Raises ValueError for linear layers or experts that have no packed form or are not packed, for towers that were left out, and for two
+    modules of one layer number.
     """
     directory = _directory.get()
     if directory is None:
@@ -67,6 +69,10 @@ def write_experts(model: Any) -> None:
             "linear=, save that, and ask for linear= when the saved one is loaded"
         )
     for name, module in model.named_modules():
+        if isinstance(module, LeftOut):
+            raise ValueError(
+                f"{name} was left out, because the model was opened for text: save what load_model loads"
+            )
         if isinstance(module, KtkLinear):
             raise ValueError(
                 f"{name} is run by {module.kernel}, which a packed directory does not hold: load the model with "

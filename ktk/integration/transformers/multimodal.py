@@ -1,0 +1,121 @@
+"""Models that also see and hear, run on text: which of transformers' classes a config stands for, and what of it text does not need.
+
+Such a checkpoint has a language model with experts beside towers, encoders of images, videos or sound. Some have a class of the language
+model alone (``AutoModelForCausalLM`` takes it), others the class of the whole only. What opens a model for text leaves its towers out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+
+from ktk.errors import CheckpointError
+from ktk.integration.transformers import names as hf
+
+# Of the only_text() block in progress; from_pretrained has no way to pass it.
+_only_text: contextvars.ContextVar[bool] = contextvars.ContextVar("ktk_only_text", default=False)
+
+
+class LeftOut(torch.nn.Module):
+    """In place of a tower of a model that was opened for text."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        raise ValueError(
+            "this model was opened for text, without its towers: ktk.integration.transformers.load_model loads all of it"
+        )
+
+
+@contextlib.contextmanager
+def only_text() -> Iterator[None]:
+    """Models loaded meanwhile by ktk's quantizer get no towers."""
+    token = _only_text.set(True)
+    try:
+        yield
+    finally:
+        _only_text.reset(token)
+
+
+def model_class(config_class: type) -> Any:
+    """The class that makes text of a config's models, the language model alone where there is one; None if there is none."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) or _whole_class(config_class)
+
+
+def _whole_class(config_class: type) -> Any:
+    return MODEL_FOR_MULTIMODAL_LM_MAPPING.get(config_class, None)
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers' whose ``from_pretrained`` makes ``model_class``."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    config_class = type(config)
+    if config_class in MODEL_FOR_CAUSAL_LM_MAPPING or _whole_class(config_class) is None:
+        return (
+            AutoModelForCausalLM  # which knows a model's own code, and says what it does not know
+        )
+    return AutoModelForMultimodalLM
+
+
+def why_not(config_class: type) -> str | None:
+    """What keeps a config's models from making text, or None."""
+    found = model_class(config_class)
+    kind = getattr(config_class, "model_type", config_class.__name__)
+    if found is None:
+        return f"transformers has no class that makes text for model_type {kind!r}"
+    if found.generate is not GenerationMixin.generate:
+        return f"{found.__name__} generates in a way of its own, which ktk cannot sample token by token"
+    return None
+
+
+def towers(model: Any) -> dict[str, Any]:
+    """The encoders in a model that are not its language model, by name, none within another."""
+    text = type(model.config.get_text_config(decoder=True))
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or any(name.startswith(f"{n}.") for n in found):
+            continue
+        if type(module.config.get_text_config(decoder=True)) is not text:
+            found[name] = module
+    return found
+
+
+def leave_out_towers(model: Any) -> None:
+    """Inside ``only_text``: before weights are read, so that a tower's stay in the checkpoint."""
+    if not _only_text.get():
+        return
+    for name in towers(model):
+        model.set_submodule(name, LeftOut())
+        hf.ignore_unread(model, {rf"^{re.escape(name)}\."})
+
+
+def left_out_elements(path: str | os.PathLike[str], config_class: Any) -> int:
+    """Weights of a checkpoint that its model, opened for text, does not have. Raises CheckpointError if its config makes no model."""
+    whole, own = _whole_class(config_class), model_class(config_class)
+    if whole is None or not config_class.sub_configs:
+        return 0
+    try:
+        config = config_class.from_pretrained(path)
+        with torch.device("meta"):
+            model = whole(config)
+            if own is not whole:  # the language model alone
+                return _elements(model) - _elements(own(config.get_text_config(decoder=True)))
+    except Exception as error:  # whatever the config makes of it
+        raise CheckpointError(
+            f"{path}: transformers makes no {whole.__name__} of its config.json: {error}"
+        ) from error
+    return sum(_elements(tower) for tower in towers(model).values())
+
+
+def _elements(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
