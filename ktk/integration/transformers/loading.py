@@ -32,7 +32,7 @@ from ktk.integration.transformers.experts import (
     weight_names,
 )
 from ktk.integration.transformers.model_config import model_config
-from ktk.integration.transformers.multimodal import auto_class, leave_out_towers
+from ktk.integration.transformers.multimodal import auto_class, leave_out_towers, model_class
 from ktk.integration.transformers.saving import SavePretrained, write_experts
 from ktk.integration.transformers.sources import (
     ExpertsSource,
@@ -457,12 +457,10 @@ def _load_quantised(
     path: Path, config: Any, dtype: Any, wanted: KtkConfig | None, kwargs: dict[str, Any]
 ) -> Any:
     """A checkpoint quantised by others: experts by ktk's reader, the rest dequantised tensor by tensor."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None:
+    own_class = model_class(type(config))
+    if own_class is None:
         raise CheckpointError(
-            f"{path}: model_type {config.model_type!r}: transformers has no causal language model of its own for it, "
+            f"{path}: model_type {config.model_type!r}: transformers has no language model of its own for it, "
             "and a quantised one loads as that only: run `ktk convert` on it and load what that writes"
         )
     ask = wanted or KtkConfig(None)
@@ -470,6 +468,8 @@ def _load_quantised(
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+    if own_class.config_class is not type(config):  # the language model alone, of a larger one
+        config = config.get_text_config(decoder=True)
     if dtype in (None, "auto"):
         dtype = config.dtype or torch.bfloat16
     with quantised_checkpoint(
@@ -484,7 +484,7 @@ def _load_quantised(
             kwargs["generation_config"] = GenerationConfig.from_pretrained(path)
         token = _source.set(source)
         try:
-            model = model_class.from_pretrained(
+            model = own_class.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, **kwargs
             )
         finally:

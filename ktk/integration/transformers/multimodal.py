@@ -10,17 +10,16 @@ import contextlib
 import contextvars
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedModel, __version__
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
-from ktk.errors import CheckpointError
 from ktk.integration.transformers import names as hf
 
 # Of the only_text() block in progress; from_pretrained has no way to pass it.
@@ -67,17 +66,6 @@ def auto_class(config: Any) -> Any:
     return AutoModelForMultimodalLM
 
 
-def why_not(config_class: type) -> str | None:
-    """What keeps a config's models from making text, or None."""
-    found = model_class(config_class)
-    kind = getattr(config_class, "model_type", config_class.__name__)
-    if found is None:
-        return f"transformers has no class that makes text for model_type {kind!r}"
-    if found.generate is not GenerationMixin.generate:
-        return f"{found.__name__} generates in a way of its own, which ktk cannot sample token by token"
-    return None
-
-
 def towers(model: Any) -> dict[str, Any]:
     """The encoders in a model that are not its language model, by name, none within another."""
     text = type(model.config.get_text_config(decoder=True))
@@ -99,22 +87,35 @@ def leave_out_towers(model: Any) -> None:
         hf.ignore_unread(model, {rf"^{re.escape(name)}\."})
 
 
-def left_out_elements(path: str | os.PathLike[str], config_class: Any) -> int:
-    """Weights of a checkpoint that its model, opened for text, does not have. Raises CheckpointError if its config makes no model."""
-    whole, own = _whole_class(config_class), model_class(config_class)
+def run_on_text(path: str | os.PathLike[str], config: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Why transformers makes no text with a directory's model, or None; the weights of its checkpoint that are left out then.
+
+    config : the fields of its config.json.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        return f"transformers {__version__} does not know model_type {kind!r}: a newer one may", 0
+    config_class = CONFIG_MAPPING[kind]
+    own = model_class(config_class)
+    if own is None:
+        return f"transformers has no class that makes text with model_type {kind!r}", 0
+    if own.generate is not GenerationMixin.generate:
+        return f"{own.__name__} generates in a way of its own, not token by token", 0
+    whole = _whole_class(config_class)
     if whole is None or not config_class.sub_configs:
-        return 0
+        return None, 0
     try:
-        config = config_class.from_pretrained(path)
-        with torch.device("meta"):
-            model = whole(config)
-            if own is not whole:  # the language model alone
-                return _elements(model) - _elements(own(config.get_text_config(decoder=True)))
-    except Exception as error:  # whatever the config makes of it
-        raise CheckpointError(
-            f"{path}: transformers makes no {whole.__name__} of its config.json: {error}"
-        ) from error
-    return sum(_elements(tower) for tower in towers(model).values())
+        return None, _left_out(whole, own, config_class.from_pretrained(path))
+    except Exception as error:  # whatever transformers makes of the file
+        return f"transformers makes no {whole.__name__} of its config.json: {error}", 0
+
+
+def _left_out(whole: Any, own: Any, config: Any) -> int:
+    with torch.device("meta"):
+        model = whole(config)
+        if own is whole:
+            return sum(_elements(tower) for tower in towers(model).values())
+        return _elements(model) - _elements(own(config.get_text_config(decoder=True)))
 
 
 def _elements(model: torch.nn.Module) -> int:

@@ -154,7 +154,9 @@ def describe_model(
     if not (where / "config.json").exists():
         raise CheckpointError(f"{path}: has no config.json; {what}")
     config = check_directory(where)
-    if _unknown_to_transformers(config) is None:
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") in CONFIG_MAPPING:
         from ktk.integration.transformers.model_config import model_config
 
         model_config(where)
@@ -313,6 +315,8 @@ def _describe(
     dtype: str | None,
     context: int | None,
 ) -> ModelDescription:
+    from ktk.integration.transformers.multimodal import run_on_text
+
     text = _text_config(config)
     dtype = _dtype(config, dtype)
     spec = next(iter(specs.values()))
@@ -321,8 +325,8 @@ def _describe(
     tokens = _context(longest, context)
     bits = 8 * expert_bytes / sum(s.num_weights * s.num_experts for s in specs.values())
     backend, kernel, reason = _selected(method, spec)
-    kind_reason, left_out = _as_text_model(path, config)
-    reason = reason or kind_reason
+    unknown, left_out = run_on_text(path, config)
+    reason = reason or unknown
     rest_bytes -= min(rest_bytes, left_out * DTYPE_BYTES[dtype])
     named = config.get("architectures") or config.get("model_type", "unknown")
     return ModelDescription(
@@ -447,29 +451,6 @@ def _selected(method: str, spec: MoESpec) -> tuple[str, str, str | None]:
     except (KtkError, ValueError) as error:
         return "", "", str(error)
     return backend.name, backend.kernel(spec), None
-
-
-def _unknown_to_transformers(config: dict[str, Any]) -> str | None:
-    """Why transformers cannot make the model, or None if it can."""
-    import transformers
-
-    kind = config.get("model_type")
-    if kind in transformers.CONFIG_MAPPING:
-        return None
-    return f"transformers {transformers.__version__} does not know model_type {kind!r}: a newer one may"
-
-
-def _as_text_model(path: Path, config: dict[str, Any]) -> tuple[str | None, int]:
-    """Why transformers cannot make text with the model, or None; the weights of its checkpoint that text does not need."""
-    import transformers
-
-    from ktk.integration.transformers.multimodal import left_out_elements, why_not
-
-    if reason := _unknown_to_transformers(config):
-        return reason, 0
-    config_class = transformers.CONFIG_MAPPING[config["model_type"]]
-    reason = why_not(config_class)
-    return reason, 0 if reason else left_out_elements(path, config_class)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
