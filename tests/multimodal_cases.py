@@ -11,7 +11,7 @@ from serving import SEED, make_tokenizer
 TEXT: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2,
-    "max_position_embeddings": 512, "pad_token_id": 0, "tie_word_embeddings": False,
+    "max_position_embeddings": 1024, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 EYES: dict[str, Any] = {

@@ -23,7 +23,7 @@ from ktk.evaluate import load_float
 from ktk.integration.transformers import linear, load_model
 from ktk.integration.transformers.calibration import Calibration
 from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
-from ktk.integration.transformers.generation import Session
+from ktk.integration.transformers.generation import PREFILL_CHUNK, Session
 from ktk.integration.transformers.multimodal import LeftOut, run_on_text, towers
 from ktk.integration.transformers.open import open_model
 from ktk.integration.transformers.sampling import Sampler, Sampling
@@ -33,6 +33,7 @@ from ktk.server.sequential import SequentialEngine
 from ktk.server.trial import start_engine
 
 PROMPT = "The experts of a mixture are most of its weights, of which a token uses a few."
+LONG = PROMPT * 25  # is read in two chunks
 STEPS = 16
 
 
@@ -85,12 +86,14 @@ def test_text_is_that_of_the_whole_model_and_memory_that_of_what_is_loaded(
     kind: str, made: Any
 ) -> None:
     opened = open_model(made(kind), weight_format="fp32")
-    ids = opened.tokenizer(PROMPT)["input_ids"]
-    assert greedy(opened) == of_the_whole_model(made(kind), ids)
+    for text in (PROMPT, LONG):
+        ids = opened.tokenizer(text)["input_ids"]
+        assert greedy(opened, text) == of_the_whole_model(made(kind), ids)
+    assert len(ids) > PREFILL_CHUNK
     held = sum(t.numel() * t.element_size() for t in opened.model.state_dict().values())
     assert opened.description.rest_bytes == held
     assert not towers(opened.model)
-    assert Session(opened.model, opened.tokenizer).max_context == 512
+    assert Session(opened.model, opened.tokenizer).max_context == 1024
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
@@ -119,9 +122,10 @@ def test_decoder_layers_are_decoded_in_one_call(
     assert greedy(opened) == tokens
 
 
-def test_a_prompt_that_shares_a_beginning_continues_from_the_cache(made: Any) -> None:
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_prompt_that_shares_a_beginning_continues_from_the_cache(kind: str, made: Any) -> None:
     """Positions of three axes count on from what is kept."""
-    opened = open_model(made("qwen3_vl_moe"), weight_format="fp32")
+    opened = open_model(made(kind), weight_format="fp32")
     ids = opened.tokenizer(PROMPT)["input_ids"]
     session = Session(opened.model, opened.tokenizer)
     first = generated(session, ids)
