@@ -136,13 +136,15 @@ def test_a_prompt_that_shares_a_beginning_continues_from_the_cache(kind: str, ma
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "glm4v_moe"])
 def test_requests_are_batched(kind: str, made: Any) -> None:
-    engine, reason = start_engine(open_model(made(kind)), Limits(context=256))
+    engine = start_engine(open_model(made(kind)), Limits(context=256))
+    reason = engine.why_alone
     engine.stop()
     assert isinstance(engine, BatchingEngine) and reason is None
 
 
 def test_linear_attention_is_served_one_by_one(made: Any) -> None:
-    engine, reason = start_engine(open_model(made("qwen3_5_moe")), Limits(context=256))
+    engine = start_engine(open_model(made("qwen3_5_moe")), Limits(context=256))
+    reason = engine.why_alone
     engine.stop()
     assert isinstance(engine, SequentialEngine)
     assert reason is not None and "linear_attention" in reason
