@@ -107,7 +107,9 @@ def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -
     )
     if installed.returncode:
         print(installed.stdout, file=sys.stderr)
-        return Result(environment.name, {}, error=f"pip: {installed.stdout.strip()[-200:]}")
+        shutil.rmtree(folder)  # or it would be taken for one that is ready
+        errors = [x for x in installed.stdout.splitlines() if x.startswith("ERROR")]
+        return Result(environment.name, {}, error=f"pip: {' '.join(errors[:1])}")
     versions = installed_versions(python)
     report, work = folder / "report.xml", folder / "work"
     report.unlink(missing_ok=True)
