@@ -180,8 +180,14 @@ def run_ktk(path: Path, linear: str) -> dict[str, float]:
 
 def run_llama(path: Path) -> dict[str, float]:
     """As ``run_ktk``, without the split."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_cpp
 
+    if "amx_tile" in cpu.detect():
+        # llama-cpp-python 0.3.36 crashes decoding Q8_0 out of ggml's buffers for AMX. Elsewhere the same switch would take
+        # its repacked kernels away.
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = False
+        llama_cpp.llama_model_default_params = lambda: params
     threads = cpu.num_physical_cores()
     model = Llama(str(path), n_ctx=1024, n_batch=PROMPT, n_ubatch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)  # fmt: skip
     for _ in range(2):
