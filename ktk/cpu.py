@@ -8,6 +8,7 @@ Functions take ``root`` so that tests can show them another machine.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from ktk import env
-from ktk._cy import emulate_tiles, native_module
+from ktk._cy import emulate_tiles, native_module, tiles_are_emulated
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -42,13 +43,15 @@ _NEEDS = {
 class CpuFeatures:
     """names : features of FEATURES this process may use. source : who said so. disabled : by the environment.
 
-    emulated : those of ``names`` that no silicon carries out (KTK_TILE).
+    emulated : those of ``names`` that no silicon carries out (KTK_TILE). refused_tiles : why the kernel kept the CPU's
+    tiles from this process, or "".
     """
 
     names: frozenset[str]
     source: str
     disabled: frozenset[str] = frozenset()
     emulated: frozenset[str] = frozenset()
+    refused_tiles: str = ""
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -70,11 +73,24 @@ def _canonical(name: str) -> str:
 
 
 @cache
-def _probe() -> tuple[frozenset[str], str]:
+def _probe(asks_for_tiles: bool) -> tuple[frozenset[str], str, str]:
+    """(features, who said so, why the kernel refused tiles)."""
     native = native_module()
     if native is None:
-        return _from_cpuinfo(Path("/"))
-    return frozenset(native.probe_features()), "cpuid"
+        return *_from_cpuinfo(Path("/")), ""
+    names, refused = native.probe_features(asks_for_tiles)
+    return frozenset(names), "cpuid", _refusal(refused) if refused else ""
+
+
+def _refusal(number: int) -> str:
+    """The errno of a refused request for tiles in words."""
+    why = os.strerror(number)
+    if number == errno.ENOSPC:
+        why = (
+            "an alternate signal stack is too small for them: make it larger (at least getauxval(AT_MINSIGSTKSZ)), "
+            "or call ktk.cpu.detect() before sigaltstack"
+        )
+    return f"the kernel refused tile permission: {why}"
 
 
 def _from_cpuinfo(root: Path) -> tuple[frozenset[str], str]:
@@ -98,9 +114,10 @@ def _from_cpuinfo(root: Path) -> tuple[frozenset[str], str]:
 def detect() -> CpuFeatures:
     """Features this process may use. ValueError if KTK_DISABLE_CPU_FEATURES names an unknown one, or for KTK_TILE
     where tiles cannot be emulated."""
-    names, source = _probe()
-    emulated = _emulate_tiles(names) if env.tiles_are_emulated() else frozenset()
-    return _without(names | emulated, source, env.disabled_cpu_features(), emulated)
+    emulates = env.tiles_are_emulated()
+    names, source, refused = _probe(not emulates and not tiles_are_emulated())
+    emulated = _emulate_tiles(names) if emulates else frozenset()
+    return _without(names | emulated, source, env.disabled_cpu_features(), emulated, refused)
 
 
 def _emulate_tiles(names: frozenset[str]) -> frozenset[str]:
@@ -117,6 +134,7 @@ def _without(
     source: str,
     disabled: tuple[str, ...],
     emulated: frozenset[str] = frozenset(),
+    refused: str = "",
 ) -> CpuFeatures:
     off: set[str] = set()
     for name in map(str.lower, disabled):
@@ -134,7 +152,7 @@ def _without(
                 f"and the levels {', '.join(ISA_LEVELS)}"
             )
     off |= {name for name, needs in _NEEDS.items() if off & set(needs)}
-    return CpuFeatures(names - off, source, frozenset(off & names), emulated - off)
+    return CpuFeatures(names - off, source, frozenset(off & names), emulated - off, refused)
 
 
 def _pairs() -> list[tuple[str, tuple[str, ...]]]:
@@ -146,6 +164,14 @@ def _pairs() -> list[tuple[str, tuple[str, ...]]]:
 def missing(level: str, features: CpuFeatures) -> list[str]:
     """What ``features`` lacks for an ISA level, in the level's order; empty = it runs."""
     return [name for name in ISA_LEVELS[level] if name not in features]
+
+
+def why_not(level: str, features: CpuFeatures) -> str | None:
+    """Why an ISA level does not run with ``features``; None = it does."""
+    lacking = missing(level, features)
+    if features.refused_tiles and _TILES.issuperset(lacking) and lacking:
+        return features.refused_tiles
+    return f"CPU lacks {', '.join(lacking)}" if lacking else None
 
 
 def _read(path: Path) -> str:

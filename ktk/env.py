@@ -103,7 +103,7 @@ VARIABLES: dict[str, Variable] = {
         _parse_tile,
         None,
         "emulated",
-        "run AMX kernels on a CPU without tiles, very slowly; auto still takes others",
+        "run AMX kernels without the CPU's tiles, very slowly; auto still takes others",
     ),
 }
 

@@ -27,8 +27,7 @@ def why_not() -> str | None:
     """None if linear layers run here, else the reason."""
     if native_module() is None:
         return "the compiled extension is not built (reinstall with a C compiler)"
-    lacking = cpu.missing("avx2", cpu.detect())
-    return f"CPU lacks {', '.join(lacking)}" if lacking else None
+    return cpu.why_not("avx2", cpu.detect())
 
 
 def _check() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from ktk import cpu
+from ktk import backends, cpu
 from ktk._cy import native_module
 from ktk._cy.isa import ISA_ROWS
+from ktk.cli import doctor
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -20,11 +22,62 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 
 @pytest.mark.skipif(native_module() is None, reason="the compiled extension is not built")
 def test_probe_agrees_with_the_kernels_own_list() -> None:
-    probed = set(native_module().probe_features())
+    probed = set(native_module().probe_features(False)[0])
     listed, source = cpu._from_cpuinfo(Path("/"))
     assert source == "/proc/cpuinfo"
     assert {f for f in probed if not f.startswith("amx")} == listed
     assert probed <= set(cpu.FEATURES)
+
+
+@pytest.mark.skipif(native_module() is None, reason="the compiled extension is not built")
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (
+            errno.ENOSPC,
+            "the kernel refused tile permission: an alternate signal stack is too small",
+        ),
+        (errno.EPERM, "the kernel refused tile permission: Operation not permitted"),
+    ],
+)
+def test_refused_tiles_are_named_as_refused(monkeypatch, number: int, words: str) -> None:
+    """Not as a feature that the CPU lacks."""
+    monkeypatch.delenv("KTK_TILE", raising=False)
+    everything = [f for f in cpu.FEATURES if not f.startswith("amx")]
+    monkeypatch.setattr(native_module(), "probe_features", lambda asks: (everything, number))
+    cpu._probe.cache_clear()
+    try:
+        assert words in (cpu.why_not("amx", cpu.detect()) or "")
+        assert words in (backends.backends()["AMXINT4"].why_not() or "")
+        assert words in doctor.diagnosis()["cpu"]["refused_tiles"]
+        assert cpu.why_not("avx512bf16", cpu.detect()) is None
+        monkeypatch.setenv("KTK_DISABLE_CPU_FEATURES", "avx512vnni")
+        assert (cpu.why_not("amx", cpu.detect()) or "").startswith("CPU lacks avx512vnni")
+    finally:
+        cpu._probe.cache_clear()
+
+
+@pytest.mark.skipif(native_module() is None, reason="the compiled extension is not built")
+def test_nobody_asks_for_tiles_that_are_to_be_emulated(monkeypatch) -> None:
+    """The kernel takes permission back from no process, and with it the instructions trap no more."""
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        native_module(), "probe_features", lambda asks: (asked.append(asks) or [*cpu.FEATURES], 0)
+    )
+    monkeypatch.setattr(cpu, "emulate_tiles", lambda: None)
+    cpu._probe.cache_clear()
+    try:
+        monkeypatch.setenv("KTK_TILE", "emulated")
+        cpu.detect()
+        monkeypatch.delenv("KTK_TILE")
+        monkeypatch.setattr(cpu, "tiles_are_emulated", lambda: True)
+        cpu.detect()
+        assert asked == [False]
+        monkeypatch.setattr(cpu, "tiles_are_emulated", lambda: False)
+        cpu.detect()
+        assert asked == [False, True]
+    finally:
+        cpu._probe.cache_clear()
 
 
 def test_every_isa_row_is_a_level() -> None:

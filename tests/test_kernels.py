@@ -34,7 +34,9 @@ IMPLEMENTATIONS = [
 
 
 def emulate_or_skip() -> Any:
-    """The tile emulator, which runs the same machine code as silicon would."""
+    """The tile emulator, which runs the same machine code as silicon does."""
+    if "amx_tile" in cpu.detect() and not cpu.detect().emulated:
+        pytest.skip("the CPU has tiles: test_tile_machines.py counts in a process without them")
     try:
         return emulate_tiles()
     except ValueError as error:
@@ -48,7 +50,11 @@ def load(implementation: tuple[str, str], packed: Packed, num_threads: int = 2) 
         if native_module() is None:
             pytest.skip("the compiled extension is not built")
         if lacking := cpu.missing(row, cpu.detect()):
-            if row != "amx" or cpu.missing("avx512vnni", cpu.detect()):
+            if (
+                row != "amx"
+                or cpu.missing("avx512vnni", cpu.detect())
+                or cpu.detect().refused_tiles
+            ):
                 pytest.skip(f"{row}: CPU lacks {', '.join(lacking)}")
             emulate_or_skip()
         return NativeRunner(packed, row, EngineLayout(num_threads))
@@ -240,6 +246,8 @@ def test_amx_multiplies_on_tiles_where_rows_are_enough(name: str) -> None:
     if native_module() is None:
         pytest.skip("the compiled extension is not built")
     emulator = emulate_or_skip()
+    if lacking := cpu.missing("avx512vnni", cpu.detect()):
+        pytest.skip(f"amx: CPU lacks {', '.join(lacking)}")
     spec = MoESpec(1, 256, 128, name, None, 128)
     packed = pack_all(spec, random_experts(spec, 85))
     for rows, uses_tiles in ((TILE_MIN_ROWS - 1, False), (TILE_MIN_ROWS, True), (64, True)):
@@ -252,7 +260,7 @@ def test_amx_multiplies_on_tiles_where_rows_are_enough(name: str) -> None:
         depth = 32 if name == "int4" else 64
         products = 16 * (256 + 128) // depth * -(-rows // 16) if uses_tiles else 0
         assert counts["tdpbssd"] == products
-        assert counts["ldtilecfg"] == counts["tilerelease"]
+        assert counts["tilerelease"] in (0, counts["ldtilecfg"])  # a CPU may run it itself
         if rows == 64:  # four products for two tiles of A and two of B
             assert counts["tileloadd"] == products
 

@@ -28,6 +28,11 @@ def measure_module() -> Any:
     return _extension("measure")
 
 
+def tiles_are_emulated() -> bool:
+    """Whether emulate_tiles has installed the emulator: from then on nobody may ask for the CPU's own tiles."""
+    return emulate_tiles.cache_info().currsize > 0
+
+
 @cache
 def emulate_tiles() -> Any:
     """The tile emulator, installed; OSError, or ValueError where it cannot be."""

@@ -12,7 +12,7 @@ from libc.stdlib cimport free, malloc
 
 
 cdef extern from "ktk_probe.h" nogil:
-    uint64_t ktk_probe_features()
+    uint64_t ktk_probe_features(int asks_for_tiles, int *refused)
     const char *ktk_probe_feature_name(int index)
     int ktk_probe_num_features()
 
@@ -213,10 +213,12 @@ def isa_rows():
     return tuple(names)
 
 
-def probe_features():
-    """CPU features that this CPU and OS support, list of str; see ktk_probe.h."""
-    cdef uint64_t found = ktk_probe_features()
-    return [ktk_probe_feature_name(i).decode() for i in range(ktk_probe_num_features()) if found >> i & 1]
+def probe_features(asks_for_tiles=True):
+    """(CPU features that this CPU and OS support, list of str; errno of refused tiles, or 0); see ktk_probe.h."""
+    cdef int refused
+    cdef uint64_t found = ktk_probe_features(bool(asks_for_tiles), &refused)
+    names = [ktk_probe_feature_name(i).decode() for i in range(ktk_probe_num_features()) if found >> i & 1]
+    return names, refused
 
 
 cdef extern from "sched.h" nogil:

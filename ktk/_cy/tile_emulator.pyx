@@ -1,5 +1,5 @@
 # cython: language_level=3, embedsignature=True
-"""Tile instructions on a CPU without them, for tests (KTK_TILE=emulated); see emulator/tile_emulator.c."""
+"""Tile instructions where the CPU has none, or this process no leave, for tests (KTK_TILE=emulated); see emulator/tile_emulator.c."""
 
 import os
 
@@ -24,10 +24,10 @@ FAULTS = tuple(ktk_tile_fault_name(i).decode() for i in range(1, KTK_TILE_NUM_FA
 
 
 def install():
-    """Handle SIGILL of tile instructions from now on, once per process. OSError, or ValueError on a CPU with tiles."""
+    """Handle SIGILL of tile instructions from now on, once per process. OSError, or ValueError if this process uses the CPU's own."""
     cdef int status = ktk_tile_install()
     if status < 0:
-        raise ValueError("KTK_TILE=emulated: this CPU has tiles of its own; unset KTK_TILE")
+        raise ValueError("KTK_TILE=emulated: this process was already given the CPU's own tiles; set KTK_TILE before it starts")
     if status:
         raise OSError(status, os.strerror(status))
 

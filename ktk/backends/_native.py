@@ -77,9 +77,8 @@ class NativeBackend(Backend):
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         if native_module() is None:
             return "the compiled extension is not built (reinstall with a C compiler)"
-        lacking = cpu.missing(self.isa_rows[-1], cpu.detect())
-        if lacking:
-            return f"CPU lacks {', '.join(lacking)}"
+        if reason := cpu.why_not(self.isa_rows[-1], cpu.detect()):
+            return reason
         if self.isa() is None:
             return f"this build has none of {', '.join(self.isa_rows)}"
         return refuse_blocks(spec)

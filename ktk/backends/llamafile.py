@@ -236,8 +236,8 @@ class LlamafileBackend(Backend):
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         if native_module() is None:
             return "the compiled extension is not built (reinstall with a C compiler)"
-        if lacking := cpu.missing("avx2", cpu.detect()):
-            return f"CPU lacks {', '.join(lacking)}"
+        if reason := cpu.why_not("avx2", cpu.detect()):
+            return reason
         if spec is not None and spec.weight_format != GGUF.name:
             return f"runs the blocks of GGUF files, these are {spec.weight_format} weights"
         return None

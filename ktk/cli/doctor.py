@@ -50,6 +50,7 @@ def diagnosis() -> dict[str, Any]:
             "features_from": features.source,
             "disabled": sorted(features.disabled),
             "emulated": sorted(features.emulated),
+            "refused_tiles": features.refused_tiles,
             "levels": {level: cpu.missing(level, features) for level in cpu.ISA_LEVELS},
         },
         "numa_nodes": [
@@ -130,6 +131,7 @@ def command(
         "emulated": f"{' '.join(c['emulated'])} (KTK_TILE: for tests, very slow)"
         if c["emulated"]
         else "",
+        "AMX tiles": c["refused_tiles"],
         "ISA levels": ", ".join(
             f"{level} {'no: ' + ' '.join(lacking) if lacking else 'yes'}"
             for level, lacking in c["levels"].items()

@@ -17,6 +17,7 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -384,13 +385,18 @@ static void on_sigill(int signal_number, siginfo_t *info, void *context) {
     errno = callers_errno;
 }
 
-/* XCR0 bits 17 and 18: the system lets tile instructions through to the CPU. */
+/* Tile instructions go through to the CPU: XCR0 bits 17 and 18, and this process has asked for permission. Before that they trap
+ * (XFD, a SIGILL as well) except those that touch no tile data: the CPU may run sttilecfg and tilerelease. */
 static int has_own_tiles(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low >> 17 & 3) != 0;
+    if (!(low >> 17 & 3)) return 0;
+    enum { ARCH_GET_XCOMP_PERM = 0x1022, XFEATURE_XTILEDATA = 18 };
+    uint64_t permitted = 0;
+    if (syscall(SYS_arch_prctl, ARCH_GET_XCOMP_PERM, &permitted)) return 1; /* a system that does not say */
+    return permitted >> XFEATURE_XTILEDATA & 1;
 }
 
 int ktk_tile_install(void) {

@@ -1,4 +1,4 @@
-/* Runs AMX tile instructions on a CPU without them: each raises SIGILL, and the handler installed here
+/* Runs AMX tile instructions on a CPU without them, or in a process that never asked for them: each raises SIGILL, and the handler installed here
  * decodes and computes it. For tests; Linux on x86-64 only. Its oracle is ktk/reference/tiles.py. */
 #ifndef KTK_TILE_EMULATOR_H
 #define KTK_TILE_EMULATOR_H
@@ -51,7 +51,7 @@ enum ktk_tile_kind { KTK_TILE_KINDS(KTK_TILE_ENUM_KIND) KTK_TILE_NUM_KINDS };
 enum ktk_tile_fault { KTK_TILE_NO_FAULT, KTK_TILE_FAULTS(KTK_TILE_ENUM_FAULT) KTK_TILE_NUM_FAULTS };
 #undef KTK_TILE_ENUM_FAULT
 
-/* Once per process; again is harmless. 0, an errno, or -1 if this CPU and system run tiles themselves. */
+/* Once per process; again is harmless. 0, an errno, or -1 if this process has permission to use the CPU's own tiles. */
 int ktk_tile_install(void);
 /* Instructions carried out since the last reset, by all threads. */
 uint64_t ktk_tile_count(int kind);

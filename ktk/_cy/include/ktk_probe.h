@@ -26,9 +26,9 @@
 enum ktk_feature { KTK_FEATURES(KTK_FEATURE_ENUM) KTK_NUM_FEATURES };
 #undef KTK_FEATURE_ENUM
 
-/* Bit `1 << KTK_FEATURE_x` for each feature that runs here; 0 on other architectures.
- * Asks for tile permission if the CPU has tiles. */
-uint64_t ktk_probe_features(void);
+/* Bit `1 << KTK_FEATURE_x` for each feature that runs here; 0 on other architectures. Tiles count if this process is given
+ * permission when it asks: not without asks_for_tiles. refused: the errno, where the CPU has them and was not; else 0. */
+uint64_t ktk_probe_features(int asks_for_tiles, int *refused);
 
 /* 0 if this process may use AMX tile data, else the negated errno. Asking twice is harmless;
  * threads and children inherit the permission. */

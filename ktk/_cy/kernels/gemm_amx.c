@@ -14,7 +14,7 @@
  * (16 a tile, against 8 per 32 k of a panel for the copy). Groups of 32 k use half of a tile's depth.
  *
  * All of `work` (ktk.h) but A stays in L1: 16 KiB sums, 8 KiB codes, 16 KiB inner and y, of which a step with
- * groups up to 64 touches half. Counted instructions and what they cost: bench/RESULTS.md; no silicon has run this yet.
+ * groups up to 64 touches half. Counted instructions and what they cost, and what ran on silicon: bench/RESULTS.md.
  * Intel SDM vol. 2, TDPBSSD; Intel optimization manual, chapter 20 (a product 16 cycles, a load 8, a store 16). */
 #include <string.h>
 

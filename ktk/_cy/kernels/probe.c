@@ -66,7 +66,8 @@ int ktk_probe_request_tiles(void) {
 #endif
 }
 
-uint64_t ktk_probe_features(void) {
+uint64_t ktk_probe_features(int asks_for_tiles, int *refused) {
+    *refused = 0;
     cpuid_regs leaf1 = cpuid(1, 0);
     if (!(leaf1.ecx >> 27 & 1)) return 0; /* OSXSAVE: without it xgetbv faults */
     uint64_t xcr0 = read_xcr0();
@@ -76,8 +77,10 @@ uint64_t ktk_probe_features(void) {
 
     const int avx = (leaf1.ecx >> 28 & 1) && (xcr0 & STATE_AVX) == STATE_AVX;
     const int avx512 = avx && (leaf7.ebx >> 16 & 1) && (xcr0 & STATE_AVX512) == STATE_AVX512;
-    const int tiles = avx && (leaf7.edx >> 24 & 1) && (xcr0 & STATE_TILES) == STATE_TILES && has_palette1() &&
-                      ktk_probe_request_tiles() == 0;
+    const int has_tiles = asks_for_tiles && avx && (leaf7.edx >> 24 & 1) &&
+                          (xcr0 & STATE_TILES) == STATE_TILES && has_palette1();
+    if (has_tiles) *refused = -ktk_probe_request_tiles();
+    const int tiles = has_tiles && *refused == 0;
 
     uint64_t found = 0;
 #define ADD(suffix, usable, reg, bit)                                                                        \
@@ -104,6 +107,10 @@ uint64_t ktk_probe_features(void) {
 
 int ktk_probe_request_tiles(void) { return -ENOSYS; }
 
-uint64_t ktk_probe_features(void) { return 0; }
+uint64_t ktk_probe_features(int asks_for_tiles, int *refused) {
+    (void)asks_for_tiles;
+    *refused = 0;
+    return 0;
+}
 
 #endif
