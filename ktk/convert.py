@@ -54,6 +54,7 @@ from ktk.models.base import NESTED_KEYS
 from ktk.models.plain import PlainTensor, plain_tensors
 from ktk.moe import MoE
 from ktk.pack import pack_expert
+from ktk.paths import user_path
 from ktk.types import BlockExperts, CodedExpert, ExpertWeights, MoESpec, Packed
 
 QUANT_METHODS = ("int4", "int8", "bf16")
@@ -143,7 +144,8 @@ def convert(
     Raises CheckpointError for a bad input, ValueError for arguments that do not fit, FileExistsError if
     ``output`` is not empty (a GGUF file: exists), OSError if the disk is full; what is finished stays for ``resume``.
     """
-    _check_method(quant_method, Path(output), whole)
+    input_path, output = user_path(input_path), user_path(output)
+    _check_method(quant_method, output, whole)
     if input_type is not None and input_type not in SOURCE_DTYPES:
         raise ValueError(
             f"input_type={input_type!r}: must be one of {', '.join(SOURCE_DTYPES)}, or left out"

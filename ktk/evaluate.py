@@ -53,6 +53,7 @@ from ktk.layout import round_up
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE
 from ktk.pack import pack_expert
+from ktk.paths import user_path
 from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec, Packed
 
 F = np.float32
@@ -169,6 +170,8 @@ class Variant:
 
         Raises ValueError that lists what there is.
         """
+        if text.startswith("~"):
+            text = str(user_path(text))
         if Path(text).exists():
             return cls(text, by=text)
         name, _, rest = text.partition(":")
@@ -437,6 +440,7 @@ def evaluate(
 
     from transformers import AutoConfig
 
+    source = user_path(source)
     step("reference")
     model = load_float(source)
     started = perf_counter()

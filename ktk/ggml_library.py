@@ -8,6 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from ktk.paths import user_path
+
 F = np.float32
 
 
@@ -15,7 +17,7 @@ class GgmlLibrary:
     """ggml_quantize_chunk of libggml-base.so in ``folder``. Raises ValueError if it is not there."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "libggml-base.so"
+        path = user_path(folder) / "libggml-base.so"
         if not path.is_file():
             raise ValueError(f"{folder}: must be the folder of llama.cpp's libggml-base.so")
         library = ctypes.CDLL(str(path.resolve()))

@@ -7,6 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from ktk.paths import user_path
+
 # Prose-rich modules; the order is part of the text.
 MODULES = (
     "argparse",
@@ -82,7 +84,7 @@ def _docstrings(name: str) -> Iterator[str]:
 def read_text(path: Path) -> str:
     """A text file. Raises ValueError, with its name, unless it is there and UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return user_path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: must be a UTF-8 text file") from error
     except UnicodeDecodeError as error:

@@ -34,6 +34,7 @@ from ktk.gguf_model import open_experts
 from ktk.memory import aligned_buffer
 from ktk.moe import MoE, as_hidden, as_routing, as_weights, expert_reader, is_bf16, to_numpy
 from ktk.pack import pack_experts
+from ktk.paths import user_path
 from ktk.reference.dequantise import expert_weights
 from ktk.requantise import packed_format
 from ktk.runtime import engine, fifo
@@ -159,7 +160,7 @@ class KTMoEWrapper:
             "max_deferred_experts_per_token", 0 if deferred is None else deferred, least=0
         )
         self.method = backends.check_method(method)
-        self.weight_path = None if weight_path is None else Path(weight_path)
+        self.weight_path = None if weight_path is None else user_path(weight_path)
         self.cpu_save = bool(cpu_save)
         self._activation = swiglu_activation(swiglu_limit, swiglu_alpha)
         self._weight_format = weight_format or backends.method_format(self.method)

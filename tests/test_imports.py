@@ -20,6 +20,7 @@ LAYERS = (
         "layout",
         "formats",
         "env",
+        "paths",
         "_log",
         "numa",
         "memory",

@@ -25,6 +25,7 @@ from ktk._log import logger
 from ktk.checkpoint.mapping import MappedFile
 from ktk.checkpoint.safetensors import shown
 from ktk.errors import CheckpointError
+from ktk.paths import user_path
 
 MAX_HEADER = 100_000_000  # bytes; real ones, tokenizer included, have 5 to 30 million
 MAX_KEYS = 1 << 16
@@ -515,7 +516,7 @@ class GgufCheckpoint:
         A directory is looked at without its sub-directories; vision projectors and adapters in it are left out.
         Raises CheckpointError, naming the parts that are missing, or the models if there are several.
         """
-        path = Path(path)
+        path = user_path(path)
         try:
             is_directory = path.is_dir()
             exists = is_directory or path.exists() or path.is_symlink()

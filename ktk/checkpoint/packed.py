@@ -26,6 +26,7 @@ from ktk.cpu import num_physical_cores
 from ktk.errors import CheckpointError
 from ktk.layout import EXPERT_ALIGN, LAYOUT_VERSION
 from ktk.memory import aligned_buffer
+from ktk.paths import user_path
 from ktk.types import MoESpec, Packed
 
 QUANT_METHOD = "ktk"
@@ -56,12 +57,12 @@ class PackedConfig:
 
 def layer_path(directory: str | os.PathLike[str], layer: int) -> Path:
     """Where layer ``layer`` of a packed directory lies."""
-    return Path(directory) / f"ktk-experts-{layer:05d}.safetensors"
+    return user_path(directory) / f"ktk-experts-{layer:05d}.safetensors"
 
 
 def list_layers(directory: str | os.PathLike[str]) -> tuple[int, ...]:
     """The layers whose files are in ``directory``, ascending; their contents are not looked at."""
-    found = (_LAYER_FILE.fullmatch(entry) for entry in _listdir(Path(directory)))
+    found = (_LAYER_FILE.fullmatch(entry) for entry in _listdir(user_path(directory)))
     return tuple(sorted(int(match[1]) for match in found if match))
 
 
@@ -186,7 +187,7 @@ def read_layer(
 
 def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
     """What a packed directory holds; every layer file's header is checked. Raises CheckpointError."""
-    directory = Path(directory)
+    directory = user_path(directory)
     names = _listdir(directory)
     path = directory / "config.json"
     if "config.json" not in names:

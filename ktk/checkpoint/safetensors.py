@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ktk.errors import CheckpointError
+from ktk.paths import user_path
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_JSON = 100_000_000  # bytes of config.json or an index
@@ -315,7 +316,7 @@ class Checkpoint:
         other index in it, else as all its .safetensors files. Symbolic links are followed, as the hub's
         cache needs. Raises CheckpointError.
         """
-        path = Path(path)
+        path = user_path(path)
         names: dict[str, Path] | None = None
         if path.is_dir():
             paths, names = _directory_files(path)

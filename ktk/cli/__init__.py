@@ -5,13 +5,17 @@ A ``command`` is an ordinary typer function; heavy imports belong inside it, so 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from ktk import __version__, _log, env
+from ktk.paths import user_path
 
 # In the order a newcomer needs them.
 COMMANDS = {
@@ -43,6 +47,16 @@ def _root(
     """Experts of mixture-of-experts models on the CPU."""
 
 
+def _with_home(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, a leading ~ in its paths expanded: no shell does that after ``--option=`` or in quotes."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(**{k: user_path(v) if isinstance(v, Path) else v for k, v in given.items()})
+
+    return run
+
+
 def app() -> typer.Typer:
     """The typer application with every sub-command."""
     application = typer.Typer(
@@ -50,7 +64,8 @@ def app() -> typer.Typer:
     )
     for name, module in COMMANDS.items():
         row = importlib.import_module(module)
-        application.command(name, epilog=getattr(row, "EPILOG", None))(row.command)
+        command = _with_home(row.command)
+        application.command(name, epilog=getattr(row, "EPILOG", None))(command)
     return application
 
 

@@ -6,13 +6,13 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ktk.cli import _model
 from ktk.cli.run import interrupting, speeds
+from ktk.paths import user_path
 
 if TYPE_CHECKING:
     from ktk.integration.transformers.generation import Session
@@ -194,8 +194,12 @@ class Chat:
             typer.echo("/save needs a file name", err=True)
             return
         try:
-            Path(name).write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n")
+            user_path(name).write_text(
+                json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n"
+            )
         except OSError as error:
             typer.echo(f"{name}: {error.strerror}", err=True)
+        except ValueError as error:  # ~nobody
+            typer.echo(str(error), err=True)
         else:
             typer.echo(f"{len(self.messages)} messages written to {name}", err=True)

@@ -16,6 +16,7 @@ from typing import Any
 from ktk import backends, cpu, env
 from ktk.demo import evaluate, smollm2
 from ktk.errors import CheckpointError
+from ktk.paths import user_path
 from ktk.text import stdlib_text, windows
 
 WINDOW = 256
@@ -49,6 +50,12 @@ class Options:
     text: Path | None
     work_dir: Path
     num_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("model", "text", "work_dir"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, user_path(given))
 
 
 class Reporter:

@@ -36,6 +36,7 @@ from ktk.models.gguf import find_gguf_experts
 from ktk.models.prediction import gguf_predicts
 from ktk.models.whole import Source, Tensor, WholeModel, whole_model
 from ktk.models.whole.base import Fields
+from ktk.paths import user_path
 from ktk.requantise import packed_format
 from ktk.types import BlockMatrix
 
@@ -85,6 +86,7 @@ def load_gguf_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    path = user_path(path)
     backends.check_method(method)
     check_linear(linear)
     dtype = _dtype(dtype)

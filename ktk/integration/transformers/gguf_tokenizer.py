@@ -22,6 +22,7 @@ from ktk.errors import CheckpointError
 from ktk.models.metadata import check_gguf_tokenizer
 from ktk.models.whole.ends import CONTROL, end_ids
 from ktk.models.whole.tokenizer import BY_NAME
+from ktk.paths import user_path
 
 UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6  # of tokenizer.ggml.token_type
 MAX_TOKENS = 1 << 22
@@ -38,6 +39,7 @@ def load_gguf_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
+    path = user_path(path)
     fields = _Fields(GgufCheckpoint.open(path))
     model = fields.get("model", str)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}

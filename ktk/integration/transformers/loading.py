@@ -40,6 +40,7 @@ from ktk.integration.transformers.sources import (
     packed_directory,
     quantised_checkpoint,
 )
+from ktk.paths import user_path
 from ktk.types import MoESpec
 
 # Of the load_model() call in progress; from_pretrained has no way to pass them.
@@ -190,7 +191,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
         self.group_size = group_size
         self.activation_group = activation_group
         self.method = method
-        self.gguf = None if gguf is None else os.fspath(gguf)
+        self.gguf = None if gguf is None else str(user_path(gguf))
         self.linear = linear
         for name, value in others.items():
             setattr(self, name, value)
@@ -414,7 +415,8 @@ def load_model(
     kwargs : for ``from_pretrained``. Raises CheckpointError, BackendError, ValueError.
     """
 
-    if not Path(path).is_dir():
+    path = user_path(path)
+    if not path.is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json")
     backends.check_method(method)
     config = model_config(path)
@@ -435,7 +437,7 @@ def load_model(
         if given == "ktk":
             return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
         if given is not None:
-            return _load_quantised(Path(path), config, dtype, quantization_config, kwargs)
+            return _load_quantised(path, config, dtype, quantization_config, kwargs)
         kwargs["quantization_config"] = quantization_config or KtkConfig(None)
         return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     finally:

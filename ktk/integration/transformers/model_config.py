@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from ktk.errors import CheckpointError
-from ktk.integration.transformers.names import rope_types
+from ktk.integration.transformers.names import ROPE_INIT_FUNCTIONS
 from ktk.models import check_directory
+from ktk.paths import user_path
 
 
 def model_config(path: str | os.PathLike[str]) -> Any:
     """The config of a model's directory. Raises CheckpointError, which names the file, for anything that keeps it from being one."""
-    directory = Path(path)
+    directory = user_path(path)
     fields = check_directory(directory)
     where = directory / "config.json"
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # whatever the classes make of the file
         raise CheckpointError(
             f"{where}: transformers takes no such {fields.get('model_type')!r}: {error}"
         ) from error
     if fields.get("model_type") in CONFIG_MAPPING:  # code of a model's own may know others
         for kind in _rope_types(config.get_text_config(decoder=True)):
-            if kind not in rope_types():
+            known = ("default", *ROPE_INIT_FUNCTIONS)
+            if kind not in known:
                 raise CheckpointError(
-                    f"{where}: rope_type={kind!r}: must be one of {', '.join(rope_types())}"
+                    f"{where}: rope_type={kind!r}: must be one of {', '.join(known)}"
                 )
     return config
 

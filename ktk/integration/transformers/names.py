@@ -44,6 +44,7 @@ __all__ = [
     "MORE_ATTENTION",
     "PLUMBING",
     "POSITIONS",
+    "ROPE_INIT_FUNCTIONS",
     "BaseStreamer",
     "BatchRouter",
     "BatchSampler",
@@ -73,7 +74,6 @@ __all__ = [
     "register_quantization_config",
     "register_quantizer",
     "restore_dtypes",
-    "rope_types",
     "running_requests",
     "saves_adapters_only",
     "sdpa_attention_forward",
@@ -83,11 +83,6 @@ __all__ = [
     "takes",
     "targets_of",
 ]
-
-
-def rope_types() -> tuple[str, ...]:
-    """The kinds of rotary embeddings that models can be made with."""
-    return ("default", *ROPE_INIT_FUNCTIONS)
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

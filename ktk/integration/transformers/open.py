@@ -20,6 +20,7 @@ from ktk.models import check_directory, find_experts, find_num_layers
 from ktk.models.gguf import GgufExperts, find_gguf_experts
 from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole import WHOLE_MODELS, Source
+from ktk.paths import user_path
 from ktk.types import MoESpec
 
 CONTEXT = 8192  # tokens that the KV cache is reckoned for unless told otherwise
@@ -130,7 +131,6 @@ def describe_model(
     """
     if linear not in (None, "file", "int8", "int4", "none"):
         raise ValueError(f"linear={linear!r}: must be int8, int4, file or none, or left out")
-    where = Path(path)
     backends.check_method(method)
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
@@ -139,6 +139,7 @@ def describe_model(
     )
     if not os.fspath(path):  # Path("") is the current directory
         raise CheckpointError(f"the model's path is empty; {what}")
+    where = user_path(path)
     if not where.exists():
         raise CheckpointError(f"{path}: no such file or directory; {what}")
     weight_format = None if weight_format == "auto" else weight_format
@@ -201,6 +202,7 @@ def open_model(
     from ktk.integration.transformers.linear import replace_linears, share_linears
 
     description = describe_model(path, method, weight_format, dtype, context, linear)
+    path = user_path(path)
     if description.reason is not None:
         raise CheckpointError(f"{path}: {description.reason}")
     refusal = description.memory_refusal()

@@ -18,6 +18,7 @@ from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.multimodal import LeftOut
 from ktk.integration.transformers.sources import layer_of
 from ktk.layout import LAYOUT_VERSION
+from ktk.paths import user_path
 from ktk.types import BlockExperts, Packed
 
 # Of the save_pretrained() call in progress, on the process that writes.
@@ -43,7 +44,8 @@ class SavePretrained:
             raise RuntimeError(
                 "the model is gone already: keep it in a variable, then call its save_pretrained"
             )
-        token = _directory.set(Path(save_directory) if is_main_process else None)
+        save_directory = user_path(save_directory)  # transformers would make a directory called ~
+        token = _directory.set(save_directory if is_main_process else None)
         try:
             type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
         finally:
