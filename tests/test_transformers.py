@@ -353,6 +353,14 @@ def test_config_packs_a_float_checkpoint_while_it_loads(tmp_path) -> None:
     assert torch.equal(run(loaded)[0], run(same)[0])
 
 
+def test_a_method_of_another_weight_format_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="weight_format='int4': method='INT8' runs int8 weights"):
+        ktk.KtkConfig(method="INT8", weight_format="int4")
+    with pytest.raises(ValueError, match="give that format, or method="):
+        ktk.KtkConfig(method="INT4")
+    assert ktk.KtkConfig("int4", method="AMXINT4").weight_format == "int4"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loading_packs_what_packing_a_loaded_model_packs(family: str, tmp_path: Path) -> None:
     make_model(family, torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")

@@ -80,13 +80,22 @@ def method_format(method: str) -> str | None:
     return _PORTABLE.get(key) or _FORMAT_METHODS.get(key)
 
 
-def check_method(method: str) -> str:
-    """The method in its canonical spelling; ValueError lists the known ones and why each would not run."""
+def check_method(method: str, weight_format: str | None = None) -> str:
+    """The method in its canonical spelling; ValueError lists the known ones and why each would not run.
+
+    weight_format : what it is to run, None if that is not decided here; ValueError if it stands for another one.
+    """
     if isinstance(method, str):
         if method.lower() == "auto":
             return "auto"
-        if method.upper() in methods():
-            return method.upper()
+        if (key := method.upper()) in methods():
+            runs = _PORTABLE.get(key) or _FORMAT_METHODS.get(key)
+            if None not in (runs, weight_format) and runs != weight_format:
+                raise ValueError(
+                    f"weight_format={weight_format!r}: method={method!r} runs {runs} weights: give that format, "
+                    'or method="auto"'
+                )
+            return key
     lines = "\n".join(f"  {r.name}: {r.reason or 'runs'}" for r in report())
     formats = ", ".join(_FORMAT_METHODS)
     raise ValueError(

@@ -181,7 +181,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
             )
         if weight_format is not None:  # for its checks; 128 is a multiple of every group
             MoESpec(1, 128, 128, weight_format=weight_format, group_size=group_size, activation_group=activation_group)  # fmt: skip
-        backends.check_method(method)
+        backends.check_method(method, weight_format if gguf is None else None)
         if linear not in (None, *LINEAR_FORMATS):
             raise ValueError(
                 f"linear={linear!r}: must be one of {', '.join(LINEAR_FORMATS)}, or None"
@@ -415,8 +415,7 @@ def load_model(
     kwargs : for ``from_pretrained``. Raises CheckpointError, BackendError, ValueError.
     """
 
-    path = user_path(path)
-    if not path.is_dir():
+    if not (path := user_path(path)).is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json")
     backends.check_method(method)
     config = model_config(path)

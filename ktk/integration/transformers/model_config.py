@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -33,6 +34,14 @@ def model_config(path: str | os.PathLike[str]) -> Any:
                     f"{where}: rope_type={kind!r}: must be one of {', '.join(known)}"
                 )
     return config
+
+
+def checked_fields(directory: Path) -> dict[str, Any]:
+    """config.json as it is, checked by transformers too if it knows the model type. Raises CheckpointError."""
+    fields = check_directory(directory)
+    if fields.get("model_type") in CONFIG_MAPPING:
+        model_config(directory)
+    return fields
 
 
 def _rope_types(config: Any) -> Iterator[str]:

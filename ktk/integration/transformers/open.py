@@ -16,7 +16,7 @@ from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.checkpoint.packed import QUANT_METHOD, layer_path, read_config
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError, KtkError
-from ktk.models import check_directory, find_experts, find_num_layers
+from ktk.models import find_experts, find_num_layers
 from ktk.models.gguf import GgufExperts, find_gguf_experts
 from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole import WHOLE_MODELS, Source
@@ -154,13 +154,9 @@ def describe_model(
         raise CheckpointError(f"{path}: must be a directory with a config.json, or a .gguf file")
     if not (where / "config.json").exists():
         raise CheckpointError(f"{path}: has no config.json; {what}")
-    config = check_directory(where)
-    from transformers import CONFIG_MAPPING
+    from ktk.integration.transformers.model_config import checked_fields
 
-    if config.get("model_type") in CONFIG_MAPPING:
-        from ktk.integration.transformers.model_config import model_config
-
-        model_config(where)
+    config = checked_fields(where)
     quantised = config.get("quantization_config")
     if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
         if weight_format is not None:
@@ -297,11 +293,10 @@ def _describe_float(
 
 def _rest_bytes(checkpoint: Checkpoint, taken: set[str], dtype: str) -> int:
     """Bytes of all tensors that a model loads but the taken ones and packed experts, once they are in ``dtype``."""
-    count = 0
-    num_layers = find_num_layers(checkpoint)
+    count, num_layers = 0, find_num_layers(checkpoint)
     for name, info in checkpoint.tensors.items():
-        is_packed = info.file.name.startswith("ktk-experts-")
-        if name not in taken and not is_packed and not predicts(name, num_layers):
+        is_expert = name in taken or info.file.name.startswith("ktk-experts-")
+        if not is_expert and not predicts(name, num_layers):
             count += math.prod(info.shape)
     return count * DTYPE_BYTES[dtype]
 
