@@ -521,6 +521,17 @@ def test_activation_follows_the_config(
             {"model_type": "muse_spark"},
             "'muse_spark' is not supported: the experts' output is normalised",
         ),
+        (
+            {"model_type": "muse_spark", "text_config": {"model_type": "muse_spark_text"}},
+            "'muse_spark' is not supported",
+        ),
+        (
+            {
+                "model_type": "ernie4_5_vl_moe",
+                "text_config": {"model_type": "ernie4_5_vl_moe_text"},
+            },
+            "'ernie4_5_vl_moe' is not supported: text and images have experts of their own",
+        ),
     ],
 )
 def test_activation_ktk_lacks_is_refused_by_name(

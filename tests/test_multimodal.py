@@ -206,6 +206,18 @@ def test_doctor_says_fits_and_run_answers(kind: str, made: Any) -> None:
     assert code == 0 and answer.strip(), errors
 
 
+def test_eval_measures_formats_and_a_packed_directory(made: Any, tmp_path: Path) -> None:
+    convert(made("qwen3_vl_moe"), tmp_path / "packed", quant_method="int8")
+    (tmp_path / "text").write_text(PROMPT * 40)
+    code, said, errors = ktk(
+        "eval", str(made("qwen3_vl_moe")), "--text", str(tmp_path / "text"), "--tokens", "256",
+        "-f", "int8", "-f", str(tmp_path / "packed"), "--json",
+    )  # fmt: skip
+    assert code == 0, errors
+    of_int8, of_packed = (row["kl"] for row in json.loads(said)["rows"][1:])
+    assert 0 < of_int8 == of_packed
+
+
 REFUSED = {
     "openai_privacy_filter": "no class that makes text with model_type 'openai_privacy_filter'",
     "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration generates in a way of its own",

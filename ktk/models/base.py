@@ -64,6 +64,8 @@ UNSUPPORTED_MODELS = {
     "muse_spark": "the experts' output is normalised before it is weighted",
     "longcat_flash": "some experts are the identity",
     "inkling2": "its gate is soft-capped",
+    "inkling2_loop": "its gate is soft-capped",
+    "ernie4_5_vl_moe": "text and images have experts of their own in a layer",
     "step3p7": "its clamp differs by layer and follows the SiLU",
 }
 SWIGLUOAI_MODELS = (
@@ -174,11 +176,12 @@ class Config:
 
     def activation(self, default: str) -> Activation:
         """The experts' activation; ``default`` names it where the config does not."""
-        if self.model_type in UNSUPPORTED_MODELS:
-            reason = UNSUPPORTED_MODELS[self.model_type]
-            raise CheckpointError(
-                f"{self.where}: model_type {self.model_type!r} is not supported: {reason}"
-            )
+        for part in self.parts:  # a text part's is another than the whole model's
+            kind = part.get("model_type")
+            if isinstance(kind, str) and kind in UNSUPPORTED_MODELS:
+                raise CheckpointError(
+                    f"{self.where}: model_type {kind!r} is not supported: {UNSUPPORTED_MODELS[kind]}"
+                )
         key, name = self.get(ACTIVATION_KEYS)
         name = name if key else default
         alpha, limit = self.number("swiglu_alpha", 0.0), self.number("swiglu_limit", 0.0)

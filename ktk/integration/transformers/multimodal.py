@@ -14,10 +14,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedModel, __version__
-from transformers.models.auto.modeling_auto import (
+from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    __version__,
 )
 
 from ktk.integration.transformers import names as hf
@@ -56,13 +61,9 @@ def _whole_class(config_class: type) -> Any:
 
 def auto_class(config: Any) -> Any:
     """The class of transformers' whose ``from_pretrained`` makes ``model_class``."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-
     config_class = type(config)
     if config_class in MODEL_FOR_CAUSAL_LM_MAPPING or _whole_class(config_class) is None:
-        return (
-            AutoModelForCausalLM  # which knows a model's own code, and says what it does not know
-        )
+        return AutoModelForCausalLM  # of a model that it does not know it says so
     return AutoModelForMultimodalLM
 
 
