@@ -20,7 +20,6 @@ from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError, EngineError
 from ktk.integration.transformers.linear import (
     KtkLinear,
-    keep_bits_for_any_batch,
     linear_of,
     replace_linears,
     share_linears,
@@ -284,13 +283,15 @@ def test_shared_linears_have_gradients_and_leave_float32_alone() -> None:
 
 @torch.no_grad()
 def test_shared_linears_leave_many_bf16_rows_to_torch_unless_bits_must_be_kept() -> None:
+    from ktk.server.invariance import InvariantModel
+
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(256, 192)}).bfloat16()
     share_linears(model)
     own, forward = model["a"].forward.own_forward, model["a"].forward
     x = torch.randn(100, 256).bfloat16()
     assert torch.equal(forward(x), own(x))
     assert torch.equal(forward(x[:16]), forward.linear(x[:16]))
-    keep_bits_for_any_batch(model)
+    InvariantModel(model)
     y = forward(x)
     assert torch.equal(y, forward.linear(x))
     assert all(torch.equal(forward(x[i : i + n]), y[i : i + n]) for i in (0, 7) for n in (1, 2, 33))

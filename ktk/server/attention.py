@@ -4,12 +4,15 @@ transformers packs the sequences of a batch into one row. Its SDPA path then nee
 costs memory and time for what is masked, and changes a sequence's rounding with its neighbours. A registered implementation
 whose name contains "flash" gets sequence lengths instead of masks; this one runs torch's SDPA once per sequence.
 
-Reductions depend on nothing but a token's position: queries go in blocks that begin at multiples of BLOCK, with the keys up
-to the block's end, those to come masked. So it does not matter how the scheduler cuts a prompt into chunks.
+The bits of a token depend on its place in its sequence and on whether the prompt has it, and on nothing else. The prompt's queries go in
+blocks of BLOCK, from multiples of BLOCK on, always that many, with the keys up to the block's end, those to come masked: so it does not matter
+how the scheduler cuts a prompt into chunks, down to single tokens. Tokens of the answer go one by one, as they come, also where a sequence
+that was put off is read again.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +20,36 @@ import torch.nn.functional as F
 
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.attention import one_row
-from ktk.server.paged_cache import OwnRows
+from ktk.server.paged_cache import AnyWidth
 
 NAME = "ktk_flash_paged"
 BLOCK = 64
-# Rows that a batch is filled up to with copies of its last token. Measured with torch 2.13 on Zen 4: the rows of a
-# matrix product have the same bits for any number of rows from 2 on in bf16 and from 4 on in fp32. Decoding one
-# sequence, this costs 5 to 10 %.
-MIN_ROWS = 4
-MIN_ROWS_BF16 = 2
-_IGNORED = {*hf.PLUMBING, "dropout", "is_causal"}
+_SPANS = "ktk_spans"
+_IGNORED = {*hf.PLUMBING, _SPANS, "dropout", "is_causal"}
 
 
-def pad_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a model: at least so many tokens and logits; the copies are dropped later."""
-    bounds = hf.query_bounds(kwargs)
-    if bounds is None:
-        return None
-    fewest = MIN_ROWS_BF16 if module.dtype == torch.bfloat16 else MIN_ROWS
-    changed = {**kwargs, hf.BATCH_CACHE: OwnRows(kwargs[hf.BATCH_CACHE], int(bounds[-1]))}
-    for name in hf.BATCH_ROWS:
-        value = kwargs.get(name)
-        if isinstance(value, torch.Tensor) and value.shape[-1] < fewest:
-            copies = value[..., -1:].expand(*value.shape[:-1], fewest - value.shape[-1])
-            changed[name] = torch.cat([value, copies], -1)
-    return args, changed
+@dataclass(frozen=True)
+class Span:
+    """What a batch has of one sequence: its tokens from ``first`` on. prompt : the length of its prompt."""
+
+    first: int
+    prompt: int
+
+
+class BatchHook:
+    """Forward pre-hook of a model: tells attention about the sequences of the batch, and lets the cache take keys and values of any width.
+
+    spans : of the next batch, in its order.
+    """
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if hf.query_bounds(kwargs) is None:
+            return None
+        cache = AnyWidth(kwargs[hf.BATCH_CACHE])
+        return args, {**kwargs, hf.BATCH_CACHE: cache, _SPANS: self.spans}
 
 
 def paged_attention(
@@ -66,61 +74,85 @@ def paged_attention(
             raise ValueError(f"attention has {name}")
     if kwargs.get("dropout") or kwargs.get("is_causal") is False:
         raise ValueError("attention has dropout, or sees what is to come")
-    rows = query.shape[2]
     cache = hf.cache_in(kwargs)
     if cache is not None:
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     bounds, key_bounds = hf.query_bounds(kwargs).tolist(), hf.key_bounds(kwargs).tolist()
-    own = bounds[-1]  # what follows are copies: see pad_rows
+    own = _Attention(scaling, sliding_window, s_aux)
     parts = []
-    for i in range(len(bounds) - 1):
+    for i, span in enumerate(kwargs.get(_SPANS) or [Span(0, bounds[-1])]):
         q = query[:, :, bounds[i] : bounds[i + 1]]
         k = key[:, :, key_bounds[i] : key_bounds[i + 1]]
         v = value[:, :, key_bounds[i] : key_bounds[i + 1]]
-        if q.shape[2] == 1 and s_aux is None:
-            parts.append(one_row(q, k, v, scaling))  # a window's cache has no older keys
-        else:
-            parts.append(_blocks(q, k, v, scaling, sliding_window, s_aux))
-    if rows > own:
-        parts.append(query.new_zeros(1, query.shape[1], rows - own, value.shape[-1]))
+        in_prompt = min(max(0, span.prompt - span.first), q.shape[2])
+        answered = q.shape[2] - in_prompt
+        if in_prompt:
+            seen = k.shape[2] - answered
+            parts.append(
+                own.blocks(q[:, :, :in_prompt], k[:, :, :seen], v[:, :, :seen], span.first)
+            )
+        for row in range(in_prompt, q.shape[2]):
+            end = k.shape[2] - q.shape[2] + row + 1
+            begin = max(0, end - sliding_window) if sliding_window else 0
+            parts.append(own.newest(q[:, :, row : row + 1], k[:, :, begin:end], v[:, :, begin:end]))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
-def _blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scaling: float | None,
-    sliding_window: int | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    count, length = q.shape[2], k.shape[2]
-    first = length - count  # the first query's place among the keys
-    filled = -(-length // BLOCK) * BLOCK
-    k, v = F.pad(k, (0, 0, 0, filled - length)), F.pad(v, (0, 0, 0, filled - length))
-    outs = []
-    begin = first
-    while begin < length:
-        end = min(length, (begin // BLOCK + 1) * BLOCK)
-        block = q[:, :, begin - first : end - first]
-        short = max(0, MIN_ROWS - block.shape[2])
-        if short:
-            block = torch.cat([block, block[:, :, -1:].expand(-1, -1, short, -1)], 2)
-        seen = (end + BLOCK - 1) // BLOCK * BLOCK
-        places = torch.arange(begin, end + short).clamp(max=end - 1)[:, None]
-        keys = torch.arange(seen)[None]
+@dataclass(frozen=True)
+class _Attention:
+    """A layer's. scaling : None for one by the root of the width. sinks : (heads,) or None."""
+
+    scaling: float | None
+    window: int | None
+    sinks: torch.Tensor | None
+
+    def blocks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int) -> torch.Tensor:
+        """Of tokens that follow each other, the first at place ``first``; k, v : up to the last one's, from any place that they all see."""
+        end = first + q.shape[2]
+        low = self._lowest(first)  # the place of the first key that is looked at
+        before, filled = end - k.shape[2] - low, -(-end // BLOCK) * BLOCK
+        k = F.pad(k, (0, 0, before, filled - end))  # before < 0 cuts
+        v = F.pad(v, (0, 0, before, filled - end))
+        outs = []
+        while first < end:
+            begin = first // BLOCK * BLOCK  # of the block
+            last = min(end, begin + BLOCK)
+            rows = q[:, :, q.shape[2] - (end - first) : q.shape[2] - (end - last)]
+            rows = F.pad(rows, (0, 0, first - begin, begin + BLOCK - last))
+            keys = slice(self._lowest(first) - low, begin + BLOCK - low)
+            out = self._block(rows, k[:, :, keys], v[:, :, keys], begin)
+            outs.append(out[:, :, first - begin : last - begin])
+            first = last
+        return torch.cat(outs, 2)
+
+    def _lowest(self, first: int) -> int:
+        """Where the keys begin that a block looks at, by a place in it: a multiple of BLOCK."""
+        if self.window is None:
+            return 0
+        return max(0, (first // BLOCK * BLOCK - self.window + 1) // BLOCK * BLOCK)
+
+    def _block(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begin: int) -> torch.Tensor:
+        """q : (1, heads, BLOCK, width), from place ``begin`` on; k, v : up to the block's end."""
+        places = torch.arange(begin, begin + BLOCK)[:, None]
+        keys = torch.arange(begin + BLOCK - k.shape[2], begin + BLOCK)[None]
         mask = keys <= places
-        if sliding_window is not None:
-            mask &= keys > places - sliding_window
-        own_k, own_v = k[:, :, :seen], v[:, :, :seen]
-        if sinks is not None:
-            own_k, own_v, mask = _with_sink(own_k, own_v, mask, sinks)
-        out = F.scaled_dot_product_attention(
-            block, own_k, own_v, attn_mask=mask, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+        if self.window is not None:
+            mask &= keys > places - self.window
+        if self.sinks is not None:
+            k, v, mask = _with_sink(k, v, mask, self.sinks[:, None, None])
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=self.scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
-        outs.append(out[:, :, : end - begin])
-        begin = end
-    return torch.cat(outs, 2)
+
+    def newest(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Of a token that sees all keys."""
+        if self.sinks is None:
+            return one_row(q, k, v, self.scaling)
+        groups = q.reshape(1, k.shape[1], -1, q.shape[-1])  # the heads that share keys as rows
+        sinks = self.sinks.view(k.shape[1], -1, 1)
+        k, v, mask = _with_sink(k, v, torch.ones(1, k.shape[2], dtype=torch.bool), sinks)
+        out = F.scaled_dot_product_attention(groups, k, v, attn_mask=mask, scale=self.scaling)
+        return out.reshape(1, q.shape[1], 1, v.shape[-1])
 
 
 def _with_sink(
@@ -128,10 +160,10 @@ def _with_sink(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A sink as one more key of zeros, whose score is the sink's logit and whose value adds nothing.
 
-    mask : bool (rows, keys). Returns k and v with keys + 1, and what is added to the scores, (1, heads, rows, keys + 1).
+    mask : bool (rows, keys). sinks : (heads, rows or 1, 1). Returns k and v with keys + 1, and what is added to the scores, (1, heads, rows, keys + 1).
     """
-    rows, keys = mask.shape
+    keys, rows = mask.shape[1], max(len(mask), sinks.shape[1])
     added = k.new_zeros(1, len(sinks), rows, keys + 1)
     added[..., :keys].masked_fill_(~mask, float("-inf"))
-    added[..., keys] = sinks[:, None]
+    added[..., keys:] = sinks
     return F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), added

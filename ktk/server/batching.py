@@ -13,11 +13,11 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 from ktk.errors import KtkError
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.attention_names import decides_by_name
-from ktk.integration.transformers.linear import keep_bits_for_any_batch
 from ktk.integration.transformers.open import OpenModel, size
 from ktk.integration.transformers.sampling import only
-from ktk.server.attention import NAME, pad_rows, paged_attention
+from ktk.server.attention import NAME, BatchHook, Span, paged_attention
 from ktk.server.engine import Engine, Generation, Limits, Progress, RequestError, ServerBusy
+from ktk.server.invariance import InvariantModel
 from ktk.server.paged_cache import cache_geometry, cached_shapes
 
 PAGE = 64  # tokens; small pages waste little on short sequences
@@ -49,9 +49,10 @@ class BatchingEngine(Engine):
                 f"{limits.context}: give a larger --kv-cache or a smaller --context"
             )
         self.cache_bytes = pages * page_bytes
+        self._batch = BatchHook()
         self._manager = self._make_manager(int(pages))
-        self._hook = self.model.register_forward_pre_hook(pad_rows, with_kwargs=True)
-        keep_bits_for_any_batch(self.model)
+        self._hook = self.model.register_forward_pre_hook(self._batch, with_kwargs=True)
+        self._invariant = InvariantModel(self.model)
 
     def _cache_bytes_per_token(self) -> int:
         if not self._shapes:
@@ -94,17 +95,35 @@ class BatchingEngine(Engine):
         except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
             hf.set_attention_implementation(self.model.config, self._attention)
             raise CannotBatch(str(error)) from error
-        hf.take_over(manager, hf.BatchSampler(self._choose), hf.BatchRouter(self._report))
+        sampler = hf.BatchSampler(self._prepare, self._choose)
+        hf.take_over(manager, sampler, hf.BatchRouter(self._report))
         return manager
+
+    def _prepare(self, parts: list[hf.BatchPart]) -> None:
+        """Tell attention of a batch, and keep pages from other sequences whose bits would not be theirs. In the generation thread."""
+        self._batch.spans = []
+        for part in parts:
+            own = self._generations.get(part.id)
+            prompt = part.num_initial if own is None else len(own.ids)
+            part.share(prompt, PAGE)
+            self._batch.spans.append(Span(part.first, prompt))
 
     def _choose(self, requests: list[str], scores: torch.Tensor) -> torch.Tensor:
         """Each request's own sampler chooses; the event loop fills ``_generations``. scores : float32 (rows, vocab_size)."""
         self._largest_batch = max(self._largest_batch, len(requests))
-        chosen = []
-        for row, request_id in enumerate(requests):
-            own = self._generations.get(request_id)  # None: cancelled since the batch was made
-            chosen.append(0 if own is None else own.sampler.choose(scores[row]))
-        return only(scores, chosen)
+        return only(scores, [self._choose_one(*row) for row in zip(requests, scores, strict=False)])
+
+    def _choose_one(self, request_id: str, scores: torch.Tensor) -> int:
+        own = self._generations.get(request_id)
+        if own is None:
+            # Cancelled since the batch was made; or before the manager knew it, which has forgotten that by now.
+            self._manager.cancel_request(request_id)
+        elif not own.has_failed:
+            try:
+                return own.sampler.choose(scores)
+            except Exception as error:  # whatever it was, the batch goes on without this request
+                own.fail(error)
+        return 0
 
     def _report(self, request_id: str, made: int, is_finished: bool, error: str | None) -> None:
         own = self._generations.get(request_id)
@@ -128,6 +147,7 @@ class BatchingEngine(Engine):
     def stop(self) -> None:
         self._hook.remove()
         self._manager.stop(block=True, timeout=30, hard_stop=True)
+        self._invariant.undo()
         hf.set_attention_implementation(self.model.config, self._attention)
 
     @property
@@ -152,7 +172,7 @@ class BatchingEngine(Engine):
             generation.id,
             generation.max_tokens,
             streaming=True,
-            eos_token_id=sorted(self.eos),
+            eos_token_id=sorted(generation.ends),
         )
         if taken is None:
             raise ServerBusy("the server is shutting down")

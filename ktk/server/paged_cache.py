@@ -21,11 +21,11 @@ from ktk.integration.transformers import names as hf
 log = logging.getLogger("ktk")
 
 
-class OwnRows(hf.PagedAttentionCache):
-    """A batch's cache in one forward pass: takes the first ``num_rows`` rows, the rest being copies (``pad_rows``), of any width."""
+class AnyWidth(hf.PagedAttentionCache):
+    """A batch's cache in one forward pass, for keys and values of any width up to its own."""
 
-    def __init__(self, cache: Any, num_rows: int) -> None:
-        self._cache, self._num_rows = cache, num_rows
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -44,8 +44,8 @@ class OwnRows(hf.PagedAttentionCache):
         widths = key_states.shape[-1], value_states.shape[-1]
         width = max(widths)  # the cache has one
         key, value = self._cache.update(
-            key_states=F.pad(key_states[:, :, : self._num_rows], (0, width - widths[0])),
-            value_states=F.pad(value_states[:, :, : self._num_rows], (0, width - widths[1])),
+            key_states=F.pad(key_states, (0, width - widths[0])),
+            value_states=F.pad(value_states, (0, width - widths[1])),
             layer_idx=layer_idx,
             kwargs=kwargs,
         )

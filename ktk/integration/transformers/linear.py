@@ -129,13 +129,6 @@ def share_linears(model: torch.nn.Module) -> list[str]:
     return shared
 
 
-def keep_bits_for_any_batch(model: torch.nn.Module) -> None:
-    """Have shared linear layers run all numbers of rows by ktk's kernels, whose rows have the same bits in any batch."""
-    for module in model.modules():
-        if isinstance(forward := getattr(module, "forward", None), SharedForward):
-            forward.most_rows = math.inf
-
-
 def linear_of(module: Any) -> Linear | None:
     """The ``ktk.linear.Linear`` that runs a linear layer, or None if torch does."""
     if isinstance(module, KtkLinear):
@@ -158,11 +151,11 @@ def _is_read_elsewhere(model: torch.nn.Module, owner_name: str, own: str) -> boo
     kinds: list[Any] = [
         type(model.get_submodule(".".join(owners[:n]))) for n in range(len(owners) + 1)
     ]
-    return any(reads.search(_source(kind)) for kind in kinds)
+    return any(reads.search(class_source(kind)) for kind in kinds)
 
 
 @functools.cache
-def _source(kind: Any) -> str:
+def class_source(kind: Any) -> str:
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # made at run time

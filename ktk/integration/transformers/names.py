@@ -35,7 +35,6 @@ __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_EXPERTS_FUNCTIONS",
     "BATCH_CACHE",
-    "BATCH_ROWS",
     "CACHE",
     "CACHE_GEOMETRY",
     "IMPLEMENTATION_NAMES",
@@ -46,6 +45,7 @@ __all__ = [
     "POSITIONS",
     "ROPE_INIT_FUNCTIONS",
     "BaseStreamer",
+    "BatchPart",
     "BatchRouter",
     "BatchSampler",
     "ConversionOps",
@@ -204,8 +204,6 @@ def saves_adapters_only(model: Any) -> bool:
 
 # --- a continuous batch's forward pass ---------------------------------------------------------------------
 
-# Of one row for each token, or for each sequence whose next token is wanted.
-BATCH_ROWS = ("input_ids", "position_ids", "logits_indices", _LOGITS)
 BATCH_CACHE = "cache"  # in 5.20 to 5.23 beside past_key_values, for attention functions; since then the layers' own
 CACHE_GEOMETRY = (
     "num_key_value_heads",
@@ -226,7 +224,7 @@ def key_bounds(named: Mapping[str, Any]) -> Any:
 
 # Keyword arguments of attention functions, all releases, that say where tokens lie and what is to be returned, not what is computed.
 PLUMBING = {
-    *_CACHE_NAMES, _QUERY_BOUNDS, _KEY_BOUNDS, *BATCH_ROWS, "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k",
+    *_CACHE_NAMES, _QUERY_BOUNDS, _KEY_BOUNDS, "input_ids", "position_ids", "logits_indices", _LOGITS, "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k",
     "write_index", "read_index", "block_table", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "logits_processor_args",
 }  # fmt: skip
@@ -252,17 +250,41 @@ def batch_inputs(ids: torch.Tensor, cache: Any) -> dict[str, Any]:
 # --- the manager of continuous batches -----------------------------------------------------------------------
 
 
+class BatchPart:
+    """What a batch has of one request: its tokens ``first`` to ``end``.
+
+    num_initial : tokens of its prompt, and of what it had answered when it was last put off for want of pages.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._request, state = request, request.state
+        self.id: str = state.request_id
+        self.end: int = state.position_offset
+        self.first = self.end - int(request.query_length)
+        self.num_initial = len(state.initial_tokens)
+
+    def share(self, tokens: int, page: int) -> None:
+        """Of the pages that this batch fills, let other requests have those that hold the sequence's first ``tokens`` only."""
+        others = max(0, self.end // page - tokens // page)
+        filled = self._request.complete_blocks
+        self._request.complete_blocks = {kind: max(0, n - others) for kind, n in filled.items()}
+
+
 class BatchSampler(ContinuousBatchingLogitsProcessorList):
     """Stands where the manager has processors that all requests share; called by the generation thread.
 
-    choose : (ids of requests, scores float32 (rows, vocab_size)) -> scores in which each request's token is the largest; rows beyond
-    the requests are fillers.
+    prepare : is told what each batch has of its requests, in its order, before it is run. choose : (ids of requests, scores float32
+    (rows, vocab_size)) -> scores in which each request's token is the largest.
     """
 
-    def __init__(self, choose: Callable[[list[str], torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[list[BatchPart]], None],
+        choose: Callable[[list[str], torch.Tensor], torch.Tensor],
+    ) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
-        self._choose = choose
+        self._prepare, self._choose = prepare, choose
         self._rows: list[str] = []
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
@@ -272,6 +294,7 @@ class BatchSampler(ContinuousBatchingLogitsProcessorList):
         self, requests_in_batch: list[Any], arg_storage: torch.Tensor
     ) -> torch.Tensor:
         self._rows = [r.state.request_id for r in requests_in_batch if r.has_new_token]
+        self._prepare([BatchPart(request) for request in requests_in_batch])
         return arg_storage
 
     def __call__(
