@@ -20,6 +20,7 @@ from ktk.integration.transformers.open import OpenModel, open_model
 from ktk.integration.transformers.sampling import SMALLEST_TEMPERATURE, Sampler, Sampling
 from ktk.integration.transformers.text import Detokenizer, StopStrings
 from ktk.server import app as served
+from ktk.server.answer import CompletionLogprobs
 from ktk.server.app import Access, build_app
 from ktk.server.batching import BatchingEngine
 from ktk.server.engine import Engine, Limits
@@ -42,7 +43,7 @@ PLACES = {
     "stop strings": (StopStrings, "add"),
     "the end of stop strings": (StopStrings, "finish"),
     "the prompt": (served, "encode"),
-    "the answer's log probabilities": (served, "completion_logprobs"),
+    "the answer's log probabilities": (CompletionLogprobs, "of"),
 }
 
 

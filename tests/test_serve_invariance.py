@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -239,5 +240,21 @@ def test_answers_put_off_for_want_of_pages_go_on_with_the_same_bits(
     try:
         assert asyncio.run(together()) == [alone(prompt, 100) for prompt in prompts]
         assert any(put_off)
+    finally:
+        engine.stop()
+
+
+def test_a_request_that_nobody_waits_for_is_taken_out(opened: OpenModel) -> None:
+    """Its cancellation may come before the manager knows it, and is then forgotten."""
+    engine = engine_of(opened)
+    try:
+        engine._manager.add_request([5] * 70, "nobody's", 10**6, streaming=True)
+        end = time.monotonic() + 5
+        while engine.cache_pages[0] == engine.cache_pages[1] and time.monotonic() < end - 4:
+            time.sleep(0.001)
+        while engine.running or engine.cache_pages[0] < engine.cache_pages[1]:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert engine.is_alive
     finally:
         engine.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktk.integration.transformers.sampling import Sampling, Token
-from ktk.integration.transformers.text import REPLACEMENT, Detokenizer, StopStrings
+from ktk.integration.transformers.text import Detokenizer, Spelling, StopStrings
 from ktk.server.engine import Engine
 from ktk.server.metrics import Metrics
 
@@ -23,6 +24,15 @@ class Piece:
     finish_reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What a request wants to end its answer. tokens : beside the model's own. is_included : whether it is in the text."""
+
+    strings: list[str]
+    tokens: frozenset[int] = frozenset()
+    is_included: bool = False
+
+
 class Answer:
     """Generates for one request. The figures are right once ``pieces`` has ended."""
 
@@ -33,10 +43,10 @@ class Answer:
         ids: list[int],
         sampling: Sampling,
         max_tokens: int,
-        stops: list[str],
+        stop: Stop,
     ) -> None:
         self._engine, self._metrics = engine, metrics
-        self.ids, self._sampling, self._max_tokens, self._stops = ids, sampling, max_tokens, stops
+        self.ids, self._sampling, self._max_tokens, self._stop = ids, sampling, max_tokens, stop
         self.num_tokens = 0
 
     @property
@@ -51,7 +61,8 @@ class Answer:
     async def pieces(self) -> AsyncIterator[Piece]:
         """The answer as it comes. Closing the iterator ends the generation. Raises as ``Engine.generate``."""
         engine, metrics = self._engine, self._metrics
-        text, stops = Detokenizer(engine.tokenizer), StopStrings(self._stops)
+        text = Detokenizer(engine.tokenizer)
+        stops = StopStrings(self._stop.strings, self._stop.is_included)
         start = time.perf_counter()
         first: float | None = None
         reason = "length"
@@ -66,11 +77,19 @@ class Answer:
                     piece = Piece("")
                     for token in tokens:
                         self.num_tokens += 1
-                        if token.id in engine.eos:
+                        if token.id in self._sampling.ends:
                             reason = "stop"
+                            if self._stop.is_included and token.id in self._stop.tokens:
+                                piece.tokens.append(token)
+                                piece.text += stops.add(text.finish()) + stops.finish()
+                                piece.text += engine.tokenizer.decode([token.id])
                             break
                         piece.tokens.append(token)
-                        piece.text += stops.add(text.add(token.id))
+                        certain = text.add(token.id)
+                        if self.num_tokens < self._sampling.min_tokens:
+                            piece.text += certain
+                            continue
+                        piece.text += stops.add(certain)
                         if stops.found:
                             reason = "stop"
                             break
@@ -88,36 +107,58 @@ class Answer:
                 metrics.next_token.observe((end - first) / (self.num_tokens - 1))
 
 
-def _token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
-    """A token's text and bytes; the vocabulary's own spelling, and no bytes, where it is a part of a character."""
-    text: str = tokenizer.decode([token])
-    if REPLACEMENT in text:
-        return tokenizer.convert_ids_to_tokens(token), None
-    return text, list(text.encode())
+def _text(own: bytes) -> str:
+    """A token's bytes as text; where they are no whole characters, as OpenAI's API spells them."""
+    try:
+        return own.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + own.decode(errors="backslashreplace")
 
 
-def chat_logprobs(tokenizer: Any, tokens: list[Token]) -> list[dict[str, Any]]:
-    """As /v1/chat/completions gives them in ``logprobs.content``."""
+def chat_logprobs(spelling: Spelling, tokens: list[Token], is_first: bool) -> list[dict[str, Any]]:
+    """As /v1/chat/completions gives them in ``logprobs.content``. is_first : whether an answer begins with them."""
 
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text, own_bytes = _token_text(tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": own_bytes}
+    def entry(token: int, logprob: float | None, first: bool) -> dict[str, Any]:
+        own = spelling.bytes_of(token, first)
+        return {"token": _text(own), "logprob": logprob, "bytes": list(own)}
 
-    return [
-        {**entry(t.id, t.logprob), "top_logprobs": [entry(i, p) for i, p in t.top]} for t in tokens
-    ]
+    made = []
+    for place, token in enumerate(tokens):
+        first = is_first and place == 0
+        top = [entry(other, logprob, first) for other, logprob in token.top]
+        made.append({**entry(token.id, token.logprob, first), "top_logprobs": top})
+    return made
 
 
-def completion_logprobs(tokenizer: Any, tokens: list[Token], offset: int) -> dict[str, Any]:
-    """As /v1/completions gives them. offset : characters of the answer before these tokens."""
-    texts = [_token_text(tokenizer, t.id)[0] for t in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": texts,
-        "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{_token_text(tokenizer, i)[0]: p for i, p in t.top} for t in tokens],
-        "text_offset": offsets,
-    }
+class CompletionLogprobs:
+    """As /v1/completions gives them, for the pieces of one answer in turn."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0  # characters of the answer so far
+        self._is_first = True
+
+    def of(self, tokens: list[Token]) -> dict[str, Any]:
+        texts, offsets, top = [], [], []
+        for token in tokens:
+            own = self._spelling.bytes_of(token.id, self._is_first)
+            texts.append(_text(own))
+            offsets.append(self._offset)
+            top.append(self._top(token))
+            self._offset += len(self._characters.decode(own))
+            self._is_first = False
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """By text; a token whose text another one has too, by its id."""
+        made: dict[str, float] = {}
+        for other, logprob in token.top:
+            text = _text(self._spelling.bytes_of(other, self._is_first))
+            made[text if text not in made else f"token_id:{other}"] = logprob
+        return made

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-import logging
+import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -27,8 +25,10 @@ from ktk import __version__, cpu
 from ktk.integration.transformers.fast_paths import memory_paths, run_paths
 from ktk.integration.transformers.generation import encode, encode_chat
 from ktk.integration.transformers.open import OpenModel
-from ktk.server.answer import Answer, Piece, chat_logprobs, completion_logprobs
+from ktk.integration.transformers.text import Spelling, stop_tokens
+from ktk.server.answer import Answer, Stop
 from ktk.server.engine import Engine, RequestError, ServerBusy
+from ktk.server.forms import Chat, Completion, Form, error_body
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
 
@@ -39,8 +39,10 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_NO_FIELD = re.compile(
+    r"body|str|list\[.*\]"
+)  # pydantic's names of the kinds that a field may have
 T = TypeVar("T")
-log = logging.getLogger("ktk")
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,6 @@ class Access:
     max_body_bytes: int = 8 << 20
     hosts: tuple[str, ...] | None = None
     cors_origins: tuple[str, ...] = ()
-
-
-def error_body(
-    message: str, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _error(
@@ -179,16 +174,13 @@ class _EventStream(StreamingResponse):
             self._gone()
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
 class _Service:
     """What the routes of one app share."""
 
     def __init__(self, opened: OpenModel, engine: Engine, metrics: Metrics) -> None:
         self.opened, self.engine, self.metrics = opened, engine, metrics
         self.tokenizer = opened.tokenizer
+        self.spelling = Spelling(opened.tokenizer)
         self.created = int(time.time())
         self._memory_paths = memory_paths(
             opened.model
@@ -241,12 +233,36 @@ class _Service:
             )
         refused = request.refused()
         if refused is not None:
-            raise RequestError(refused[1])
+            raise RequestError(refused[1], refused[0])
         # A long text takes a while, in which other answers should go on.
         ids = await asyncio.to_thread(self._encode, request)
         limit = self.engine.check(len(ids), request.limit)
-        sampling = request.sampling(self.engine.model.generation_config)
-        return Answer(self.engine, self.metrics, ids, sampling, limit, request.stops)
+        if (request.min_tokens or 0) > limit:
+            raise RequestError(
+                f"min_tokens={request.min_tokens}: the answer may have {limit} tokens; ask for fewer",
+                "min_tokens",
+            )
+        stop = self._stop(request)
+        own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
+        sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens)
+        return Answer(self.engine, self.metrics, ids, sampling, limit, stop)
+
+    def _stop(self, request: ChatRequest | CompletionRequest) -> Stop:
+        asked = request.stop_token_ids or []
+        self._check_tokens("stop_token_ids", asked)
+        try:
+            tokens, strings = stop_tokens(self.tokenizer, request.stops)
+        except ValueError as error:
+            raise RequestError(str(error), "stop") from error
+        return Stop(strings, tokens | set(asked), bool(request.include_stop_str_in_output))
+
+    def _check_tokens(self, name: str, tokens: list[int]) -> None:
+        vocabulary = self.engine.model.get_input_embeddings().num_embeddings
+        wrong = [token for token in tokens if not 0 <= token < vocabulary]
+        if wrong:
+            raise RequestError(
+                f"{name} has the token {wrong[0]}: must be 0 to {vocabulary - 1}", name
+            )
 
     def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
         try:
@@ -260,10 +276,7 @@ class _Service:
                 return encode(self.tokenizer, request.text)
         except ValueError as error:
             raise RequestError(str(error)) from error
-        vocabulary = self.engine.model.get_input_embeddings().num_embeddings
-        wrong = [token for token in request.tokens if not 0 <= token < vocabulary]
-        if wrong:
-            raise RequestError(f"prompt has the token {wrong[0]}: must be 0 to {vocabulary - 1}")
+        self._check_tokens("prompt", request.tokens)
         return request.tokens
 
 
@@ -298,7 +311,7 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return failed(request, _error(400, str(error)))
+        return failed(request, _error(400, str(error), error.param))
 
     @app.exception_handler(ServerBusy)
     async def busy(request: Request, error: ServerBusy) -> Response:
@@ -324,15 +337,15 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         answer = await service.answer(body)
-        return await respond(body, request, answer, _Chat(service, body))
+        return await respond(body, request, answer, Chat(opened.name, service.spelling, body))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         answer = await service.answer(body)
-        return await respond(body, request, answer, _Completion(service, body))
+        return await respond(body, request, answer, Completion(opened.name, service.spelling, body))
 
     async def respond(
-        body: ChatRequest | CompletionRequest, request: Request, answer: Answer, form: _Form
+        body: ChatRequest | CompletionRequest, request: Request, answer: Answer, form: Form
     ) -> Response:
         if not body.stream:
             result = await _unless_gone(request, form.whole(answer))
@@ -389,8 +402,9 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
 
 def _invalid(error: RequestValidationError) -> Response:
     """What pydantic found, in one line: the field, and why."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    # Where a field may be of several kinds, each has its error: the innermost one is of the kind that was meant.
+    first = max(error.errors(), key=lambda one: len(one["loc"]))
+    where = ".".join(part for part in map(str, first["loc"]) if not _NO_FIELD.fullmatch(part))
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "not JSON")
         return _error(400, f"the body is not valid JSON: {reason} at character {where}")
@@ -398,7 +412,7 @@ def _invalid(error: RequestValidationError) -> Response:
         return _error(
             400, f"the body must be a JSON object, sent as application/json: {first['msg']}"
         )
-    return _error(400, f"{where}: {first['msg']}", param=where)
+    return _error(400, f"{where}: {first['msg'].removeprefix('Value error, ')}", param=where)
 
 
 async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -406,114 +420,3 @@ async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
         yield first
         async for event in rest:
             yield event
-
-
-class _Form:
-    """How answers look: a route's JSON, whole or in chunks."""
-
-    prefix: str
-    object: str
-    chunk_object: str
-
-    def __init__(self, service: _Service, body: ChatRequest | CompletionRequest) -> None:
-        self.service, self.body = service, body
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.text_length = 0
-
-    def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.service.opened.name,
-            "choices": choices,
-            **more,
-        }
-
-    async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The response of a request that does not stream."""
-        total = Piece("")
-        async with aclosing(answer.pieces()) as pieces:  # type: ignore[type-var]
-            async for piece in pieces:
-                total.text += piece.text
-                total.tokens += piece.tokens
-                total.finish_reason = piece.finish_reason
-        return self._frame(self.object, [self.choice(total)], usage=answer.usage)
-
-    async def events(self, pieces: AsyncIterator[Piece], answer: Answer) -> AsyncIterator[str]:
-        """Server-sent events, [DONE] last."""
-        wants_usage = self.body.include_usage
-        nothing_yet = {"usage": None} if wants_usage else {}
-        begun = False
-        try:
-            async with aclosing(pieces):  # type: ignore[type-var]
-                async for piece in pieces:
-                    for choice in self.chunks(piece, not begun):
-                        yield _event(self._frame(self.chunk_object, [choice], **nothing_yet))
-                    begun = True
-            if wants_usage:
-                yield _event(self._frame(self.chunk_object, [], usage=answer.usage))
-        except (
-            Exception
-        ) as error:  # the engine's, or this request's own: the stream has begun with 200
-            if not begun:
-                raise
-            log.exception("an answer's stream failed")
-            yield _event(error_body(str(error) or type(error).__name__, "server_error"))
-        yield "data: [DONE]\n\n"
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-
-class _Chat(_Form):
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self.body.num_logprobs is None:
-            return None
-        return {"content": chat_logprobs(self.service.tokenizer, piece.tokens), "refusal": None}
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        return {
-            "index": 0,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
-        }
-
-    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        def chunk(
-            delta: dict[str, str], reason: str | None, logprobs: Any = None
-        ) -> dict[str, Any]:
-            return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-        made = [chunk({"role": "assistant", "content": ""}, None)] if is_first else []
-        if piece.text or piece.tokens:
-            made.append(chunk({"content": piece.text}, None, self._logprobs(piece)))
-        if piece.finish_reason is not None:
-            made.append(chunk({}, piece.finish_reason))
-        return made
-
-
-class _Completion(_Form):
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        logprobs = None
-        if self.body.num_logprobs is not None:
-            logprobs = completion_logprobs(self.service.tokenizer, piece.tokens, self.text_length)
-        self.text_length += len(piece.text)
-        return {
-            "index": 0,
-            "text": piece.text,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
-        }
-
-    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        return [self.choice(piece)]

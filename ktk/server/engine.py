@@ -24,7 +24,11 @@ SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
 
 
 class RequestError(KtkError, ValueError):
-    """A request that this engine cannot take; its message is for the client."""
+    """A request that this engine cannot take; its message is for the client. param : the request's field, if it is one's fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ServerBusy(KtkError, RuntimeError):

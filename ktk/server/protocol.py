@@ -1,15 +1,26 @@
-"""The OpenAI API's requests, as far as this server serves them: checked, with what would change the answer and is not served refused."""
+"""The OpenAI API's requests, as far as this server serves them: checked, with what is not served refused (``fields.py``)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 from ktk.integration.transformers.sampling import Sampling
+from ktk.server.fields import FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, Known, refusal
 
 MAX_STOP = 16
 MAX_LOGPROBS = 20
+MAX_STOP_TOKENS = 64
 
 Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
 Probability = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -17,43 +28,43 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 # Seeds are 64 bits there; a generator of torch takes those.
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 
-# Fields whose values other than these would change the answer.
-NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-}
+
+class _Part(BaseModel):
+    """Of a request. known : its fields that are not served, but have values that change nothing."""
+
+    model_config = ConfigDict(extra="allow")
+    known: ClassVar[dict[str, Known]]
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Self:
+        if refused := refusal(self.model_extra, self.known):
+            raise ValueError(refused[1])
+        return self
 
 
-class StreamOptions(BaseModel):
-    include_usage: StrictBool = False
+class StreamOptions(_Part):
+    known = STREAM_FIELDS
+
+    include_usage: StrictBool | None = None
 
 
 class _Request(BaseModel):
-    """What chat and plain completions share. Unknown fields are ignored, as OpenAI's clients send many."""
+    """What chat and plain completions share. Fields that have none here are left to ``refused``."""
 
     model_config = ConfigDict(extra="allow")
 
     model: StrictStr | None = None
-    stream: StrictBool = False
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=0, strict=True)] | None = None
+    top_k: Annotated[int, Field(ge=-1, strict=True)] | None = None  # -1: all, as 0
     seed: Seed | None = None
     stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: StrictBool | None = None
+    min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    ignore_eos: StrictBool | None = None
 
     @field_validator("stop")
     @classmethod
@@ -66,15 +77,7 @@ class _Request(BaseModel):
 
     def refused(self) -> tuple[str, str] | None:
         """(field, why) of the first field that asks for what is not served, or None."""
-        for name, value in (self.model_extra or {}).items():
-            if name in NOT_SERVED and value is not None and value not in NOT_SERVED[name]:
-                allowed = ", ".join(map(repr, NOT_SERVED[name]))
-                only = f"only {allowed} is" if allowed else "it is"
-                return (
-                    name,
-                    f"{name}={value!r:.80}: {only} {'' if allowed else 'not '}served here; leave it out",
-                )
-        return None
+        return refusal(self.model_extra, FIELDS)
 
     @property
     def stops(self) -> list[str]:
@@ -82,14 +85,17 @@ class _Request(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
 
-    def sampling(self, generation_config: Any) -> Sampling:
-        """How to choose tokens: the request's values, else the model's own where it samples, else temperature 1 and all tokens."""
+    def sampling(self, generation_config: Any, ends: frozenset[int]) -> Sampling:
+        """How to choose tokens: the request's values, else the model's own where it samples, else temperature 1 and all tokens.
+
+        ends : the tokens that end the answer.
+        """
 
         def own(name: str, otherwise: float) -> Any:
             given = getattr(self, name)
@@ -100,26 +106,43 @@ class _Request(BaseModel):
         return Sampling(
             own("temperature", 1.0),
             own("top_p", 1.0),
-            own("top_k", 0),
+            max(0, own("top_k", 0)),
             self.seed,
             self.num_logprobs,
+            self.min_tokens or 0,
+            ends,
         )
 
 
-class TextPart(BaseModel):
+class TextPart(_Part):
+    known = PART_FIELDS
+
     type: Literal["text"]
     text: StrictStr
 
 
-class Message(BaseModel):
+class Message(_Part):
+    known = MESSAGE_FIELDS
+
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | list[TextPart]
+    name: StrictStr | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _check_content(cls, content: Any) -> Any:
+        if content is None:
+            raise ValueError(
+                "is null, as with tool calls, which are not served here: give the message's text"
+            )
+        return content
 
     def for_template(self) -> dict[str, str]:
         """As chat templates take it: text in one piece, developer messages as system ones."""
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
 
 
 class ChatRequest(_Request):
@@ -149,12 +172,12 @@ class CompletionRequest(_Request):
     """POST /v1/completions. max_tokens is 16 by default, as OpenAI's is."""
 
     prompt: StrictStr | list[StrictStr] | list[StrictInt]
-    max_tokens: Count = 16
+    max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
 
     @property
     def limit(self) -> int:
-        return self.max_tokens
+        return self.max_tokens or 16
 
     @property
     def num_logprobs(self) -> int | None:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessorList
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.sampling import ChosenBySampler, Sampler, Sampling, Token
-from ktk.integration.transformers.text import Detokenizer, StopStrings
+from ktk.integration.transformers.text import Detokenizer, StopStrings, stop_tokens
 
 PREFILL_CHUNK = 512  # tokens of a prompt run at once: a stop is noticed between chunks
 
@@ -109,9 +109,10 @@ class Session:
         """
         self.stopped = False
         max_tokens = self._room(ids, max_tokens)
-        sampler, text, stops = Sampler(sampling), Detokenizer(self.tokenizer), StopStrings(stop)
+        stop_ids, strings = stop_tokens(self.tokenizer, stop)
+        sampler, text, stops = Sampler(sampling), Detokenizer(self.tokenizer), StopStrings(strings)
         pieces: list[str] = []
-        ends = end_tokens(self.model, self.tokenizer)
+        ends = end_tokens(self.model, self.tokenizer) | stop_ids
         reason = "length"
         first: float | None = None
 

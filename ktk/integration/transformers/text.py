@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,10 +46,11 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text that comes in pieces before the first of some strings."""
+    """Cuts a text that comes in pieces before the first of some strings, or behind it if that is included."""
 
-    def __init__(self, strings: Sequence[str]) -> None:
+    def __init__(self, strings: Sequence[str], is_included: bool = False) -> None:
         self._strings = [s for s in strings if s]
+        self._is_included = is_included
         self._held = ""  # what may be the beginning of a stop string
         self.found = False
 
@@ -60,7 +63,8 @@ class StopStrings:
         places = [(p + len(s), p) for s in self._strings if (p := text.find(s)) >= 0]
         if places:
             self.found, self._held = True, ""
-            return text[: min(places)[1]]
+            end, begin = min(places)
+            return text[: end if self._is_included else begin]
         held = max((_overlap(text, s) for s in self._strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -76,3 +80,78 @@ def _overlap(text: str, stop: str) -> int:
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )
+
+
+def stop_tokens(tokenizer: Any, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
+    """Stop strings that are the text of a special token, as tokens, since texts leave those out; and the others.
+
+    Raises ValueError for one that has such a text in it and more: no text has it.
+    """
+    special = special_tokens(tokenizer)
+    tokens, others = set(), []
+    for string in strings:
+        if string in special:
+            tokens.add(special[string])
+            continue
+        if inside := next((text for text in special if text and text in string), None):
+            raise ValueError(
+                f"stop={string!r:.80}: has the special token {inside!r} in it, which is no part of the text; give {inside!r} alone"
+            )
+        others.append(string)
+    return frozenset(tokens), others
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text -> id of the tokens that texts leave out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {str(token): index for index, token in added.items() if token.special}
+
+
+class Spelling:
+    """The bytes that each token stands for. One after another they are those of the text, as far as it has all tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._added = {index: str(token) for index, token in added.items()}
+        self._decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        kinds = _kinds(json.loads(self._decoder.__getstate__())) if self._decoder else set()
+        self._has_bytes = "ByteFallback" in kinds
+        self._alphabet = _byte_alphabet() if "ByteLevel" in kinds else {}
+
+    def bytes_of(self, token: int, is_first: bool) -> bytes:
+        """is_first : whether a text begins with it, where some tokenizers leave out the space that a word begins with."""
+        if self._decoder is None:
+            text: str = self._tokenizer.decode([token])
+            return text.encode()
+        spelled = self._added.get(token) or self._tokenizer.convert_ids_to_tokens(token)
+        if spelled is None:  # models have more rows than tokens
+            return b""
+        if self._has_bytes and (byte := _BYTE.fullmatch(spelled)):
+            return bytes.fromhex(byte[1])
+        if self._alphabet:
+            letters = {} if token in self._added else self._alphabet
+            return b"".join(letters.get(c) or c.encode() for c in spelled)
+        if is_first:
+            return self._decoder.decode([spelled]).encode()
+        after = self._decoder.decode([_LETTER, spelled])
+        return after.removeprefix(self._decoder.decode([_LETTER])).encode()
+
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's, where no token has a character
+_LETTER = "a"
+
+
+def _kinds(decoder: dict[str, Any]) -> set[str]:
+    """The types of a decoder of the tokenizers library and of those it is made of."""
+    inner = (_kinds(one) for one in decoder.get("decoders", ()))
+    return {decoder["type"]}.union(*inner)
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's letters for bytes: printable ones of Latin-1 stand for themselves, the others follow from 256 on, in order."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(own))
+    letters = {byte: chr(byte) for byte in own}
+    letters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return {letter: bytes([byte]) for byte, letter in letters.items()}
