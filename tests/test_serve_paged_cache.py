@@ -20,7 +20,7 @@ from ktk.server import batching
 from ktk.server.attention import NAME, paged_attention
 from ktk.server.batching import BatchingEngine, CannotBatch
 from ktk.server.engine import Limits
-from ktk.server.paged_cache import OwnRows, cache_geometry, cached_shapes
+from ktk.server.paged_cache import AnyWidth, cache_geometry, cached_shapes
 
 LIMITS = Limits(context=128, running=2, batch_tokens=64, cache_bytes=16 << 20)
 
@@ -55,14 +55,14 @@ def test_what_layers_cache_is_seen() -> None:
     assert shapes_of("deepseek_v3") == ({(1, 16)} if latent else {(4, 24)})
 
 
-def test_copies_are_dropped_and_widths_made_equal() -> None:
+def test_widths_are_made_equal() -> None:
     inner = Recorder()
-    cache = OwnRows(inner, 3)
+    cache = AnyWidth(inner)
     key, value = torch.randn(1, 2, 5, 6), torch.randn(1, 2, 5, 4)
     got = cache.update(key, value, 1, {})
-    assert inner.given["key_states"].shape == inner.given["value_states"].shape == (1, 2, 3, 6)
-    assert torch.equal(got[0], key[:, :, :3])
-    assert torch.equal(got[1], value[:, :, :3])
+    assert inner.given["key_states"].shape == inner.given["value_states"].shape == (1, 2, 5, 6)
+    assert torch.equal(got[0], key)
+    assert torch.equal(got[1], value)
     assert cache.num_blocks == 7
     assert isinstance(cache, hf.PagedAttentionCache)
 
