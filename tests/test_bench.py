@@ -31,6 +31,7 @@ from ktk.bench.layer import (
 from ktk.bench.roofline import READ, Roofline, bound, cpus_for, l3_bytes, peak_of, peaks
 from ktk.bench.run import Case, Result, Round, build_layers, measure, report
 from ktk.bench.shapes import SHAPES, Shape, routings
+from ktk.cli import bench as bench_command
 from ktk.errors import BackendError
 
 TINY = Shape("tiny", 64, 96, 5, 2)
@@ -449,6 +450,13 @@ SMALL = (
     "--rounds",
     "1",
 )
+
+
+def test_a_long_run_shows_no_bar_where_stderr_is_no_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(bench_command, "PROGRESS_AFTER", 0)
+    with bench_command.StepProgress() as progress:
+        progress(1, 2, "half")
+    assert capsys.readouterr().err == ""
 
 
 @needs_extension

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,7 +161,7 @@ def number(text: str, option: str) -> int:
 
 
 class StepProgress:
-    """A bar on stderr that appears once a run has taken PROGRESS_AFTER seconds, and goes away."""
+    """A bar on a terminal's stderr that appears once a run has taken PROGRESS_AFTER seconds, and goes away."""
 
     def __init__(self) -> None:
         self.begin = time.monotonic()
@@ -175,7 +176,7 @@ class StepProgress:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         if self.bar is None:
-            if time.monotonic() - self.begin < PROGRESS_AFTER:
+            if time.monotonic() - self.begin < PROGRESS_AFTER or not sys.stderr.isatty():
                 return
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
