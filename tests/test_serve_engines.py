@@ -109,9 +109,9 @@ def test_a_batch_gives_the_tokens_of_generate(family: str) -> None:
     """Prompts shorter and longer than gpt-oss' window of 64, cut into chunks of what is left of 96 tokens."""
     model = cases.make_model(family, max_position_embeddings=512)
     want = [alone(model, prompt) for prompt in PROMPTS]
-    engine, reason = trial.start_engine(opened(model), LIMITS)
+    engine = trial.start_engine(opened(model), LIMITS)
     try:
-        assert reason is None and isinstance(engine, BatchingEngine)
+        assert engine.why_alone is None and isinstance(engine, BatchingEngine)
         assert asyncio.run(together(engine, PROMPTS)) == want
     finally:
         engine.stop()
@@ -122,10 +122,11 @@ def test_a_batch_gives_the_tokens_of_generate(family: str) -> None:
 def test_what_cannot_be_batched_is_served_one_after_another(family: str) -> None:
     model = recurrent(family)
     want = [alone(model, prompt) for prompt in PROMPTS]
-    engine, reason = trial.start_engine(opened(model), LIMITS)
+    engine = trial.start_engine(opened(model), LIMITS)
     try:
         assert isinstance(engine, SequentialEngine)
-        assert reason and "linear_attention" in reason and type(model).__name__ in reason
+        assert engine.why_alone and "linear_attention" in engine.why_alone
+        assert type(model).__name__ in engine.why_alone
         # Twice: the second time, the cache of the last prompt is there.
         assert asyncio.run(together(engine, PROMPTS + PROMPTS)) == want + want
         assert engine.unfinished == engine.running == 0
@@ -142,9 +143,9 @@ def test_a_model_with_a_cache_of_its_own_is_served() -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     want = [alone(model, prompt) for prompt in PROMPTS]
-    engine, reason = trial.start_engine(opened(model), LIMITS)
+    engine = trial.start_engine(opened(model), LIMITS)
     try:
-        assert reason and isinstance(engine, SequentialEngine)
+        assert engine.why_alone and isinstance(engine, SequentialEngine)
         assert asyncio.run(together(engine, PROMPTS)) == want
     finally:
         engine.stop()
@@ -181,10 +182,10 @@ def test_a_wrong_batch_is_noticed_before_anybody_is_answered(
     want = alone(model, PROMPTS[1])
     for attention, says in ((blind, "not that of generate()"), (broken, "softcap")):
         monkeypatch.setattr(batching, "paged_attention", attention)
-        engine, reason = trial.start_engine(opened(model), LIMITS)
+        engine = trial.start_engine(opened(model), LIMITS)
         try:
             assert isinstance(engine, SequentialEngine)
-            assert reason and says in reason
+            assert engine.why_alone and says in engine.why_alone
             assert asyncio.run(together(engine, PROMPTS[1:2])) == [want]
         finally:
             engine.stop()

@@ -32,7 +32,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
 
 @pytest.fixture(scope="module")
 def client(opened: OpenModel) -> Iterator[TestClient]:
-    engine, _ = start_engine(opened, Limits(context=512, running=4))
+    engine = start_engine(opened, Limits(context=512, running=4))
     with TestClient(build_app(opened, engine, Access()), raise_server_exceptions=False) as client:
         yield client
     engine.stop()
