@@ -79,6 +79,9 @@ class DecoderSpec:
     def norm_is_whole(self) -> bool:
         return self.q_norm is not None and len(self.q_norm) != self.head_dim
 
+    def __deepcopy__(self, memo: dict[int, object]) -> DecoderSpec:
+        return self  # nothing of it changes
+
     def __post_init__(self) -> None:
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), np.ndarray):

@@ -1,48 +1,32 @@
 """Decoding one token: a decoder layer's forward pass as one native call instead of some forty torch operations.
 
-What a layer computes is read from its modules' shapes and tried on numbers, never from names of models: norms and routing on
-random inputs when the model is opened, the layer as a whole on the first token it decodes, beside its own forward, which
-then gives the result. A layer that comes out otherwise keeps its own forward, and so does everything but a single new
-token without gradients and without a mask.
+What a layer computes is read from its modules' shapes and tried on numbers, never from names of models: norms and routing when
+the model is opened (``decoder_specs``), the layer as a whole before the first token it decodes (``decoder_trial``). A layer
+that comes out otherwise keeps its own forward and the reason, and so does everything but a single new token without gradients and
+without a mask.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from ktk import linear
 from ktk._log import warn_once
-from ktk.decoder import HEAD_STEP, DecoderLayer, DecoderSpec, Mlp
+from ktk.decoder import DecoderLayer
 from ktk.errors import BackendError
 from ktk.integration.transformers import names as hf
-from ktk.integration.transformers.activations import recognise_gate
 from ktk.integration.transformers.cache import growing_layer
-from ktk.integration.transformers.experts import handle_of, is_experts
-from ktk.integration.transformers.linear import KtkLinear, SharedForward, linear_of
-from ktk.linear import Linear
-from ktk.routing import MAX_GROUPS, SCORES, Router, route
+from ktk.integration.transformers.decoder_specs import DescribedLayer, UnlikeError, describe_layer
+from ktk.integration.transformers.decoder_trial import Trial, can_run, run_native
+from ktk.integration.transformers.experts import is_experts
+from ktk.integration.transformers.linear import SharedForward
 
-log = logging.getLogger("ktk")
-
-PROBE_TOKENS = 64
-LOGITS = 1.5  # standard deviation of the probe's logits: large enough to tell scores apart, small enough for bf16
-# bf16 logits: of the probe's tokens some lie near the edge between two experts, and weights are rounded.
-LEAST_SAME, SAME_WEIGHT = 0.6, 0.025
-# So may a token be that is decoded: a layer fails when several differ, three for each way of rotating.
-TRIALS = 6
-CLOSE = 0.05  # of what a layer adds to its input, relative, root mean square: bf16 and rounded activations give 0.005 to 0.02
-_DTYPES = {torch.float32: "f", torch.float16: "e", torch.bfloat16: "H"}
-
-
-class _UnlikeError(Exception):
-    """Why a module is not what a DecoderSpec describes."""
+_KNOWN = {"attention_mask", hf.POSITIONS, *hf.PLUMBING, *hf.PLACES}
 
 
 def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
@@ -52,15 +36,16 @@ def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
     """
     fused: list[str] = []
     unlike: dict[str, list[str]] = {}
+    verdicts: dict[Hashable, str | None] = {}
     missing = linear.why_not()
     for name, module in decoder_layers(model):
         if isinstance(module.forward, FusedForward):
             module.forward = module.forward.own_forward
         try:
             if missing is not None:
-                raise _UnlikeError(missing)
-            module.forward = FusedForward(module, _layer_of(module), name)
-        except (_UnlikeError, BackendError, ValueError) as error:
+                raise UnlikeError(missing)
+            module.forward = FusedForward(module, describe_layer(module), name, verdicts)
+        except (UnlikeError, BackendError, ValueError) as error:
             _unlike[module] = str(error)
             unlike.setdefault(str(error), []).append(name)
         else:
@@ -122,33 +107,39 @@ class FusedForward:
     calls : native ones. reason : why the layer's own forward decodes now, None if the native call does.
     """
 
-    def __init__(self, module: Any, layer: DecoderLayer, name: str) -> None:
+    def __init__(
+        self,
+        module: Any,
+        described: DescribedLayer,
+        name: str,
+        verdicts: dict[Hashable, str | None],
+    ) -> None:
         self.module, self.own_forward = module, module.forward
-        self.layer, self.name = layer, name
+        self.described, self.name = described, name
+        self.layer = DecoderLayer(described.spec)
         self.index = int(module.self_attn.layer_idx)
         forwards = (getattr(m, "forward", None) for m in module.modules())
         self.shared = [(f, f.linear) for f in forwards if isinstance(f, SharedForward)]
-        self.trials = TRIALS  # 0: it computes what the layer does
-        self.other = DecoderLayer(replace(layer.spec, is_interleaved=True))
-        self.is_unlike = False
+        self.verdicts = verdicts  # kind of layer -> what was found
+        self.is_tried, self.is_unlike = False, False
         self.calls = 0
         self.reason: str | None = None
 
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
         is_new_token = hidden_states.shape[:-1] == (1, 1) and not arguments
         rows = self._rows(hidden_states, named) if is_new_token and not self.is_unlike else None
+        if isinstance(rows, tuple) and not self.is_tried:
+            rows = self._try(named) or rows
         if not isinstance(rows, tuple):
             if rows is not None:
                 self._lost(rows)
             return self.own_forward(hidden_states, *arguments, **named)
         cache, turns = rows
         keys, values = cache.room()
-        out = self._run(hidden_states, turns, keys, values)
+        out = run_native(self.layer, hidden_states, turns, keys, values)
+        cache.append(keys, values)
         self.calls += 1
         self.reason = None
-        if self.trials:
-            return self._try(hidden_states, named, out, keys[:, :, -1].clone(), values[:, :, -1].clone())  # fmt: skip
-        cache.append(keys, values)
         return out
 
     def _rows(
@@ -163,10 +154,14 @@ class FusedForward:
             return None
         if self.module.training:
             return "the layer is in training mode: call model.eval()"
-        if x.dtype not in _DTYPES or x.device.type != "cpu":
+        if not can_run(x.dtype) or x.device.type != "cpu":
             return f"hidden states are {x.dtype} on {x.device.type}"
         if any(f.is_stale or f.linear is not linear for f, linear in self.shared):
             return "a linear layer has another weight by now: call fuse_decoder_layers again"
+        for name, argument in named.items():
+            is_known = name in _KNOWN and not name.startswith("output_")
+            if not is_known and argument is not None and argument is not False:
+                return f"the layer is given {name}"
         positions = named.get(hf.POSITIONS)
         if not isinstance(positions, tuple) or len(positions) != 2:
             return f"the layer is given no {hf.POSITIONS}"
@@ -198,50 +193,39 @@ class FusedForward:
             reason,
         )
 
-    def _run(
-        self, x: torch.Tensor, turns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        x = x.detach().contiguous()
-        out = torch.empty_like(x)
-        at = turns.data_ptr()
-        self.layer.native.forward(
-            _DTYPES[x.dtype], x.data_ptr(), at, at + turns.stride(0) * 4, keys.data_ptr(), keys.stride(1),
-            values.data_ptr(), values.stride(1), keys.shape[-2] - 1, out.data_ptr(),
-        )  # fmt: skip
-        return out
-
-    def _try(
-        self,
-        x: torch.Tensor,
-        named: dict[str, Any],
-        out: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> Any:
-        """The layer's own result; whether the fast way's is as near as rounding allows decides what comes after."""
-        own = self.own_forward(x, **named)
-        cache = growing_layer(hf.cache_in(named), self.index)
-        errors = [float("inf")]
-        if isinstance(own, torch.Tensor) and own.shape == out.shape:
-            errors = [
-                _relative(out.float() - x.float(), own.float() - x.float()),
-                _relative(key.float(), cache.keys[:, :, -1].float()),
-                _relative(value.float(), cache.values[:, :, -1].float()),
-            ]
-        log.debug("%s: errors of the native call %s", self.name, errors)
-        if max(errors) <= CLOSE:
-            self.trials = 0
-        else:
-            self.trials -= 1
-            self.is_unlike = not self.trials
-            self.layer, self.other = self.other, self.layer
-            if self.is_unlike:
-                self._lost(f"its own forward differs from the native call by {max(errors):.3f}")
-        return own
+    def _try(self, named: dict[str, Any]) -> str | None:
+        """Compare, once, thoroughly where no layer of this kind was before; how it differs."""
+        kind = _kind(self.module)
+        self.is_tried = True
+        reason = self.verdicts.get(kind)
+        if reason is None:
+            trial = Trial(self.described, self.module, self.own_forward, named, self.index)
+            reason = trial.differs(is_thorough=kind not in self.verdicts)
+            self.verdicts.setdefault(kind, reason)
+            if reason is None and trial.is_interleaved:
+                self.layer = DecoderLayer(replace(self.described.spec, is_interleaved=True))
+        self.is_unlike = reason is not None
+        return reason
 
 
-def _relative(x: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((x - wanted).norm() / wanted.norm().clamp_min(1e-30))
+def _kind(module: torch.nn.Module) -> Hashable:
+    """Alike for layers that run the same code with the same numbers: classes, shapes and all attributes except where the layer stands."""
+    parts: list[Hashable] = []
+    for name, part in module.named_modules():
+        own = sorted(part.__dict__.items())
+        numbers = [
+            (k, v) for k, v in own if isinstance(v, int | float | str | None) and k != "layer_idx"
+        ]
+        code = [
+            (k, type(v) if type(v).__module__.startswith("ktk.") else id(v))
+            for k, v in own
+            if callable(v) and not isinstance(v, torch.nn.Module)
+        ]
+        shapes = [(k, tuple(v.shape)) for k, v in part.named_parameters(recurse=False)]
+        parts.append(
+            (name, type(part), *numbers, *code, *shapes, id(getattr(part, "config", None)))
+        )
+    return tuple(parts)
 
 
 # Of one token for its many layers: the last mask, the last cosines, and what they came to.
@@ -280,280 +264,3 @@ def _turns_of(positions: tuple[Any, ...], rotary_dim: int) -> torch.Tensor | Non
         turns = both[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
     _last_turns[0] = (cosines, rotary_dim, turns)
     return turns
-
-
-# --- what a layer computes ----------------------------------------------------------------------------
-
-
-def _layer_of(module: Any) -> DecoderLayer:
-    if not isinstance(getattr(module, "self_attn", None), torch.nn.Module):
-        raise _UnlikeError(f"a {type(module).__name__} without a self_attn")
-    children = _children(module)
-    attention = children.pop("self_attn")
-    norms = [
-        _norm(children.pop(name, None), name)
-        for name in ("input_layernorm", "post_attention_layernorm")
-    ]
-    (weight, epsilon), (output_norm, output_epsilon) = norms
-    if epsilon != output_epsilon:
-        raise _UnlikeError(f"its norms' epsilons differ: {epsilon}, {output_epsilon}")
-    if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
-        raise _UnlikeError(
-            f"it has more parts than attention, two norms and an MLP: {', '.join(children)}"
-        )
-    (mlp,) = children.values()
-    spec = {**_attention(attention), **_feed_forward(mlp, attention.q_proj.in_features)}
-    return DecoderLayer(
-        DecoderSpec(epsilon=epsilon, input_norm=weight, output_norm=output_norm, **spec)
-    )
-
-
-def _children(module: Any) -> dict[str, Any]:
-    """Sub-modules that hold anything: parameters, or weights of ktk's."""
-    return {
-        name: child
-        for name, child in module.named_children()
-        if any(isinstance(m, KtkLinear) or is_experts(m) for m in child.modules())
-        or any(True for _ in child.parameters())
-    }
-
-
-def _linear(module: Any, name: str) -> Linear:
-    found = linear_of(module)
-    if found is None:
-        raise _UnlikeError(f"{name} is a {type(module).__name__} that torch runs")
-    return found
-
-
-def _norm(module: Any, name: str) -> tuple[np.ndarray, float]:
-    """An RMSNorm's weight, float32, and epsilon."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 1 or getattr(module, "bias", None) is not None:
-        raise _UnlikeError(f"{name} is no RMSNorm")
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(epsilon, float):
-        raise _UnlikeError(f"{name} has no epsilon")
-    with torch.no_grad():
-        x = _probe(4, len(weight), weight)
-        own, wide = module(x).float(), x.float()
-        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        for w in (weight.float(), weight.float() + 1):
-            if _relative(normal * w, own) < 0.01:
-                return w.cpu().numpy(), epsilon
-    raise _UnlikeError(f"{name} is no RMSNorm: it computes something else")
-
-
-def _probe(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(rows, columns, generator=generator)
-    return x.to(dtype=like.dtype, device=like.device)
-
-
-def _attention(module: Any) -> dict[str, Any]:
-    """The fields of a DecoderSpec that say how a layer attends."""
-    children = _children(module)
-    found: dict[str, Any] = {}
-    for field in ("q", "k", "v", "o"):
-        found[field] = _linear(children.pop(f"{field}_proj", None), f"{field}_proj")
-    found["head_dim"], found["scaling"] = int(module.head_dim), float(module.scaling)
-    if found["head_dim"] % HEAD_STEP:
-        raise _UnlikeError(
-            f"its heads are {found['head_dim']} wide: must be a multiple of {HEAD_STEP}"
-        )
-    epsilons = []
-    for field in ("q_norm", "k_norm"):
-        if field in children:
-            found[field], epsilon = _norm(children.pop(field), field)
-            epsilons.append(epsilon)
-    if epsilons:
-        found["head_epsilon"] = epsilons[0]
-    own = dict(module.named_parameters(recurse=False))
-    sinks = own.pop("sinks", None)
-    if sinks is not None:
-        found["sinks"] = sinks.detach().float().cpu().numpy()
-    if children or own or len(epsilons) == 1 or len(set(epsilons)) > 1:
-        raise _UnlikeError(
-            f"its attention has other parts: {', '.join([*children, *own]) or 'norms'}"
-        )
-    config = module.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    found["rotary_dim"] = int(found["head_dim"] * (partial or 1.0))
-    return found
-
-
-def _feed_forward(module: Any, hidden_size: int) -> dict[str, Any]:
-    """The fields of a DecoderSpec that say what follows attention."""
-    children = _children(module)
-    experts_name = next((name for name, child in children.items() if is_experts(child)), None)
-    if experts_name is None:
-        return {"mlp": _mlp(module)}
-    experts = children.pop(experts_name)
-    handle = handle_of(experts)
-    if handle is None or handle.activation is None:
-        raise _UnlikeError("its experts are not packed, or their activation is its own")
-    gates = {
-        n: c for n, c in children.items() if _matrix_of(c, handle.moe.spec.num_experts) is not None
-    }
-    if len(gates) != 1:
-        raise _UnlikeError(f"{len(gates)} of its parts could be the router")
-    ((gate_name, gate),) = gates.items()
-    del children[gate_name]
-    matrix = _matrix_of(gate, handle.moe.spec.num_experts)
-    assert matrix is not None
-    router, bias = _router(module, experts, gate, matrix)
-    found: dict[str, Any] = {
-        "experts": handle.moe,
-        "router": router,
-        "logits": Linear(
-            matrix, bias, weight_format="bf16" if matrix.dtype is torch.bfloat16 else "fp32"
-        ),
-    }
-    scale = None
-    for name, child in list(children.items()):
-        if isinstance(child, torch.nn.Linear) and tuple(child.weight.shape) == (1, hidden_size):
-            scale = children.pop(name).weight.detach()[0].float().cpu().numpy()
-    if len(children) > 1 or (scale is not None and not children):
-        raise _UnlikeError(f"its experts have other parts beside them: {', '.join(children)}")
-    if children:
-        (shared,) = children.values()
-        found["mlp"] = replace(_mlp(shared), scale=scale)
-    return found
-
-
-def _mlp(module: Any) -> Mlp:
-    children = _children(module)
-    gate, up, down = (
-        _linear(children.pop(f"{n}_proj", None), f"{n}_proj") for n in ("gate", "up", "down")
-    )
-    activation = recognise_gate(getattr(module, "act_fn", None))
-    if children or activation is None:
-        raise _UnlikeError("its MLP is not down(act(gate) * up) with an activation known here")
-    return Mlp(gate, up, down, activation)
-
-
-def _matrix_of(module: Any, num_experts: int) -> torch.Tensor | None:
-    """The (num_experts, hidden_size) weight of a router."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, KtkLinear) or weight is None or weight.ndim != 2:
-        return None
-    return weight.detach() if len(weight) == num_experts else None
-
-
-# --- routing ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Routed:
-    """What a sparse block gave its experts for the probe."""
-
-    logits: np.ndarray  # float32 (tokens, num_experts), without bias
-    ids: np.ndarray
-    weights: np.ndarray
-
-
-def _router(
-    module: Any, experts: Any, gate: Any, matrix: torch.Tensor
-) -> tuple[Router, torch.Tensor | None]:
-    """The routing that gives what a sparse block gives its experts, and the logits' bias."""
-    routed = _routed(module, experts, matrix)
-    factor = _number("routed_scaling_factor", gate, module)
-    known = (1.0, *((factor,) if factor else ()))
-    best, found = LEAST_SAME, None
-    for bias, router in _candidates(module, gate, matrix, routed.ids.shape[1]):
-        logits = routed.logits if bias is None else routed.logits + bias.float().cpu().numpy()
-        same, scale = _compare(router, logits, routed, known)
-        if same > best and scale is not None:
-            best, found = same, (replace(router, scale=scale), bias)
-    if found is None:
-        raise _UnlikeError("its routing is none that is known here")
-    return found
-
-
-def _routed(module: Any, experts: Any, matrix: torch.Tensor) -> _Routed:
-    x = _probe(PROBE_TOKENS, matrix.shape[1], matrix)
-    spread = float((x.float() @ matrix.float().T).std())
-    x = x * (LOGITS / spread if spread else 1.0)
-    seen: list[tuple[torch.Tensor, ...]] = []
-
-    def record(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        seen.append((ids, weights))
-        return torch.zeros_like(hidden)
-
-    had = experts.__dict__.get("forward")
-    experts.forward = record
-    try:
-        with torch.no_grad():
-            module(x[None])
-    except Exception as error:
-        raise _UnlikeError(f"its experts cannot be tried alone: {error}") from error
-    finally:
-        del experts.forward
-        if had is not None:
-            experts.forward = had
-    if len(seen) != 1 or seen[0][0].shape != seen[0][1].shape or len(seen[0][0]) != PROBE_TOKENS:
-        raise _UnlikeError("it calls its experts in a way of its own")
-    ids, weights = seen[0]
-    logits = x.float() @ matrix.float().T
-    return _Routed(logits.cpu().numpy(), ids.cpu().numpy(), weights.float().cpu().numpy())
-
-
-def _candidates(
-    module: Any, gate: Any, matrix: torch.Tensor, top_k: int
-) -> Iterator[tuple[torch.Tensor | None, Router]]:
-    """(bias of the logits, router) pairs that the module's tensors and numbers allow."""
-    num_experts = len(matrix)
-    vectors: list[torch.Tensor] = []
-    for owner in (gate, module):
-        for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
-            if tensor.numel() != num_experts or name.startswith("experts."):
-                continue
-            if all(tensor.data_ptr() != v.data_ptr() for v in vectors):
-                vectors.append(tensor.detach().flatten())
-    uses: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [(None, None)]
-    for vector in vectors:
-        uses += [(None, vector), (vector, None)]
-    groups = [(1, 1, 1)]
-    many, top = (_number(name, gate, module) for name in ("n_group", "topk_group"))
-    if many and top and 1 < many <= MAX_GROUPS and top < many and num_experts % many == 0:
-        groups = [(many, top, 2), (many, top, 1), *groups]
-    for bias, correction in reversed(uses):  # a tensor that is there is probably used
-        added = None if correction is None else correction.float().cpu().numpy()
-        for score in SCORES:
-            for is_normalised in (True, False):
-                for num_groups, top_groups, best in groups:
-                    yield bias, Router(
-                        num_experts, top_k, score, is_normalised, 1.0, added, num_groups, top_groups, best
-                    )  # fmt: skip
-
-
-def _number(name: str, *owners: Any) -> Any:
-    for owner in owners:
-        for place in (owner, getattr(owner, "config", None)):
-            value = getattr(place, name, None)
-            if isinstance(value, int | float) and value > 0:
-                return value
-    return None
-
-
-def _compare(
-    router: Router, logits: np.ndarray, routed: _Routed, known: tuple[float, ...]
-) -> tuple[float, float | None]:
-    """Part of the tokens that go to the experts the block chose, and by what the router's weights must be multiplied.
-
-    That is one of the known numbers if it is near one, and None if the weights are others.
-    """
-    ids, weights = route(router, logits)
-    order, own_order = ids.argsort(1), routed.ids.argsort(1)
-    same = (np.take_along_axis(ids, order, 1) == np.take_along_axis(routed.ids, own_order, 1)).all(
-        1
-    )
-    if not same.any():
-        return 0.0, None
-    ours = np.take_along_axis(weights, order, 1)[same]
-    ratio = np.take_along_axis(routed.weights, own_order, 1)[same] / np.maximum(ours, 1e-30)
-    scale = float(np.median(ratio))
-    if not np.isfinite(scale) or np.quantile(np.abs(ratio / scale - 1), 0.9) > SAME_WEIGHT:
-        return 0.0, None
-    near = next((s for s in known if abs(scale / s - 1) < 0.01), scale)
-    return float(same.mean()), near

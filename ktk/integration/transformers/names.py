@@ -41,6 +41,7 @@ __all__ = [
     "IMPLEMENTATION_PASSED",
     "IMPLEMENTATION_QUESTION",
     "MORE_ATTENTION",
+    "PLACES",
     "PLUMBING",
     "POSITIONS",
     "ROPE_INIT_FUNCTIONS",
@@ -58,6 +59,7 @@ __all__ = [
     "batch_inputs",
     "bounds_of_keys",
     "cache_in",
+    "cache_name",
     "cache_pages",
     "dtypes",
     "experts_implementation",
@@ -125,12 +127,20 @@ _CACHE_NAMES = ("cache", "past_key_values")  # newest first
 CACHE = next(name for name in _CACHE_NAMES if takes(GenerationMixin.prepare_inputs_for_generation, name))  # fmt: skip
 POSITIONS = "position_embeddings"  # (cosines, sines)
 _LOGITS = "logits_to_keep"
+# Where the tokens stand in their texts, besides.
+PLACES = ("position_ids", "cache_position")
 _RECORDS_PAST, _DEFAULT_CACHE = "record_past", "_supports_default_dynamic_cache"
+
+
+def cache_name(named: Mapping[str, Any]) -> str | None:
+    """By which name the KV cache stands among a forward's keyword arguments; None if there is none."""
+    return next((name for name in _CACHE_NAMES if named.get(name) is not None), None)
 
 
 def cache_in(named: Mapping[str, Any]) -> Any:
     """The KV cache among a forward's keyword arguments; None if there is none."""
-    return next((named[name] for name in _CACHE_NAMES if named.get(name) is not None), None)
+    name = cache_name(named)
+    return None if name is None else named[name]
 
 
 def records_past(layer: Any) -> bool:

@@ -1,0 +1,363 @@
+"""What a decoder layer computes, as a ``DecoderSpec``: read from its modules' shapes and tried part by part, in float32.
+
+Norms, routing and activations are compared with what they are taken for on inputs of several sizes, to the rounding of float32, so that
+a factor or an epsilon a percent off is another one. ``decoder_trial`` then tries the layer as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ktk.decoder import HEAD_STEP, DecoderSpec, Mlp
+from ktk.integration.transformers.activations import recognise_gate
+from ktk.integration.transformers.experts import handle_of, is_experts, run_experts
+from ktk.integration.transformers.linear import KtkLinear, linear_of
+from ktk.linear import Linear
+from ktk.routing import MAX_GROUPS, SCORES, Router, route
+
+PROBE_TOKENS = 64
+# Standard deviations of the probe's logits: large enough to tell scores apart and to reach a cap, too small to saturate a sigmoid.
+LOGITS = (0.5, 1.5, 3.0)
+# Of float32. An honest router differs by 2e-6 at most, and a token in thousands lies so near the edge between two experts that it goes elsewhere.
+LEAST_SAME, SAME_WEIGHT = 0.97, 1e-4
+NORM_SCALES = (1e-4, 1e-3, 1.0, 100.0)  # of inputs: the smallest show an epsilon of 1e-6 and more
+SAME_NORM = 1e-5
+
+
+class UnlikeError(Exception):
+    """Why a module is not what a DecoderSpec describes."""
+
+
+@dataclass(frozen=True)
+class DescribedLayer:
+    """A layer's spec, and the modules that hold the parts of it; experts, shared and router None where it has none."""
+
+    spec: DecoderSpec
+    attention: Any
+    input_norm: Any
+    output_norm: Any
+    experts: Any = None
+    shared: Any = None  # the MLP beside the experts, or the only one
+    router: Any = None  # holds the matrix of the logits
+    shared_gate: Any = None  # holds the row that says how much the shared expert counts
+
+
+def describe_layer(module: Any) -> DescribedLayer:
+    """Raises UnlikeError if a DecoderSpec cannot say what the layer computes, ValueError if its shapes do not fit."""
+    if not isinstance(getattr(module, "self_attn", None), torch.nn.Module):
+        raise UnlikeError(f"a {type(module).__name__} without a self_attn")
+    children = _children(module)
+    attention = children.pop("self_attn")
+    norms = [children.pop(name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    weight, epsilon = _norm(norms[0], "input_layernorm")
+    output_norm, output_epsilon = _norm(norms[1], "post_attention_layernorm")
+    if epsilon != output_epsilon:
+        raise UnlikeError(f"its norms' epsilons differ: {epsilon}, {output_epsilon}")
+    if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
+        raise UnlikeError(
+            f"it has more parts than attention, two norms and an MLP: {', '.join(children)}"
+        )
+    (mlp,) = children.values()
+    attends = _attention(attention)
+    fields, parts = _feed_forward(mlp, attention.q_proj.in_features)
+    spec = DecoderSpec(epsilon=epsilon, input_norm=weight, output_norm=output_norm, **attends, **fields)  # fmt: skip
+    return DescribedLayer(spec, attention, *norms, **parts)
+
+
+@contextlib.contextmanager
+def in_float32(module: Any) -> Iterator[None]:
+    """Its own code in float32: what ktk runs by ktk's kernels, which take float32, the rest on its parameters as float32."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for part in module.modules():
+            if isinstance(part, KtkLinear):
+                continue
+            if (linear := linear_of(part)) is not None:
+                undo.append(replace_forward(part, functools.partial(_run_linear, linear)))
+            elif is_experts(part) and (handle := handle_of(part)) is not None:
+                undo.append(replace_forward(part, functools.partial(run_experts, part, handle)))
+            else:
+                for tensors in (part._parameters, part._buffers):
+                    undo.append(functools.partial(tensors.update, dict(tensors)))
+                    tensors.update({n: t.detach().float() for n, t in tensors.items() if t is not None and t.is_floating_point()})  # fmt: skip
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _run_linear(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = linear(x.reshape(-1, linear.in_features))
+    return y.view(*x.shape[:-1], linear.out_features)
+
+
+def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Put a forward into one module; returns what undoes it."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+
+    def undo() -> None:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+    return undo
+
+
+def _children(module: Any) -> dict[str, Any]:
+    """Sub-modules that hold anything: parameters, or weights of ktk's."""
+    return {
+        name: child
+        for name, child in module.named_children()
+        if any(isinstance(m, KtkLinear) or is_experts(m) for m in child.modules())
+        or any(True for _ in child.parameters())
+    }
+
+
+def _linear(module: Any, name: str) -> Linear:
+    found = linear_of(module)
+    if found is None:
+        raise UnlikeError(f"{name} is a {type(module).__name__} that torch runs")
+    return found
+
+
+def _norm(module: Any, name: str) -> tuple[np.ndarray, float]:
+    """An RMSNorm's weight, float32, and epsilon."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim != 1 or getattr(module, "bias", None) is not None:
+        raise UnlikeError(f"{name} is no RMSNorm")
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(epsilon, float):
+        raise UnlikeError(f"{name} has no epsilon")
+    rows = torch.cat([scale * _probe(4, len(weight)) for scale in NORM_SCALES])
+    rows = torch.cat(
+        [rows, rows[-4:] ** 3, -(rows[-4:] ** 3)]
+    )  # a few large, which a clip would cut
+    with torch.no_grad(), in_float32(module):
+        own = module(rows)
+    normal = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + epsilon)
+    for w in (weight.detach().float().cpu(), weight.detach().float().cpu() + 1):
+        if ((normal * w - own).norm(dim=-1) <= SAME_NORM * own.norm(dim=-1)).all():
+            return w.numpy(), epsilon
+    raise UnlikeError(f"{name} is no RMSNorm: it computes something else")
+
+
+def _probe(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
+
+
+def _attention(module: Any) -> dict[str, Any]:
+    """The fields of a DecoderSpec that say how a layer attends."""
+    children = _children(module)
+    found: dict[str, Any] = {}
+    for field in ("q", "k", "v", "o"):
+        found[field] = _linear(children.pop(f"{field}_proj", None), f"{field}_proj")
+    found["head_dim"], found["scaling"] = int(module.head_dim), float(module.scaling)
+    if found["head_dim"] % HEAD_STEP:
+        raise UnlikeError(
+            f"its heads are {found['head_dim']} wide: must be a multiple of {HEAD_STEP}"
+        )
+    epsilons = []
+    for field in ("q_norm", "k_norm"):
+        if field in children:
+            found[field], epsilon = _norm(children.pop(field), field)
+            epsilons.append(epsilon)
+    if epsilons:
+        found["head_epsilon"] = epsilons[0]
+    own = dict(module.named_parameters(recurse=False))
+    sinks = own.pop("sinks", None)
+    if sinks is not None:
+        found["sinks"] = sinks.detach().float().cpu().numpy()
+    if children or own or len(epsilons) == 1 or len(set(epsilons)) > 1:
+        raise UnlikeError(
+            f"its attention has other parts: {', '.join([*children, *own]) or 'norms'}"
+        )
+    config = module.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    found["rotary_dim"] = int(found["head_dim"] * (partial or 1.0))
+    return found
+
+
+def _feed_forward(module: Any, hidden_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a DecoderSpec that say what follows attention, and those of a DescribedLayer."""
+    children = _children(module)
+    experts_name = next((name for name, child in children.items() if is_experts(child)), None)
+    if experts_name is None:
+        return {"mlp": _mlp(module)}, {"shared": module}
+    experts = children.pop(experts_name)
+    handle = handle_of(experts)
+    if handle is None or handle.activation is None:
+        raise UnlikeError("its experts are not packed, or their activation is its own")
+    gates = {
+        n: c for n, c in children.items() if _matrix_of(c, handle.moe.spec.num_experts) is not None
+    }
+    if len(gates) != 1:
+        raise UnlikeError(f"{len(gates)} of its parts could be the router")
+    ((gate_name, gate),) = gates.items()
+    del children[gate_name]
+    matrix = _matrix_of(gate, handle.moe.spec.num_experts)
+    assert matrix is not None
+    router, bias = _router(module, experts, gate, matrix)
+    found: dict[str, Any] = {
+        "experts": handle.moe,
+        "router": router,
+        "logits": Linear(
+            matrix, bias, weight_format="bf16" if matrix.dtype is torch.bfloat16 else "fp32"
+        ),
+    }
+    parts = {"experts": experts, "router": gate}
+    scale = None
+    for name, child in list(children.items()):
+        if isinstance(child, torch.nn.Linear) and tuple(child.weight.shape) == (1, hidden_size):
+            parts["shared_gate"] = children.pop(name)
+            scale = child.weight.detach()[0].float().cpu().numpy()
+    if len(children) > 1 or (scale is not None and not children):
+        raise UnlikeError(f"its experts have other parts beside them: {', '.join(children)}")
+    if children:
+        (parts["shared"],) = children.values()
+        found["mlp"] = replace(_mlp(parts["shared"]), scale=scale)
+    return found, parts
+
+
+def _mlp(module: Any) -> Mlp:
+    children = _children(module)
+    gate, up, down = (
+        _linear(children.pop(f"{n}_proj", None), f"{n}_proj") for n in ("gate", "up", "down")
+    )
+    activation = recognise_gate(getattr(module, "act_fn", None))
+    if children or activation is None:
+        raise UnlikeError("its MLP is not down(act(gate) * up) with an activation known here")
+    return Mlp(gate, up, down, activation)
+
+
+def _matrix_of(module: Any, num_experts: int) -> torch.Tensor | None:
+    """The (num_experts, hidden_size) weight of a router."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, KtkLinear) or weight is None or weight.ndim != 2:
+        return None
+    return weight.detach() if len(weight) == num_experts else None
+
+
+# --- routing ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """What a sparse block gave its experts for the probe."""
+
+    logits: np.ndarray  # float32 (tokens, num_experts), without bias
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+def _router(
+    module: Any, experts: Any, gate: Any, matrix: torch.Tensor
+) -> tuple[Router, torch.Tensor | None]:
+    """The routing that gives what a sparse block gives its experts, and the logits' bias."""
+    routed = _routed(module, experts, matrix)
+    factor = _number("routed_scaling_factor", gate, module)
+    known = (1.0, *((factor,) if factor else ()))
+    best, found = LEAST_SAME, None
+    for bias, router in _candidates(module, gate, matrix, routed.ids.shape[1]):
+        logits = routed.logits if bias is None else routed.logits + bias.float().cpu().numpy()
+        same, scale = _compare(router, logits, routed, known)
+        if same > best and scale is not None:
+            best, found = same, (replace(router, scale=scale), bias)
+    if found is None:
+        raise UnlikeError("its routing is none that is known here")
+    return found
+
+
+def _routed(module: Any, experts: Any, matrix: torch.Tensor) -> _Routed:
+    wide = matrix.float()
+    x = _probe(PROBE_TOKENS, matrix.shape[1])
+    spread = float((x @ wide.T).std())
+    x = torch.cat([x * (size / spread if spread else 1.0) for size in LOGITS])
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def record(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        seen.append((ids, weights))
+        return torch.zeros_like(hidden)
+
+    try:
+        with torch.no_grad(), in_float32(module):
+            undo = replace_forward(experts, record)
+            try:
+                module(x[None])
+            finally:
+                undo()
+    except Exception as error:
+        raise UnlikeError(f"its experts cannot be tried alone: {error}") from error
+    if len(seen) != 1 or seen[0][0].shape != seen[0][1].shape or len(seen[0][0]) != len(x):
+        raise UnlikeError("it calls its experts in a way of its own")
+    ids, weights = seen[0]
+    return _Routed((x @ wide.T).numpy(), ids.numpy(), weights.float().numpy())
+
+
+def _candidates(
+    module: Any, gate: Any, matrix: torch.Tensor, top_k: int
+) -> Iterator[tuple[torch.Tensor | None, Router]]:
+    """(bias of the logits, router) pairs that the module's tensors and numbers allow."""
+    num_experts = len(matrix)
+    vectors: list[torch.Tensor] = []
+    for owner in (gate, module):
+        for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
+            if tensor.numel() != num_experts or name.startswith("experts."):
+                continue
+            if all(tensor.data_ptr() != v.data_ptr() for v in vectors):
+                vectors.append(tensor.detach().flatten())
+    uses: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [(None, None)]
+    for vector in vectors:
+        uses += [(None, vector), (vector, None)]
+    groups = [(1, 1, 1)]
+    many, top = (_number(name, gate, module) for name in ("n_group", "topk_group"))
+    if many and top and 1 < many <= MAX_GROUPS and top < many and num_experts % many == 0:
+        groups = [(many, top, 2), (many, top, 1), *groups]
+    for bias, correction in reversed(uses):  # a tensor that is there is probably used
+        added = None if correction is None else correction.float().cpu().numpy()
+        for score in SCORES:
+            for is_normalised in (True, False):
+                for num_groups, top_groups, best in groups:
+                    yield bias, Router(
+                        num_experts, top_k, score, is_normalised, 1.0, added, num_groups, top_groups, best
+                    )  # fmt: skip
+
+
+def _number(name: str, *owners: Any) -> Any:
+    for owner in owners:
+        for place in (owner, getattr(owner, "config", None)):
+            value = getattr(place, name, None)
+            if isinstance(value, int | float) and value > 0:
+                return value
+    return None
+
+
+def _compare(
+    router: Router, logits: np.ndarray, routed: _Routed, known: tuple[float, ...]
+) -> tuple[float, float | None]:
+    """Part of the tokens that go to the experts the block chose, and by what the router's weights must be multiplied.
+
+    That is one of the known numbers if it is near one, and None if the weights are others.
+    """
+    ids, weights = route(router, logits)
+    order, own_order = ids.argsort(1), routed.ids.argsort(1)
+    same = (np.take_along_axis(ids, order, 1) == np.take_along_axis(routed.ids, own_order, 1)).all(
+        1
+    )
+    if not same.any():
+        return 0.0, None
+    ours = np.take_along_axis(weights, order, 1)[same]
+    ratio = np.take_along_axis(routed.weights, own_order, 1)[same] / np.maximum(ours, 1e-30)
+    scale = float(np.median(ratio))
+    if not np.isfinite(scale) or np.abs(ratio / scale - 1).max() > SAME_WEIGHT:
+        return 0.0, None
+    near = next((s for s in known if abs(scale / s - 1) < SAME_WEIGHT), scale)
+    return float(same.mean()), near
