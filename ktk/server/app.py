@@ -190,7 +190,10 @@ class _Service:
         """What the chat page shows about the model and the engine."""
         found, engine = self.opened.description, self.engine
         free, pages = engine.cache_pages
-        paths = [*run_paths(self.opened.model, engine.why_alone), *self._memory_paths]
+        paths = [
+            *run_paths(self.opened.model, engine.why_alone, is_served=True),
+            *self._memory_paths,
+        ]
         return {
             "model": self.opened.name,
             "ktk": __version__,

@@ -147,10 +147,12 @@ class FusedForward:
     ) -> tuple[Any, torch.Tensor] | str | None:
         """The layer's cache and the position's (2, rotary_dim / 2) cosines and sines.
 
-        None if this is no case for the fast way: a prompt of one token, gradients. Otherwise what keeps it from being one.
+        None if this is no case for the fast way: a prompt of one token, a server's batch, gradients. Otherwise what keeps it from being one.
         """
         given = hf.cache_in(named)
-        if given is None or (torch.is_grad_enabled() and x.requires_grad):
+        if given is None or hf.query_bounds(named) is not None:
+            return None
+        if torch.is_grad_enabled() and x.requires_grad:
             return None
         if self.module.training:
             return "the layer is in training mode: call model.eval()"

@@ -37,12 +37,15 @@ class FastPath:
         }
 
 
-def run_paths(model: Any, batching: str | None) -> list[FastPath]:
+def run_paths(model: Any, batching: str | None, is_served: bool = False) -> list[FastPath]:
     """How a model that ``open_model`` opened generates; some of it shows only once it has made a few tokens.
 
-    batching : why a server answers its requests one by one, None if it batches them.
+    batching : why a server answers its requests one by one, None if it batches them. is_served : told of a server, not of what one may do.
     """
-    return [_fused(model), FastPath("batching", batching)]
+    fused = _fused(model)
+    if is_served and batching is None:
+        fused = FastPath(fused.name, "torch runs the layers of a batch; ktk run and chat take it")
+    return [fused, FastPath("batching", batching)]
 
 
 def memory_paths(model: Any) -> list[FastPath]:
