@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/ktk demo --model '$(MODEL)'
 endif
 
-test: setup lint
+test: setup $(VENV)/.smollm2 lint
 	$(BIN)/python -m pytest
 
 # In a virtual machine with two NUMA nodes, emulated: minutes. As root it installs qemu, else it says how.
