@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from ktk.integration.transformers.decoder_specs import UnlikeError, _norm
 from ktk.integration.transformers.experts import find_experts, pack_module
 from ktk.integration.transformers.linear import replace_linears
 from ktk.integration.transformers.names import CACHE, POSITIONS
+from ktk.runtime import engine
 
 __all__ = ["small_matrices_too"]  # a fixture for every test
 
@@ -243,3 +245,15 @@ def test_arguments_that_nobody_knows_go_the_own_way() -> None:
     for name, value in (("deepstack", x), ("output_attentions", True)):
         assert f._rows(x, {**given, name: value}) == f"the layer is given {name}"
     assert f._rows(x, {**given, "output_attentions": False}) == f"the layer is given no {POSITIONS}"
+
+
+def test_a_model_that_was_tried_and_is_gone_leaves_the_engine_free() -> None:
+    gc.collect()
+    before = len(engine._users)
+    model = make("qwen2_moe")
+    fuse_decoder_layers(model)
+    decode(model, 3)
+    assert len(engine._users) > before
+    del model
+    gc.collect()
+    assert len(engine._users) == before

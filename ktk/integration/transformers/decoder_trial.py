@@ -304,9 +304,8 @@ def _error(
     return error if math.isfinite(error) else math.inf
 
 
-@functools.cache
 def _nothing(hidden_size: int) -> Mlp:
-    """An MLP that adds nothing."""
+    """An MLP that adds nothing. Not kept: a layer that is alive holds the engine's number of threads."""
     wide = Linear(np.zeros((16, hidden_size), np.float32), weight_format="fp32")
     down = Linear(np.zeros((hidden_size, 16), np.float32), weight_format="fp32")
     return Mlp(wide, wide, down, Activation.silu())
