@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Of all that is installed, and (the first up to pip 26.1, the second from 25.3 on) of what builds are given.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 MODEL ?=
-NUMA_TESTS ?= tests/test_numa.py
+NUMA_TESTS ?= tests/machine/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*/*.c ktk/_cy/*/*.h vendor/*/*.c vendor/*/*.h vendor/*/*/*.h)
 
 .PHONY: setup demo test test-numa test-versions lock lint wheel bench doctor clean

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ktk.evaluate import Variant, all_variants, evaluate
-from ktk.ggml_library import GgmlLibrary
-from ktk.text import windows
+from ktk.quantise.ggml_library import GgmlLibrary
+from ktk.quantise.texts import windows
 
 WINDOW = 256
 GRID = 32  # weights of a Q4_1 block

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from ktk import cpu
 from ktk.bench.layer import Caller, Layer, build, check_memory, hidden_states, parse_method
 from ktk.bench.shapes import SHAPES, routings
+from ktk.machine import cpu
 
 METHODS = ["INT4:32", "INT4:128", "INT8", "BF16", "torch"]
 TOKENS = [1, 4, 16, 64, 256, 1024]

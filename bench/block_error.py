@@ -29,7 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ktk import MoE, cpu
+from ktk import MoE
 from ktk.backends.llamafile import formats
 from ktk.bench.blocks import (
     error_bound,
@@ -42,11 +42,13 @@ from ktk.bench.blocks import (
 from ktk.bench.layer import hidden_states, random_expert
 from ktk.bench.shapes import Routing, Shape, routings
 from ktk.cli.bench import split
-from ktk.formats import GGUF
-from ktk.ggml_library import GgmlLibrary
-from ktk.reference.dequantise import expert_weights
+from ktk.experts.dequantise import expert_weights
+from ktk.experts.formats import GGUF
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.machine import cpu
+from ktk.quantise.ggml_library import GgmlLibrary
 from ktk.reference.moe import oracle_forward
-from ktk.types import BlockExperts, BlockMatrix, MoESpec
 
 SHAPE = Shape("layer", 2048, 768, 8, 4)
 NUM_TOKENS = 64

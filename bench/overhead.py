@@ -13,8 +13,8 @@ from statistics import median
 import numpy as np
 
 import ktk
-from ktk.memory import aligned_buffer
-from ktk.types import MoESpec
+from ktk.experts.spec import MoESpec
+from ktk.machine.memory import aligned_buffer
 
 SPEC = MoESpec(128, 2048, 768, "int4", 128)
 

@@ -33,12 +33,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ktk import cpu
 from ktk.bench.layer import BLOCKS, Caller, Layer, Method, parse_method, torch_peak
 from ktk.bench.roofline import Roofline, peak_of
 from ktk.bench.run import Result, build_layers, measure, report
 from ktk.bench.shapes import SHAPES, Routing, Shape
 from ktk.cli.bench import StepProgress, number, split
+from ktk.machine import cpu
 
 HERE = Path(__file__).parent
 SECONDS = 0.15  # of calls in a round

@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ktk.ggml_library import GgmlLibrary
-from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
+from ktk.quantise.blocks import BLOCK_TYPES, quantise_rows
+from ktk.quantise.ggml_library import GgmlLibrary
 
 SHAPE = (1024, 2048)
 F = np.float32

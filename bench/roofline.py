@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from ktk import cpu
 from ktk.bench.roofline import Roofline
+from ktk.machine import cpu
 
 
 def main(samples: int = 20, threads: int | None = None) -> None:

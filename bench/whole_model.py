@@ -26,8 +26,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ktk import cpu
 from ktk.bench.blocks import random_matrix
+from ktk.machine import cpu
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, HEADS, KV_HEADS, HEAD, VOCAB = 2048, 768, 128, 8, 32, 4, 128, 151936
 EXPERT_TYPE, REST_TYPE = "Q4_0", "Q8_0"

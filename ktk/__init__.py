@@ -11,29 +11,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktk.gguf_model import GgufModel, load_gguf
+    from ktk.experts.activation import Activation
+    from ktk.experts.spec import MoESpec
+    from ktk.experts.stored import Packed
+    from ktk.integration.kt_kernel.wrapper import KTMoEWrapper
     from ktk.integration.transformers import KtkConfig
-    from ktk.moe import MoE
-    from ktk.types import Activation, MoESpec, Packed
-    from ktk.wrapper import KTMoEWrapper
+    from ktk.ops.gguf_model import GgufModel, load_gguf
+    from ktk.ops.moe import MoE
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Activation": "ktk.types",
+    "Activation": "ktk.experts.activation",
     "BackendError": "ktk.errors",
     "CheckpointError": "ktk.errors",
     "EngineError": "ktk.errors",
-    "GgufModel": "ktk.gguf_model",
-    "KTMoEWrapper": "ktk.wrapper",
+    "GgufModel": "ktk.ops.gguf_model",
+    "KTMoEWrapper": "ktk.integration.kt_kernel.wrapper",
     "KtkConfig": "ktk.integration.transformers",
     "KtkError": "ktk.errors",
-    "MoE": "ktk.moe",
-    "MoESpec": "ktk.types",
-    "Packed": "ktk.types",
-    "load_gguf": "ktk.gguf_model",
+    "MoE": "ktk.ops.moe",
+    "MoESpec": "ktk.experts.spec",
+    "Packed": "ktk.experts.stored",
+    "load_gguf": "ktk.ops.gguf_model",
 }
-_MODULES = ("backends", "convert", "cpu", "formats", "models", "reference")
+_MODULES = ("backends", "convert", "experts", "machine", "models", "ops", "quantise", "reference")
 
 __all__ = [
     "Activation",

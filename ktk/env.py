@@ -175,7 +175,7 @@ def log_level() -> str:
 
 
 def disabled_cpu_features() -> tuple[str, ...]:
-    """KTK_DISABLE_CPU_FEATURES split at commas; ``ktk.cpu`` checks the names."""
+    """KTK_DISABLE_CPU_FEATURES split at commas; ``ktk.machine.cpu`` checks the names."""
     value: tuple[str, ...] = _get("KTK_DISABLE_CPU_FEATURES")
     return value
 

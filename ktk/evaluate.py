@@ -15,23 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktk import cpu
 from ktk.backends.llamafile import formats as ggml_formats
-from ktk.calibrate import (
-    GRIDS,
-    Encode,
-    Factor,
-    LayerCalibration,
-    LayerInputs,
-    calibrated_rows,
-    lay_expert,
-    packed_encoder,
-    rows_alike,
-)
-from ktk.formats import FORMATS, GGUF, get_format
-from ktk.formats.floats import to_f32
-from ktk.formats.gguf import activation_group_of
-from ktk.ggml_library import GgmlLibrary
+from ktk.experts.formats import FORMATS, GGUF, get_format
+from ktk.experts.formats.floats import to_f32
+from ktk.experts.formats.gguf import activation_group_of
+from ktk.experts.layout import round_up
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights, Packed
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.calibration import run_layers
 from ktk.integration.transformers.experts import (
@@ -49,12 +39,23 @@ from ktk.integration.transformers.loading import (
     packed_modules,
 )
 from ktk.integration.transformers.multimodal import auto_class
-from ktk.layout import round_up
-from ktk.memory import aligned_buffer
-from ktk.moe import MoE
-from ktk.pack import pack_expert
+from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
+from ktk.ops.moe import MoE
 from ktk.paths import user_path
-from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec, Packed
+from ktk.quantise.feedback import (
+    GRIDS,
+    Encode,
+    Factor,
+    LayerCalibration,
+    LayerInputs,
+    calibrated_rows,
+    lay_expert,
+    packed_encoder,
+    rows_alike,
+)
+from ktk.quantise.ggml_library import GgmlLibrary
+from ktk.quantise.pack import pack_expert
 
 F = np.float32
 _ROWS = 64  # positions whose float64 distributions are in memory at once
@@ -280,7 +281,7 @@ class Quantiser:
         return spec, dataclasses.replace(spec, hidden_size=hidden, intermediate_size=intermediate)
 
     def encode(self, name: str, w: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks of a GGUF type and their values; as ``ktk.calibrate.Encode``."""
+        """Blocks of a GGUF type and their values; as ``ktk.quantise.feedback.Encode``."""
         import gguf
 
         if self.variant.by == "ktk":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ktk import _log
+from ktk import log
 
 
 @pytest.fixture(autouse=True)
 def _warnings_come_again() -> None:
     """A warning that an earlier test has seen is not the last of its kind."""
-    _log.forget_warnings()
+    log.forget_warnings()

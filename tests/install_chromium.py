@@ -1,4 +1,4 @@
-"""What tests/test_serve_page.py needs and pip cannot install: Chromium and its driver, by apt, as root. Fails without them."""
+"""What tests/server/test_serve_page.py needs and pip cannot install: Chromium and its driver, by apt, as root. Fails without them."""
 
 from __future__ import annotations
 

@@ -12,34 +12,21 @@ import ktk
 PACKAGE = Path(ktk.__file__).parent
 # From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    (
-        "errors",
-        "text",
-        "types",
-        "routing",
-        "layout",
-        "formats",
-        "env",
-        "paths",
-        "_log",
-        "numa",
-        "memory",
-        "_cy",
-    ),
-    ("cpu",),
+    ("errors", "env", "log", "paths"),
+    ("_cy",),
+    ("machine",),
+    ("experts",),
     ("checkpoint",),
     ("models",),
-    ("reference", "_pack_numba", "_ggml_numba", "pack", "ggml_quantise", "ggml_library"),
-    ("_calibrate_numba", "calibrate"),
+    ("reference",),
+    ("quantise",),
+    ("placement",),
     ("backends",),
-    ("runtime",),
-    ("requantise", "moe"),
-    ("linear", "gguf_model"),
-    ("decoder",),
+    ("ops",),
     ("bench",),
-    ("wrapper_arguments", "wrapper"),
-    ("convert", "convert_whole", "convert_to_gguf", "convert_from_gguf"),
     ("integration",),
+    ("generate",),
+    ("convert",),
     ("evaluate",),
     ("demo",),
     ("server",),
@@ -90,8 +77,8 @@ def test_imports_point_one_way() -> None:
 
 def test_the_direction_check_sees_an_import_that_points_up(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from ktk.cli import main\n    from ktk import moe\n")
-    assert imports_of(file) == {"ktk.cli", "ktk.moe"}
+    file.write_text("def f():\n    from ktk.cli import main\n    from ktk import ops\n")
+    assert imports_of(file) == {"ktk.cli", "ktk.ops"}
 
 
 def run(code: str) -> str:
@@ -121,6 +108,8 @@ def test_import_ktk_is_quick_quiet_and_light() -> None:
 
 def test_importing_everything_but_the_command_line_prints_nothing() -> None:
     assert (
-        run("import ktk, ktk.moe, ktk.wrapper, ktk.convert, ktk.backends; ktk.backends.report()")
+        run(
+            "import ktk, ktk.ops.moe, ktk.integration.kt_kernel.wrapper, ktk.convert, ktk.backends; ktk.backends.report()"
+        )
         == ""
     )

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import whole_models
-import wrapper_cases
 
 import ktk
 from ktk import backends
@@ -20,18 +18,19 @@ from ktk.checkpoint.packed import layer_path, list_layers, read_config, read_lay
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.cli import main
 from ktk.cli.chat import Chat
-from ktk.convert import convert
+from ktk.convert.run import convert
 from ktk.demo.run import Options
 from ktk.evaluate import Variant
-from ktk.ggml_library import GgmlLibrary
-from ktk.gguf_model import load_gguf
+from ktk.generate.open import describe_model, open_model
 from ktk.integration.transformers import KtkConfig
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
 from ktk.integration.transformers.loading import load_model
-from ktk.integration.transformers.open import describe_model, open_model
+from ktk.ops.gguf_model import load_gguf
 from ktk.paths import user_path
-from ktk.text import read_text
+from ktk.quantise.ggml_library import GgmlLibrary
+from ktk.quantise.texts import read_text
+from make import whole_models, wrapper_cases
 
 
 @pytest.fixture(scope="module")

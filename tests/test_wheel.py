@@ -14,25 +14,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import pack_all, random_experts
 
 import ktk
-from ktk import cpu
 from ktk._cy import native_module
 from ktk._cy.isa import ISA_ROWS
-from ktk.types import MoESpec
+from ktk.experts.spec import MoESpec
+from ktk.machine import cpu
+from make import ROOT
+from make.cases import pack_all, random_experts
 
-ROOT = Path(__file__).parents[1]
 EXTENSIONS = {f"ktk/_cy/{name}.abi3.so" for name in ("native", "measure", "tile_emulator")}
 TRY = """
 import json, sys
 import torch
 import ktk
-from ktk import pack
+from ktk.quantise import pack
 from ktk._cy import native_module
-from ktk.types import MoESpec
+from ktk.experts.spec import MoESpec
 sys.path.append(sys.argv[1])
-from cases import pack_all, random_experts
+from make.cases import pack_all, random_experts
 spec = MoESpec(4, 64, 96, "int8")
 moe = ktk.MoE(pack_all(spec, random_experts(spec, 1)))
 x = torch.linspace(-1, 1, 20 * 64).reshape(20, 64)

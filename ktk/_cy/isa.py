@@ -1,6 +1,6 @@
 """Table of ISA rows: each compiles the same kernel sources once, with its own flags.
 
-Read by setup.py without importing ktk. A new row is one line here and its features in ``ktk.cpu.ISA_LEVELS``.
+Read by setup.py without importing ktk. A new row is one line here and its features in ``ktk.machine.cpu.ISA_LEVELS``.
 """
 
 from __future__ import annotations

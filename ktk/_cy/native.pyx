@@ -395,7 +395,7 @@ cdef class Experts(_OnPool):
 
     @staticmethod
     def of_panels(spec, layout, parts, str isa, engine):
-        """Packed experts. parts : list of ktk.backends._parts.Part. engine : ktk.types.EngineLayout."""
+        """Packed experts. parts : list of ktk.placement.parts.Part. engine : ktk.machine.threads.EngineLayout."""
         cdef Experts self = Experts()
         self._begin(spec, isa, engine, parts)
         _fill_matrix(&self.layer.gate_up, layout.gate_up, spec.weight_format)
@@ -546,7 +546,7 @@ cdef const float *_floats(array) except? NULL:
 
 
 cdef void _fill_router(ktk_router *r, router) except *:
-    """router : ktk.routing.Router; it must outlive r."""
+    """router : ktk.ops.router.Router; it must outlive r."""
     r.num_experts = router.num_experts
     r.top_k = router.top_k
     r.score = _SCORES[router.score]
@@ -559,7 +559,7 @@ cdef void _fill_router(ktk_router *r, router) except *:
 
 
 def route(router, logits):
-    """ktk.routing.Router over float32 (tokens, num_experts): int64 ids and float32 weights, (tokens, top_k)."""
+    """ktk.ops.router.Router over float32 (tokens, num_experts): int64 ids and float32 weights, (tokens, top_k)."""
     cdef ktk_router r
     _fill_router(&r, router)
     cdef int64_t i, num_tokens = logits.shape[0]
@@ -576,7 +576,7 @@ def route(router, logits):
 
 
 cdef void _fill_dense(ktk_dense *dense, linear) except *:
-    """linear : ktk.linear.Linear or None; it must outlive dense."""
+    """linear : ktk.ops.linear.Linear or None; it must outlive dense."""
     dense.panels = NULL
     if linear is None:
         return
@@ -597,7 +597,7 @@ cdef class DecoderLayer(_OnPool):
     cdef Experts experts
 
     def __init__(self, spec, str isa, engine):
-        """spec : ktk.decoder.DecoderSpec. engine : ktk.types.EngineLayout."""
+        """spec : ktk.ops.decoder.DecoderSpec. engine : ktk.machine.threads.EngineLayout."""
         self._take_pool(isa, engine)
         self.spec = spec
         cdef ktk_decoder_layer *layer = &self.layer

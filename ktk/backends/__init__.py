@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from ktk import env
-from ktk._log import logger, warn_once
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
-from ktk.formats import FORMATS
-from ktk.types import MoESpec
+from ktk.experts.formats import FORMATS
+from ktk.experts.spec import MoESpec
+from ktk.log import logger, warn_once
 
 # Fastest first: selection takes the first that runs.
 _BUILT_IN = (

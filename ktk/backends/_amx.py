@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ktk import cpu
 from ktk.backends._native import NativeBackend
-from ktk.types import MoESpec
+from ktk.experts.spec import MoESpec
+from ktk.machine import cpu
 
 
 class AmxBackend(NativeBackend):

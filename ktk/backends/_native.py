@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ktk import cpu
 from ktk._cy import native_module
-from ktk.backends._openmp import borrow
-from ktk.backends._parts import join, parts_of
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
-from ktk.types import EngineLayout, MoESpec, Packed
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import Packed
+from ktk.machine import cpu
+from ktk.machine.openmp import borrow
+from ktk.machine.threads import EngineLayout
+from ktk.placement.parts import join, parts_of
 
 
 class OperatorRunner(Runner):

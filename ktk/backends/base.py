@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ktk.formats import GGUF
-from ktk.types import BlockExperts, EngineLayout, MoESpec, Packed
+from ktk.experts.formats import GGUF
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, Packed
+from ktk.machine.threads import EngineLayout
 
 
 class Runner(ABC):

@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ktk import cpu
 from ktk._cy import native_module
-from ktk._log import warn_once
 from ktk.backends._native import OperatorRunner
-from ktk.backends._parts import bound_buffer, cut
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
-from ktk.formats import GGUF
-from ktk.layout import K_ALIGN, PANEL, round_up
-from ktk.memory import aligned_buffer
-from ktk.reference.dequantise import decoded_types, dequantise
-from ktk.types import BlockExperts, BlockMatrix, EngineLayout, MoESpec
+from ktk.experts.dequantise import decoded_types, dequantise
+from ktk.experts.formats import GGUF
+from ktk.experts.layout import K_ALIGN, PANEL, round_up
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.log import warn_once
+from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
+from ktk.machine.threads import EngineLayout
+from ktk.placement.parts import bound_buffer, cut
 
 
 class BlockFormat(NamedTuple):

@@ -10,11 +10,14 @@ import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.backends.numpy_ref import store_rows
-from ktk.formats.floats import bf16_to_f32, to_f32
-from ktk.layout import PANEL
+from ktk.experts.activation import ACTIVATION_KINDS
+from ktk.experts.formats.floats import bf16_to_f32, to_f32
+from ktk.experts.layout import PANEL
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import Packed
+from ktk.machine.threads import EngineLayout
 from ktk.reference.linear import quantise_activations
 from ktk.reference.moe import ExactExperts, poison_rows
-from ktk.types import ACTIVATION_KINDS, EngineLayout, MoESpec, Packed
 
 F = np.float32
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
-from ktk.formats.floats import f32_to_bf16, to_f32
+from ktk.experts.formats.floats import f32_to_bf16, to_f32
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import Packed
+from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts, poison_rows
-from ktk.types import EngineLayout, MoESpec, Packed
 
 
 def store_rows(y: np.ndarray, out: np.ndarray) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.backends.llamafile import formats
-from ktk.formats.floats import f32_to_bf16
-from ktk.ggml_quantise import BLOCK_TYPES, quantise_rows
-from ktk.memory import aligned_buffer
-from ktk.types import BlockExperts, BlockMatrix, MoESpec
+from ktk.experts.formats.floats import f32_to_bf16
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.machine.memory import aligned_buffer
+from ktk.quantise.blocks import BLOCK_TYPES, quantise_rows
 
 # Where a block holds halves that scale it: random bits there would be inf or NaN.
 HALVES = {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ktk import backends, cpu
+from ktk import backends
 from ktk.backends.llamafile import blocks_isa, repack
 from ktk.bench.blocks import (
     error_bound,
@@ -26,13 +26,15 @@ from ktk.bench.blocks import (
 )
 from ktk.bench.roofline import peak_of, peak_of_blocks, peaks
 from ktk.bench.shapes import Routing, Shape
-from ktk.formats import FORMATS, GGUF
-from ktk.memory import aligned_buffer
-from ktk.moe import MoE
-from ktk.pack import pack_experts
-from ktk.reference.dequantise import expert_weights
+from ktk.experts.dequantise import expert_weights
+from ktk.experts.formats import FORMATS, GGUF
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights, Packed
+from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
+from ktk.ops.moe import MoE
+from ktk.quantise.pack import pack_experts
 from ktk.reference.moe import ExactExperts, oracle_forward
-from ktk.types import BlockExperts, BlockMatrix, ExpertWeights, MoESpec, Packed
 
 TORCH = "torch"
 BLOCKS = "LLAMAFILE"  # the backend over GGUF blocks

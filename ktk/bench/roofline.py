@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ktk import cpu
 from ktk._cy import measure_module
 from ktk.errors import BackendError
-from ktk.memory import aligned_buffer
-from ktk.pack import best_isa
+from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
+from ktk.quantise.pack import best_isa
 
 READ = "read"
 SAMPLE_SECONDS = 0.03

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktk import __version__, cpu
+from ktk import __version__
 from ktk.bench.layer import Layer, Method, build, check_memory, has_torch, hidden_states
 from ktk.bench.roofline import READ, Bound, Roofline, bound, l3_bytes
 from ktk.bench.shapes import Shape, routings
+from ktk.machine import cpu
 
 # Different routings in turn: enough for a round of short calls; long ones touch every expert anyway.
 FEW_TOKENS, MANY_ROUTINGS, FEW_ROUTINGS = 16, 64, 8

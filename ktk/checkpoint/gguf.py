@@ -21,10 +21,10 @@ import gguf
 import numpy as np
 from gguf import quants
 
-from ktk._log import logger
 from ktk.checkpoint.mapping import MappedFile
 from ktk.checkpoint.safetensors import shown
 from ktk.errors import CheckpointError
+from ktk.log import logger
 from ktk.paths import user_path
 
 MAX_HEADER = 100_000_000  # bytes; real ones, tokenizer included, have 5 to 30 million

@@ -22,12 +22,13 @@ from typing import IO, Any
 import numpy as np
 
 from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict_json
-from ktk.cpu import num_physical_cores
 from ktk.errors import CheckpointError
-from ktk.layout import EXPERT_ALIGN, LAYOUT_VERSION
-from ktk.memory import aligned_buffer
+from ktk.experts.layout import EXPERT_ALIGN, LAYOUT_VERSION
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import Packed
+from ktk.machine.cpu import num_physical_cores
+from ktk.machine.memory import aligned_buffer
 from ktk.paths import user_path
-from ktk.types import MoESpec, Packed
 
 QUANT_METHOD = "ktk"
 STATE_FILE = "ktk-convert.json"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ktk import __version__, _log, env
+from ktk import __version__, env, log
 from ktk.paths import user_path
 
 # In the order a newcomer needs them.
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = False
     try:
         debug = env.log_level() == "debug"
-        _log.configure()
+        log.configure()
         app()(args=arguments)
     except KeyboardInterrupt:
         print("ktk: interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ from ktk import env
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ktk.integration.transformers.open import ModelDescription, OpenModel
+    from ktk.generate.open import ModelDescription, OpenModel
 
 SLOW = 2.0  # seconds after which a progress bar is shown
 
@@ -131,7 +131,7 @@ def load(
 ) -> OpenModel:
     """The model of a command line; its warning, if any, goes to stderr."""
     quiet_transformers()
-    from ktk.integration.transformers.open import describe_model, open_model
+    from ktk.generate.open import describe_model, open_model
 
     description = describe_model(path, method, weight_format, dtype, context, linear)
     if description.warning:
@@ -154,7 +154,7 @@ def description_table(found: ModelDescription) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from ktk.integration.transformers.open import OVERHEAD, size
+    from ktk.generate.open import OVERHEAD, size
 
     kinds = {
         "packed": "packed by ktk convert",
@@ -199,7 +199,7 @@ def sampling_of(
     seed: int | None,
 ) -> Any:
     """The sampling that options ask for, over the model's own settings."""
-    from ktk.integration.transformers.sampling import Sampling
+    from ktk.generate.sampling import Sampling
 
     return Sampling.of(
         model.generation_config, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed

@@ -119,10 +119,10 @@ def command(
     ktk bench --method LLAMAFILE:Q4_K,LLAMAFILE:Q4_K:repack,LLAMAFILE:BF16
     ktk bench --hidden 4096 --intermediate 1536 --experts 64 --top-k 6
     """
-    from ktk import cpu
     from ktk.bench.layer import parse_method
     from ktk.bench.roofline import Roofline
     from ktk.bench.run import build_layers, measure, report
+    from ktk.machine import cpu
 
     shapes = chosen_shapes(split(shape or []), hidden, intermediate, experts, top_k)
     methods = [parse_method(text) for text in split(method or [METHODS])]

@@ -15,8 +15,8 @@ from ktk.cli.run import interrupting, speeds
 from ktk.paths import user_path
 
 if TYPE_CHECKING:
-    from ktk.integration.transformers.generation import Session
-    from ktk.integration.transformers.open import OpenModel
+    from ktk.generate.open import OpenModel
+    from ktk.generate.session import Session
 
 HELP = """/help             this list
 /quit             leave; so does Ctrl-D
@@ -56,7 +56,7 @@ def command(
         raise ValueError(
             f"{model} has no chat template, so it was made to continue text: use ktk run {model} PROMPT"
         )
-    from ktk.integration.transformers.generation import Session
+    from ktk.generate.session import Session
 
     chat = Chat(opened, Session(opened.model, opened.tokenizer), system)
     chat.options = {

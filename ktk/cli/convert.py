@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ktk.convert import Summary
+    from ktk.convert.run import Summary
 
 
 def command(
@@ -83,9 +83,9 @@ def command(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
 
-    from ktk.convert import Progress as Report
-    from ktk.convert import convert
-    from ktk.text import read_text
+    from ktk.convert.run import Progress as Report
+    from ktk.convert.run import convert
+    from ktk.quantise.texts import read_text
 
     calibration = None
     if calibrate is not None:

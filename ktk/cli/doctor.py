@@ -29,10 +29,11 @@ def _version(package: str) -> str | None:
 
 def diagnosis() -> dict[str, Any]:
     """Everything ``ktk doctor`` shows, JSON-able; memory in bytes."""
-    from ktk import __version__, backends, cpu, env
+    from ktk import __version__, backends, env
     from ktk._cy import native_module
     from ktk.backends.llamafile import types_by_path
-    from ktk.pack import best_isa
+    from ktk.machine import cpu
+    from ktk.quantise.pack import best_isa
 
     features = cpu.detect()
     total, available = cpu.memory()
@@ -171,7 +172,7 @@ def _diagnose_model(options: Options, context: int | None, headers: bool, as_jso
     from rich.markup import escape
     from rich.table import Table
 
-    from ktk.integration.transformers.open import describe_model
+    from ktk.generate.open import describe_model
 
     path, method, weight_format, linear, dtype = options
     found = describe_model(path, method, weight_format, dtype, context, linear)
@@ -196,9 +197,9 @@ def _diagnose_model(options: Options, context: int | None, headers: bool, as_jso
 
 def _fast_paths(options: Options) -> list[Any]:
     """Loads the model, continues a short text with it as ``ktk run`` and as ``ktk serve`` do, and tells what was fast."""
+    from ktk.generate.engine import Limits
+    from ktk.generate.trial import start_engine
     from ktk.integration.transformers.fast_paths import memory_paths, run_paths
-    from ktk.server.engine import Limits
-    from ktk.server.trial import start_engine
 
     opened = _model.load(*options, force=False)
     context = min(TRIED_CONTEXT, opened.description.max_context or TRIED_CONTEXT)

@@ -77,9 +77,9 @@ def command(
         from transformers import AutoTokenizer, logging
 
         from ktk.evaluate import Variant, all_variants, evaluate
-        from ktk.ggml_library import GgmlLibrary
         from ktk.integration.transformers.model_config import model_config
-        from ktk.text import read_text, windows
+        from ktk.quantise.ggml_library import GgmlLibrary
+        from ktk.quantise.texts import read_text, windows
 
         logging.disable_progress_bar()
         library = None if ggml is None else GgmlLibrary(ggml)
@@ -118,7 +118,7 @@ def command(
 
 def _check_texts(text: Path, calibrate: Path | None) -> None:
     """ValueError unless both can be read and differ."""
-    from ktk.text import read_text
+    from ktk.quantise.texts import read_text
 
     measured = read_text(text)
     if calibrate is not None and read_text(calibrate) == measured:

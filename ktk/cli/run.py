@@ -50,7 +50,7 @@ def command(
         raise typer.BadParameter("--raw takes no --system: it adds nothing to the prompt")
     text = sys.stdin.read() if prompt == "-" else prompt
     opened = _model.load(model, method, weight_format, linear, dtype, force)
-    from ktk.integration.transformers.generation import Session
+    from ktk.generate.session import Session
 
     session = Session(opened.model, opened.tokenizer)
     if raw or not opened.tokenizer.chat_template:

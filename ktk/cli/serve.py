@@ -97,10 +97,10 @@ def command(
         raise ImportError(f"ktk serve needs {error.name}: pip install 'ktk[serve]'") from error
     del fastapi, prometheus_client, uvicorn
     _model.quiet_transformers()
+    from ktk.generate.engine import Limits
+    from ktk.generate.trial import start_engine
     from ktk.server.app import Access
-    from ktk.server.engine import Limits
     from ktk.server.serve import serve
-    from ktk.server.trial import start_engine
 
     opened = _model.load(model, method, weight_format, linear, dtype, force, context)
     found = opened.description
@@ -138,8 +138,8 @@ def _cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int
 
     Raises MemoryError if more is wanted than is free.
     """
-    from ktk import cpu
-    from ktk.integration.transformers.open import size
+    from ktk.generate.open import size
+    from ktk.machine import cpu
 
     _, free = cpu.memory()
     if wanted_gib is None:

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ktk import backends, cpu, env
+from ktk import backends, env
 from ktk.demo import evaluate, smollm2
 from ktk.errors import CheckpointError
+from ktk.machine import cpu
 from ktk.paths import user_path
-from ktk.text import stdlib_text, windows
+from ktk.quantise.texts import stdlib_text, windows
 
 WINDOW = 256
 ANSWER_TOKENS = 32
@@ -105,7 +106,7 @@ def prepare_source(options: Options, reporter: Reporter) -> Path:
 def prepare_packed(source: Path, weight_format: str, options: Options, reporter: Reporter) -> Path:
     """The packed directory of a source, converted unless the same conversion lies in the work directory."""
     from ktk.checkpoint.packed import STATE_FILE
-    from ktk.convert import Progress, convert
+    from ktk.convert.run import Progress, convert
 
     packed = options.work_dir / f"{source.resolve().name}-{weight_format}"
     with reporter.step(f"experts to {weight_format}") as progress:
@@ -130,7 +131,7 @@ def prepare_packed(source: Path, weight_format: str, options: Options, reporter:
 def prepare_gguf(source: Path, ggml_type: str, options: Options, reporter: Reporter) -> Path:
     """The GGUF file of a source's experts, written unless one of the same source lies in the work directory."""
     from ktk.checkpoint import Checkpoint
-    from ktk.convert import Progress, convert, fingerprint
+    from ktk.convert.run import Progress, convert, fingerprint
 
     file = options.work_dir / f"{source.resolve().name}-{ggml_type}.gguf"
     made_from = file.with_suffix(".gguf.source")  # what tells the demo's own file from another's

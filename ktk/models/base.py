@@ -17,7 +17,10 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
-from ktk.formats.floats import bf16_to_f32
+from ktk.experts.activation import Activation
+from ktk.experts.formats.floats import bf16_to_f32
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix, CodedExpert, ExpertWeights
 from ktk.models.coding import (
     INT4_CODINGS,
     SCALE_SUFFIXES,
@@ -30,7 +33,6 @@ from ktk.models.coding import (
 from ktk.models.int4 import Int4Matrix, Int4Settings
 from ktk.models.metadata import EXPERT_COUNTS, TOP_KS, check_config
 from ktk.models.mxfp4 import mxfp4_blocks
-from ktk.types import Activation, BlockExperts, BlockMatrix, CodedExpert, ExpertWeights, MoESpec
 
 # What may stand before the layer's index.
 LAYER_PREFIX = r"(?:(?:model|language_model\.model|model\.language_model|backbone)\.)?layers"

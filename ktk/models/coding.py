@@ -22,7 +22,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
-from ktk.formats.floats import bf16_to_f32, e4m3_table
+from ktk.experts.formats.floats import bf16_to_f32, e4m3_table
 from ktk.models.compressed_tensors import COMPRESSED_TENSORS
 from ktk.models.gptq import GPTQ
 from ktk.models.int4 import Int4Coding

@@ -16,14 +16,16 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ktk._log import logger
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.checkpoint.safetensors import strict_json
 from ktk.errors import CheckpointError
-from ktk.formats.gguf import activation_group_of
+from ktk.experts.activation import Activation
+from ktk.experts.formats.gguf import activation_group_of
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.log import logger
 from ktk.models.gguf_architectures import ARCHITECTURES, Architecture
 from ktk.models.metadata import check_gguf
-from ktk.types import Activation, BlockExperts, BlockMatrix, MoESpec
 
 INDEX = r"(?:0|[1-9][0-9]{0,4})"
 STACKED = re.compile(

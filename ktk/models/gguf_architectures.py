@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ktk.types import Activation
+from ktk.experts.activation import Activation
 
 _SILU = Activation.silu()
 

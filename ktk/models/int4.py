@@ -13,8 +13,8 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
-from ktk.formats.floats import bf16_to_f32
-from ktk.types import CodedMatrix
+from ktk.experts.formats.floats import bf16_to_f32
+from ktk.experts.stored import CodedMatrix
 
 PER_WORD = 8
 SYMMETRIC_ZERO = 8

@@ -9,7 +9,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import DTYPES, Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
-from ktk.formats.floats import f32_to_bf16
+from ktk.experts.formats.floats import f32_to_bf16
 from ktk.models.base import FOREIGN_SUFFIXES, Config
 from ktk.models.coding import INT4_CODINGS, SCALE_SUFFIXES, Coding, infer_coding, read_rows
 from ktk.models.int4 import Int4Matrix

@@ -1,7 +1,7 @@
-"""The oracle of ``ktk.ggml_quantise``: float32 blocks to ggml blocks, in NumPy, from the formats' definitions.
+"""The oracle of ``ktk.quantise.blocks``: float32 blocks to ggml blocks, in NumPy, from the formats' definitions.
 
 Every function takes x, float32 (weights of a block, blocks), and returns uint8 (blocks, bytes of a block). All blocks go in
-lockstep and sums run over the weights in order, so that the Numba twins (``ktk._ggml_numba``) give the same bytes.
+lockstep and sums run over the weights in order, so that the Numba twins (``ktk.quantise._blocks_numba``) give the same bytes.
 
 Each searches its scales for the least squared error: candidates from a ladder of code ranges, then the scale that fits the
 codes found; scales that are stored as small integers are chosen among the neighbours of the ideal one, judged with the very

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ktk.layout import MatrixLayout
+from ktk.experts.layout import MatrixLayout
 from ktk.reference.fma import fma
 
 TINY_AMAX = np.float32(1.5e-36)  # below it 127 / amax overflows: the group counts as zero

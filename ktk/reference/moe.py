@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.formats import get_format
-from ktk.layout import MatrixLayout
+from ktk.experts.activation import Activation
+from ktk.experts.formats import get_format
+from ktk.experts.layout import MatrixLayout
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import ExpertWeights, Packed
 from ktk.reference.activation import activate
 from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float, linear_integer, quantise_activations
 from ktk.reference.pack import read_panels
-from ktk.types import Activation, ExpertWeights, MoESpec, Packed
 
 F = np.float32
 

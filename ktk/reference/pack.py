@@ -1,4 +1,4 @@
-"""Quantise one projection and lay it out in panels, and read panels back: the model of ``ktk.pack``.
+"""Quantise one projection and lay it out in panels, and read panels back: the model of ``ktk.quantise.pack``.
 
 Searched scales. For each group of the integer formats the candidates are ``+-peak / d`` for a ladder of
 denominators d around the largest code (both signs where the code range is lopsided: the extra code then
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.formats.base import QuantFormat
-from ktk.formats.floats import bf16_to_f32, f32_to_bf16
-from ktk.layout import PANEL, MatrixLayout
+from ktk.experts.formats.base import QuantFormat
+from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
+from ktk.experts.layout import PANEL, MatrixLayout
 
 F = np.float32
 TINY_PEAK = F(1e-30)  # a group whose weights are all smaller is stored as zeros

@@ -9,9 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktk.integration.transformers.sampling import Sampling, Token
-from ktk.integration.transformers.text import Detokenizer, Spelling, StopStrings
-from ktk.server.engine import Engine
+from ktk.generate.engine import Engine
+from ktk.generate.sampling import Sampling, Token
+from ktk.generate.text import Detokenizer, Spelling, StopStrings
 from ktk.server.metrics import Metrics
 
 

@@ -21,13 +21,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ktk import __version__, cpu
+from ktk import __version__
+from ktk.generate.engine import Engine, RequestError, ServerBusy
+from ktk.generate.open import OpenModel
+from ktk.generate.session import encode, encode_chat
+from ktk.generate.text import Spelling, stop_tokens
 from ktk.integration.transformers.fast_paths import memory_paths, run_paths
-from ktk.integration.transformers.generation import encode, encode_chat
-from ktk.integration.transformers.open import OpenModel
-from ktk.integration.transformers.text import Spelling, stop_tokens
+from ktk.machine import cpu
 from ktk.server.answer import Answer, Stop
-from ktk.server.engine import Engine, RequestError, ServerBusy
 from ktk.server.forms import Chat, Completion, Form, error_body
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from ktk.integration.transformers.sampling import Sampling
+from ktk.generate.sampling import Sampling
 from ktk.server.fields import FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, Known, refusal
 
 MAX_STOP = 16

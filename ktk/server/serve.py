@@ -8,9 +8,9 @@ from types import FrameType
 
 import uvicorn
 
-from ktk.integration.transformers.open import OpenModel
+from ktk.generate.engine import Engine
+from ktk.generate.open import OpenModel
 from ktk.server.app import Access, build_app
-from ktk.server.engine import Engine
 
 
 class _Server(uvicorn.Server):

@@ -1,4 +1,4 @@
-"""Run Python in a virtual machine with two NUMA nodes: python tests/numa/run.py -- -m pytest tests/test_numa.py
+"""Run Python in a virtual machine with two NUMA nodes: python tests/numa/run.py -- -m pytest tests/machine/test_numa.py
 
 qemu emulates four AVX2 CPUs, so neither KVM nor a NUMA machine is needed. The guest's root is this machine's,
 by virtio-9p and read-only under a tmpfs overlay: the interpreter that runs this file, its packages and this

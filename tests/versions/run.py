@@ -31,17 +31,16 @@ EXTRAS = ("transformers", "serve")
 SHOWN = ("transformers", "torch", "numpy", "numba", "llvmlite")
 # What stands on these packages; the kernels and formats beneath do not.
 TESTS = (
-    "test_transformers*.py",
-    "test_serve*.py",
-    "test_run_chat.py",
-    "test_gguf_whole_models.py",
-    "test_gguf_tokenizers.py",
-    "test_quantised_checkpoints.py",
-    "test_demo_parts.py",
-    "test_eval.py",
-    "test_calibrate.py",
-    "test_moe.py",
-    "test_ggml_quantise.py",
+    "integration/transformers/test_*.py",
+    "generate/test_*.py",
+    "server/test_*.py",
+    "models/test_gguf_whole_models.py",
+    "models/test_gguf_tokenizers.py",
+    "models/test_quantised_checkpoints.py",
+    "demo/test_demo_parts.py",
+    "evaluate/test_eval.py",
+    "quantise/test_*.py",
+    "ops/test_moe.py",
 )
 LINES = {"transformers 5.23": "transformers==5.23.0"}  # 5.24 renamed the cache
 

@@ -1,5 +1,5 @@
 /* The C side of ktk: shapes of a layer, the kernel table of an ISA row, the operator and the thread
- * pool. Plain C11, no Python.h. Layout of panels: see ktk/layout.py. */
+ * pool. Plain C11, no Python.h. Layout of panels: see ktk/experts/layout.py. */
 #ifndef KTK_H
 #define KTK_H
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ktk.experts.activation import Activation
 from ktk.reference.moe import oracle_activation
-from ktk.types import Activation
 
 _LIMIT_NAMES = ("limit", "swiglu_limit", "clamp_limit")
 _ALPHA_NAMES = ("alpha", "swiglu_alpha")

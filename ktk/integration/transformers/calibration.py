@@ -17,19 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktk import cpu
-from ktk.calibrate import LayerInputs
 from ktk.checkpoint import Checkpoint
 from ktk.errors import CheckpointError
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import Packed
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, layer_of
 from ktk.integration.transformers.multimodal import auto_class, only_text
 from ktk.integration.transformers.sources import ExpertsSource
+from ktk.machine import cpu
 from ktk.models import Experts
 from ktk.models import find_experts as find_expert_tensors
-from ktk.text import read_text, windows
-from ktk.types import MoESpec, Packed
+from ktk.quantise.feedback import LayerInputs
+from ktk.quantise.texts import read_text, windows
 
 WINDOW = 256
 NUM_TOKENS = 8192

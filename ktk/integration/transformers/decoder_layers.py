@@ -15,9 +15,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ktk import linear
-from ktk._log import warn_once
-from ktk.decoder import DecoderLayer
 from ktk.errors import BackendError
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
@@ -25,6 +22,9 @@ from ktk.integration.transformers.decoder_specs import DescribedLayer, UnlikeErr
 from ktk.integration.transformers.decoder_trial import Trial, can_run, run_native
 from ktk.integration.transformers.experts import is_experts
 from ktk.integration.transformers.linear import SharedForward
+from ktk.log import warn_once
+from ktk.ops import linear
+from ktk.ops.decoder import DecoderLayer
 
 _KNOWN = {"attention_mask", hf.POSITIONS, *hf.PLUMBING, *hf.PLACES}
 

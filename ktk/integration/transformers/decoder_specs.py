@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktk.decoder import HEAD_STEP, DecoderSpec, Mlp
 from ktk.integration.transformers.activations import recognise_gate
 from ktk.integration.transformers.experts import handle_of, is_experts, run_experts
 from ktk.integration.transformers.linear import KtkLinear, linear_of
-from ktk.linear import Linear
-from ktk.routing import MAX_GROUPS, SCORES, Router, route
+from ktk.ops.decoder import HEAD_STEP, DecoderSpec, Mlp
+from ktk.ops.linear import Linear
+from ktk.ops.router import MAX_GROUPS, SCORES, Router, route
 
 PROBE_TOKENS = 64
 # Standard deviations of the probe's logits: large enough to tell scores apart and to reach a cap, too small to saturate a sigmoid.

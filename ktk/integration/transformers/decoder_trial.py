@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from ktk.decoder import DecoderLayer, DecoderSpec, Mlp
+from ktk.experts.activation import Activation
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.decoder_specs import (
     DescribedLayer,
     in_float32,
     replace_forward,
 )
-from ktk.linear import Linear
-from ktk.types import Activation
+from ktk.ops.decoder import DecoderLayer, DecoderSpec, Mlp
+from ktk.ops.linear import Linear
 
 # Of a part's size, root mean square. See the commit that set it for what honest layers and those 1 % off come to.
 LIMIT = 2e-4

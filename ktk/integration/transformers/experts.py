@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktk import backends, cpu
+from ktk import backends
 from ktk.errors import CheckpointError
+from ktk.experts.activation import Activation
+from ktk.experts.dequantise import expert_weights
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, ExpertWeights, Packed
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.activations import join_gate_up, recognise
-from ktk.memory import aligned_buffer
-from ktk.moe import MoE, as_weights
-from ktk.pack import pack_matrix
-from ktk.reference.dequantise import expert_weights
+from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
+from ktk.ops.moe import MoE, as_weights
+from ktk.quantise.pack import pack_matrix
 from ktk.reference.moe import ExactExperts
-from ktk.types import Activation, BlockExperts, ExpertWeights, MoESpec, Packed
 
 _ATTRIBUTE = "_ktk"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ktk import backends, cpu
+from ktk import backends
+from ktk.experts.stored import BlockExperts
 from ktk.integration.transformers.decoder_layers import fusion_report, some
 from ktk.integration.transformers.experts import find_experts, handle_of
-from ktk.memory import huge_share
-from ktk.moe import MoE
-from ktk.types import BlockExperts
+from ktk.machine import cpu
+from ktk.machine.memory import huge_share
+from ktk.ops.moe import MoE
 
 AMX, REPACKED, HUGE_PAGES = "AMX", "repacked", "huge pages"
 ENOUGH_HUGE = 0.9  # of the experts' memory: its last pages may be small ones

@@ -16,29 +16,29 @@ from typing import Any
 import numpy as np
 import torch
 
-import ktk.linear
+import ktk.ops.linear
 from ktk import backends
-from ktk._log import logger
 from ktk.backends.llamafile import formats
 from ktk.backends.llamafile import repack as repack_blocks
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
-from ktk.cpu import default_threads
 from ktk.errors import CheckpointError
+from ktk.experts.stored import BlockMatrix
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import attach, drop_weights, find_experts
 from ktk.integration.transformers.gguf_tokenizer import gguf_ends, load_gguf_tokenizer
 from ktk.integration.transformers.linear import KtkLinear, is_dense, replace_linears
 from ktk.integration.transformers.loading import LINEAR_FORMATS, KtkConfig, KtkHfQuantizer, layer_of
 from ktk.integration.transformers.saving import SavePretrained
-from ktk.linear import Linear
-from ktk.memory import aligned_buffer
+from ktk.log import logger
+from ktk.machine.cpu import default_threads
+from ktk.machine.memory import aligned_buffer
 from ktk.models.gguf import find_gguf_experts
 from ktk.models.prediction import gguf_predicts
 from ktk.models.whole import Source, Tensor, WholeModel, whole_model
 from ktk.models.whole.base import Fields
+from ktk.ops.linear import Linear
+from ktk.ops.requantise import packed_format
 from ktk.paths import user_path
-from ktk.requantise import packed_format
-from ktk.types import BlockMatrix
 
 # Dequantised at a time: 1 MB as float32, which NumPy's temporaries pass through the caches with. One call for a tensor of
 # 4096 x 4096: 110 (Q5_K) to 280 (Q4_0) million weights a second; in chunks of this size 290 to 1170.
@@ -225,7 +225,7 @@ def file_linears(
     F16 in 42). Empty where the kernels do not run.
     """
     found: dict[str, tuple[Tensor, str]] = {}
-    if ktk.linear.why_not() is not None:
+    if ktk.ops.linear.why_not() is not None:
         return found
     seen: set[str] = set()
     for tensor, layer in row.layer_tensors(num_layers):
@@ -268,7 +268,7 @@ def _take_linears(
     checkpoint: GgufCheckpoint, row: WholeModel, model: Any, plans: dict[str, _Plan]
 ) -> dict[str, _LinearPlan]:
     """The model's linear layers that run as blocks, by name; their tensors are taken out of ``plans``."""
-    if reason := ktk.linear.why_not():
+    if reason := ktk.ops.linear.why_not():
         logger.warning("linear layers are dequantised and stay with torch: %s", reason)
     taken = {}
     found = file_linears(checkpoint, row, model.config.num_hidden_layers)

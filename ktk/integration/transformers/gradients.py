@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from ktk.experts.stored import ExpertWeights
 from ktk.integration.transformers.activations import join_gate_up
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
@@ -19,7 +20,6 @@ from ktk.integration.transformers.experts import (
     run_experts,
     weight_names,
 )
-from ktk.types import ExpertWeights
 
 # Rows of one expert at a time: bounds what the recomputed hidden layer takes.
 _ROWS = 1024

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ktk import linear
-from ktk.linear import Linear
-from ktk.types import BlockMatrix
+from ktk.experts.stored import BlockMatrix
+from ktk.ops import linear
+from ktk.ops.linear import Linear
 
 log = logging.getLogger("ktk")
 
@@ -130,7 +130,7 @@ def share_linears(model: torch.nn.Module) -> list[str]:
 
 
 def linear_of(module: Any) -> Linear | None:
-    """The ``ktk.linear.Linear`` that runs a linear layer, or None if torch does."""
+    """The ``ktk.ops.linear.Linear`` that runs a linear layer, or None if torch does."""
     if isinstance(module, KtkLinear):
         return module._ktk
     forward = getattr(module, "forward", None)
@@ -167,7 +167,7 @@ def replace_linears(
 ) -> list[str]:
     """Pack the model's ``torch.nn.Linear`` modules in place, freeing their float weights one by one.
 
-    weight_format : a name of ``ktk.formats.FORMATS``. skip : endings of modules' names to leave alone. Routers and matrices of
+    weight_format : a name of ``ktk.experts.formats.FORMATS``. skip : endings of modules' names to leave alone. Routers and matrices of
     less than ``SMALLEST`` weights stay as they are, as do those whose weights other code reads, and so does everything, with a warning, where ktk's kernels do not run.
     Returns the names of those replaced. Raises ValueError for an unknown format, TypeError if a weight is not float.
     """

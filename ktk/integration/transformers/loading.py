@@ -15,9 +15,8 @@ import torch
 from transformers import GenerationConfig
 
 from ktk import backends
-from ktk._log import logger
 from ktk.errors import CheckpointError
-from ktk.gguf_model import open_experts
+from ktk.experts.spec import MoESpec
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
@@ -40,8 +39,9 @@ from ktk.integration.transformers.sources import (
     packed_directory,
     quantised_checkpoint,
 )
+from ktk.log import logger
+from ktk.ops.gguf_model import open_experts
 from ktk.paths import user_path
-from ktk.types import MoESpec
 
 # Of the load_model() call in progress; from_pretrained has no way to pass them.
 _method: contextvars.ContextVar[str | None] = contextvars.ContextVar("ktk_method", default=None)
@@ -90,7 +90,7 @@ def use_ktk(
 ) -> list[PackedModule]:
     """Pack every experts module of a float model in place, freeing its float weights layer by layer.
 
-    weight_format : a name of ``ktk.formats.FORMATS``; None takes the exact one for the weights' dtype.
+    weight_format : a name of ``ktk.experts.formats.FORMATS``; None takes the exact one for the weights' dtype.
     group_size, activation_group, method, num_threads : as in ``ktk.MoE.from_weights``.
     Returns one row per module. Raises ValueError if there is nothing to pack or a module is packed already,
     BackendError if nothing runs it; both before anything is changed.

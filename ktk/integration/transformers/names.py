@@ -4,7 +4,7 @@ A release may rename any of them, and one place must change then: here. Where re
 attribute, never a version number. Code of a model's own (``trust_remote_code``) may be written for an older release than the
 installed one: what a caller hands to ktk is understood under every name. What modules call their parts and weights (``q_proj``,
 ``gate_up_proj``) are checkpoints' names too, which stay: they are with what reads them.
-``tests/test_transformers_names.py`` holds each claim against the installed release, and that no other module uses these names.
+``tests/integration/transformers/test_transformers_names.py`` holds each claim against the installed release, and that no other module uses these names.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ktk.checkpoint.packed import layer_path, list_layers, write_layer
+from ktk.experts.layout import LAYOUT_VERSION
+from ktk.experts.stored import BlockExperts, Packed
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.multimodal import LeftOut
 from ktk.integration.transformers.sources import layer_of
-from ktk.layout import LAYOUT_VERSION
 from ktk.paths import user_path
-from ktk.types import BlockExperts, Packed
 
 # Of the save_pretrained() call in progress, on the process that writes.
 _directory: contextvars.ContextVar[Path | None] = contextvars.ContextVar(

@@ -16,10 +16,11 @@ from ktk import backends
 from ktk.checkpoint.packed import read_config, read_layer
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, Packed
 from ktk.models import Config, find_experts
 from ktk.models.plain import PlainTensor, plain_tensors
-from ktk.pack import pack_experts
-from ktk.types import BlockExperts, MoESpec, Packed
+from ktk.quantise.pack import pack_experts
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""panel16: the one layout of every packed expert, on disk and in memory.
+
+A panel is sixteen output channels by all of in_features, its scales first, its codes behind them, so that a kernel
+which needs the scales at once reads memory in one stream:
+
+           scales                                               codes
+    8 bit  fp32 [16] (per channel) or bf16 [groups][16]         [K/4][16][4] bytes
+    4 bit  as above                                             [K/8][16][4] bytes; low nibble = k..k+3, high = k+4..k+7
+    bf16   none                                                 [K/2][16][2]
+    fp32   none                                                 [K][16]
+
+K is in_features padded to a multiple of 32, out_features is padded to a multiple of 16; padding holds
+the zero point, so it adds nothing. One 64-byte row of codes is at once a ``vpdpbusd`` operand, two
+AVX2 loads and one row of an AMX B tile (Intel SDM vol. 2, VPDPBUSD and TDPBSUD).
+
+An expert is one span, 4 KiB aligned: gate panel 0, up panel 0, gate panel 1, ..., then the down
+panels, then fp32 biases (gate, up, down; each padded to whole panels) where the family has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ktk.experts.spec import MoESpec
+
+PANEL = 16  # output channels in a panel
+K_ALIGN = 32  # in_features padding: the smallest group, and eight nibble rows' worth of k
+EXPERT_ALIGN = 4096  # one O_DIRECT read
+LAYOUT_VERSION = 2  # 1 had scales behind the codes
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """One projection's geometry. group_size and activation_group are in k, never 0 here."""
+
+    in_features: int
+    out_features: int
+    padded_in: int
+    num_panels: int
+    group_size: int
+    num_groups: int
+    activation_group: int
+    code_bytes: int  # of one panel
+    scale_bytes: int  # of one panel, padded to 64
+    scales_are_bf16: bool
+
+    @property
+    def panel_bytes(self) -> int:
+        return self.code_bytes + self.scale_bytes
+
+    def scales(self, panels: np.ndarray) -> np.ndarray:
+        """The stored scales of uint8 (panels, panel_bytes): uint16 bf16 bits or float32 (panels, groups * 16); a copy."""
+        width = self.num_groups * PANEL * (2 if self.scales_are_bf16 else 4)
+        raw = np.ascontiguousarray(panels[:, :width])
+        return raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
+
+    def codes(self, panels: np.ndarray) -> np.ndarray:
+        """The stored codes of uint8 (panels, panel_bytes): uint8 (panels, code_bytes); a copy."""
+        return np.ascontiguousarray(panels[:, self.scale_bytes :])
+
+    @property
+    def fine_group(self) -> int:
+        """k that one integer accumulator covers: the smaller of the two groups."""
+        return min(self.group_size, self.activation_group)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Byte offsets inside one expert's span; bias offsets are -1 without biases."""
+
+    gate_up: MatrixLayout
+    down: MatrixLayout
+    down_offset: int
+    gate_bias_offset: int
+    up_bias_offset: int
+    down_bias_offset: int
+    expert_bytes: int
+    has_gate: bool
+
+    @property
+    def down_end(self) -> int:
+        """Where the down panels end: codes and scales of one expert, in bytes."""
+        return self.down_offset + self.down.num_panels * self.down.panel_bytes
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections, in the order they are computed."""
+        return ("gate", "up", "down") if self.has_gate else ("up", "down")
+
+    def matrix(self, projection: str) -> MatrixLayout:
+        return self.down if projection == "down" else self.gate_up
+
+    def panels(self, span: np.ndarray, projection: str) -> np.ndarray:
+        """One projection's panels in an expert's span: uint8 (num_panels, panel_bytes), a view."""
+        matrix = self.matrix(projection)
+        if projection == "down":
+            return span[self.down_offset : self.down_end].reshape(-1, matrix.panel_bytes)
+        both = span[: self.down_offset].reshape(-1, matrix.panel_bytes)
+        return both[int(projection == "up") :: 2] if self.has_gate else both
+
+    def bias(self, span: np.ndarray, projection: str) -> np.ndarray | None:
+        """One projection's bias in an expert's span: uint8, padded to whole panels, a view; None without."""
+        start = {
+            "gate": self.gate_bias_offset,
+            "up": self.up_bias_offset,
+            "down": self.down_bias_offset,
+        }[projection]
+        return (
+            None
+            if start < 0
+            else span[start : start + self.matrix(projection).num_panels * PANEL * 4]
+        )
+
+
+def matrix_layout(spec: MoESpec, in_features: int, out_features: int) -> MatrixLayout:
+    from ktk.experts.formats import get_format
+
+    fmt = get_format(spec.weight_format)
+    padded_in = round_up(in_features, K_ALIGN)
+    group_size = min(spec.group_size or padded_in, padded_in)
+    num_groups = -(-padded_in // group_size)
+    bf16_scales = spec.group_size != 0
+    scale_bytes = 0
+    if fmt.is_integer:
+        scale_bytes = round_up(num_groups * PANEL * (2 if bf16_scales else 4), 64)
+    return MatrixLayout(
+        in_features=in_features,
+        out_features=out_features,
+        padded_in=padded_in,
+        num_panels=-(-out_features // PANEL),
+        group_size=group_size,
+        num_groups=num_groups,
+        activation_group=spec.activation_group or padded_in,
+        code_bytes=padded_in * PANEL * fmt.bits // 8,
+        scale_bytes=scale_bytes,
+        scales_are_bf16=fmt.is_integer and bf16_scales,
+    )
+
+
+@lru_cache(maxsize=256)
+def expert_layout(spec: MoESpec) -> ExpertLayout:
+    gate_up = matrix_layout(spec, spec.hidden_size, spec.intermediate_size)
+    down = matrix_layout(spec, spec.intermediate_size, spec.hidden_size)
+    projections = 2 if spec.has_gate else 1
+    down_offset = projections * gate_up.num_panels * gate_up.panel_bytes
+    end = down_offset + down.num_panels * down.panel_bytes
+    gate_bias = up_bias = down_bias = -1
+    if spec.has_bias:
+        bias_bytes = gate_up.num_panels * PANEL * 4
+        if spec.has_gate:
+            gate_bias, end = end, end + bias_bytes
+        up_bias, end = end, end + bias_bytes
+        down_bias, end = end, end + down.num_panels * PANEL * 4
+    return ExpertLayout(
+        gate_up,
+        down,
+        down_offset,
+        gate_bias,
+        up_bias,
+        down_bias,
+        round_up(end, EXPERT_ALIGN),
+        spec.has_gate,
+    )

@@ -1,0 +1,87 @@
+"""MoESpec: the shapes and formats of one layer's experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ktk.experts.activation import Activation
+
+if TYPE_CHECKING:
+    from ktk.experts.layout import ExpertLayout
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """Shape and coding of one layer's experts.
+
+    num_experts, hidden_size, intermediate_size : positive ints.
+    weight_format : a name of ``ktk.experts.formats.FORMATS``, or "gguf": block formats, see ``BlockExperts``.
+    group_size : weights along in_features that share a scale; 0 = one scale per output channel;
+        None = the format's default.
+    activation_group : activations along in_features that share a scale (32, 64 or 128);
+        0 for float formats, whose activations stay fp32; None = the format's default.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    weight_format: str = "int4"
+    group_size: int | None = None
+    activation_group: int | None = None
+    has_gate: bool = True
+    has_bias: bool = False
+    activation: Activation = dataclasses.field(default_factory=Activation)
+
+    def __post_init__(self) -> None:
+        from ktk.experts.formats import get_format
+
+        for name in ("num_experts", "hidden_size", "intermediate_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{name}={value!r}: must be a positive int")
+            if value > 2**24:
+                raise ValueError(f"{name}={value}: must be at most {2**24}")
+        if not isinstance(self.activation, Activation):
+            raise TypeError(f"activation={self.activation!r}: must be a ktk.Activation")
+        fmt = get_format(self.weight_format)
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", fmt.default_group)
+        if self.activation_group is None:
+            object.__setattr__(self, "activation_group", fmt.default_activation_group)
+        fmt.check(self)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of one expert (biases not counted)."""
+        return (3 if self.has_gate else 2) * self.hidden_size * self.intermediate_size
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits at rest per weight, scales, padding and biases included; of packed formats."""
+        return self.layout.expert_bytes * 8 / self.num_weights
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Where an expert's panels lie; see ``ktk.experts.layout``."""
+        from ktk.experts.layout import expert_layout
+
+        return expert_layout(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "activation": self.activation.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> MoESpec:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = set(fields) - known
+        missing = {"num_experts", "hidden_size", "intermediate_size"} - set(fields)
+        if unknown or missing:
+            raise ValueError(
+                f"MoE spec: unknown fields {sorted(unknown)}, missing {sorted(missing)}"
+            )
+        fields = dict(fields)
+        if "activation" in fields:
+            fields["activation"] = Activation.from_json(fields["activation"])
+        return cls(**fields)

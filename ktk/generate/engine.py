@@ -1,0 +1,236 @@
+"""What every engine of the server is: it generates for requests, each with sampling, limits and an end of its own.
+
+``batching.py`` runs many at once, ``sequential.py`` one after another what cannot be batched; ``trial.py`` chooses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from ktk.errors import KtkError
+from ktk.generate.open import DTYPE_BYTES, OpenModel, kv_bytes_per_token
+from ktk.generate.sampling import Sampler, Sampling, Token
+from ktk.generate.session import end_tokens
+
+SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
+
+
+class RequestError(KtkError, ValueError):
+    """A request that this engine cannot take; its message is for the client. param : the request's field, if it is one's fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ServerBusy(KtkError, RuntimeError):
+    """The engine cannot take a request now."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """context : tokens of one sequence, prompt and answer. running : sequences of a batch; waiting : requests beyond.
+
+    batch_tokens : of one forward pass. cache_bytes : of keys and values of all sequences together.
+    """
+
+    context: int
+    running: int = 16
+    waiting: int = 256
+    batch_tokens: int = 512
+    cache_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """num_tokens : made so far. error : why the request failed, or None."""
+
+    num_tokens: int
+    is_finished: bool = False
+    error: str | None = None
+
+
+@dataclass
+class Generation:
+    """One request in an engine. The event loop reads ``progress``, None in it: the request ends where it is."""
+
+    ids: list[int]
+    sampler: Sampler
+    max_tokens: int
+    loop: asyncio.AbstractEventLoop
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    progress: asyncio.Queue[Progress | None] = field(default_factory=asyncio.Queue)
+    is_cancelled: bool = False
+    has_failed: bool = False
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end it."""
+        return self.sampler.sampling.ends
+
+    def report(self, progress: Progress) -> None:
+        """From the generation thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.progress.put_nowait, progress)
+
+    def fail(self, error: Exception) -> None:
+        """From the generation thread: this request ends with an error, and no other one."""
+        self.has_failed = True
+        text = str(error) or type(error).__name__
+        self.report(Progress(len(self.sampler.tokens), error=text))
+
+
+class Engine(ABC):
+    """``start`` before the first request, ``stop`` at the end; ``generate`` from one event loop."""
+
+    cache_bytes: int  # of keys and values, when all of the cache is in use
+    why_alone: str | None = None  # why requests run one by one; None: they share batches
+
+    def __init__(self, opened: OpenModel, limits: Limits) -> None:
+        self.model, self.tokenizer = opened.model, opened.tokenizer
+        self.limits = limits
+        self.eos = end_tokens(self.model, self.tokenizer)
+        self._generations: dict[str, Generation] = {}
+        self._recent: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the generation thread, and wait until it can take requests."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the generation thread; requests that still run fail."""
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Whether requests are still answered."""
+
+    @property
+    @abstractmethod
+    def running(self) -> int:
+        """Sequences being generated."""
+
+    @property
+    @abstractmethod
+    def cache_pages(self) -> tuple[int, int]:
+        """(free, all) pages of the KV cache; (0, 0) where it has none."""
+
+    @property
+    def largest_batch(self) -> int:
+        """Sequences that one forward pass gave a token, at most so far."""
+        return 1
+
+    @abstractmethod
+    def _submit(self, generation: Generation) -> None:
+        """Take a request on. Raises ServerBusy."""
+
+    @abstractmethod
+    def _cancel(self, generation: Generation) -> None:
+        """End a request that nobody waits for any more."""
+
+    def _cache_bytes_per_token(self) -> int:
+        text = self.model.config.get_text_config().to_dict()
+        element = DTYPE_BYTES[str(self.model.dtype).removeprefix("torch.")]
+        return max(1, kv_bytes_per_token(text, element))
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that somebody waits for."""
+        return len(self._generations)
+
+    @property
+    def waiting(self) -> int:
+        """Requests whose turn has not come."""
+        return max(0, len(self._generations) - self.running)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens/s of all requests together, over the last ten seconds."""
+        now = time.monotonic()
+        with self._lock:
+            self._forget(now)
+            if not self._recent:
+                return 0.0
+            span = max(now - self._recent[0][0], 1.0)
+            return sum(count for _, count in self._recent) / span
+
+    def _count(self, tokens: int) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._forget(now)
+            self._recent.append((now, tokens))
+
+    def _forget(self, now: float) -> None:
+        while self._recent and self._recent[0][0] < now - SPEED_WINDOW:
+            self._recent.popleft()
+
+    def check(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """The number of tokens a request may generate. Raises RequestError, with the figures, if it is too long."""
+        context = self.limits.context
+        if num_prompt_tokens < 1:
+            raise RequestError("the prompt is empty: it must have at least one token")
+        if num_prompt_tokens >= context:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens, and this server's context is {context} tokens, prompt and "
+                f"answer together: shorten the prompt, or start the server with a larger --context"
+            )
+        if max_tokens is None:
+            return context - num_prompt_tokens
+        if num_prompt_tokens + max_tokens > context:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+                f"{num_prompt_tokens + max_tokens}, and this server's context is {context} tokens: "
+                f"ask for at most {context - num_prompt_tokens}"
+            )
+        return max_tokens
+
+    def end_all(self) -> None:
+        """End every request where it is, as if it had reached its limit; from the event loop."""
+        for generation in list(self._generations.values()):
+            generation.progress.put_nowait(None)
+
+    async def generate(
+        self, ids: list[int], sampling: Sampling, max_tokens: int
+    ) -> AsyncIterator[list[Token]]:
+        """Tokens as they come, several where the caller is slower than the engine; the end token is the last if there is one.
+
+        sampling : its ``ends`` are all that end it, the model's own too. Closing the iterator cancels the request and frees what it held. Raises ServerBusy if too many wait or the engine
+        has stopped, RuntimeError if the engine fails.
+        """
+        if not self.is_alive:
+            raise ServerBusy("the engine has stopped: restart the server")
+        if self.waiting >= self.limits.waiting:
+            raise ServerBusy(f"{self.waiting} requests wait already: try again later")
+        own = Generation(ids, Sampler(sampling), max_tokens, asyncio.get_running_loop())
+        self._generations[own.id] = own
+        given, finished = 0, False
+        try:
+            self._submit(own)
+            while not finished:
+                progress = await own.progress.get()
+                while progress and progress.error is None and not own.progress.empty():
+                    progress = own.progress.get_nowait()
+                if progress is None:
+                    return
+                finished = progress.is_finished
+                if progress.error is not None:
+                    raise RuntimeError(f"generation failed: {progress.error}")
+                tokens = own.sampler.tokens[given : progress.num_tokens]
+                self._count(len(tokens))
+                given = progress.num_tokens
+                if tokens:
+                    yield tokens
+        finally:
+            del self._generations[own.id]
+            if not finished:
+                self._cancel(own)

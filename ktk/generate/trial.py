@@ -1,0 +1,105 @@
+"""Which engine serves a model: found by trying.
+
+transformers' continuous batching takes some models that it then computes wrongly or fails on in the first forward pass, and which
+ones is nowhere written down. So a short text is continued by both, before the server answers anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from ktk.generate.batching import BatchingEngine, CannotBatch
+from ktk.generate.engine import Engine, Limits
+from ktk.generate.open import OpenModel
+from ktk.generate.sampling import Sampler, Sampling, Token
+from ktk.generate.sequential import SequentialEngine
+from ktk.generate.session import Session
+
+TEXT = (
+    "The cat sat on the mat, and the dog lay at the door. In 1969 two people walked on the moon; a third waited in orbit. "
+    "def add(a, b): return a + b\n"
+)
+PROMPT_TOKENS = 160  # more than gpt-oss' sliding window of 128
+STEPS = 4
+# Nats between log probabilities of one token. bf16 and 8-bit activations, rounded in another order, differ by some hundredths.
+TOLERANCE = 0.25
+
+
+def start_engine(opened: OpenModel, limits: Limits) -> Engine:
+    """A started engine; its ``why_alone`` says why it takes one request at a time, if it does.
+
+    Raises RequestError if the KV cache is too small, RuntimeError if the model does not generate at all.
+    """
+    ids = _prompt(opened, max(1, min(PROMPT_TOKENS, limits.context - STEPS)))
+    expected = _continue_alone(opened, ids)
+    try:
+        engine = BatchingEngine(opened, limits)
+        engine.start()
+        try:
+            got = asyncio.run(_continue(engine, ids))
+            reason = difference(expected, got)
+        except RuntimeError as error:
+            reason = str(error)
+        if reason is None:
+            return engine
+        engine.stop()
+    except CannotBatch as error:
+        reason = str(error)
+    sequential = SequentialEngine(opened, limits)
+    sequential.start()
+    sequential.why_alone = f"transformers cannot batch {type(opened.model).__name__} ({reason})"
+    return sequential
+
+
+def difference(expected: list[Token], got: list[Token]) -> str | None:
+    """How two greedy continuations differ beyond rounding, or None. Tokens after the first different one are not compared."""
+    if not got:
+        return "no token came"
+    for step, (want, have) in enumerate(zip(expected, got, strict=False)):
+        likely = dict(want.top)
+        if have.id not in likely or abs(likely[have.id] - (have.logprob or 0.0)) > TOLERANCE:
+            return f"its token {step + 1} of a trial is not that of generate()"
+        if have.id != want.id:
+            break
+    return None
+
+
+def _prompt(opened: OpenModel, length: int) -> list[int]:
+    once: list[int] = opened.tokenizer(TEXT)["input_ids"]
+    return (once * (length // len(once) + 1))[:length]
+
+
+def _greedy() -> Sampling:
+    return Sampling(temperature=0.0, num_logprobs=20)
+
+
+def _continue_alone(opened: OpenModel, ids: list[int]) -> list[Token]:
+    """By generate(). In a thread that ends: the OpenMP team of one that stays spins beside the engine's."""
+    sampler = Sampler(_greedy())
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            generate()
+        except Exception as error:  # whatever the model makes of it
+            failures.append(error)
+
+    def generate() -> None:
+        Session(opened.model, opened.tokenizer).generate_tokens(
+            ids, sampler, STEPS, lambda _: False
+        )
+
+    thread = threading.Thread(target=run, name="ktk-trial")
+    thread.start()
+    thread.join()
+    if failures:
+        kind = type(opened.model).__name__
+        raise RuntimeError(
+            f"{kind} cannot be served, its generate() fails: {failures[0]}"
+        ) from failures[0]
+    return sampler.tokens
+
+
+async def _continue(engine: Engine, ids: list[int]) -> list[Token]:
+    return [token async for tokens in engine.generate(ids, _greedy(), STEPS) for token in tokens]

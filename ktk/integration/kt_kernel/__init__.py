@@ -1,0 +1,1 @@
+"""The face of KT-Kernel: KTMoEWrapper and what its arguments may be."""

@@ -1,0 +1,1 @@
+"""The operators: experts, linear layers, the router, a decoder layer."""

@@ -1,0 +1,346 @@
+"""MoE: the operator. (hidden_states, topk_ids, topk_weights) -> output, NumPy arrays or CPU torch tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ktk import backends
+from ktk.experts.activation import Activation
+from ktk.experts.formats.floats import bf16_to_f32, to_f32
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, ExpertWeights, Packed
+from ktk.machine import threads as engine
+from ktk.machine.devices import is_tensor
+from ktk.ops.requantise import plan
+from ktk.quantise.pack import pack_experts
+
+MAX_TOP_K = 65536
+
+
+def to_numpy(x: Any, name: str) -> np.ndarray:
+    """A NumPy view of an array or CPU tensor; bf16 comes as uint16 bits (see ``is_bf16``)."""
+    if is_tensor(x):
+        torch: Any = sys.modules["torch"]
+        if x.dtype is not torch.bfloat16 and not x.requires_grad:
+            try:
+                array: np.ndarray = x.numpy()  # refuses what the rest looks at
+                return array
+            except (TypeError, RuntimeError):
+                pass
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {x.device}: ktk.MoE takes CPU tensors; call {name}.cpu()"
+            )
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} is a {x.layout} tensor: must be dense")
+        x = x.detach().resolve_neg().resolve_conj()
+        return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    if isinstance(x, np.ndarray):
+        return x.view(np.uint16) if is_bf16(x) else x
+    raise TypeError(f"{name} is a {type(x).__name__}: must be a NumPy array or a CPU torch tensor")
+
+
+def is_bf16(x: Any) -> bool:
+    if is_tensor(x):
+        return bool(x.dtype == sys.modules["torch"].bfloat16)
+    # A dtype's name is slow to build: ask only those NumPy does not have itself.
+    return isinstance(x, np.ndarray) and x.dtype.isbuiltin != 1 and x.dtype.name == "bfloat16"
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """C-contiguous and aligned, as C reads it; copied only if it is not."""
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy(order="C")
+
+
+def as_hidden(x: Any, hidden_size: int) -> np.ndarray:
+    """(tokens, hidden_size) C-contiguous float32 / float16 / bf16 bits, copied only if it must be."""
+    array = to_numpy(x, "hidden_states")
+    if not is_bf16(x) and array.dtype not in (np.float32, np.float16):
+        raise TypeError(
+            f"hidden_states has dtype {array.dtype}: must be float32, float16 or bfloat16"
+        )
+    if array.ndim != 2 or array.shape[1] != hidden_size:
+        raise ValueError(
+            f"hidden_states has shape {array.shape}: must be (num_tokens, {hidden_size})"
+        )
+    return _plain(array)
+
+
+def as_routing(topk_ids: Any, topk_weights: Any, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (tokens, top_k) ids and float32 (tokens, top_k) weights."""
+    ids = to_numpy(topk_ids, "topk_ids")
+    if ids.dtype.kind not in "iu" or is_bf16(topk_ids):
+        raise TypeError(
+            f"topk_ids has dtype {'bfloat16' if is_bf16(topk_ids) else ids.dtype}: must be an integer type"
+        )
+    weights = to_numpy(topk_weights, "topk_weights")
+    if is_bf16(topk_weights):
+        weights = bf16_to_f32(weights)
+    elif weights.dtype.kind != "f":
+        raise TypeError(f"topk_weights has dtype {weights.dtype}: must be a float type")
+    if ids.ndim != 2 or ids.shape[0] != num_tokens or ids.shape[1] == 0:
+        raise ValueError(
+            f"topk_ids has shape {ids.shape}: must be ({num_tokens}, top_k), top_k at least 1"
+        )
+    if ids.shape[1] > MAX_TOP_K:
+        raise ValueError(f"topk_ids has shape {ids.shape}: top_k must be at most {MAX_TOP_K}")
+    if weights.shape != ids.shape:
+        raise ValueError(
+            f"topk_weights has shape {weights.shape}: must be that of topk_ids, {ids.shape}"
+        )
+    if ids.dtype == np.uint64:  # values over int64 stay out of range instead of wrapping
+        ids = np.where(ids > np.uint64(2**62), np.uint64(2**62), ids)
+    return _plain(ids.astype(np.int64, copy=False)), _plain(weights.astype(np.float32, copy=False))
+
+
+def as_mask(mask: Any, num_experts: int) -> np.ndarray | None:
+    """bool (num_experts,) of experts to skip, or None."""
+    if mask is None:
+        return None
+    array = to_numpy(mask, "skip")
+    if array.dtype != np.bool_ or array.shape != (num_experts,):
+        raise ValueError(
+            f"the expert mask is {array.dtype} {array.shape}: must be bool ({num_experts},)"
+        )
+    return np.ascontiguousarray(array)
+
+
+def as_weights(x: Any, name: str) -> np.ndarray:
+    """A float array or tensor as float32, or uint16 bf16 bits without a copy."""
+    array = to_numpy(x, name)
+    if is_bf16(x):
+        return array
+    if array.dtype not in (np.float32, np.float16):
+        raise TypeError(f"{name} has dtype {array.dtype}: must be float32, float16 or bfloat16")
+    return array.astype(np.float32, copy=False)
+
+
+def expert_reader(arrays: dict[str, Any]) -> Callable[[int], ExpertWeights]:
+    """Reader of experts stacked along dimension 0; converts one at a time.
+
+    arrays : gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias in this order, checked; None where absent.
+    """
+
+    def part(name: str, expert: int) -> np.ndarray | None:
+        if arrays[name] is None:
+            return None
+        row = as_weights(arrays[name][expert], name)
+        return to_f32(row) if name.endswith("bias") else np.ascontiguousarray(row)
+
+    def read(expert: int) -> ExpertWeights:
+        return ExpertWeights(*(part(name, expert) for name in arrays))  # type: ignore[arg-type]
+
+    return read
+
+
+class MoE:
+    """One layer's experts, ready to run.
+
+    Parameters
+    ----------
+    packed : Packed or BlockExperts
+        The experts. Shared, not copied; but GGUF blocks with a method for packed weights are quantised anew.
+    method : str
+        "auto", a backend ("AVX512", "AMXINT4", ...) or a format ("INT8", ...): see ``ktk.backends.report()``.
+    num_threads : int or None
+        Threads of the process-wide engine; None takes the engine's, at first KTK_NUM_THREADS or the physical cores.
+    repack : bool or None
+        Copy GGUF blocks into memory in the order the kernels read them; None: KTK_REPACK, default no.
+
+    Raises
+    ------
+    BackendError if nothing can run it, EngineError if the engine already runs with another thread count.
+    """
+
+    def __init__(
+        self,
+        packed: Packed | BlockExperts,
+        *,
+        method: str = "auto",
+        num_threads: int | None = None,
+        repack: bool | None = None,
+    ) -> None:
+        spec = packed.spec
+        make: Callable[[int], Packed | BlockExperts] = lambda num_threads: packed  # noqa: E731
+        if isinstance(packed, BlockExperts):
+            spec, make = plan(packed, method, repack)
+        elif repack:
+            raise ValueError("repack=True: these experts are packed already; it is for GGUF blocks")
+        backend = backends.select(
+            method, spec
+        )  # refuse before the long part, and so does the engine
+        layout = engine.acquire(self, num_threads)
+        packed = make(layout.num_threads)
+        self.spec = spec
+        self.backend = backend.name
+        self.kernel = backend.kernel(spec)
+        if isinstance(packed, BlockExperts):
+            self.kernel += f" {packed.types}"
+        self.bits_per_weight = packed.bits_per_weight
+        self.num_threads = layout.num_threads
+        self.runner = backend.load(packed, layout)
+
+    @classmethod
+    def from_weights(
+        cls,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        *,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+        activation: Activation | None = None,
+        weight_format: str | None = None,
+        group_size: int | None = None,
+        activation_group: int | None = None,
+        method: str = "auto",
+        num_threads: int | None = None,
+    ) -> MoE:
+        """Quantise and pack float experts.
+
+        gate_proj, up_proj : (num_experts, intermediate_size, hidden_size); gate_proj None without a gate.
+        down_proj : (num_experts, hidden_size, intermediate_size). float32, float16 or bfloat16.
+        Biases : (num_experts, out_features) or None. weight_format defaults to the method's, else "int4".
+        Raises ValueError / TypeError naming the argument that does not fit.
+        """
+        arrays = {
+            "gate_proj": gate_proj,
+            "up_proj": up_proj,
+            "down_proj": down_proj,
+            "gate_bias": gate_bias,
+            "up_bias": up_bias,
+            "down_bias": down_bias,
+        }
+        given = {name: to_numpy(x, name) for name, x in arrays.items() if x is not None}
+        for name in ("up_proj", "down_proj"):
+            if name not in given:
+                raise ValueError(f"{name} is None: only gate_proj and the biases may be")
+        for name, array in given.items():
+            as_weights(arrays[name][:0], name)  # dtype
+            want = 3 if name.endswith("proj") else 2
+            if array.ndim != want:
+                raise ValueError(
+                    f"{name} has shape {array.shape}: must have {want} dimensions, num_experts first"
+                )
+        for name, array in given.items():
+            if array.shape[0] != given["up_proj"].shape[0]:
+                raise ValueError(
+                    f"{name} has {array.shape[0]} experts, up_proj has {given['up_proj'].shape[0]}"
+                )
+            if not array.size:
+                raise ValueError(f"{name} has shape {array.shape}: no dimension may be 0")
+        num_experts, intermediate_size, hidden_size = given["up_proj"].shape
+        spec = MoESpec(
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            weight_format or backends.method_format(method) or "int4",
+            group_size,
+            activation_group,
+            has_gate=gate_proj is not None,
+            has_bias=any(name.endswith("bias") for name in given),
+            activation=activation or Activation(),
+        )
+        backends.select(method, spec)  # refuse before the long part, and so does the engine
+        holder = engine.Holder()
+        num_threads = engine.acquire(holder, num_threads).num_threads
+
+        return cls(
+            pack_experts(spec, expert_reader(arrays), num_threads),
+            method=method,
+            num_threads=num_threads,
+        )
+
+    @classmethod
+    def load(
+        cls, path: Any, layer: int, *, method: str = "auto", num_threads: int | None = None
+    ) -> MoE:
+        """One layer of a packed directory (``ktk convert``). Raises CheckpointError."""
+        from ktk.checkpoint.packed import read_layer
+
+        return cls(read_layer(path, layer), method=method, num_threads=num_threads)
+
+    def forward(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        *,
+        skip: Any = None,
+        add: Any = None,
+    ) -> Any:
+        """Sum over each token's slots of weight * expert(hidden).
+
+        hidden_states : (num_tokens, hidden_size), float32, float16 or bfloat16; zero tokens are fine.
+        topk_ids : (num_tokens, top_k), any integer type; an id outside 0..num_experts-1 or with ``skip`` set
+            adds exactly zero; an expert named twice adds twice.
+        topk_weights : (num_tokens, top_k), any float type, used as float32.
+        skip : bool (num_experts,) or None; experts that run elsewhere.
+        add : float32 (num_tokens, hidden_size) or None, added last.
+        Returns a new array or tensor like hidden_states. NaN and inf stay in their own row, as NaN or inf.
+        Raises TypeError / ValueError naming the argument that does not fit.
+        """
+        hidden = as_hidden(hidden_states, self.spec.hidden_size)
+        ids, weights = as_routing(topk_ids, topk_weights, len(hidden))
+        mask = as_mask(skip, self.spec.num_experts)
+        if add is not None:
+            add = to_numpy(add, "add")
+            if add.dtype != np.float32 or add.shape != hidden.shape:
+                raise ValueError(f"add is {add.dtype} {add.shape}: must be float32 {hidden.shape}")
+            add = _plain(add)
+        if is_tensor(hidden_states):
+            torch: Any = sys.modules["torch"]
+            result = torch.empty(hidden.shape, dtype=hidden_states.dtype)
+            out = to_numpy(result, "out")
+        else:
+            result = np.empty(hidden.shape, hidden_states.dtype)
+            out = to_numpy(result, "out")
+        if len(hidden):
+            self.runner.forward(hidden, ids, weights, mask, out, add)
+        return result
+
+    __call__ = forward
+
+    def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+        """One projection without its bias: the way out for activations ktk does not know.
+
+        projection : "gate_up" (columns gate, then up) or "down". x : float32 (rows, in_features).
+        expert_ids : int (rows,), each in 0..num_experts-1. Returns float32 (rows, out_features).
+        """
+        if projection not in ("gate_up", "down"):
+            raise ValueError(f"projection={projection!r}: must be 'gate_up' or 'down'")
+        width = self.spec.intermediate_size if projection == "down" else self.spec.hidden_size
+        x = to_numpy(x, "x")
+        ids = to_numpy(expert_ids, "expert_ids")
+        if x.dtype != np.float32 or ids.dtype.kind not in "iu":
+            raise TypeError(
+                f"x is {x.dtype}, expert_ids {ids.dtype}: must be float32 and an integer type"
+            )
+        x, ids = _plain(x), _plain(ids.astype(np.int64, copy=False))
+        if x.ndim != 2 or x.shape[1] != width or ids.shape != (len(x),):
+            raise ValueError(
+                f"x {x.shape}, expert_ids {ids.shape}: must be (rows, {width}) and (rows,)"
+            )
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.spec.num_experts):
+            raise ValueError(
+                f"expert_ids go from {ids.min()} to {ids.max()}: must be 0..{self.spec.num_experts - 1}"
+            )
+        return self.runner.linear(projection, x, ids)
+
+    @property
+    def packed(self) -> Any:
+        """The experts, Packed or BlockExperts; on a machine of several NUMA nodes a copy, put together from its parts."""
+        return self.runner.packed()
+
+    def __repr__(self) -> str:
+        s = self.spec
+        return (
+            f"MoE({s.num_experts} experts, {s.hidden_size} x {s.intermediate_size}, {self.backend}: {self.kernel}, "
+            f"{self.bits_per_weight:.2f} bits per weight, {self.num_threads} threads)"
+        )

@@ -1,0 +1,1 @@
+"""Where experts are: parts of memory, one for each NUMA node."""

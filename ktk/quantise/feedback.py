@@ -1,0 +1,452 @@
+"""Round weights with error feedback (GPTQ): packed formats and ggml blocks, better where the experts' inputs are.
+
+The loss of a row is e H e^T: e its rounding errors, H = X^T X / n the second moments of the inputs X of a calibration text. With
+H = (I + U) D (I + U)^T, U strictly upper triangular and D diagonal, it is the sum over columns k of D_k (t_k - q_k)^2, where
+t_k = w_k + sum over j < k of e_j U_jk: columns are rounded in order, each towards its weight plus what the errors before it hand on
+(Frantar et al., GPTQ, 2022, in the form of Chee et al., QuIP, 2023, which needs one Cholesky factorisation and no inverse).
+
+Scales come with their group: every candidate of a ladder is tried with the feedback inside the group counted, then the scale of
+least loss for the best codes, then, where scales are stored as integers of a block's scale, the integers around it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ktk.experts.activation import Activation
+from ktk.experts.formats import get_format
+from ktk.experts.formats.floats import to_f32
+from ktk.experts.layout import PANEL, MatrixLayout
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import ExpertWeights
+from ktk.quantise.blocks import BLOCK_TYPES, LARGEST, quantise_rows
+from ktk.quantise.pack import NOT_FINITE, check_expert
+from ktk.reference import blocks as oracle
+from ktk.reference.activation import activate
+from ktk.reference.pack import lay_panels, search_ladder
+
+F = np.float32
+# Of H's mean diagonal, added to the diagonal: the text is a sample.
+DAMPING = 0.01
+# An expert's moments count as one of (its tokens + PRIOR * in_features), the layer's the rest.
+PRIOR = 0.25
+_BALANCE_BITS = 4  # channels are scaled by 2**-4 to 2**4, which half-precision scales can take
+_COLUMNS = 128  # rounded between two products with the rest of U
+_NOT, _BF16, _FP16, _POWER_OF_TWO = range(4)  # as in _calibrate_numba
+_E2M1 = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)  # doubled, as ggml has them
+_NO_TABLE: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What values a format can hold: scale * level - low, scale and low shared by ``group`` columns.
+
+    levels : integers code_min..code_max, or those of ``table``. ladder : candidate scales are the group's largest weight (is_affine:
+    its span) by each of these. block : columns whose integer scales int_min..int_max share the number they multiply; int_max 0:
+    scales are stored themselves, rounded by ``rounding``.
+    """
+
+    group: int
+    ladder: tuple[float, ...]
+    code_min: int
+    code_max: int
+    block: int = 0
+    refits: int = 2
+    rounding: int = _NOT
+    is_affine: bool = False
+    int_min: int = 0
+    int_max: int = 0
+    neighbours: tuple[int, ...] = (0, -1, 1)
+    table: tuple[float, ...] = _NO_TABLE
+
+
+def _steps(first: float, last: float, step: float, both_signs: bool = False) -> tuple[float, ...]:
+    values = tuple(np.arange(first, last + step / 2, step).tolist())
+    return (*(-v for v in values), *values) if both_signs else values
+
+
+GRIDS = {
+    "Q2_K": Grid(16, _steps(2.5, 4.5, 0.25), 0, 3, 256, is_affine=True, int_max=15),
+    "Q3_K": Grid(16, _steps(2.75, 4.75, 0.25, True), -4, 3, 256, int_min=-32, int_max=31),
+    "MXFP4": Grid(32, (8, 4, 16), 0, 14, 32, refits=0, rounding=_POWER_OF_TWO, table=_E2M1),
+    "IQ4_XS": Grid(
+        32, _steps(98, 130, 8, True), 0, 15, 256, int_min=-32, int_max=31, table=oracle.IQ4_LEVELS
+    ),
+    "IQ4_NL": Grid(
+        32, _steps(98, 130, 8, True), 0, 15, 32, rounding=_FP16, table=oracle.IQ4_LEVELS
+    ),
+    "Q4_0": Grid(32, _steps(5.6, 9.6, 0.25, True), -8, 7, 32, rounding=_FP16),
+    "Q4_K": Grid(32, _steps(12.5, 17, 0.5), 0, 15, 256, is_affine=True, int_max=63),
+    "Q5_K": Grid(32, _steps(27, 33, 1), 0, 31, 256, is_affine=True, int_max=63),
+    "Q6_K": Grid(16, _steps(28, 36.5, 0.5, True), -32, 31, 256, int_min=-128, int_max=127),
+    "Q8_0": Grid(32, _steps(126, 130, 1), -127, 127, 32, rounding=_FP16),
+}
+
+
+def packed_grid(weight_format: str, layout: MatrixLayout) -> Grid:
+    """Of a packed integer format with this layout's groups."""
+    fmt = get_format(weight_format)
+    ladder = search_ladder(fmt, layout.scales_are_bf16)
+    rounding = _BF16 if layout.scales_are_bf16 else _NOT
+    return Grid(layout.group_size, tuple(ladder.tolist()), fmt.code_min, fmt.code_max, rounding=rounding)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = (I + upper) diag(weight) (I + upper)^T: float32 (K, K), strictly upper, and (K,), scaled to a mean of 1."""
+
+    upper: np.ndarray
+    weight: np.ndarray
+
+
+def factorise(hessian: np.ndarray, damping: float = DAMPING) -> Factor:
+    """Factor second moments, float (K, K), symmetric; only zeros make every weight equally important.
+
+    Raises ValueError on NaN or inf. Moments that are not positive definite are damped more, at last to their diagonal.
+    """
+    if not np.isfinite(hessian).all():
+        raise ValueError(
+            "the inputs of the calibration hold NaN or inf: the model overflows on that text"
+        )
+    h = np.asarray(hessian, np.float64)
+    diagonal = np.diag(h)
+    mean = diagonal.mean()
+    if mean <= 0:
+        return Factor(np.zeros(h.shape, F), np.ones(len(h), F))
+    while damping < 1:
+        try:
+            damped = h + np.diag(np.full(len(h), damping * mean))
+            v = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]  # upper triangular, H = V V^T
+            break
+        except np.linalg.LinAlgError:
+            damping *= 10
+    else:
+        v = np.diag(np.sqrt(np.maximum(diagonal, 0) + mean))
+    d = np.diag(v)
+    upper = np.ascontiguousarray(np.triu(v / d, 1), F)
+    return Factor(upper, (d * d / (d * d).mean()).astype(F))
+
+
+def padded(factor: Factor, columns: int) -> Factor:
+    """The same with columns behind that no error reaches."""
+    more = columns - len(factor.weight)
+    return Factor(np.pad(factor.upper, (0, more)), np.pad(factor.weight, (0, more), constant_values=1))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What became of a matrix. codes int16 (K, rows); scales, lows float32 and ints int16 (2, groups, rows) by group of columns;
+    supers float32 (2, blocks, rows): what integer scales and lows multiply. error : float32 (K, rows), weight minus value.
+    loss : float32 (rows,), e H e^T with H scaled as in Factor.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    lows: np.ndarray
+    ints: np.ndarray
+    supers: np.ndarray
+    error: np.ndarray
+    loss: np.ndarray
+
+
+@cache
+def _kernels() -> Any:
+    try:
+        return importlib.import_module("ktk.quantise._feedback_numba")
+    except ImportError as error:
+        raise RuntimeError(
+            "calibration runs on numba, which cannot be imported: pip install numba"
+        ) from error
+
+
+def round_matrix(w: np.ndarray, factor: Factor, grid: Grid) -> Rounded:
+    """Round float32 (rows, K), finite; K a multiple of the grid's block and group. On one thread, mostly without the GIL."""
+    kernels = _kernels()
+    rows, columns = w.shape
+    lanes = kernels.LANES
+    x = np.zeros((columns, -(-rows // lanes) * lanes), F)
+    x[:, :rows] = w.T
+    target, error = x.copy(), np.empty_like(x)
+    codes = np.empty(x.shape, np.int16)
+    loss = np.zeros(x.shape[1], F)
+    groups = columns // grid.group
+    scales, lows = (np.zeros((groups, x.shape[1]), F) for _ in range(2))
+    ints = np.zeros((2, groups, x.shape[1]), np.int16)
+    step = max(grid.block, _COLUMNS // grid.group * grid.group, grid.group)
+    supers = np.zeros((2, -(-columns // step), x.shape[1]), F)
+    one_scale = groups == 1 and columns > _COLUMNS
+    if one_scale:
+        scales[0] = _row_scales(x, factor.weight, grid)
+        step = _COLUMNS
+    for i, start in enumerate(range(0, columns, step)):
+        stop = min(start + step, columns)
+        here = slice(start, stop)
+        u, weight = np.ascontiguousarray(factor.upper[here, here]), factor.weight[here]
+        if one_scale:
+            kernels.round_with_scales(
+                x[here], target[here], u, weight, scales[0], F(grid.code_min), F(grid.code_max), codes[here], error[here],
+                loss,
+            )  # fmt: skip
+        else:
+            g = slice(start // grid.group, stop // grid.group)
+            kernels.round_block(
+                x[here], target[here], u, weight, grid.group, np.array(grid.ladder, F), grid.refits, F(grid.code_min),
+                F(grid.code_max), np.array(grid.table, F), grid.is_affine, grid.rounding, F(grid.int_min),
+                F(grid.int_max), np.array(grid.neighbours, F), codes[here], scales[g], lows[g], ints[:, g], supers[:, i],
+                error[here], loss,
+            )  # fmt: skip
+        if stop < columns:
+            target[stop:] += factor.upper[here, stop:].T @ error[here]
+    cut = slice(0, rows)
+    return Rounded(
+        codes[:, cut], scales[:, cut], lows[:, cut], ints[..., cut], supers[..., cut], error[:, cut], loss[cut]
+    )  # fmt: skip
+
+
+def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
+    """One scale per row of least weighted squared error, float32 (rows,); x (K, rows).
+
+    A weight w counts D_k (w^2 + mean(w^2)) times, as in ``ktk.reference.pack``: squares alone clip the large ones.
+    """
+    peak = np.abs(x).max(axis=0)
+    square = x * x
+    importance = weight[:, None] * (square + square.mean(axis=0))
+    best, least = np.zeros_like(peak), np.full_like(peak, np.inf)
+    for d in grid.ladder:
+        scale = peak / F(d)
+        inverse = np.divide(F(1), scale, out=np.zeros_like(scale), where=scale != 0)
+        q = np.clip(np.rint(x * inverse), grid.code_min, grid.code_max)
+        difference = x - q * scale
+        error = (importance * difference * difference).sum(axis=0)
+        better = error < least
+        best, least = np.where(better, scale, best), np.where(better, error, least)
+    return best.astype(F)
+
+
+def calibrated_panels(
+    w: np.ndarray, layout: MatrixLayout, spec: MoESpec, factor: Factor
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 or bf16 bits (out, in) as panels, uint8 (num_panels, panel_bytes), of a packed integer format.
+
+    And the values they hold, float32 (out, in). Raises ValueError on NaN or inf.
+    """
+    fmt = get_format(spec.weight_format)
+    columns = layout.num_groups * layout.group_size
+    given = np.zeros((layout.num_panels * PANEL, columns), F)
+    given[: w.shape[0], : w.shape[1]] = _finite(w)
+    rounded = round_matrix(given, padded(factor, columns), packed_grid(fmt.name, layout))
+    codes = (rounded.codes.T + fmt.zero_point).astype(np.uint8)
+    codes, scales = codes[:, : layout.padded_in], rounded.scales.T
+    panels = lay_panels(np.ascontiguousarray(codes), np.ascontiguousarray(scales), layout, fmt)
+    return panels, (given - rounded.error.T)[: w.shape[0], : w.shape[1]]
+
+
+def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
+    """float32 or bf16 bits (rows, in_features) as ggml blocks, uint8 (rows, row bytes). type : a name of GRIDS.
+
+    And the values they hold, float32 (rows, in_features). Raises ValueError on NaN, inf, a weight above LARGEST, or in_features that are not whole blocks.
+    """
+    grid = GRIDS.get(type)
+    if grid is None:
+        raise ValueError(f"type={type!r}: must be one of {', '.join(GRIDS)} to be calibrated")
+    given = _finite(w)
+    peak = np.abs(given).max(initial=0)
+    if peak > LARGEST:
+        raise ValueError(
+            f"weights reach {peak:.3g}: {type} takes at most {LARGEST:.0f}, its scales are half precision; "
+            "mend the checkpoint"
+        )
+    rows, columns = given.shape
+    if columns % grid.block:
+        raise ValueError(f"in_features={columns}: {type} needs a multiple of {grid.block}")
+    r = round_matrix(given, factor, grid)
+
+    def by_block(values: np.ndarray) -> np.ndarray:
+        """(parts of all blocks, rows) to (parts of a block, rows * blocks of a row): blocks in a row's order."""
+        parts = values.reshape(columns // grid.block, -1, rows)
+        return np.ascontiguousarray(parts.transpose(1, 2, 0)).reshape(parts.shape[1], -1)
+
+    values = given - r.error.T
+    codes = by_block(r.codes)
+    if not grid.int_max:
+        lay = {
+            "Q4_0": oracle.lay_q4_0,
+            "Q8_0": oracle.lay_q8_0,
+            "IQ4_NL": oracle.lay_iq4_nl,
+            "MXFP4": _lay_mxfp4,
+        }[type]
+        return lay(codes, by_block(r.scales)[0]).reshape(rows, -1), values
+    d, dmin = by_block(r.supers[0])[0], by_block(r.supers[1])[0]
+    codes, ints = (codes - grid.code_min).astype(np.uint8), by_block(r.ints[0])
+    if grid.is_affine:
+        lay_affine = {"Q2_K": oracle.lay_q2_k, "Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}
+        blocks = lay_affine[type](codes, ints, by_block(r.ints[1]), d, dmin)
+    else:
+        lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k, "IQ4_XS": oracle.lay_iq4_xs}
+        blocks = lay_signed[type](codes, ints, d)
+    return blocks.reshape(rows, -1), values
+
+
+def rows_alike(w: np.ndarray, type: str) -> np.ndarray:
+    """The blocks of ``calibrated_rows`` without inputs to calibrate on: every weight of a row counts alike."""
+    if type in BLOCK_TYPES:
+        return quantise_rows(w, type)
+    size = w.shape[1]
+    return calibrated_rows(w, type, Factor(np.zeros((size, size), F), np.ones(size, F)))[0]
+
+
+def _lay_mxfp4(levels: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Indices of _E2M1 and scales of doubled values, powers of two."""
+    magnitudes = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7])
+    values = np.array(_E2M1)[levels]
+    codes = magnitudes[np.abs(values)] + np.where(values < 0, 8, 0)
+    exponent = scales.view(np.uint32) >> np.uint32(23)  # 2 ** (exponent - 127) doubled values
+    return oracle.lay_mxfp4(codes, np.where(scales == 0, 0, exponent + 1))
+
+
+def _finite(w: np.ndarray) -> np.ndarray:
+    given = to_f32(w)
+    if not np.isfinite(given).all():
+        raise ValueError(NOT_FINITE)
+    return given
+
+
+# (projection, float32 or bf16 bits (out, in), the factor of its inputs' moments) to the bytes stored and the values they hold.
+Encode = Callable[[str, np.ndarray, Factor], tuple[np.ndarray, np.ndarray]]
+
+
+def packed_encoder(spec: MoESpec) -> Encode:
+    """Panels of a packed integer format."""
+    layout = spec.layout
+    return lambda name, w, factor: calibrated_panels(w, layout.matrix(name), spec, factor)
+
+
+def lay_expert(
+    spec: MoESpec, weights: ExpertWeights, stored: dict[str, np.ndarray], out: np.ndarray
+) -> None:
+    """One expert's calibrated panels, and its biases, into ``out``, uint8 (expert_bytes,)."""
+    layout = spec.layout
+    out[:] = 0
+    for name in layout.projections:
+        layout.panels(out, name)[:] = stored[name]
+        bias = layout.bias(out, name)
+        if bias is not None:
+            given = getattr(weights, f"{name}_bias")
+            bias.view(F)[: len(given)] = given
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What came to a layer's experts. hidden float32 (tokens, hidden_size); topk_ids int64, topk_weights float32 (tokens, top_k)."""
+
+    hidden: np.ndarray
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+
+
+class LayerCalibration:
+    """Calibrates the experts of one layer, in any order and from any thread, on the inputs the model gave them.
+
+    An error counts by its token's routing weight, squared, as it does in the layer's output. Gate and up: the expert's second moments,
+    mixed with the whole layer's, which count as PRIOR * hidden_size tokens. Down: its inputs are what the expert's rounded gate and up
+    make of them; mixed with their own diagonal alone, since channels of different experts have nothing in common. An expert
+    without tokens so gets the layer's moments for gate and up, and plain rounding for down.
+
+    Where up only multiplies, an intermediate channel's size can move from down to up and nothing is computed differently: down's columns
+    are also tried times the square root of their inputs' size, and if that loses less, up's rows are divided by it. By powers of
+    two, so that up keeps its codes.
+    """
+
+    def __init__(self, spec: MoESpec, inputs: LayerInputs) -> None:
+        self.spec, self.inputs = spec, inputs
+        if not np.isfinite(inputs.hidden).all() or not np.isfinite(inputs.topk_weights).all():
+            raise ValueError(
+                "the inputs of the calibration hold NaN or inf: the model overflows on that text"
+            )
+        self._pooled = _moments(inputs.hidden, np.ones(len(inputs.hidden), F))
+        a = spec.activation
+        is_bounded = np.isfinite(a.up_min) or np.isfinite(a.up_max)
+        self._up_multiplies = spec.has_gate and not (spec.has_bias or a.up_offset or is_bounded)
+
+    def expert(self, expert: int, weights: ExpertWeights, encode: Encode) -> dict[str, np.ndarray]:
+        """The bytes of each projection. Raises ValueError / TypeError as ``ktk.quantise.pack.pack_expert``."""
+        check_expert(self.spec, weights)
+        token, slot = np.nonzero(self.inputs.topk_ids == expert)
+        x, routing = self.inputs.hidden[token], self.inputs.topk_weights[token, slot]
+        moments = _mix(_moments(x, routing), routing, self._pooled)
+        factor = factorise(moments)
+        stored: dict[str, np.ndarray] = {}
+        first: dict[str, np.ndarray] = {}
+        for name in ("gate", "up") if weights.gate is not None else ("up",):
+            stored[name], values = encode(name, getattr(weights, name), factor)
+            first[name] = x @ values.T  # (tokens, intermediate_size)
+            bias = getattr(weights, f"{name}_bias")
+            if bias is not None:
+                first[name] += bias
+        h = _activated(first.get("gate"), first["up"], self.spec.activation)
+        moments = _moments(h, routing)
+        down = factorise(_mix(moments, routing, np.diag(np.diag(moments))))
+        stored["down"], values = encode("down", weights.down, down)
+        if not self._up_multiplies or not moments.any():
+            return stored
+        scales = _balancing_scales(np.diag(moments))
+        w = to_f32(weights.down)
+        balanced, scaled = encode("down", w * scales, _scaled(down, scales))
+        if _loss(w - scaled / scales, down) < _loss(w - values, down):
+            up = to_f32(weights.up) / scales[:, None]
+            stored |= {"down": balanced, "up": encode("up", up, factor)[0]}
+        return stored
+
+
+def _balancing_scales(mean_square: np.ndarray) -> np.ndarray:
+    """Powers of two near the square root of each channel's root mean square, float32 (K,); 1 for channels of the mean size."""
+    share = np.maximum(mean_square / mean_square.mean(), F(1e-9))
+    exponent = np.clip(np.rint(np.log2(share) / 4), -_BALANCE_BITS, _BALANCE_BITS)
+    return np.exp2(exponent).astype(F)
+
+
+def _scaled(factor: Factor, scales: np.ndarray) -> Factor:
+    """The factor of inputs divided by scales (K,)."""
+    weight = factor.weight / np.square(scales)
+    return Factor(factor.upper * (scales / scales[:, None]), weight / weight.mean())
+
+
+def _loss(error: np.ndarray, factor: Factor) -> float:
+    """e H e^T summed over the rows of error (rows, K)."""
+    return float(np.square(error + error @ factor.upper).sum(axis=0, dtype=np.float64) @ factor.weight)  # fmt: skip
+
+
+def _moments(x: np.ndarray, routing: np.ndarray) -> np.ndarray:
+    """float32 (K, K): the mean over tokens of x x^T, each weighted by its squared share of the routing; zeros without tokens."""
+    total = float(np.square(routing, dtype=np.float64).sum())
+    if not total:
+        return np.zeros((x.shape[1], x.shape[1]), F)
+    weighted = x * routing[:, None]
+    moments: np.ndarray = (weighted.T @ weighted) / F(total)
+    return moments
+
+
+def _mix(moments: np.ndarray, routing: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    square = np.square(routing, dtype=np.float64)
+    # tokens of equal weight that would tell as much
+    tokens = float(square.sum() ** 2 / np.square(square).sum()) if square.any() else 0.0
+    share = F(tokens / (tokens + PRIOR * len(moments)))
+    mixed: np.ndarray = share * moments + (1 - share) * prior
+    return mixed
+
+
+def _activated(gate: np.ndarray | None, up: np.ndarray, activation: Activation) -> np.ndarray:
+    """The activation without the reference's bit-exact exponential, which takes most of a calibration's time."""
+    if gate is None or activation.kind != "sigmoid_glu":
+        return activate(gate, up, activation)
+    a = activation
+    g = np.clip(gate, F(a.gate_min), F(a.gate_max))
+    with np.errstate(over="ignore"):
+        h: np.ndarray = g / (1 + np.exp(-F(a.alpha) * g))
+    return h * (np.clip(up, F(a.up_min), F(a.up_max)) + F(a.up_offset))

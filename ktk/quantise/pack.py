@@ -1,0 +1,184 @@
+"""Float experts to panels, by the fastest quantiser present: C, else Numba. NumPy is their oracle.
+
+All three find the same codes (``ktk.reference.pack``), so what is written does not depend on the machine.
+Experts that are 4-bit codes already keep them where the groups fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ktk._cy import native_module
+from ktk.experts.formats import get_format
+from ktk.experts.formats.floats import to_f32
+from ktk.experts.layout import PANEL, MatrixLayout
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, Packed
+from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
+from ktk.reference.pack import REFITS, lay_float_panels, lay_panels, search_ladder
+
+F = np.float32
+NOT_FINITE = "weights hold NaN or inf: mend the checkpoint"
+
+
+def check_expert(spec: MoESpec, weights: ExpertWeights) -> None:
+    """ValueError / TypeError unless shapes and dtypes are what the spec says."""
+    i, h = spec.intermediate_size, spec.hidden_size
+    wanted: dict[str, tuple[int, ...] | None] = {
+        "gate": (i, h) if spec.has_gate else None,
+        "up": (i, h),
+        "down": (h, i),
+        "gate_bias": (i,) if spec.has_bias and spec.has_gate else None,
+        "up_bias": (i,) if spec.has_bias else None,
+        "down_bias": (h,) if spec.has_bias else None,
+    }
+    for name, shape in wanted.items():
+        array = getattr(weights, name)
+        if array is None and shape is None:
+            continue
+        if array is None or shape is None:
+            have = "missing" if array is None else "given"
+            raise ValueError(
+                f"{name} is {have}, but the spec has has_gate={spec.has_gate}, has_bias={spec.has_bias}"
+            )
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}: must be {shape}")
+        allowed = (np.float32,) if name.endswith("bias") else (np.float32, np.uint16)
+        if array.dtype not in allowed:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}: must be float32"
+                + " or uint16 bf16 bits" * (len(allowed) - 1)
+            )
+        if name.endswith("bias") and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or inf")
+
+
+def _is_finite(w: np.ndarray) -> bool:
+    """Of float32 or bf16 bits."""
+    if w.dtype == np.uint16:
+        return not bool(((w & np.uint16(0x7F80)) == 0x7F80).any())
+    return bool(np.isfinite(w).all())
+
+
+def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+    from ktk.quantise._pack_numba import quantise_panel
+
+    fmt = get_format(spec.weight_format)
+    ladder = search_ladder(fmt, layout.scales_are_bf16)
+    one = dataclasses.replace(layout, num_panels=1, out_features=PANEL)
+    codes = np.empty((layout.padded_in, PANEL), F)
+    scales = np.empty((layout.num_groups, PANEL), F)
+    for p in range(layout.num_panels):
+        rows = to_f32(w[p * PANEL : (p + 1) * PANEL])
+        x = np.zeros((layout.padded_in, PANEL), F)
+        x[: layout.in_features, : len(rows)] = rows.T
+        if not np.isfinite(x).all():
+            raise ValueError(NOT_FINITE)
+        quantise_panel(
+            x, layout.group_size, ladder, REFITS, F(fmt.code_min), F(fmt.code_max), layout.scales_are_bf16, codes, scales
+        )  # fmt: skip
+        unsigned = (codes.T.astype(np.int32) + fmt.zero_point).astype(np.uint8)
+        panels[p] = lay_panels(unsigned, np.ascontiguousarray(scales.T), one, fmt)[0]
+
+
+def pack_matrix(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+    """Quantise (out, in) float32 or bf16 bits into ``panels``, uint8 (num_panels, panel_bytes), a view."""
+    fmt = get_format(spec.weight_format)
+    if not fmt.is_integer:
+        if not _is_finite(w):
+            raise ValueError(NOT_FINITE)
+        panels[:] = lay_float_panels(w, layout, fmt)
+        return
+    native, isa = native_module(), best_isa()
+    if native is None or isa is None:
+        _pack_numba(w, layout, spec, panels)
+    else:
+        ladder = search_ladder(fmt, layout.scales_are_bf16)
+        native.pack_matrix(w, layout, spec.weight_format, isa, ladder, REFITS, panels)
+
+
+def best_isa() -> str | None:
+    """The fastest ISA row of this build that this CPU runs, or None."""
+    native = native_module()
+    rows = reversed(native.isa_rows()) if native else ()
+    return next((row for row in rows if not cpu.missing(row, cpu.detect())), None)
+
+
+def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
+    """Whether panels of this spec take the codes of an expert as they are.
+
+    Smaller groups than the codes have get the same scale again. Scales of groups are rounded to bf16: bf16 values
+    do not change, others by 2**-8 of themselves at most. Scales per channel stay float32.
+    """
+    if spec.weight_format != "int4":
+        return False
+    matrices = [m for m in (coded.gate, coded.up, coded.down) if m is not None]
+    if not spec.group_size:
+        return all(m.scales.shape[1] == 1 for m in matrices)
+    return all(m.group_size % spec.group_size == 0 for m in matrices)
+
+
+def lay_codes(coded: CodedMatrix, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+    """4-bit codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view. ``keeps_codes`` must hold."""
+    if not np.isfinite(coded.scales).all():
+        raise ValueError("scales hold NaN or inf: mend the checkpoint")
+    fmt, rows = get_format(spec.weight_format), coded.codes.shape[0]
+    codes = np.full((layout.num_panels * PANEL, layout.padded_in), fmt.zero_point, np.uint8)
+    codes[:rows, : layout.in_features] = coded.codes + np.int8(fmt.zero_point)
+    scales = np.zeros((len(codes), layout.num_groups), F)
+    repeated = coded.scales
+    if coded.group_size > layout.group_size:
+        repeated = np.repeat(repeated, coded.group_size // layout.group_size, axis=1)
+    width = min(layout.num_groups, repeated.shape[1])
+    scales[:rows, :width] = repeated[:, :width]
+    panels[:] = lay_panels(codes, scales, layout, fmt)
+
+
+def pack_expert(spec: MoESpec, weights: ExpertWeights | CodedExpert, out: np.ndarray) -> None:
+    """Quantise one expert, or keep its codes where they fit, and lay its panels and biases into ``out``.
+
+    out : uint8 (spec.layout.expert_bytes,), writable; every byte is written. Runs mostly without the GIL.
+    Raises ValueError / TypeError if a shape, dtype or value does not fit.
+    """
+    coded: CodedExpert | None = None
+    if isinstance(weights, CodedExpert):
+        coded = weights if keeps_codes(spec, weights) else None
+        weights = weights.dequantised()
+    check_expert(spec, weights)
+    layout = spec.layout
+    out[:] = 0
+    for name in layout.projections:
+        matrix, panels = layout.matrix(name), layout.panels(out, name)
+        if coded is not None:
+            lay_codes(getattr(coded, name), matrix, spec, panels)
+        else:
+            pack_matrix(getattr(weights, name), matrix, spec, panels)
+        bias = layout.bias(out, name)
+        if bias is not None:
+            given = getattr(weights, f"{name}_bias")
+            bias.view(F)[: len(given)] = given
+
+
+def pack_experts(
+    spec: MoESpec,
+    read: Callable[[int], ExpertWeights | CodedExpert],
+    num_threads: int | None = None,
+) -> Packed:
+    """Pack ``read(0) .. read(num_experts - 1)``; at most ``num_threads`` experts are unpacked at a time."""
+    data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
+    data = data.reshape(spec.num_experts, spec.layout.expert_bytes)
+
+    def work(expert: int) -> None:
+        try:
+            pack_expert(spec, read(expert), data[expert])
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"expert {expert}: {error}") from None
+
+    with ThreadPoolExecutor(num_threads or cpu.num_physical_cores()) as pool:
+        list(pool.map(work, range(spec.num_experts)))
+    return Packed(spec, data)

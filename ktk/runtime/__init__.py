@@ -1,1 +1,0 @@
-"""What lives as long as the process: the engine's thread layout, the submit queue, staging buffers."""

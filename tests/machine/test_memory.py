@@ -1,0 +1,52 @@
+"""Memory for weights: alignment, and how much of it lies in huge pages."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ktk.machine import cpu, memory
+from ktk.machine.memory import HUGE_PAGE, aligned_buffer, huge_share
+
+
+def small_pages(num_bytes: int) -> np.ndarray:
+    """Written anonymous memory that the system must not put into huge pages."""
+    raw = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    raw.madvise(mmap.MADV_NOHUGEPAGE)
+    array = np.frombuffer(raw, np.uint8)
+    array[:] = 1
+    return array
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux alone tells")
+def test_the_share_of_huge_pages_is_what_the_system_gave() -> None:
+    small = small_pages(8 * HUGE_PAGE)
+    assert huge_share([small]) == 0
+    if cpu.huge_pages()["enabled"] not in ("always", "madvise"):
+        pytest.skip("transparent huge pages are switched off here")
+    large = aligned_buffer(24 * HUGE_PAGE)
+    large[:] = 1
+    share = huge_share([large[5:], large[HUGE_PAGE:]])  # views, and one mapping twice
+    assert share is not None and share > 0.8
+    both = huge_share([small, large])
+    assert both is not None and 0.5 * share < both < share
+
+
+def test_where_the_system_does_not_tell_the_share_is_unknown(monkeypatch) -> None:
+    assert huge_share([]) is None
+
+    def refuse(*_: object) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(memory.Path, "read_text", refuse)
+    assert huge_share([aligned_buffer(5)]) is None
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, HUGE_PAGE, HUGE_PAGE + 1])
+def test_buffers_begin_at_a_huge_page_and_hold_zeros(num_bytes: int) -> None:
+    buffer = aligned_buffer(num_bytes)
+    assert buffer.ctypes.data % HUGE_PAGE == 0 and buffer.shape == (num_bytes,)
+    assert not buffer.any()

@@ -1,0 +1,91 @@
+"""Small wrappers, routings and what they must give, for the KTMoEWrapper tests."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import numpy as np
+import torch
+
+import ktk
+from ktk.machine import queue as fifo
+from ktk.reference.moe import ExactExperts
+
+E, K, H, N = 6, 3, 64, 32
+NAMES = ("gate", "up", "down")
+
+
+def make(layer_idx=0, **arguments):
+    """A small wrapper on the NUMPY backend; ``arguments`` replace its own."""
+    fields = {
+        "num_experts": E,
+        "num_experts_per_tok": K,
+        "hidden_size": H,
+        "moe_intermediate_size": N,
+        "method": "NUMPY",
+        "weight_format": "int8",
+    }
+    return ktk.KTMoEWrapper(layer_idx, **{**fields, **arguments})
+
+
+def random_weights(seed=0, num_experts=E):
+    """float32 gate, up (E, N, H) and down (E, H, N)."""
+    rng = np.random.default_rng(seed)
+    shapes = ((num_experts, N, H), (num_experts, N, H), (num_experts, H, N))
+    return tuple((rng.standard_normal(s) / 8).astype(np.float32) for s in shapes)
+
+
+def loaded(layer_idx=0, seed=0, **arguments):
+    wrapper = make(layer_idx, **arguments)
+    wrapper.load_weights_from_tensors(*random_weights(seed + layer_idx))
+    return wrapper
+
+
+def routed(num_tokens, seed=0, top_k=K):
+    """float32 hidden (tokens, H), int64 ids of distinct experts, float32 weights (tokens, top_k)."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.standard_normal((num_tokens, H)).astype(np.float32)
+    ids = (
+        np.stack([rng.permutation(E)[:top_k] for _ in range(num_tokens)])
+        if num_tokens
+        else np.empty((0, top_k))
+    )
+    return hidden, ids.astype(np.int64), rng.random((num_tokens, top_k), np.float32)
+
+
+def exact(wrapper, hidden, ids, weights, skip=None, add=None):
+    """What the wrapper's packed experts must give, bit for bit: float32."""
+    return ExactExperts(wrapper.moe.packed).forward(hidden, ids, weights, skip, add)
+
+
+def assert_same_bits(expected, got):
+    got = got.numpy() if isinstance(got, torch.Tensor) else got
+    assert expected.dtype == got.dtype
+    assert expected.shape == got.shape
+    assert expected.tobytes() == np.ascontiguousarray(got).tobytes()
+
+
+@contextlib.contextmanager
+def worker_held():
+    """Nothing submitted inside runs before the block ends."""
+    gate = threading.Event()
+    fifo.submit(lambda: gate.wait(30))
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def spy(wrapper, monkeypatch, before=lambda hidden: None):
+    """Token counts of the runner's calls; ``before`` runs ahead of each."""
+    calls = []
+    real = wrapper.moe.runner.forward
+
+    def forward(hidden, *rest):
+        calls.append(len(hidden))
+        before(hidden)
+        real(hidden, *rest)
+
+    monkeypatch.setattr(wrapper.moe.runner, "forward", forward)
+    return calls

@@ -1,0 +1,361 @@
+"""Every backend, every ISA row, against the exact reference, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ktk import backends
+from ktk._cy import emulate_tiles, measure_module, native_module
+from ktk._cy.isa import ISA_ROWS
+from ktk.backends._native import NativeBackend, NativeRunner
+from ktk.backends.base import Runner
+from ktk.experts.activation import Activation
+from ktk.experts.formats import FORMATS
+from ktk.experts.formats.floats import f32_to_bf16
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import Packed
+from ktk.machine import cpu
+from ktk.machine.threads import EngineLayout
+from ktk.reference.moe import ExactExperts
+from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
+
+FORMAT_GROUPS = [(f.name, g) for f in FORMATS.values() for g in f.group_sizes]
+TILE_MIN_ROWS = 9  # gemm.c
+IMPLEMENTATIONS = [
+    *(("native", row.name) for row in ISA_ROWS),
+    *((name, "") for name, b in backends.backends().items() if not isinstance(b, NativeBackend)),
+]
+
+
+def emulate_or_skip() -> Any:
+    """The tile emulator, which runs the same machine code as silicon does."""
+    if "amx_tile" in cpu.detect() and not cpu.detect().emulated:
+        pytest.skip("the CPU has tiles: test_tile_machines.py counts in a process without them")
+    try:
+        return emulate_tiles()
+    except ValueError as error:
+        pytest.skip(f"amx: {error}")
+
+
+def load(implementation: tuple[str, str], packed: Packed, num_threads: int = 2) -> Runner:
+    """A runner of a named ISA row or backend; skips with the reason where it cannot run."""
+    name, row = implementation
+    if name == "native":
+        if native_module() is None:
+            pytest.skip("the compiled extension is not built")
+        if lacking := cpu.missing(row, cpu.detect()):
+            if (
+                row != "amx"
+                or cpu.missing("avx512vnni", cpu.detect())
+                or cpu.detect().refused_tiles
+            ):
+                pytest.skip(f"{row}: CPU lacks {', '.join(lacking)}")
+            emulate_or_skip()
+        return NativeRunner(packed, row, EngineLayout(num_threads))
+    backend = backends.backends()[name]
+    if reason := backend.why_not(packed.spec):
+        pytest.skip(f"{name}: {reason}")
+    return backend.load(packed, EngineLayout(num_threads))
+
+
+def run(
+    runner: Runner, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, skip=None, add=None
+) -> np.ndarray:
+    out = np.full_like(x, 7)
+    runner.forward(x, ids, weights, skip, out, add)
+    return out
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize(("name", "group"), FORMAT_GROUPS)
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
+def test_forward_is_the_exact_model(
+    implementation: tuple[str, str], name: str, group: int, tokens: int
+) -> None:
+    spec = MoESpec(5, 136, 72, name, group)  # K 136, 72: no multiple of any group
+    packed = pack_all(spec, random_experts(spec, tokens))
+    x = random_hidden(tokens, 136, tokens)
+    ids, weights = random_routing(tokens, 2, 5, tokens)
+    want = ExactExperts(packed).forward(x, ids, weights)
+    assert_exact(want, run(load(implementation, packed), x, ids, weights))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize(
+    ("name", "activation_group"),
+    [(f.name, g) for f in FORMATS.values() for g in ((32, 64, 128) if f.is_integer else (0,))],
+)
+@pytest.mark.parametrize(
+    ("activation", "has_gate", "has_bias"),
+    [
+        (Activation.silu(limit=1.0), True, False),
+        (Activation.swigluoai(), True, True),
+        (Activation.gelu_tanh(), True, False),
+        (Activation.relu2(), False, True),
+    ],
+    ids=["clamped_silu", "swigluoai_bias", "gelu_tanh", "relu2_no_gate_bias"],
+)
+def test_activations_biases_and_activation_groups(
+    implementation: tuple[str, str],
+    name: str,
+    activation_group: int,
+    activation: Activation,
+    has_gate: bool,
+    has_bias: bool,
+) -> None:
+    spec = MoESpec(3, 160, 200, name, None, activation_group, has_gate, has_bias, activation)
+    packed = pack_all(spec, random_experts(spec, 11))
+    x = random_hidden(6, 160, 12)
+    ids, weights = random_routing(6, 3, 3, 13)
+    add = random_hidden(6, 160, 14)
+    want = ExactExperts(packed).forward(x, ids, weights, None, add)
+    assert_exact(want, run(load(implementation, packed), x, ids, weights, None, add))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize("top_k", [1, 6])
+def test_one_and_all_experts_of_a_token(implementation: tuple[str, str], top_k: int) -> None:
+    spec = MoESpec(6, 64, 96, "int4")
+    packed = pack_all(spec, random_experts(spec, 15))
+    x = random_hidden(3, 64, 16)
+    ids, weights = random_routing(3, top_k, 6, 17)
+    want = ExactExperts(packed).forward(x, ids, weights)
+    assert_exact(want, run(load(implementation, packed), x, ids, weights))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(7200, 16), (16, 7200)])
+def test_long_reductions_with_few_rows_per_expert(
+    implementation: tuple[str, str], hidden: int, intermediate: int
+) -> None:
+    spec = MoESpec(2, hidden, intermediate, "int4")
+    packed = pack_all(spec, random_experts(spec, 18))
+    x = random_hidden(7, hidden, 19)
+    ids = np.array([[0], [0], [1], [1], [1], [0], [1]])  # 3 and 4 rows
+    weights = np.ones((7, 1), np.float32)
+    want = ExactExperts(packed).forward(x, ids, weights)
+    assert_exact(want, run(load(implementation, packed), x, ids, weights))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize(
+    ("name", "group", "activation_group"),
+    [(f, g, a) for f, g in FORMAT_GROUPS if FORMATS[f].is_integer for a in (32, 64, 128)],
+)
+def test_rows_around_tile_edges(
+    implementation: tuple[str, str], name: str, group: int, activation_group: int
+) -> None:
+    """One expert's rows in blocks of 64; K 416 and 224, no multiple of 64 or 128; 14 and 26 panels, 7 an odd part."""
+    spec = MoESpec(1, 416, 210, name, group, activation_group)
+    packed = pack_all(spec, random_experts(spec, 81))
+    x = random_hidden(113, 416, 82)
+    ids, weights = np.zeros((113, 1), np.int64), np.ones((113, 1), np.float32)
+    want = ExactExperts(packed).forward(x, ids, weights)
+    runner = load(implementation, packed)
+    for rows in (8, 9, 16, 17, 31, 33, 47, 64, 113):
+        got = run(runner, x[:rows], ids[:rows], weights[:rows])
+        assert_exact(want[:rows], got)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+def test_a_matrix_smaller_than_a_tile(implementation: tuple[str, str]) -> None:
+    """K 32 and 96 are a single group whatever its size; 1 and 3 panels."""
+    for name, group, activation_group in (("int8", 0, 128), ("int4", 128, 128), ("int4", 0, 64)):
+        for hidden, intermediate in ((20, 33), (96, 7)):
+            spec = MoESpec(1, hidden, intermediate, name, group, activation_group, has_gate=False)
+            packed = pack_all(spec, random_experts(spec, 83))
+            x = random_hidden(19, hidden, 84)
+            ids, weights = np.zeros((19, 1), np.int64), np.ones((19, 1), np.float32)
+            want = ExactExperts(packed).forward(x, ids, weights)
+            assert_exact(want, run(load(implementation, packed), x, ids, weights))
+
+
+def test_the_extension_is_built_where_it_can_be() -> None:
+    """A build that failed would skip every native test; CI must not stay green then."""
+    can = platform.machine() in ("x86_64", "amd64") and shutil.which("cc") and shutil.which("gcc")
+    if can and os.environ.get("CC", "cc") in ("cc", "gcc"):
+        assert native_module() is not None
+        assert measure_module() is not None
+        if sys.platform == "linux":
+            assert importlib.util.find_spec("ktk._cy.tile_emulator") is not None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hidden=st.integers(1, 200),
+    intermediate=st.integers(1, 200),
+    experts=st.integers(1, 9),
+    tokens=st.integers(1, 40),
+    data=st.data(),
+)
+def test_any_shape_runs_exactly(
+    hidden: int, intermediate: int, experts: int, tokens: int, data: st.DataObject
+) -> None:
+    name, group = data.draw(st.sampled_from(FORMAT_GROUPS))
+    top_k = data.draw(st.integers(1, experts))
+    seed = data.draw(st.integers(0, 2**31))
+    spec = MoESpec(experts, hidden, intermediate, name, group)
+    packed = pack_all(spec, random_experts(spec, seed))
+    x = random_hidden(tokens, hidden, seed)
+    ids, weights = random_routing(tokens, top_k, experts, seed)
+    skip = np.random.default_rng(seed).random(experts) < 0.2
+    want = ExactExperts(packed).forward(x, ids, weights, skip)
+    for backend in backends.backends().values():
+        if backend.why_not(spec) is None and backend.name not in ("NUMPY", "NUMBA"):
+            assert_exact(want, run(backend.load(packed, EngineLayout(2)), x, ids, weights, skip))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_is_bit_identical_in_any_batch(implementation: tuple[str, str], name: str) -> None:
+    spec = MoESpec(8, 96, 64, name)
+    packed = pack_all(spec, random_experts(spec, 21))
+    x = random_hidden(70, 96, 22)
+    ids, weights = random_routing(70, 3, 8, 23)
+    ids[10:] = ids[10]  # one expert with more rows than a row block
+    runner = load(implementation, packed)
+    together = run(runner, x, ids, weights)
+    for t in (0, 5, 10, 69):
+        assert_exact(
+            together[t : t + 1], run(runner, x[t : t + 1], ids[t : t + 1], weights[t : t + 1])
+        )
+    order = np.random.default_rng(24).permutation(70)
+    assert_exact(together[order], run(runner, x[order], ids[order], weights[order]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_threads_do_not_change_a_bit(implementation: tuple[str, str], name: str) -> None:
+    spec = MoESpec(6, 128, 272, name)
+    packed = pack_all(spec, random_experts(spec, 31))
+    x = random_hidden(37, 128, 32)
+    ids, weights = random_routing(37, 2, 6, 33)
+    want = run(load(implementation, packed, 1), x, ids, weights)
+    for threads in (2, 3, 8):
+        assert_exact(want, run(load(implementation, packed, threads), x, ids, weights))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_amx_multiplies_on_tiles_where_rows_are_enough(name: str) -> None:
+    if native_module() is None:
+        pytest.skip("the compiled extension is not built")
+    emulator = emulate_or_skip()
+    if lacking := cpu.missing("avx512vnni", cpu.detect()):
+        pytest.skip(f"amx: CPU lacks {', '.join(lacking)}")
+    spec = MoESpec(1, 256, 128, name, None, 128)
+    packed = pack_all(spec, random_experts(spec, 85))
+    for rows, uses_tiles in ((TILE_MIN_ROWS - 1, False), (TILE_MIN_ROWS, True), (64, True)):
+        x = random_hidden(rows, 256, 86)
+        ids, weights = np.zeros((rows, 1), np.int64), np.ones((rows, 1), np.float32)
+        emulator.reset_counts()
+        run(load(("native", "amx"), packed), x, ids, weights)
+        counts = emulator.counts()
+        # gate and up: 16 panels over 256 k; down: 16 over 128; 64 k a product, or a group of 32
+        depth = 32 if name == "int4" else 64
+        products = 16 * (256 + 128) // depth * -(-rows // 16) if uses_tiles else 0
+        assert counts["tdpbssd"] == products
+        assert counts["tilerelease"] in (0, counts["ldtilecfg"])  # a CPU may run it itself
+        if rows == 64:  # four products for two tiles of A and two of B
+            assert counts["tileloadd"] == products
+
+
+def test_chunks_of_tokens_do_not_change_a_bit() -> None:
+    """More pairs than MAX_PAIRS of moe.c: 8192 / 40 slots = 204 tokens a chunk."""
+    spec = MoESpec(2, 64, 48, "int4", 32)
+    packed = pack_all(spec, random_experts(spec, 35))
+    x, add = random_hidden(420, 64, 36), random_hidden(420, 64, 38)
+    ids = np.random.default_rng(37).integers(0, 2, (420, 40))
+    weights = np.full(ids.shape, 1 / 40, np.float32)
+    runner = load(("native", "avx2"), packed)
+    together = run(runner, x, ids, weights, None, add)
+    for t in (0, 203, 204, 407, 408, 419):
+        one = slice(t, t + 1)
+        assert_exact(together[one], run(runner, x[one], ids[one], weights[one], None, add[one]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+def test_ids_outside_and_skipped_add_exactly_zero(implementation: tuple[str, str]) -> None:
+    spec = MoESpec(4, 64, 64, "int8")
+    packed = pack_all(spec, random_experts(spec, 41))
+    x = random_hidden(4, 64, 42)
+    ids = np.array([[0, 1], [-1, 4], [2**62, -(2**63)], [3, 3]])
+    weights = np.array([[0.5, 0.5], [9, 9], [np.nan, 1], [1, 1]], np.float32)
+    skip = np.array([False, True, False, False])
+    got = run(load(implementation, packed), x, ids, weights, skip)
+    alone = run(load(implementation, packed), x[:1], np.array([[0]]), weights[:1, :1])
+    assert_exact(alone, got[:1])
+    assert_exact(np.zeros((2, 64), np.float32), got[1:3])
+    assert got[3].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "activation", [Activation(), Activation.swigluoai(gate_floor=True)], ids=["silu", "clamped"]
+)
+def test_non_finite_hidden_stays_in_its_row(
+    implementation: tuple[str, str], name: str, bad: float, activation: Activation
+) -> None:
+    spec = MoESpec(3, 160, 64, name, activation=activation)
+    packed = pack_all(spec, random_experts(spec, 51))
+    x = random_hidden(9, 160, 52)
+    ids, weights = random_routing(9, 3, 3, 53)
+    clean = run(load(implementation, packed), x, ids, weights)
+    x[4, 100] = bad
+    got = run(load(implementation, packed), x, ids, weights)
+    assert not np.isfinite(got[4]).any()
+    assert_exact(np.delete(clean, 4, 0), np.delete(got, 4, 0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize("dtype", ["float16", "bf16"])
+def test_half_precision_goes_in_exactly_and_comes_out_rounded_once(
+    implementation: tuple[str, str], dtype: str
+) -> None:
+    spec = MoESpec(3, 100, 50, "int8")
+    packed = pack_all(spec, random_experts(spec, 61))
+    x32 = random_hidden(11, 100, 62)
+    ids, weights = random_routing(11, 2, 3, 63)
+    if dtype == "bf16":
+        x = f32_to_bf16(x32)
+        wide = (x.astype(np.uint32) << 16).view(np.float32)
+    else:
+        x = x32.astype(np.float16)
+        wide = x.astype(np.float32)
+    want = ExactExperts(packed).forward(wide, ids, weights)
+    want = f32_to_bf16(want) if dtype == "bf16" else want.astype(np.float16)
+    assert_exact(want, run(load(implementation, packed), x, ids, weights))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no_gate"])
+def test_linear_is_one_projection(
+    implementation: tuple[str, str], name: str, has_gate: bool
+) -> None:
+    spec = MoESpec(4, 70, 150, name, has_gate=has_gate)
+    packed = pack_all(spec, random_experts(spec, 71))
+    exact, runner = ExactExperts(packed), load(implementation, packed)
+    ids = np.array([3, 0, 0, 2, 3, 3, 0])
+    for projection, names, width in (
+        ("gate_up", ("gate", "up") if has_gate else ("up",), 70),
+        ("down", ("down",), 150),
+    ):
+        x = random_hidden(7, width, 72)
+        got = runner.linear(projection, x, ids)
+        for row, e in enumerate(ids):
+            want = np.concatenate(
+                [exact.linear(int(e), n, x[row : row + 1]) for n in names], axis=1
+            )
+            assert_exact(want, got[row : row + 1])

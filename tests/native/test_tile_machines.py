@@ -1,0 +1,80 @@
+"""AMX silicon: the tile cases on it and, in a process that never asks for it, on the emulator; kernels under load."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ktk._cy import native_module
+from ktk.machine import cpu
+from make import ROOT, TESTS
+
+NUM_CASES = 100  # of test_tiles.py, at least
+# oneDNN would ask for tiles at torch's first matrix product, and they would trap no more.
+WITHOUT_TILES = {"KTK_TILE": "emulated", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+
+
+def has_tiles() -> bool:
+    features = cpu.detect()
+    return "amx_tile" in features and not features.emulated
+
+
+def child(
+    arguments: list[str], environment: dict[str, str], timeout: int
+) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own: permission for tiles passes through fork, not through exec."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join((str(TESTS), os.environ.get("PYTHONPATH", "")))}
+        | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_cases(environment: dict[str, str], *arguments: str) -> int:
+    """The number of cases that passed; the child's own words if one failed."""
+    done = child(["-m", "pytest", "-vv", "-rs", *arguments], environment, 900)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode or not passed:
+        pytest.fail(f"exit code {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}")
+    return int(passed[1])
+
+
+@pytest.mark.parametrize(
+    "environment", [{"TILES_UNDER_TEST": "silicon"}, WITHOUT_TILES], ids=["silicon", "emulated"]
+)
+def test_tile_instructions_do_what_the_model_does(environment: dict[str, str]) -> None:
+    if not has_tiles():
+        pytest.skip("the CPU has no tiles: test_tiles.py emulates them in its own process")
+    assert run_cases(environment, f"{TESTS}/native/test_tiles.py") >= NUM_CASES
+
+
+def test_emulated_kernels_on_a_cpu_with_tiles_are_the_exact_model() -> None:
+    """On silicon test_kernels.py runs them here, against the same model."""
+    if not has_tiles():
+        pytest.skip("the CPU has no tiles: test_kernels.py emulates them in its own process")
+    assert run_cases(WITHOUT_TILES, f"{TESTS}/native/test_kernels.py", "-k", "amx") >= 50
+
+
+@pytest.mark.parametrize("what", ["signals", "forks", "threads"])
+@pytest.mark.parametrize("kind", ["tiles", "vectors"])
+def test_kernels_under_load_change_no_bit(what: str, kind: str) -> None:
+    """Signals whose handler uses the kernels' registers, children that compute again, six threads at once."""
+    if native_module() is None:
+        pytest.skip("the compiled extension is not built")
+    if kind == "tiles" and not has_tiles():
+        pytest.skip(cpu.why_not("amx", cpu.detect()) or "the CPU's tiles are emulated")
+    done = child([f"{TESTS}/make/under_load.py", what, kind], {}, 120)
+    assert done.returncode == 0, done.stderr
+    calls, events = (int(n) for n in done.stdout.split())
+    assert calls >= 20
+    assert events >= 10
