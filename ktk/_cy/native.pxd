@@ -1,0 +1,193 @@
+# Every C struct and function that native.pyx uses, declared once; what they mean stands in the headers.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+
+
+cdef extern from "ktk_probe.h" nogil:
+    uint64_t ktk_probe_features(int asks_for_tiles, int *refused)
+    const char *ktk_probe_feature_name(int index)
+    int ktk_probe_num_features()
+
+
+cdef extern from "ktk.h" nogil:
+    enum: KTK_INT4, KTK_INT8, KTK_BF16, KTK_FP32
+    enum: KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16
+    enum: KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2
+    enum: KTK_MAX_PARTS
+
+    ctypedef struct ktk_matrix:
+        int32_t format
+        int32_t padded_in
+        int32_t num_panels
+        int32_t group_size
+        int32_t activation_group
+        int32_t scales_are_bf16
+        int64_t code_offset
+        int64_t panel_bytes
+        int64_t work_bytes
+
+    ctypedef struct ktk_activation:
+        int32_t kind
+        int32_t has_gate
+        float alpha
+        float gate_min
+        float gate_max
+        float up_min
+        float up_max
+        float up_offset
+
+    ctypedef struct ktk_part:
+        const uint8_t **gate_up
+        const uint8_t **up
+        const uint8_t **down
+        const float **gate_bias
+        const float **up_bias
+        const float **down_bias
+        int32_t first_up_panel
+        int32_t num_up_panels
+        int32_t first_down_panel
+        int32_t num_down_panels
+
+    ctypedef struct ktk_layer:
+        int32_t num_experts
+        int32_t hidden_size
+        int32_t intermediate_size
+        ktk_matrix gate_up
+        ktk_matrix up
+        ktk_matrix down
+        ktk_activation activation
+        int32_t num_parts
+        ktk_part *parts
+
+    ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *, int, int, float *,
+                                  uint8_t *) noexcept nogil
+
+    ctypedef struct ktk_kernels:
+        const char *name
+        pack_panel_fn pack_panel
+
+    const ktk_kernels *ktk_kernels_row(int index)
+    void ktk_use_packed(ktk_matrix *m, const ktk_kernels *kernels)
+    void ktk_use_blocks(ktk_matrix *m, int format, int isa, int in_features, int num_panels, int activation_group,
+                        int is_repacked)
+
+    ctypedef struct ktk_pool:
+        pass
+    ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int may_borrow)
+    void ktk_pool_free(ktk_pool *pool)
+    void ktk_pool_borrow(void *gomp_parallel)
+    void ktk_pool_own_threads_only()
+    unsigned ktk_float_mode_enter()
+    void ktk_float_mode_leave(unsigned callers)
+    int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
+                        int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
+                        const uint8_t *skip, const float *add, void *out)
+    int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
+                       int64_t num_rows, const float *x, const int64_t *ids, float *y)
+    int ktk_linear_forward(const ktk_matrix *w, const uint8_t *panels, const float *bias, int in_features,
+                           int out_features, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
+                           int dtype, const void *x, void *y)
+
+
+cdef extern from "ktk_decoder.h" nogil:
+    enum: KTK_SOFTMAX, KTK_SIGMOID
+
+    ctypedef struct ktk_dense:
+        ktk_matrix w
+        const uint8_t *panels
+        const float *bias
+        int32_t in_features
+        int32_t out_features
+
+    ctypedef struct ktk_router:
+        int32_t num_experts
+        int32_t top_k
+        int32_t score
+        int32_t num_groups
+        int32_t top_groups
+        int32_t best_of_group
+        int32_t is_normalised
+        float scale
+        const float *correction
+
+    ctypedef struct ktk_mlp:
+        ktk_dense gate
+        ktk_dense up
+        ktk_dense down
+        ktk_activation activation
+        const float *scale
+
+    ctypedef struct ktk_decoder_layer:
+        int32_t hidden_size
+        int32_t num_heads
+        int32_t num_kv_heads
+        int32_t head_dim
+        int32_t rotary_dim
+        int32_t is_interleaved
+        int32_t norm_is_whole
+        float epsilon
+        float head_epsilon
+        float scaling
+        const float *input_norm
+        const float *output_norm
+        const float *q_norm
+        const float *k_norm
+        const float *sinks
+        ktk_dense q
+        ktk_dense k
+        ktk_dense v
+        ktk_dense o
+        ktk_layer *experts
+        ktk_dense logits
+        ktk_router router
+        ktk_mlp *mlp
+
+    ctypedef struct ktk_kv_rows:
+        void *keys
+        void *values
+        int64_t keys_head_stride
+        int64_t values_head_stride
+        int64_t num_cached
+
+    void ktk_route(const ktk_router *router, const float *logits, float *scores, int64_t *ids,
+                   float *weights)
+    int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                                  int dtype, const void *hidden, const float *cos, const float *sin,
+                                  const ktk_kv_rows *kv, void *out)
+
+
+cdef extern from "llamafile.h" nogil:
+    ctypedef struct lf_format:
+        const char *name
+        int32_t ggml_type
+        int32_t block_weights
+        int32_t block_bytes
+        int32_t fine
+        int32_t is_float
+
+    const lf_format *lf_formats
+    int32_t lf_num_formats
+
+    ctypedef struct lf_matrix:
+        int32_t format
+        int32_t is_repacked
+        int32_t in_features
+        int32_t activation_group
+
+    ctypedef struct lf_kernels:
+        const char *name
+        void (*repack)(const lf_matrix *w, const uint8_t *panel, uint8_t *out) noexcept nogil
+        void (*unpack)(const lf_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
+                       uint8_t *work) noexcept nogil
+
+    const lf_kernels *lf_kernels_row(int index)
+    int64_t lf_panel_bytes(const lf_matrix *w)
+    int64_t lf_work_bytes(const lf_matrix *w, int num_rows)
+
+
+cdef extern from "sched.h" nogil:
+    ctypedef struct cpu_set_t:
+        pass
+    void CPU_ZERO(cpu_set_t *cpus)
+    void CPU_SET(int cpu, cpu_set_t *cpus)
+    int CPU_SETSIZE
