@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -437,8 +438,6 @@ def evaluate(
     step: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """The reference's row, then one for each variant as it is done; everything but the experts in float32."""
-    from time import perf_counter
-
     from transformers import AutoConfig
 
     source = user_path(source)

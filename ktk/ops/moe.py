@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ktk import backends
+from ktk.checkpoint.packed import read_layer
 from ktk.experts.activation import Activation
 from ktk.experts.formats.floats import bf16_to_f32, to_f32
 from ktk.experts.spec import MoESpec
@@ -262,8 +263,6 @@ class MoE:
         cls, path: Any, layer: int, *, method: str = "auto", num_threads: int | None = None
     ) -> MoE:
         """One layer of a packed directory (``ktk convert``). Raises CheckpointError."""
-        from ktk.checkpoint.packed import read_layer
-
         return cls(read_layer(path, layer), method=method, num_threads=num_threads)
 
     def forward(

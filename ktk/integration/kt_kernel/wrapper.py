@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends
-from ktk.checkpoint import is_gguf
+from ktk.checkpoint import Checkpoint, is_gguf, list_layers, write_layer
+from ktk.checkpoint.packed import layer_path, read_layer
+from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats import GGUF
@@ -48,6 +50,7 @@ from ktk.machine.devices import (
     tensor_like,
 )
 from ktk.machine.memory import aligned_buffer
+from ktk.models import find_experts
 from ktk.ops.gguf_model import open_experts
 from ktk.ops.moe import MoE, as_hidden, as_routing, as_weights, expert_reader, is_bf16, to_numpy
 from ktk.ops.requantise import packed_format
@@ -240,8 +243,6 @@ class KTMoEWrapper:
             raise ValueError(
                 "weight_path is None: name a directory at construction, or call load_weights_from_tensors()"
             )
-        from ktk.checkpoint.packed import layer_path, read_layer
-
         if is_gguf(path):
             self._use(self._from_gguf(path, order))
             return
@@ -400,10 +401,6 @@ class KTMoEWrapper:
 
     def _quantise_checkpoint(self, path: Path) -> Packed:
         """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""
-        from ktk.checkpoint import Checkpoint, list_layers
-        from ktk.errors import CheckpointError
-        from ktk.models import find_experts
-
         layer = self.layer_idx
         with contextlib.ExitStack() as stack:
             try:
@@ -433,8 +430,6 @@ class KTMoEWrapper:
 
     def _save(self, packed: Packed) -> None:
         if self.cpu_save and self.weight_path is not None:
-            from ktk.checkpoint import write_layer
-
             self.weight_path.mkdir(parents=True, exist_ok=True)
             write_layer(self.weight_path, packed.spec, self.layer_idx, packed.data)
 
