@@ -74,9 +74,11 @@ def test_the_demo_s_answer_is_no_near_tie(checkpoint: Path) -> None:
     assert float(exact_leads.min()) > 5 * moved["int8"], moved
 
 
-def test_the_readme_asks_nothing_else() -> None:
-    """Whatever the README asks the demo's model is the question of the test above."""
-    text = README.read_text()
-    asked = re.findall(r'"role": "user", "content": "([^"]+)"', text)
-    asked += re.findall(r'^\$ ktk run demo/\S+ "([^"]+)"', text, re.MULTILINE)
+def test_the_documents_ask_nothing_else() -> None:
+    """Whatever README and docs ask the demo's model is the question of the test above."""
+    asked: list[str] = []
+    for page in (README, *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        asked += re.findall(r'"role": "user", "content": "([^"]+)"', text)
+        asked += re.findall(r'^\$ ktk run demo/\S+ "([^"]+)"', text, re.MULTILINE)
     assert len(asked) >= 3 and set(asked) == {evaluate.QUESTION}
