@@ -51,7 +51,7 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, CodedExpert, ExpertWeights, Packed
 from ktk.machine.memory import aligned_buffer
 from ktk.models import SOURCE_DTYPES, Config, Experts, find_experts
-from ktk.models.base import NESTED_KEYS
+from ktk.models.config import NESTED_KEYS
 from ktk.models.plain import PlainTensor, plain_tensors
 from ktk.ops.moe import MoE
 from ktk.paths import user_path
@@ -502,7 +502,7 @@ class _DirectoryJob(Job):
         }
         super().__init__(checkpoint.path, experts, specs, layer_bytes, output, threads, progress, calibration)  # fmt: skip
         taken = set().union(*expert_names.values())
-        config = Config(checkpoint.config, str(self.source / "config.json"))
+        config = Config.of(checkpoint)
         self.shards = _plan_shards(plain_tensors(checkpoint, taken, config))
         self.total_bytes += sum(t.nbytes for s in self.shards for t in s)
 

@@ -47,7 +47,7 @@ from ktk.experts.formats import GGUF
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights
 from ktk.models import Config, Experts
-from ktk.models.base import INTERMEDIATE_KEYS, NUM_LAYERS_KEYS
+from ktk.models.config import INTERMEDIATE_KEYS, NUM_LAYERS_KEYS
 from ktk.quantise.blocks import BLOCK_TYPES, BlockType
 from ktk.quantise.feedback import LayerCalibration, LayerInputs, calibrated_rows, rows_alike
 
@@ -223,7 +223,7 @@ class _Job:
         self.total_bytes = sum(self.layer_bytes.values()) + sum(sources.values())
         self.done_bytes = 0
         tensors = {layer: self._plan(layer, spec) for layer, spec in self.specs.items()}
-        config = Config(checkpoint.config, str(checkpoint.directory / "config.json"))
+        config = Config.of(checkpoint)
         self.header = self._header(config, checkpoint.directory, tensors)
         self.tensors: dict[int, list[_Tensor]] = {}
         end = len(self.header)

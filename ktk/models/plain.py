@@ -10,9 +10,12 @@ import numpy as np
 from ktk.checkpoint.safetensors import DTYPES, Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import f32_to_bf16
-from ktk.models.base import FOREIGN_SUFFIXES, Config
-from ktk.models.coding import INT4_CODINGS, SCALE_SUFFIXES, Coding, infer_coding, read_rows
-from ktk.models.int4 import Int4Matrix
+from ktk.models.codings import FOREIGN_SUFFIXES, INT4_CODINGS, infer_coding
+from ktk.models.codings.fp8 import fp8_block
+from ktk.models.codings.int4 import Int4Matrix, Int4Settings
+from ktk.models.codings.scaled import SCALE_SUFFIXES
+from ktk.models.codings.stored import Stored
+from ktk.models.config import Config
 
 DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
 
@@ -21,7 +24,7 @@ DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
 class PlainTensor:
     """A tensor that is not an expert's, as it is handed out.
 
-    coding : what to decode it from with the tensor ``scale``, int4 : or as, or both None. dtype : as safetensors names it.
+    dtype : as safetensors names it. coded : what it is decoded from; None if it is handed out as it is.
     """
 
     name: str
@@ -29,23 +32,20 @@ class PlainTensor:
     shape: tuple[int, ...]
     nbytes: int
     itemsize: int
-    scale: str | None = None
-    coding: Coding | None = None
-    int4: Int4Matrix | None = None
+    coded: Stored | Int4Matrix | None = None
+
+    @classmethod
+    def decoded(cls, name: str, coded: Stored | Int4Matrix) -> PlainTensor:
+        """A quantised matrix as bf16."""
+        rows, columns = coded.shape
+        return cls(name, "BF16", coded.shape, rows * columns * 2, 2, coded)
 
     def pieces(self, checkpoint: Checkpoint, chunk_bytes: int) -> Iterator[memoryview]:
         """Its bytes in order; each piece is valid until the next is asked for."""
-        if self.int4 is not None:
-            yield f32_to_bf16(self.int4.read(checkpoint)).data.cast("B")
-        elif self.coding is None:
+        if self.coded is None:
             yield from checkpoint.chunks(self.name, chunk_bytes)
         else:
-            rows, columns = self.coding.shape
-            block = self.coding.block[0]
-            band = max(DEQUANTISE_WEIGHTS // columns // block, 1) * block  # whole blocks
-            for start in range(0, rows, band):
-                stop = min(start + band, rows)
-                w = read_rows(checkpoint, self.name, self.scale, self.coding, start, stop)
+            for w in self.coded.bands(checkpoint, DEQUANTISE_WEIGHTS):
                 yield f32_to_bf16(w).data.cast("B")
 
     def read(self, checkpoint: Checkpoint) -> np.ndarray:
@@ -76,23 +76,17 @@ def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> li
         int4 = next((c for c in INT4_CODINGS if c.weight == suffix), None)
         if int4 is not None:
             parts = {s: f"{stem}.{s}" for s in int4.suffixes if f"{stem}.{s}" in tensors}
-            matrix = int4.open(checkpoint, parts, config.int4)
-            size = matrix.shape[0] * matrix.shape[1] * 2
-            decoded[name] = PlainTensor(
-                f"{stem}.weight", "BF16", matrix.shape, size, 2, int4=matrix
-            )
+            matrix = int4.open(checkpoint, parts, Int4Settings.of(config))
+            decoded[name] = PlainTensor.decoded(f"{stem}.weight", matrix)
             dropped.update(set(parts.values()) - {name})
             continue
         stem = name.removesuffix(".weight")
         scale = _scale_of(name, info, stem, tensors)
         if info.dtype == "F8_E4M3" or scale is not None:
             coding = infer_coding(
-                name, info, scale, None if scale is None else tensors[scale], config.fp8_block
+                name, info, scale, None if scale is None else tensors[scale], fp8_block(config)
             )
-            rows, columns = coding.shape
-            decoded[name] = PlainTensor(
-                name, "BF16", coding.shape, rows * columns * 2, 2, scale, coding
-            )
+            decoded[name] = PlainTensor.decoded(name, Stored(name, scale, coding))
             dropped.update(
                 {scale or name, f"{stem}.input_scale", f"{stem}.activation_scale"} - {name}
             )

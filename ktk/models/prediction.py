@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from ktk.models.base import LAYER_PREFIX
+from ktk.models.families import LAYER_PREFIX
 
 _LAYER = re.compile(rf"{LAYER_PREFIX}\.(?P<layer>\d{{1,9}})\.")
 _BLOCK = re.compile(r"blk\.(?P<layer>\d{1,9})\.")

@@ -340,7 +340,7 @@ def test_no_more_experts_are_held_than_twice_the_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "in", "deepseek", sizes=(2, 20, 64, 32))
-    from ktk.models.base import Experts
+    from ktk.models import Experts
 
     begun: list[float] = []
     original = Experts.read

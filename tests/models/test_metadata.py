@@ -18,8 +18,7 @@ from ktk.errors import CheckpointError
 from ktk.generate.open import describe_model, open_model
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.loading import load_model
-from ktk.models import check_directory
-from ktk.models.base import Config
+from ktk.models import Config, check_directory
 from ktk.models.metadata import (
     CONFIG,
     GENERATION,

@@ -13,7 +13,8 @@ from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.models import FAMILIES, Experts, find_experts
-from ktk.models.coding import decode, e8m0_to_f32, infer_coding
+from ktk.models.codings import decode, infer_coding
+from ktk.models.codings.scaled import e8m0_to_f32
 from make.checkpoints import (
     EXPERTS,
     FAMILY_OF,

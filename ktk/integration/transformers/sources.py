@@ -108,7 +108,7 @@ def quantised_checkpoint(
             return pack_experts(specs[layer], partial(experts.read_stored, layer))
 
         taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
-        config = Config(checkpoint.config, str(checkpoint.directory / "config.json"))
+        config = Config.of(checkpoint)
         tensors = {
             tensor.name: LazyTensor(checkpoint, tensor)
             for tensor in plain_tensors(checkpoint, taken, config)

@@ -1,6 +1,6 @@
 """``block_sparse_moe.{input,output}_linear.weight``, stacked: Granite MoE."""
 
-from ktk.models.base import Fused
+from ktk.models.families import Fused
 
 GRANITE = Fused(
     "granite",

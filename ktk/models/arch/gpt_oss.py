@@ -1,6 +1,6 @@
 """gpt-oss: stacked, gate and up alternate, with biases; bf16 transposed, or MXFP4 blocks as rows."""
 
-from ktk.models.base import Fused
+from ktk.models.families import Fused
 
 GPT_OSS = Fused(
     "gpt_oss",

@@ -7,6 +7,7 @@ A row of ``INT4_CODINGS`` says what a tool's tensors are called and how they lie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import bf16_to_f32
 from ktk.experts.stored import CodedMatrix
+from ktk.models.config import Config
 
 PER_WORD = 8
 SYMMETRIC_ZERO = 8
@@ -28,15 +30,33 @@ class Int4Settings:
     bits: int
     checkpoint_format: str
 
+    @classmethod
+    def of(cls, config: Config) -> Int4Settings:
+        """Raises CheckpointError."""
+        said = config.quantization
+        bits = said.get("bits", 4)
+        if type(bits) is not int:
+            raise CheckpointError(
+                f"{config.where}: quantization_config.bits={bits!r}: must be an int"
+            )
+        return cls(
+            str(said.get("quant_method", "")), bits, str(said.get("checkpoint_format", "gptq"))
+        )
+
 
 class Int4Matrix(ABC):
     """One matrix of a checkpoint, (out_features, in_features).
 
-    tensors : suffix after the module's name -> name of the tensor. num_groups : scales of a row.
+    name : of the tensor that stands for it. tensors : suffix after the module's name -> name of the tensor.
+    num_groups : scales of a row.
     """
 
-    def __init__(self, tensors: dict[str, str], shape: tuple[int, int], num_groups: int) -> None:
-        self.tensors, self.shape, self.num_groups = tensors, shape, num_groups
+    dtype = "int4"
+
+    def __init__(
+        self, name: str, tensors: dict[str, str], shape: tuple[int, int], num_groups: int
+    ) -> None:
+        self.name, self.tensors, self.shape, self.num_groups = name, tensors, shape, num_groups
         self.group_size = shape[1] // num_groups
 
     @abstractmethod
@@ -74,6 +94,10 @@ class Int4Matrix(ABC):
         if zeros is None:
             return (codes - np.float32(SYMMETRIC_ZERO)) * scales[:, groups]
         return (codes - zeros.astype(np.float32)[:, groups]) * scales[:, groups]
+
+    def bands(self, checkpoint: Checkpoint, weights: int) -> Iterator[np.ndarray]:
+        """All of it at once: along which dimension codes are packed differs."""
+        yield self.read(checkpoint)
 
 
 class Int4Coding(ABC):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.int4 import (
+from ktk.models.codings.int4 import (
     PER_WORD,
     Int4Coding,
     Int4Matrix,
@@ -78,7 +78,7 @@ class _CompressedTensors(Int4Coding):
         if "weight_zero_point" in tensors:
             zero = tensors["weight_zero_point"]
             check(checkpoint.info(zero), zero, ("I32",), (-(-rows // PER_WORD), groups))
-        return _PackedMatrix(tensors, (rows, columns), groups)
+        return _PackedMatrix(name, tensors, (rows, columns), groups)
 
 
 COMPRESSED_TENSORS = _CompressedTensors()

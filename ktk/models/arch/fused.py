@@ -1,6 +1,6 @@
 """``mlp.experts.gate_up_proj`` and ``down_proj``, stacked: Qwen3-VL-MoE, Qwen3.5-MoE, Gemma 4, either way round."""
 
-from ktk.models.base import Fused
+from ktk.models.families import Fused
 
 FUSED = Fused(
     "fused",

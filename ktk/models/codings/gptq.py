@@ -12,7 +12,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.int4 import (
+from ktk.models.codings.int4 import (
     PER_WORD,
     Int4Coding,
     Int4Matrix,
@@ -78,7 +78,7 @@ class _Gptq(Int4Coding):
         check(checkpoint.info(qzeros), qzeros, ("I32",), (groups, outputs // PER_WORD))
         if "g_idx" in tensors:
             check(checkpoint.info(tensors["g_idx"]), tensors["g_idx"], ("I32",), (inputs,))
-        matrix = _GptqMatrix(tensors, (outputs, inputs), groups)
+        matrix = _GptqMatrix(tensors["qweight"], tensors, (outputs, inputs), groups)
         matrix.zero_offset = 0 if settings.checkpoint_format == "gptq_v2" else 1
         return matrix
 

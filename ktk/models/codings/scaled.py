@@ -1,0 +1,121 @@
+"""Weights that a scale tensor beside them completes: which coding it is follows from dtypes and the scale's shape.
+
+A matrix is (out_features, in_features), row-major. A row of ``ktk.models.codings.SCALED`` says which dtypes and shapes are its own
+and what a code means; scales are applied here. Four-bit integers have names and packings of their own: ``codings.int4``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ktk.checkpoint.safetensors import TensorInfo
+from ktk.errors import CheckpointError
+from ktk.experts.formats.floats import bf16_to_f32
+
+MX_GROUP = 32  # weights that share an e8m0 scale
+E8M0_DTYPES = ("U8", "F8_E8M0")
+SCALE_DTYPES = ("F32", "BF16", "F16", *E8M0_DTYPES)
+SCALE_SUFFIXES = ("weight_scale_inv", "weight_scale", "scale")
+LOOK_UP_CODES = 1 << 15
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What one stored matrix is. name : one of SOURCE_DTYPES. shape : decoded (out, in).
+
+    block : rows and columns that share a scale; (0, 0) for plain floats.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block: tuple[int, int] = (0, 0)
+
+    def scale_rows(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the two-dimensional scale that rows start to stop need; start on a block's edge."""
+        return start // self.block[0], -(-stop // self.block[0])
+
+
+class ScaledCoding(ABC):
+    """One way to code. name : of SOURCE_DTYPES. weight_dtypes : what safetensors calls its codes."""
+
+    name: str
+    weight_dtypes: tuple[str, ...]
+
+    @abstractmethod
+    def fit(
+        self,
+        stored: tuple[int, int],
+        scales: tuple[int, ...],
+        is_e8m0: bool,
+        block: tuple[int, int],
+    ) -> Coding | None:
+        """The coding of codes and scales of these shapes, None if it is not this one. block : the config's, of fp8."""
+
+    @abstractmethod
+    def wanted(self, stored: tuple[int, int], block: tuple[int, int]) -> str:
+        """Which scales would fit, for an error."""
+
+    @abstractmethod
+    def values(self, raw: np.ndarray) -> np.ndarray:
+        """Codes (rows, stored columns) to float32 (rows, in_features), not scaled yet."""
+
+
+def read_scale(raw: np.ndarray, info: TensorInfo, name: str) -> np.ndarray:
+    """A scale tensor's raw bits to float32; CheckpointError if one is NaN or infinite."""
+    if info.dtype == "BF16":
+        scale = bf16_to_f32(raw)
+    elif info.dtype in E8M0_DTYPES:
+        scale = e8m0_to_f32(raw)
+    else:
+        scale = raw.astype(np.float32, copy=False)
+    if not np.isfinite(scale).all():
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}): holds NaN or infinite scales"
+        )
+    return scale
+
+
+def scale_matrix(scale: np.ndarray) -> np.ndarray:
+    """A scale of any allowed shape as two-dimensional."""
+    return scale if scale.ndim == 2 else scale.reshape(-1, 1)
+
+
+def e8m0_to_f32(bits: np.ndarray) -> np.ndarray:
+    """2 ** (b - 127) as float32, exact; 255 is NaN."""
+    power = bits.astype(np.uint32) << np.uint32(23)
+    power[bits == 0] = 0x00400000  # 2**-127 is subnormal
+    power[bits == 255] = 0x7FC00000
+    return power.view(np.float32)
+
+
+def look_up(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """table[codes], in bands of rows: np.take widens the codes to 8 bytes each."""
+    out = np.empty(codes.shape, table.dtype)
+    band = max(1, LOOK_UP_CODES // max(codes.shape[1], 1))
+    for i in range(0, codes.shape[0], band):
+        # clip: without it, take buffers its output; every code is in range
+        np.take(table, codes[i : i + band], out=out[i : i + band], mode="clip")
+    return out
+
+
+def apply_scale(w: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> None:
+    """Multiply w (rows, columns) in place by scale, one number per block of rows and columns."""
+    rows, columns = w.shape
+    high, wide = block
+    if (
+        rows % min(high, rows) == 0
+        and columns % wide == 0
+        and scale.shape[0] * min(high, rows) == rows
+    ):
+        tiles: np.ndarray[Any, Any] = w.reshape(
+            scale.shape[0], min(high, rows), columns // wide, wide
+        )
+        tiles *= scale[:, None, :, None]
+        return
+    for i in range(scale.shape[0]):
+        band = w[i * high : (i + 1) * high]
+        band *= np.repeat(scale[i], wide)[None, :columns]

@@ -1,0 +1,230 @@
+"""The experts of a Hugging Face checkpoint, whatever their tensors are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ktk.checkpoint.safetensors import Checkpoint
+from ktk.errors import CheckpointError
+from ktk.experts.activation import Activation
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import BlockExperts, BlockMatrix, CodedExpert, ExpertWeights
+from ktk.models.arch import FAMILIES
+from ktk.models.config import ACTIVATION_KEYS, NUM_LAYERS_KEYS, TOP_K_KEYS, Config
+from ktk.models.families import Family
+from ktk.models.layers import Layer
+
+# model_type -> why its experts are not what their names say.
+UNSUPPORTED_MODELS = {
+    "llama4": "routing weights multiply the experts' input",
+    "llama4_text": "routing weights multiply the experts' input",
+    "muse_spark": "the experts' output is normalised before it is weighted",
+    "longcat_flash": "some experts are the identity",
+    "inkling2": "its gate is soft-capped",
+    "inkling2_loop": "its gate is soft-capped",
+    "ernie4_5_vl_moe": "text and images have experts of their own in a layer",
+    "step3p7": "its clamp differs by layer and follows the SiLU",
+}
+SWIGLUOAI_MODELS = (
+    "gpt_oss",
+    "minimax_m3",
+    "minimax_m3_vl",
+    "minimax_m3_vl_text",
+    "openai_privacy_filter",
+)
+ACTIVATIONS: dict[str, Callable[[], Activation]] = {
+    "silu": Activation.silu,
+    "swish": Activation.silu,
+    "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "gelu_new": Activation.gelu_tanh,
+    "relu2": Activation.relu2,
+}
+
+
+class Experts:
+    """The experts of a checkpoint, whatever its names; ``find_experts`` makes one.
+
+    family : the naming style. layers : indices of the MoE layers, ascending. source_dtype : how the weights
+    are stored, one of SOURCE_DTYPES, or several joined by "+".
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: Config,
+        layers: dict[int, Layer],
+        activation: Activation,
+        where: str,
+    ) -> None:
+        self.family = family.name
+        self._layers = layers
+        self._activation = activation
+        self.layers = tuple(sorted(layers))
+        self.source_dtype = "+".join(
+            sorted(set().union(*(layer.source_dtypes for layer in layers.values())))
+        )
+        self._config, self._where = config, where
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts a token goes to; CheckpointError if the config does not say."""
+        top_k = self._config.size(TOP_K_KEYS, self.layers[0])
+        fewest = min(layer.num_experts for layer in self._layers.values())
+        if top_k is None or top_k > fewest:
+            raise CheckpointError(
+                f"{self._config.where}: num_experts_per_tok={top_k}: must be an int of 1 to {fewest}, the number of experts"
+            )
+        return top_k
+
+    def spec_fields(self, layer: int) -> dict[str, Any]:
+        """num_experts, hidden_size, intermediate_size, has_gate, has_bias and activation of one layer."""
+        found = self._layer(layer)
+        return {
+            "num_experts": found.num_experts,
+            "hidden_size": found.hidden_size,
+            "intermediate_size": found.intermediate_size,
+            "has_gate": found.has_gate,
+            "has_bias": found.has_bias,
+            "activation": self._activation,
+        }
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """One expert, decoded; safe to call from several threads. Raises CheckpointError, ValueError."""
+        return self._checked(layer, expert).read(expert)
+
+    def read_stored(self, layer: int, expert: int) -> ExpertWeights | CodedExpert:
+        """The same, but symmetric 4-bit codes as they are."""
+        found = self._checked(layer, expert)
+        return found.read_coded(expert) or found.read(expert)
+
+    @property
+    def int4_group(self) -> int | None:
+        """The group size of int4 panels that keep the experts' 4-bit codes and least bytes; None if there is none."""
+        groups: set[int] = set().union(*(layer.int4_groups for layer in self._layers.values()))
+        if not groups or self.source_dtype != "int4":
+            return None
+        if groups == {0}:
+            return 0
+        sizes = [group for group in groups if group]
+        return next((g for g in (128, 64, 32) if all(size % g == 0 for size in sizes)), None)
+
+    def mxfp4_experts(self, layer: int) -> BlockExperts | None:
+        """A layer's MXFP4 experts in the blocks of GGUF, the same numbers; None if they are not MXFP4."""
+        found = self._layer(layer)
+        if not found.is_mxfp4:
+            return None
+        spec = MoESpec(**self.spec_fields(layer), weight_format="gguf")
+        names = ("gate", "up", "down") if spec.has_gate else ("up", "down")
+        data: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        biases: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for expert in range(spec.num_experts):
+            for name, blocks in found.read_mxfp4(expert).items():
+                data[name].append(blocks)
+            for name, bias in found.read_biases(expert).items():
+                biases[name].append(bias)
+        matrices = {
+            name: BlockMatrix(
+                "MXFP4",
+                spec.intermediate_size if name == "down" else spec.hidden_size,
+                np.stack(rows),
+            )
+            for name, rows in data.items()
+        }
+        stacked = {name: np.stack(rows) for name, rows in biases.items() if rows}
+        return BlockExperts(
+            spec, matrices.get("gate"), matrices["up"], matrices["down"],
+            stacked.get("gate"), stacked.get("up"), stacked.get("down"),
+        )  # fmt: skip
+
+    def tensor_names(self, layer: int) -> set[str]:
+        """The checkpoint's tensors that the experts of one layer are made of."""
+        return set(self._layer(layer).names)
+
+    def _checked(self, layer: int, expert: int) -> Layer:
+        found = self._layer(layer)
+        if not 0 <= expert < found.num_experts:
+            raise ValueError(
+                f"expert {expert} of layer {layer}: must be 0 to {found.num_experts - 1}"
+            )
+        return found
+
+    def _layer(self, layer: int) -> Layer:
+        try:
+            return self._layers[layer]
+        except KeyError:
+            raise CheckpointError(
+                f"{self._where}: layer {layer} has no experts; MoE layers: {', '.join(map(str, self.layers))}"
+            ) from None
+
+
+def find_experts(checkpoint: Checkpoint) -> Experts:
+    """The experts of a checkpoint: its family from the tensor names, shapes and activation checked.
+
+    Layers at or above the config's num_hidden_layers (multi-token prediction) are left alone.
+    Raises CheckpointError if no family or several fit, experts are missing, or shapes contradict config.json.
+    """
+    config = Config.of(checkpoint)
+    num_layers = config.size(NUM_LAYERS_KEYS)
+    found: dict[str, dict[int, dict[str, re.Match[str]]]] = {}
+    for family in FAMILIES.values():
+        pattern = family.pattern()
+        if not family.accepts(config.model_type):
+            continue
+        for name in checkpoint.tensors:
+            match = pattern.fullmatch(name)
+            if match and (num_layers is None or int(match["layer"]) < num_layers):
+                found.setdefault(family.name, {}).setdefault(int(match["layer"]), {})[name] = match
+    if not found:
+        styles = "; ".join(family.example for family in FAMILIES.values())
+        raise CheckpointError(
+            f"{checkpoint.path}: no tensor is named like an expert's. ktk knows: {styles}"
+        )
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds experts of several naming styles ({', '.join(found)}); one is allowed"
+        )
+    ((chosen, by_layer),) = found.items()
+    family = FAMILIES[chosen]
+    activation = find_activation(config, family.default_activation)
+    layers: dict[int, Layer] = {}
+    for index in sorted(by_layer):
+        prefixes = {match["prefix"] for match in by_layer[index].values()}
+        if len(prefixes) > 1:
+            raise CheckpointError(
+                f"{checkpoint.path}: layer {index} occurs under {' and '.join(sorted(prefixes))}; one is allowed"
+            )
+        layers[index] = family.layer(checkpoint, config, index, by_layer[index])
+    return Experts(family, config, layers, activation, str(checkpoint.path))
+
+
+def find_activation(config: Config, default: str) -> Activation:
+    """The experts' activation; ``default`` names it where the config does not."""
+    for kind in config.model_types:  # a text part's is another than the whole model's
+        if kind in UNSUPPORTED_MODELS:
+            raise CheckpointError(
+                f"{config.where}: model_type {kind!r} is not supported: {UNSUPPORTED_MODELS[kind]}"
+            )
+    key, name = config.get(ACTIVATION_KEYS)
+    name = name if key else default
+    alpha, limit = config.number("swiglu_alpha", 0.0), config.number("swiglu_limit", 0.0)
+    if name == "swigluoai" or alpha > 0 or config.model_type in SWIGLUOAI_MODELS:
+        # gpt-oss files older than transformers 5 leave both numbers to the code: 1.702 and 7.
+        return Activation.swigluoai(
+            alpha if alpha > 0 else 1.702, config.number("swiglu_limit", 7.0)
+        )
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        known = ", ".join([*ACTIVATIONS, "swigluoai"])
+        raise CheckpointError(
+            f"{config.where}: {key}={name!r} is not an activation ktk has; it has {known}"
+        )
+    if limit > 0:
+        if ACTIVATIONS[name]() != Activation.silu():
+            raise CheckpointError(
+                f"{config.where}: swiglu_limit={limit} with {key}={name!r}: only silu is clamped"
+            )
+        return Activation.silu(limit)
+    return ACTIVATIONS[name]()
