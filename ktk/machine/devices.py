@@ -7,8 +7,6 @@ import math
 import sys
 from typing import Any
 
-import numpy as np
-
 
 def is_tensor(x: Any) -> bool:
     torch = sys.modules.get("torch")
@@ -45,12 +43,3 @@ def num_tokens_of(x: Any, hidden_size: int) -> int | None:
     """Rows of (..., hidden_size); None if it has no such shape."""
     shape = tuple(getattr(x, "shape", ()))
     return math.prod(shape[:-1]) if shape and shape[-1] == hidden_size else None
-
-
-def array_like(bits: np.ndarray, dtype: Any) -> np.ndarray:
-    return bits.view(dtype)
-
-
-def tensor_like(bits: np.ndarray, dtype: Any) -> Any:
-    torch: Any = sys.modules["torch"]
-    return torch.from_numpy(bits).view(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from ktk.machine import threads as engine
 from ktk.machine.memory import aligned_buffer
 from ktk.machine.openmp import borrow
 from ktk.machine.threads import EngineLayout
-from ktk.ops.moe import as_hidden, as_weights, is_tensor, to_numpy
+from ktk.ops.inputs import as_hidden, as_weights, new_like
 from ktk.quantise.pack import best_isa, pack_matrix
 
 
@@ -161,14 +160,10 @@ class Linear:
         Raises TypeError / ValueError as ``ktk.MoE.forward``.
         """
         rows = as_hidden(x, self.in_features)
-        shape = (len(rows), self.out_features)
-        if is_tensor(x):
-            result = sys.modules["torch"].empty(shape, dtype=x.dtype)
-        else:
-            result = np.empty(shape, x.dtype)
+        result, out = new_like(x, (len(rows), self.out_features))
         if len(rows):
             borrow(self.native)
-            self.matrix.forward(rows, to_numpy(result, "out"))
+            self.matrix.forward(rows, out)
         return result
 
     __call__ = forward

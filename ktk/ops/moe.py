@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,114 +10,22 @@ import numpy as np
 from ktk import backends
 from ktk.checkpoint.packed import read_layer
 from ktk.experts.activation import Activation
-from ktk.experts.formats.floats import bf16_to_f32, to_f32
+from ktk.experts.formats.floats import to_f32
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, ExpertWeights, Packed
 from ktk.machine import threads as engine
-from ktk.machine.devices import is_tensor
+from ktk.ops.inputs import (
+    as_add,
+    as_hidden,
+    as_mask,
+    as_routing,
+    as_weights,
+    new_like,
+    plain,
+    to_numpy,
+)
 from ktk.ops.requantise import plan
 from ktk.quantise.pack import pack_experts
-
-MAX_TOP_K = 65536
-
-
-def to_numpy(x: Any, name: str) -> np.ndarray:
-    """A NumPy view of an array or CPU tensor; bf16 comes as uint16 bits (see ``is_bf16``)."""
-    if is_tensor(x):
-        torch: Any = sys.modules["torch"]
-        if x.dtype is not torch.bfloat16 and not x.requires_grad:
-            try:
-                array: np.ndarray = x.numpy()  # refuses what the rest looks at
-                return array
-            except (TypeError, RuntimeError):
-                pass
-        if x.device.type != "cpu":
-            raise ValueError(
-                f"{name} is on {x.device}: ktk.MoE takes CPU tensors; call {name}.cpu()"
-            )
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} is a {x.layout} tensor: must be dense")
-        x = x.detach().resolve_neg().resolve_conj()
-        return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-    if isinstance(x, np.ndarray):
-        return x.view(np.uint16) if is_bf16(x) else x
-    raise TypeError(f"{name} is a {type(x).__name__}: must be a NumPy array or a CPU torch tensor")
-
-
-def is_bf16(x: Any) -> bool:
-    if is_tensor(x):
-        return bool(x.dtype == sys.modules["torch"].bfloat16)
-    # A dtype's name is slow to build: ask only those NumPy does not have itself.
-    return isinstance(x, np.ndarray) and x.dtype.isbuiltin != 1 and x.dtype.name == "bfloat16"
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """C-contiguous and aligned, as C reads it; copied only if it is not."""
-    flags = array.flags
-    return array if flags.c_contiguous and flags.aligned else array.copy(order="C")
-
-
-def as_hidden(x: Any, hidden_size: int) -> np.ndarray:
-    """(tokens, hidden_size) C-contiguous float32 / float16 / bf16 bits, copied only if it must be."""
-    array = to_numpy(x, "hidden_states")
-    if not is_bf16(x) and array.dtype not in (np.float32, np.float16):
-        raise TypeError(
-            f"hidden_states has dtype {array.dtype}: must be float32, float16 or bfloat16"
-        )
-    if array.ndim != 2 or array.shape[1] != hidden_size:
-        raise ValueError(
-            f"hidden_states has shape {array.shape}: must be (num_tokens, {hidden_size})"
-        )
-    return _plain(array)
-
-
-def as_routing(topk_ids: Any, topk_weights: Any, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (tokens, top_k) ids and float32 (tokens, top_k) weights."""
-    ids = to_numpy(topk_ids, "topk_ids")
-    if ids.dtype.kind not in "iu" or is_bf16(topk_ids):
-        raise TypeError(
-            f"topk_ids has dtype {'bfloat16' if is_bf16(topk_ids) else ids.dtype}: must be an integer type"
-        )
-    weights = to_numpy(topk_weights, "topk_weights")
-    if is_bf16(topk_weights):
-        weights = bf16_to_f32(weights)
-    elif weights.dtype.kind != "f":
-        raise TypeError(f"topk_weights has dtype {weights.dtype}: must be a float type")
-    if ids.ndim != 2 or ids.shape[0] != num_tokens or ids.shape[1] == 0:
-        raise ValueError(
-            f"topk_ids has shape {ids.shape}: must be ({num_tokens}, top_k), top_k at least 1"
-        )
-    if ids.shape[1] > MAX_TOP_K:
-        raise ValueError(f"topk_ids has shape {ids.shape}: top_k must be at most {MAX_TOP_K}")
-    if weights.shape != ids.shape:
-        raise ValueError(
-            f"topk_weights has shape {weights.shape}: must be that of topk_ids, {ids.shape}"
-        )
-    if ids.dtype == np.uint64:  # values over int64 stay out of range instead of wrapping
-        ids = np.where(ids > np.uint64(2**62), np.uint64(2**62), ids)
-    return _plain(ids.astype(np.int64, copy=False)), _plain(weights.astype(np.float32, copy=False))
-
-
-def as_mask(mask: Any, num_experts: int) -> np.ndarray | None:
-    """bool (num_experts,) of experts to skip, or None."""
-    if mask is None:
-        return None
-    array = to_numpy(mask, "skip")
-    if array.dtype != np.bool_ or array.shape != (num_experts,):
-        raise ValueError(
-            f"the expert mask is {array.dtype} {array.shape}: must be bool ({num_experts},)"
-        )
-    return np.ascontiguousarray(array)
-
-
-def as_weights(x: Any, name: str) -> np.ndarray:
-    """A float array or tensor as float32, or uint16 bf16 bits without a copy."""
-    array = to_numpy(x, name)
-    if is_bf16(x):
-        return array
-    if array.dtype not in (np.float32, np.float16):
-        raise TypeError(f"{name} has dtype {array.dtype}: must be float32, float16 or bfloat16")
-    return array.astype(np.float32, copy=False)
 
 
 def expert_reader(arrays: dict[str, Any]) -> Callable[[int], ExpertWeights]:
@@ -288,23 +195,29 @@ class MoE:
         hidden = as_hidden(hidden_states, self.spec.hidden_size)
         ids, weights = as_routing(topk_ids, topk_weights, len(hidden))
         mask = as_mask(skip, self.spec.num_experts)
-        if add is not None:
-            add = to_numpy(add, "add")
-            if add.dtype != np.float32 or add.shape != hidden.shape:
-                raise ValueError(f"add is {add.dtype} {add.shape}: must be float32 {hidden.shape}")
-            add = _plain(add)
-        if is_tensor(hidden_states):
-            torch: Any = sys.modules["torch"]
-            result = torch.empty(hidden.shape, dtype=hidden_states.dtype)
-            out = to_numpy(result, "out")
-        else:
-            result = np.empty(hidden.shape, hidden_states.dtype)
-            out = to_numpy(result, "out")
-        if len(hidden):
-            self.runner.forward(hidden, ids, weights, mask, out, add)
+        result, out = new_like(hidden_states, hidden.shape)
+        self.run(hidden, ids, weights, mask, out, as_add(add, hidden.shape))
         return result
 
     __call__ = forward
+
+    def run(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None = None,
+    ) -> None:
+        """``forward`` of what ``ktk.ops.inputs`` has checked, into ``out``, like ``hidden``.
+
+        hidden : float32, float16 or uint16 bf16 bits (num_tokens, hidden_size); topk_ids : int64
+        (num_tokens, top_k); topk_weights : float32, likewise; skip : bool (num_experts,) or None;
+        add : float32 (num_tokens, hidden_size) or None. All C-contiguous and aligned.
+        """
+        if len(hidden):
+            self.runner.forward(hidden, topk_ids, topk_weights, skip, out, add)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         """One projection without its bias: the way out for activations ktk does not know.
@@ -321,7 +234,7 @@ class MoE:
             raise TypeError(
                 f"x is {x.dtype}, expert_ids {ids.dtype}: must be float32 and an integer type"
             )
-        x, ids = _plain(x), _plain(ids.astype(np.int64, copy=False))
+        x, ids = plain(x), plain(ids.astype(np.int64, copy=False))
         if x.ndim != 2 or x.shape[1] != width or ids.shape != (len(x),):
             raise ValueError(
                 f"x {x.shape}, expert_ids {ids.shape}: must be (rows, {width}) and (rows,)"

@@ -12,50 +12,32 @@ another, and the last MoE layer should have max_deferred_experts_per_token=0.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
 import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ktk import backends
-from ktk.checkpoint import Checkpoint, is_gguf, list_layers, write_layer
-from ktk.checkpoint.packed import layer_path, read_layer
-from ktk.errors import CheckpointError
-from ktk.experts.activation import Activation
-from ktk.experts.dequantise import expert_weights
-from ktk.experts.formats import GGUF
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, Packed
 from ktk.integration.kt_kernel.arguments import check_mode, checked_int, mask_of, swiglu_activation
 from ktk.integration.kt_kernel.staging import Buffers
+from ktk.integration.kt_kernel.weights import LayerWeights
 from ktk.machine import queue as fifo
 from ktk.machine import threads as engine
 from ktk.machine.devices import (
-    array_like,
     device_of,
-    is_tensor,
     num_tokens_of,
     on_host,
     on_stream,
-    tensor_like,
 )
-from ktk.machine.memory import aligned_buffer
-from ktk.models import find_experts
-from ktk.ops.gguf_model import open_experts
-from ktk.ops.moe import MoE, as_hidden, as_routing, as_weights, expert_reader, is_bf16, to_numpy
-from ktk.ops.requantise import packed_format
+from ktk.ops.inputs import as_hidden, as_routing, new_like
+from ktk.ops.moe import MoE
 from ktk.paths import user_path
-from ktk.quantise.pack import pack_experts
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _BIASES = ("gate_bias", "up_bias", "down_bias")
@@ -168,13 +150,21 @@ class KTMoEWrapper:
         self.method = backends.check_method(method)
         self.weight_path = None if weight_path is None else user_path(weight_path)
         self.cpu_save = bool(cpu_save)
-        self._activation = swiglu_activation(swiglu_limit, swiglu_alpha)
-        self._weight_format = weight_format or backends.method_format(self.method)
-        self._group_size = group_size
-        self._activation_group = activation_group
         self._repack = repack
-        if self._weight_format is not None:
-            backends.select(self.method, self._spec())  # refuse now rather than after the long part
+        self.weights = LayerWeights(
+            layer_idx=self.layer_idx,
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.moe_intermediate_size,
+            method=self.method,
+            weight_format=weight_format or backends.method_format(self.method),
+            group_size=group_size,
+            activation_group=activation_group,
+            activation=swiglu_activation(swiglu_limit, swiglu_alpha),
+            weight_path=self.weight_path,
+            cpu_save=self.cpu_save,
+        )
+        self.weights.check()
         self._mask = mask_of(gpu_experts_mask, num_gpu_experts, self.num_experts)
         self._moe: MoE | None = None
         self._submitted: _Submitted | None = None
@@ -237,21 +227,7 @@ class KTMoEWrapper:
         """
         if physical_to_logical_map is None:
             physical_to_logical_map = physical_to_logical_map_cpu
-        order = self._order(physical_to_logical_map)
-        path = self.weight_path
-        if path is None:
-            raise ValueError(
-                "weight_path is None: name a directory at construction, or call load_weights_from_tensors()"
-            )
-        if is_gguf(path):
-            self._use(self._from_gguf(path, order))
-            return
-        if layer_path(path, self.layer_idx).exists():
-            packed = read_layer(path, self.layer_idx)
-            packed = Packed(self._check_packed(packed.spec, path), packed.data)
-        else:
-            packed = self._quantise_checkpoint(path)
-        self._use(_reorder(packed, order))
+        self._use(self.weights.load(physical_to_logical_map, self.cpuinfer_threads))
 
     def load_weights_from_tensors(
         self,
@@ -271,7 +247,6 @@ class KTMoEWrapper:
             the tensors is expert e.
         Raises ValueError / TypeError naming the argument that does not fit.
         """
-        self._order(physical_to_logical_map_cpu)
         given = dict(
             zip(
                 (*_PROJECTIONS, *_BIASES),
@@ -279,159 +254,10 @@ class KTMoEWrapper:
                 strict=True,
             )
         )
-        biases = [name for name in _BIASES if given[name] is not None]
-        if biases and len(biases) < 3:
-            raise ValueError(f"only {', '.join(biases)} given: give all three biases or none")
-        e, i, h = self.num_experts, self.moe_intermediate_size, self.hidden_size
-        shapes = ((e, i, h), (e, i, h), (e, h, i), (e, i), (e, i), (e, h))
-        for (name, x), shape in zip(given.items(), shapes, strict=True):
-            if x is None and name in _BIASES:
-                continue
-            array = to_numpy(x, name)
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(array.shape)}: must be {shape}")
-            as_weights(x[:0], name)  # dtype
-
-        spec = self._spec(has_bias=bool(biases))
-        backends.select(self.method, spec)
-        packed = pack_experts(spec, expert_reader(given), self.cpuinfer_threads)
-        self._save(packed)
+        packed = self.weights.from_tensors(
+            given, physical_to_logical_map_cpu, self.cpuinfer_threads
+        )
         self._use(packed)
-
-    def _spec(self, **fields: Any) -> MoESpec:
-        """The spec the constructor asked for; ``fields`` come from the weights."""
-        fields = {"activation": self._activation or Activation(), **fields}
-        return MoESpec(
-            self.num_experts,
-            self.hidden_size,
-            self.moe_intermediate_size,
-            self._weight_format or "int4",
-            self._group_size,
-            self._activation_group,
-            **fields,
-        )
-
-    def _order(self, physical_to_logical_map: Any) -> np.ndarray | None:
-        """The checked map, int64 (num_experts,); None if it is the identity."""
-        if physical_to_logical_map is None:
-            return None
-        order = to_numpy(physical_to_logical_map, "physical_to_logical_map")
-        if order.dtype != np.int64 or is_bf16(physical_to_logical_map):
-            raise TypeError(f"physical_to_logical_map has dtype {order.dtype}: must be int64")
-        if order.shape != (self.num_experts,):
-            raise ValueError(
-                f"physical_to_logical_map has shape {tuple(order.shape)}: must be ({self.num_experts},)"
-            )
-        if order.min() < 0 or order.max() >= self.num_experts:
-            raise ValueError(
-                f"physical_to_logical_map goes from {order.min()} to {order.max()}: "
-                f"must stay in 0..{self.num_experts - 1}"
-            )
-        return None if np.array_equal(order, np.arange(self.num_experts)) else order
-
-    def _check_shapes(self, fields: dict[str, Any], source: str) -> None:
-        for name, own in (
-            ("num_experts", self.num_experts),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.moe_intermediate_size),
-        ):
-            if fields[name] != own:
-                raise ValueError(
-                    f"{source} has {name}={fields[name]}, the wrapper was made for {own}"
-                )
-
-    def _check_packed(self, spec: MoESpec, path: Path) -> MoESpec:
-        """The file's spec with this wrapper's activation_group; ValueError if they do not fit."""
-        source = f"{path}, layer {self.layer_idx},"
-        self._check_shapes(dataclasses.asdict(spec), source)
-        if self._weight_format not in (None, spec.weight_format):
-            raise ValueError(
-                f"{source} holds {spec.weight_format} weights, the wrapper (method={self.method!r}) "
-                f"asks for {self._weight_format}: use method='auto', or convert again"
-            )
-        if self._group_size not in (None, spec.group_size):
-            raise ValueError(
-                f"{source} has group_size={spec.group_size}, the wrapper asks for {self._group_size}"
-            )
-        group = self._activation_group
-        return dataclasses.replace(
-            spec,
-            activation=self._agreed_activation(spec.activation, source),
-            activation_group=spec.activation_group if group is None else group,
-        )
-
-    def _agreed_activation(self, recorded: Activation, source: str) -> Activation:
-        """What to run where weights record one activation and swiglu_limit / swiglu_alpha ask for another.
-
-        Plain SiLU is what a checkpoint records that says nothing: the arguments win. A recorded swigluoai with the
-        same limit and alpha wins over KT-Kernel's form of it, which clamps the gate from below too.
-        """
-        asked = self._activation
-        if asked is None or dataclasses.replace(asked, gate_min=-math.inf) == recorded:
-            return recorded
-        if asked != recorded and recorded != Activation():
-            raise ValueError(
-                f"{source} records {recorded}, swiglu_limit and swiglu_alpha ask for {asked}: "
-                f"leave them 0 to take what is recorded"
-            )
-        return asked
-
-    def _from_gguf(self, path: Path, order: np.ndarray | None) -> Packed | BlockExperts:
-        """The layer of a GGUF file, with this wrapper's activation: its blocks, or packed as the wrapper asks."""
-        blocks = open_experts(path).experts(self.layer_idx)
-        source = f"{path}, layer {self.layer_idx},"
-        self._check_shapes(dataclasses.asdict(blocks.spec), source)
-        activation = self._agreed_activation(blocks.spec.activation, source)
-        spec = dataclasses.replace(blocks.spec, activation=activation)
-        blocks = dataclasses.replace(blocks, spec=spec, order=order)
-        weight_format = self._weight_format or packed_format(self.method, blocks) or GGUF.name
-        activation_group = self._activation_group
-        if activation_group is None and weight_format == GGUF.name:
-            activation_group = spec.activation_group  # of the layer's types
-        spec = dataclasses.replace(
-            spec,
-            weight_format=weight_format,
-            group_size=self._group_size,
-            activation_group=activation_group,
-        )
-        if weight_format == GGUF.name:
-            return dataclasses.replace(blocks, spec=spec)
-        backends.select(self.method, spec)  # refuse before the long part
-        return pack_experts(spec, partial(expert_weights, blocks), self.cpuinfer_threads)
-
-    def _quantise_checkpoint(self, path: Path) -> Packed:
-        """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""
-        layer = self.layer_idx
-        with contextlib.ExitStack() as stack:
-            try:
-                experts = find_experts(stack.enter_context(Checkpoint.open(path)))
-                if layer not in experts.layers:
-                    raise CheckpointError(
-                        f"{path}: no experts in layer {layer}, but in {experts.layers}"
-                    )
-            except CheckpointError as error:
-                if not path.is_dir() or not list_layers(path):
-                    raise
-                raise CheckpointError(
-                    f"{path}: its packed layers are {list_layers(path)}, layer {layer} is not among them; "
-                    f"nor can it be quantised: {error}"
-                ) from error
-            fields = experts.spec_fields(layer)
-            self._check_shapes(fields, f"{path}, layer {layer},")
-            spec = self._spec(
-                has_gate=fields["has_gate"],
-                has_bias=fields["has_bias"],
-                activation=self._agreed_activation(fields["activation"], str(path)),
-            )
-            backends.select(self.method, spec)
-            packed = pack_experts(spec, partial(experts.read_stored, layer), self.cpuinfer_threads)
-        self._save(packed)
-        return packed
-
-    def _save(self, packed: Packed) -> None:
-        if self.cpu_save and self.weight_path is not None:
-            self.weight_path.mkdir(parents=True, exist_ok=True)
-            write_layer(self.weight_path, packed.spec, self.layer_idx, packed.data)
 
     def _use(self, experts: Packed | BlockExperts) -> None:
         repack = self._repack if isinstance(experts, BlockExperts) else None
@@ -529,16 +355,14 @@ class KTMoEWrapper:
         key = (*bits.shape, ids.shape[1], str(hidden.dtype), device)
         staging = _buffers.take(key, bits, ids, weights)
         mask = self._mask.numpy()
-        run = partial(
-            _run, moe, self.chunked_prefill_size, skip=mask.copy() if mask.any() else None
-        )
-        dtype = hidden.dtype
-        like = tensor_like if is_tensor(hidden) else array_like
+        skip = mask.copy() if mask.any() else None
+        result, out = new_like(hidden, bits.shape)
 
         def immediate_task() -> Any:
             try:
                 add = None if pending is None else pending.take()
-                return run(like(staging.hidden, dtype), staging.ids, staging.weights, add=add)
+                self._run(moe, staging.hidden, staging.ids, staging.weights, skip, out, add)
+                return result
             finally:
                 if deferred_ids is None:
                     _buffers.give_back(staging)
@@ -547,7 +371,10 @@ class KTMoEWrapper:
             try:
                 # float32 in, float32 out: it is rounded once, with the next layer's sum
                 assert deferred_ids is not None
-                return run(to_f32(staging.hidden), deferred_ids, staging.weights)
+                floats = to_f32(staging.hidden)
+                sums = np.empty_like(floats)
+                self._run(moe, floats, deferred_ids, staging.weights, skip, sums)
+                return sums
             finally:
                 _buffers.give_back(staging)
 
@@ -556,6 +383,22 @@ class KTMoEWrapper:
             deferred = fifo.submit(deferred_task)
             _sequence.deferred = _Deferred((self.layer_idx + 1, *bits.shape), deferred)
         return _Submitted(ticket, deferred, len(bits), device)
+
+    def _run(
+        self,
+        moe: MoE,
+        hidden: np.ndarray,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None = None,
+    ) -> None:
+        """moe.run, at most ``chunked_prefill_size`` tokens at a time."""
+        for start in range(0, len(hidden), self.chunked_prefill_size):
+            rows = slice(start, start + self.chunked_prefill_size)
+            more = None if add is None else add[rows]
+            moe.run(hidden[rows], ids[rows], weights[rows], skip, out[rows], more)
 
     def _finish(self, submitted: _Submitted, stream: Any) -> Any:
         try:
@@ -624,33 +467,6 @@ class KTMoEWrapper:
         _sequence.deferred = None
 
 
-# -- weights ---------------------------------------------------------------------------------------
-
-
-def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
-    """Slot p gets span order[p]: the data itself is moved, and copied only if a span is needed twice."""
-    if order is None:
-        return packed
-    data = packed.data
-    if len(np.unique(order)) < len(order):
-        copy = aligned_buffer(data.size).reshape(data.shape)
-        for slot, source in enumerate(order):
-            copy[slot] = data[source]
-        return Packed(packed.spec, copy)
-    moved = order == np.arange(len(order))
-    for start in np.nonzero(~moved)[0].tolist():
-        if moved[start]:
-            continue
-        first, slot = data[start].copy(), start  # follow the cycle that begins here
-        while order[slot] != start:
-            data[slot] = data[order[slot]]
-            moved[slot] = True
-            slot = int(order[slot])
-        data[slot] = first
-        moved[slot] = True
-    return Packed(packed.spec, data)
-
-
 # -- running ---------------------------------------------------------------------------------------
 
 
@@ -695,28 +511,3 @@ def _split(ids: np.ndarray, scores: np.ndarray, protected_k: int) -> tuple[np.nd
     best = np.argsort(-scores, axis=1, kind="stable")[:, : max(protected_k, 0)]
     now = np.isin(ids, np.take_along_axis(ids, best, axis=1))  # (num_tokens, top_k)
     return np.where(now, ids, -1), np.where(now, -1, ids)
-
-
-def _run(
-    moe: MoE,
-    chunk: int,
-    hidden: Any,
-    ids: np.ndarray,
-    weights: np.ndarray,
-    *,
-    skip: np.ndarray | None,
-    add: np.ndarray | None = None,
-) -> Any:
-    """moe.forward, at most ``chunk`` tokens at a time."""
-    if len(hidden) <= chunk:
-        return moe.forward(hidden, ids, weights, skip=skip, add=add)
-    out = None
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, start + chunk)
-        more = None if add is None else add[rows]
-        part = moe.forward(hidden[rows], ids[rows], weights[rows], skip=skip, add=more)
-        if out is None:
-            shape = (len(hidden), moe.spec.hidden_size)
-            out = part.new_empty(shape) if is_tensor(part) else np.empty(shape, part.dtype)
-        out[rows] = part
-    return out

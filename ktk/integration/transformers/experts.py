@@ -26,7 +26,8 @@ from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.activations import join_gate_up, recognise
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
-from ktk.ops.moe import MoE, as_weights
+from ktk.ops.inputs import as_weights
+from ktk.ops.moe import MoE
 from ktk.quantise.pack import pack_matrix
 from ktk.reference.moe import ExactExperts
 

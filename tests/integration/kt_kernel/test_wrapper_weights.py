@@ -258,9 +258,9 @@ def test_kt_kernels_swigluoai_arguments_take_the_models_own_form():
     """KT-Kernel clamps the gate from below too, gpt-oss and MiniMax-M3 do not: what is recorded wins."""
     own = Activation.swigluoai(1.702, 7.0)
     wrapper = make(swiglu_alpha=1.702, swiglu_limit=7.0)
-    assert wrapper._agreed_activation(own, "file") == own
+    assert wrapper.weights.agreed_activation(own, "file") == own
     floored = Activation.swigluoai(1.702, 7.0, gate_floor=True)
-    assert wrapper._agreed_activation(Activation(), "file") == floored
+    assert wrapper.weights.agreed_activation(Activation(), "file") == floored
 
 
 def test_packed_layer_of_another_group_size_is_refused(tmp_path):
