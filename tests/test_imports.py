@@ -15,7 +15,7 @@ import ktk
 PACKAGE = Path(ktk.__file__).parent
 # From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    ("errors", "env", "log", "paths"),
+    ("errors", "env", "log", "paths", "fork"),
     ("_cy",),
     ("machine",),
     ("experts",),

@@ -5,10 +5,11 @@ One extension, because the pool and the table of kernels are one per process; it
 ``native.pxd``.
 """
 
-import os
 import weakref
 
 import numpy as np
+
+from ktk.fork import process
 
 include "bind/arguments.pxi"
 include "bind/probe.pxi"

@@ -7,12 +7,12 @@ switch. Kernels have their own threads. The daemon starts with the first submit 
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ktk import fork
 from ktk._cy import native_module
 from ktk.errors import EngineError
 
@@ -20,11 +20,11 @@ from ktk.errors import EngineError
 class Ticket:
     """A submitted task: its result, or the exception it raised."""
 
-    __slots__ = ("_fifo", "_pid", "_result", "error", "is_done", "was_raised")
+    __slots__ = ("_fifo", "_process", "_result", "error", "is_done", "was_raised")
 
     def __init__(self, fifo: Fifo) -> None:
         self._fifo = fifo
-        self._pid = os.getpid()
+        self._process = fork.process()
         self._result: Any = None
         self.error: BaseException | None = None
         self.is_done = False
@@ -42,7 +42,7 @@ class Ticket:
         """Return once the task has run, here if nobody has begun it. EngineError in a forked child."""
         if self.is_done:
             return
-        if self._pid != os.getpid():
+        if self._process != fork.process():
             raise EngineError(
                 "the task was submitted before fork(), which does not copy the thread that runs it: "
                 "submit it again in this process"
@@ -137,11 +137,10 @@ def drain() -> None:
     _fifo.drain()
 
 
+@fork.in_child
 def _renew() -> None:
     global _fifo
     _fifo = Fifo()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
 atexit.register(drain)  # a kernel must not outlive the memory it reads

@@ -5,13 +5,12 @@ A second user that asks for another layout gets EngineError; one that asks for n
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from dataclasses import dataclass
 
 from ktk import env
 from ktk.errors import EngineError
+from ktk.fork import Lock
 from ktk.machine import cpu
 
 MAX_PARTS = 16  # KTK_MAX_PARTS of the C side
@@ -37,19 +36,9 @@ class Holder:
     """Something that uses the engine for the time of a call."""
 
 
-_lock = threading.Lock()
+_lock = Lock()
 _users: weakref.WeakSet[object] = weakref.WeakSet()
 _layout: EngineLayout | None = None
-
-
-def _renew_lock() -> None:
-    """In a forked child: another thread of the parent may have held it."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def acquire(

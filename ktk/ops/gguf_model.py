@@ -17,11 +17,11 @@ from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts
+from ktk.fork import Lock
 from ktk.models.gguf import GgufExperts, Routing, find_gguf_experts
 from ktk.ops.moe import MoE
 
 RESIDENT_FOR = 1.0  # seconds that a layer found in memory is believed to stay there
-_models: weakref.WeakSet[GgufModel] = weakref.WeakSet()
 
 
 class GgufModel(Mapping[int, MoE]):
@@ -48,15 +48,10 @@ class GgufModel(Mapping[int, MoE]):
             "repack": repack,
         }
         self._layers: dict[int, MoE] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._copied: set[int] = set()  # layers whose MoE has weights of its own
         self._seen: dict[int, float] = {}  # layer -> when it was last found in memory
         self._reader: threading.Thread | None = None
-        _models.add(self)
-
-    def renew_lock(self) -> None:
-        """In a forked child: another thread of the parent may have held it."""
-        self._lock = threading.Lock()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -143,15 +138,6 @@ class GgufModel(Mapping[int, MoE]):
 
     def __repr__(self) -> str:
         return f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, {self._experts.checkpoint.path})"
-
-
-def _renew_locks() -> None:
-    for model in _models:
-        model.renew_lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @lru_cache(maxsize=4)

@@ -5,13 +5,13 @@ cdef class _Pool:
     """A C thread pool; shared by every Experts of the same engine layout."""
 
     cdef ktk_pool *pool
-    cdef object pid
+    cdef object made_in
     cdef object __weakref__
 
     def __cinit__(self, int num_threads, int num_parts, cores, bint may_borrow):
         cdef cpu_set_t *masks = NULL
         cdef int i
-        self.pid = os.getpid()
+        self.made_in = process()
         if num_threads < num_parts or (cores and len(cores) != num_threads):
             raise ValueError(
                 f"num_threads={num_threads}, {num_parts} parts, {len(cores)} cores: each part needs a thread, each "
@@ -32,7 +32,7 @@ cdef class _Pool:
 
     def __dealloc__(self):
         # After a fork the threads exist in the parent only: nothing to join, the memory is left alone.
-        if self.pool != NULL and self.pid == os.getpid():
+        if self.pool != NULL and self.made_in == process():
             ktk_pool_free(self.pool)
 
 
@@ -52,7 +52,7 @@ _pools = weakref.WeakValueDictionary()
 
 def _pool_of(engine):
     # Borrowed threads stay where torch has them: not for weights bound to a node.
-    key = (os.getpid(), engine.num_threads, engine.threadpool_count, engine.cores, not engine.is_bound)
+    key = (process(), engine.num_threads, engine.threadpool_count, engine.cores, not engine.is_bound)
     # Several threads may come here first.
     return _pools.get(key) or _pools.setdefault(key, _Pool(*key[1:]))
 
@@ -63,17 +63,17 @@ cdef class _OnPool:
     cdef const ktk_kernels *kernels
     cdef _Pool pool
     cdef object engine
-    cdef int pid
+    cdef int made_in
 
     cdef void _take_pool(self, str isa, engine) except *:
         self.kernels = _kernels(isa)
         self.engine = engine
         self.pool = _pool_of(engine)
-        self.pid = os.getpid()
+        self.made_in = process()
 
     cdef _Pool _pool(self):
         """The pool, a new one after a fork. Callers keep the reference while they run."""
-        if self.pid != os.getpid():
+        if self.made_in != process():
             self.pool = _pool_of(self.engine)
-            self.pid = os.getpid()
+            self.made_in = process()
         return self.pool

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
+
+from ktk.fork import Lock
 
 
 class Staging:
@@ -24,7 +25,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self.captured: tuple[int, ...] = ()
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self.kept: dict[tuple[Any, ...], list[Staging]] = {}
         self.temporary: Staging | None = None
 

@@ -12,7 +12,6 @@ another, and the last MoE layer should have max_deferred_experts_per_token=0.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections import deque
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ktk import backends
+from ktk import backends, fork
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.stored import BlockExperts, Packed
 from ktk.integration.kt_kernel.arguments import check_mode, checked_int, mask_of, swiglu_activation
@@ -489,21 +488,13 @@ class _Sequence(threading.local):
 
 
 _sequence = _Sequence()
-
-
 _buffers = Buffers()
 
 
-def _renew() -> None:
-    """In a forked child: the lock may be held by a thread that is not there, deferred work never ends."""
-    global _buffers
-    captured, _buffers = _buffers.captured, Buffers()
-    _buffers.captured = captured
+@fork.in_child
+def _forget_deferred() -> None:
+    """The thread that would compute it is not there."""
     _sequence.deferred = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
 
 
 def _split(ids: np.ndarray, scores: np.ndarray, protected_k: int) -> tuple[np.ndarray, np.ndarray]:
