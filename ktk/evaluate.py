@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktk.backends.llamafile import formats as ggml_formats
-from ktk.experts.formats import FORMATS, GGUF, get_format
+from ktk.experts.dequantise import dequantise
+from ktk.experts.formats import BLOCKS, GGUF, PANELS, activation_group_of, get_format
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.formats.gguf import activation_group_of
 from ktk.experts.layout import round_up
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights, Packed
@@ -45,7 +44,6 @@ from ktk.machine.memory import aligned_buffer
 from ktk.ops.moe import MoE
 from ktk.paths import user_path
 from ktk.quantise.feedback import (
-    GRIDS,
     Encode,
     Factor,
     LayerCalibration,
@@ -59,6 +57,7 @@ from ktk.quantise.ggml_library import GgmlLibrary
 from ktk.quantise.pack import pack_expert
 
 F = np.float32
+OWN_TYPES = tuple(row.name for row in BLOCKS.values() if row.grid is not None)
 _ROWS = 64  # positions whose float64 distributions are in memory at once
 
 
@@ -141,7 +140,7 @@ class StoredLogits(Sequence[torch.Tensor]):
 class Variant:
     """One way to code the experts.
 
-    format : a name of FORMATS or of a GGUF type. group_size : of packed formats, None: the default.
+    format : a name of PANELS or of a GGUF type. group_size : of packed formats, None: the default.
     by : "ktk", "ggml" (llama.cpp's quantiser, GGUF types only), or a path, of a converted directory or a GGUF file.
     is_calibrated : with error feedback (ktk) or an importance matrix (ggml), from a calibration text.
     """
@@ -177,16 +176,16 @@ class Variant:
         if Path(text).exists():
             return cls(text, by=text)
         name, _, rest = text.partition(":")
-        known = {n.lower(): n for n in (*ggml_formats(), *FORMATS)}  # bf16 is ktk's own
+        known = {n.lower(): n for n in (*BLOCKS, *PANELS)}  # bf16 is ktk's own
         if name.lower() not in known:
             raise ValueError(
                 f"format {text!r}: must be one of {', '.join(known.values())}, or a path"
             )
         name = known[name.lower()]
-        if name in FORMATS:
+        if name in PANELS:
             if not rest:
                 return cls(
-                    name, get_format(name).default_group if FORMATS[name].is_integer else None
+                    name, get_format(name).default_group if PANELS[name].is_integer else None
                 )
             groups = ", ".join(map(str, get_format(name).group_sizes))
             if not rest.isdecimal() or int(rest) not in get_format(name).group_sizes:
@@ -196,16 +195,16 @@ class Variant:
             return cls(name, int(rest))
         if rest not in ("", "ggml"):
             raise ValueError(f"format {text!r}: behind a GGUF type only :ggml may stand")
-        if not rest and name not in GRIDS:
+        if not rest and BLOCKS[name].grid is None:
             raise ValueError(
-                f"format {text!r}: ktk quantises to {', '.join(GRIDS)}; llama.cpp to the rest, as {name}:ggml"
+                f"format {text!r}: ktk quantises to {', '.join(OWN_TYPES)}; llama.cpp to the rest, as {name}:ggml"
             )
         return cls(name, by="ggml" if rest else "ktk")
 
     def calibrated(self) -> Variant | None:
         """The same calibrated, if it can be."""
-        is_packed = self.format in FORMATS
-        if self.by == "ktk" and (not is_packed or FORMATS[self.format].is_integer):
+        is_packed = self.format in PANELS
+        if self.by == "ktk" and (not is_packed or PANELS[self.format].is_integer):
             return dataclasses.replace(self, is_calibrated=True)
         is_rounded = self.by == "ggml" and self.format not in ("F32", "F16", "BF16")
         return dataclasses.replace(self, is_calibrated=True) if is_rounded else None
@@ -213,10 +212,10 @@ class Variant:
 
 def all_variants(has_ggml: bool) -> list[Variant]:
     """Every packed integer format and group, every GGUF type ktk writes, and with llama.cpp's library every type it writes."""
-    packed = [Variant(f.name, g) for f in FORMATS.values() if f.is_integer for g in f.group_sizes]
-    own = [Variant(name) for name in GRIDS]
+    packed = [Variant(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes]
+    own = [Variant(name) for name in OWN_TYPES]
     floats = ("F32", "F16", "BF16")
-    theirs = [Variant(name, by="ggml") for name in ggml_formats() if name not in floats]
+    theirs = [Variant(name, by="ggml") for name in BLOCKS if name not in floats]
     return packed + own + (theirs if has_ggml else [])
 
 
@@ -258,8 +257,8 @@ class Quantiser:
         self.variant, self._ggml, self._method, self._activation_group = variant, ggml, method, activation_group  # fmt: skip
         if variant.by == "ggml" and ggml is None:
             raise ValueError(f"{variant.label}: llama.cpp's quantisers need --ggml FOLDER")
-        self.is_packed = variant.format in FORMATS
-        self._block = 1 if self.is_packed else ggml_formats()[variant.format].block_weights
+        self.is_packed = variant.format in PANELS
+        self._block = 1 if self.is_packed else BLOCKS[variant.format].block
 
     def spec(self, module: Any) -> tuple[MoESpec, MoESpec]:
         """The module's own spec, and the one its experts are coded with: padded to whole blocks."""
@@ -268,8 +267,8 @@ class Quantiser:
             spec, activation = module_spec(module, v.format, v.group_size, self._activation_group)
         else:
             spec, activation = module_spec(module, None, None, None)
-            fmt = ggml_formats()[v.format]
-            group = activation_group_of(8 * fmt.block_bytes / fmt.block_weights)
+            fmt = BLOCKS[v.format]
+            group = activation_group_of(fmt.bits_per_weight)
             spec = dataclasses.replace(
                 spec, weight_format=GGUF.name, group_size=None, activation_group=self._activation_group or group
             )  # fmt: skip
@@ -283,15 +282,13 @@ class Quantiser:
 
     def encode(self, name: str, w: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
         """Blocks of a GGUF type and their values; as ``ktk.quantise.feedback.Encode``."""
-        import gguf
-
         if self.variant.by == "ktk":
             return calibrated_rows(w, self.variant.format, factor)
         assert self._ggml is not None
         # the diagonal of (I + U) D (I + U)^T: the mean squares an importance matrix holds
         importance = factor.weight + np.square(factor.upper) @ factor.weight
         blocks = self._ggml.quantise(self.variant.format, to_f32(w), importance)
-        return blocks, gguf.dequantize(blocks, gguf.GGMLQuantizationType[self.variant.format])
+        return blocks, dequantise(BlockMatrix(self.variant.format, w.shape[1], blocks[None]), 0)
 
     def moe(self, module: Any, inputs: LayerInputs | None) -> Any:
         """The layer's experts, ready to run. inputs : those of the calibration text, if the variant is calibrated."""

@@ -47,16 +47,11 @@ STILL_IMPORT_REFERENCE = {
     "ktk.integration.transformers.experts",
     "ktk.quantise.blocks",
     "ktk.quantise.feedback",
-    "ktk.quantise.pack",
 }
 STILL_TAKE_PRIVATE = {"ktk.evaluate: ktk.integration.transformers.loading._select_ktk"}
 STILL_CLOSE_A_CYCLE = {
     ("ktk.convert.run", "ktk.convert.from_gguf"),
     ("ktk.convert.run", "ktk.convert.to_gguf"),
-    ("ktk.experts.formats", "ktk.experts.formats.gguf"),
-    ("ktk.experts.formats.base", "ktk.experts.spec"),
-    ("ktk.experts.formats.gguf", "ktk.experts.spec"),
-    ("ktk.experts.layout", "ktk.experts.spec"),
     ("ktk.integration.transformers.experts", "ktk.integration.transformers.gradients"),
 }
 
@@ -69,7 +64,6 @@ LAZY = (
     ("ktk.integration.transformers", "ktk.integration.transformers", 3, "only models that need it"),
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),
     ("ktk.quantise", "ktk.quantise", 3, "the same"),
-    ("ktk.experts", "ktk.experts", 4, "the cycle above"),
     ("ktk.convert.run", "ktk", 4, "the cycle above"),
     ("ktk", "transformers", 9, "1 s and torch; quiet() must come first"),
     ("ktk", "torch", 6, "2 s; the operator takes NumPy arrays, too"),

@@ -13,7 +13,7 @@ from functools import cache
 from ktk import env
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
-from ktk.experts.formats import FORMATS
+from ktk.experts.formats import PANELS
 from ktk.experts.spec import MoESpec
 from ktk.log import logger, warn_once
 
@@ -29,7 +29,7 @@ _BUILT_IN = (
 )
 
 # Methods that name a weight format rather than a backend; any backend may run them.
-_FORMAT_METHODS = {name.upper(): name for name in FORMATS}
+_FORMAT_METHODS = {name.upper(): name for name in PANELS}
 # Backends whose packed weights run elsewhere too: the next best runs them, with one warning.
 _PORTABLE = {"AMXINT4": "int4", "AMXINT8": "int8"}
 

@@ -13,8 +13,8 @@ from ktk._cy import native_module
 from ktk.backends._native import OperatorRunner
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
-from ktk.experts.dequantise import decoded_types, dequantise
-from ktk.experts.formats import GGUF
+from ktk.experts.dequantise import dequantise
+from ktk.experts.formats import BLOCKS, GGUF, decoded_only
 from ktk.experts.layout import K_ALIGN, PANEL, round_up
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, BlockMatrix
@@ -49,8 +49,8 @@ def types_by_path() -> dict[str, list[str]]:
     kernel : read as they lie. float_copies : no kernel, they run as F16 or F32 copies. packed_anew : no kernel over blocks
     runs here at all, they become int8 or int4.
     """
-    bits = decoded_types()
-    ordered = sorted(bits, key=lambda name: -bits[name])
+    rows = {**BLOCKS, **decoded_only()}
+    ordered = sorted(rows, key=lambda name: -rows[name].bits_per_weight)
     runs, known = LlamafileBackend().why_not() is None, formats()
     paths: dict[str, list[str]] = {"kernel": [], "float_copies": [], "packed_anew": []}
     for name in ordered:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.backends.llamafile import formats
+from ktk.experts.formats import BLOCKS, Format
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, BlockMatrix
 from ktk.machine.memory import aligned_buffer
-from ktk.quantise.blocks import BLOCK_TYPES, quantise_rows
+from ktk.quantise.blocks import quantise_rows
 
-# Where a block holds halves that scale it: random bits there would be inf or NaN.
-HALVES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
-    "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
-}  # fmt: skip
 SCALE = 0.01
 # Mean error of a layer's output against float64 on the same weights, relative to the mean output (bench/block_error.py):
 # sums in fp32; BF16 kernels may round activations to 8 bits of mantissa; others round them to eight bits in groups.
@@ -32,22 +27,35 @@ def error_bound(kind: str, activation_group: int) -> float:
 
 def row_bytes(kind: str, in_features: int) -> int:
     """Bytes of one row. ValueError unless ``kind`` is a type the kernels read and the row whole blocks of it."""
-    if kind not in formats():
-        known = ", ".join(formats()) or "none: the compiled extension is not built"
-        raise ValueError(f"GGUF type {kind!r}: must be one of {known}")
-    fmt = formats()[kind]
-    if in_features % fmt.block_weights:
-        fitting = [name for name, f in formats().items() if in_features % f.block_weights == 0]
+    if not formats():
         raise ValueError(
-            f"rows of {in_features} weights: {kind} needs a multiple of {fmt.block_weights}; "
+            f"GGUF type {kind!r}: must be one of none: the compiled extension is not built"
+        )
+    if kind not in BLOCKS:
+        raise ValueError(f"GGUF type {kind!r}: must be one of {', '.join(BLOCKS)}")
+    fmt = BLOCKS[kind]
+    if in_features % fmt.block:
+        fitting = [name for name, f in reversed(BLOCKS.items()) if in_features % f.block == 0]
+        raise ValueError(
+            f"rows of {in_features} weights: {kind} needs a multiple of {fmt.block}; "
             f"{', '.join(fitting)} would do"
         )
-    return in_features // fmt.block_weights * fmt.block_bytes
+    return in_features // fmt.block * fmt.block_bytes
+
+
+def halves(fmt: Format) -> list[int]:
+    """Where a block holds halves that scale it: random bits there would be inf or NaN."""
+    found, at = [], 0
+    for plane in fmt.planes:
+        if plane.dtype == "f16":
+            found.append(at)
+        at += plane.num_bytes(fmt.block)
+    return [] if fmt.name == "IQ1_M" else found
 
 
 def has_quantiser(kind: str) -> bool:
     """Whether ``quantised`` makes it of floats."""
-    return kind in FLOATS or kind in BLOCK_TYPES
+    return kind in FLOATS or BLOCKS[kind].search is not None
 
 
 def quantised(kind: str, w: np.ndarray) -> np.ndarray:
@@ -74,13 +82,13 @@ def random_matrix(
     if kind in FLOATS:
         w = (rng.standard_normal((*shape, in_features)) * SCALE).astype(np.float32)
         return BlockMatrix(kind, in_features, float_blocks(kind, w))
-    fmt = formats()[kind]
+    fmt = BLOCKS[kind]
     blocks = rng.integers(
-        0, 256, (*shape, in_features // fmt.block_weights, fmt.block_bytes), dtype=np.uint8
+        0, 256, (*shape, in_features // fmt.block, fmt.block_bytes), dtype=np.uint8
     )
     sizes = (*blocks.shape[:3], 4)
     scales = ((rng.random(sizes) + 1) * SCALE * rng.choice((-1, 1), sizes)).astype(np.float16)
-    for i, at in enumerate(HALVES.get(kind, ())):
+    for i, at in enumerate(halves(fmt)):
         blocks[..., at : at + 2] = scales[..., i : i + 1].view(np.uint8)
     if kind == "MXFP4":  # 2 ** (e - 128)
         blocks[..., 0] = rng.integers(118, 124, blocks.shape[:3])

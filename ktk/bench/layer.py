@@ -27,7 +27,7 @@ from ktk.bench.blocks import (
 from ktk.bench.roofline import peak_of, peak_of_blocks, peaks
 from ktk.bench.shapes import Routing, Shape
 from ktk.experts.dequantise import expert_weights
-from ktk.experts.formats import FORMATS, GGUF
+from ktk.experts.formats import GGUF, PANELS
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights, Packed
 from ktk.machine import cpu
@@ -96,8 +96,8 @@ def _parse_method(text: str) -> Method:
         backend = "auto"
     if weight_format is None and rest:
         weight_format = rest[0].lower()
-        if weight_format not in FORMATS:
-            raise ValueError(f"format {rest[0]!r}: must be one of {', '.join(FORMATS).upper()}")
+        if weight_format not in PANELS:
+            raise ValueError(f"format {rest[0]!r}: must be one of {', '.join(PANELS).upper()}")
         rest = rest[1:]
     if weight_format is None or len(rest) > 1 or not all(r.isascii() and r.isdigit() for r in rest):
         raise ValueError("e.g. INT4:128 or AVX2:INT4:128")

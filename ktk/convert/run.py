@@ -46,6 +46,7 @@ from ktk.checkpoint.safetensors import (
     read_json_object,
 )
 from ktk.errors import CheckpointError
+from ktk.experts.formats import written_types
 from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, CodedExpert, ExpertWeights, Packed
@@ -59,10 +60,8 @@ from ktk.quantise.feedback import Encode, LayerCalibration, LayerInputs, lay_exp
 from ktk.quantise.pack import pack_expert
 
 QUANT_METHODS = ("int4", "int8", "bf16")
-GGUF_METHODS = (
-    "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k", "q2_k", "bf16", "f16", "f32",
-)  # fmt: skip
-WHOLE_TYPES = ("q8_0", "q6_k", "q4_k", "q4_0", "mxfp4", "bf16", "f16", "f32")
+GGUF_METHODS = tuple(row.name.lower() for row in written_types())
+WHOLE_TYPES = tuple(row.name.lower() for row in written_types() if row.search or row.block == 1)
 SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 CHUNK_BYTES = 8 << 20
 MAX_SIDE_FILE = 256 << 20

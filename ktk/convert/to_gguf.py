@@ -43,12 +43,11 @@ from ktk.convert.run import (
 )
 from ktk.convert.whole import FALLBACK, FLOAT_BYTES, RestOfModel, RestTensor, encode_rows, row_bytes
 from ktk.errors import CheckpointError
-from ktk.experts.formats import GGUF
+from ktk.experts.formats import BLOCKS, GGUF
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights
 from ktk.models import Config, Experts
 from ktk.models.config import INTERMEDIATE_KEYS, NUM_LAYERS_KEYS
-from ktk.quantise.blocks import BLOCK_TYPES, BlockType
 from ktk.quantise.feedback import LayerCalibration, LayerInputs, calibrated_rows, rows_alike
 
 ALIGNMENT = 32  # of tensors, the GGUF format's default
@@ -80,32 +79,8 @@ ARCHITECTURES = {
     "lfm2_moe": "lfm2moe",
     "nemotron_h": "nemotron_h_moe",
 }
-FILE_TYPES = {
-    "Q8_0": "MOSTLY_Q8_0",
-    "Q4_0": "MOSTLY_Q4_0",
-    "Q4_K": "MOSTLY_Q4_K_S",
-    "Q6_K": "MOSTLY_Q6_K",
-    "Q5_K": "MOSTLY_Q5_K_S",
-    "IQ4_NL": "MOSTLY_IQ4_NL",
-    "IQ4_XS": "MOSTLY_IQ4_XS",
-    "Q3_K": "MOSTLY_Q3_K_S",
-    "Q2_K": "MOSTLY_Q2_K_S",
-    "MXFP4": "MOSTLY_MXFP4_MOE",
-    "F32": "ALL_F32",
-    "F16": "MOSTLY_F16",
-    "BF16": "MOSTLY_BF16",
-}
-# Beside the types of the plain quantisers those that ktk.quantise.feedback writes.
-LAYOUTS = BLOCK_TYPES | {
-    t.name: t
-    for t in (
-        BlockType("Q2_K", 256, 84),
-        BlockType("Q3_K", 256, 110),
-        BlockType("IQ4_XS", 256, 136),
-        BlockType("IQ4_NL", 32, 18),
-        BlockType("Q5_K", 256, 176),
-    )
-}
+# Block types that are written.
+LAYOUTS = {row.name: row for row in BLOCKS.values() if row.grid is not None}
 EXPERTS_ONLY = "holds the experts only: the other tensors and the tokenizer stay with the Hugging Face directory"
 
 
@@ -253,7 +228,7 @@ class _Job:
                     self.notes.append(note)
                     log.logger.info(note)
             try:
-                size = LAYOUTS[kind].row_bytes(ins) if kind in LAYOUTS else row_bytes(kind, ins)
+                size = row_bytes(kind, ins)
             except ValueError as error:
                 raise ValueError(f"{name}.weight: {error}") from None
             plans.append(
@@ -275,7 +250,7 @@ class _Job:
             writer = gguf.GGUFWriter(path, architecture)
             writer.add_type("model")
             writer.add_name(source.resolve().name)
-            writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES[self.type]]))
+            writer.add_file_type(int(gguf.LlamaFileType[BLOCKS[self.type].file_type]))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             metadata = _metadata(config, self.experts, self.specs)
             keys = {f"{architecture}.{key}": value for key, value in metadata.items()}

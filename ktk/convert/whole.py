@@ -13,6 +13,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint, read_json_object
 from ktk.errors import CheckpointError
+from ktk.experts.formats import BLOCKS
 from ktk.experts.formats.floats import f32_to_bf16, to_f32
 from ktk.log import logger
 from ktk.models import check_directory
@@ -21,9 +22,10 @@ from ktk.models.prediction import predicts
 from ktk.models.whole import WHOLE_MODELS, Tensor, WholeModel
 from ktk.models.whole.ends import end_keys
 from ktk.models.whole.tokenizer import PRE_TOKENIZERS
+from ktk.quantise import blocks
 from ktk.quantise.blocks import BLOCK_TYPES, quantise_rows
 
-FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+FLOAT_BYTES = {row.name: row.block_bytes for row in BLOCKS.values() if row.block == 1}
 FALLBACK = "Q8_0"  # where rows are not whole blocks of 256
 CHUNK_WEIGHTS = 4 << 20  # quantised at a time
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -34,9 +36,7 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 def row_bytes(kind: str, in_features: int) -> int:
     """Bytes of a row in a block or float type; ValueError unless it holds whole blocks."""
-    if kind in FLOAT_BYTES:
-        return FLOAT_BYTES[kind] * in_features
-    return BLOCK_TYPES[kind].row_bytes(in_features)
+    return blocks.row_bytes(BLOCKS[kind], in_features)
 
 
 def encode_rows(values: np.ndarray, kind: str) -> np.ndarray:
@@ -130,7 +130,7 @@ class RestOfModel:
         if len(shape) < 2 or "ffn_gate_inp" in name:
             return "F32"
         for kind in (self.kind, FALLBACK):
-            if kind in FLOAT_BYTES or shape[-1] % BLOCK_TYPES[kind].block == 0:
+            if shape[-1] % BLOCKS[kind].block == 0:
                 return kind
         return "F16"
 

@@ -27,20 +27,6 @@ def dequantise(matrix: BlockMatrix, expert: int) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32).reshape(-1, matrix.in_features)
 
 
-def decoded_types() -> dict[str, float]:
-    """The ggml types that ``dequantise`` takes, and the bits of a weight."""
-    import gguf
-
-    found = {}
-    for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
-        try:
-            gguf.dequantize(np.zeros((1, size), np.uint8), kind)
-        except NotImplementedError:
-            continue
-        found[kind.name] = size * 8 / block
-    return found
-
-
 def expert_weights(experts: BlockExperts, expert: int) -> ExpertWeights:
     """One expert, dequantised to float32. ValueError for one that is not there, or as ``dequantise`` raises it."""
     if not 0 <= expert < experts.spec.num_experts:

@@ -24,7 +24,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ktk.experts.spec import MoESpec
+from ktk.experts.formats import Format
 
 PANEL = 16  # output channels in a panel
 K_ALIGN = 32  # in_features padding: the smallest group, and eight nibble rows' worth of k
@@ -40,6 +40,7 @@ def round_up(value: int, multiple: int) -> int:
 class MatrixLayout:
     """One projection's geometry. group_size and activation_group are in k, never 0 here."""
 
+    format: Format
     in_features: int
     out_features: int
     padded_in: int
@@ -64,6 +65,15 @@ class MatrixLayout:
     def codes(self, panels: np.ndarray) -> np.ndarray:
         """The stored codes of uint8 (panels, panel_bytes): uint8 (panels, code_bytes); a copy."""
         return np.ascontiguousarray(panels[:, self.scale_bytes :])
+
+    @property
+    def ladder(self) -> np.ndarray:
+        """What the search of a scale tries (``Search``), float32 (candidates,); of integer formats."""
+        search = self.format.search
+        assert search is not None
+        return np.array(
+            search.ladder if self.scales_are_bf16 else search.channel_ladder, np.float32
+        )
 
     @property
     def fine_group(self) -> int:
@@ -119,42 +129,51 @@ class ExpertLayout:
         )
 
 
-def matrix_layout(spec: MoESpec, in_features: int, out_features: int) -> MatrixLayout:
-    from ktk.experts.formats import get_format
-
-    fmt = get_format(spec.weight_format)
+def matrix_layout(
+    fmt: Format, in_features: int, out_features: int, group_size: int, activation_group: int
+) -> MatrixLayout:
+    """Of panels of ``fmt``. group_size, activation_group : as in MoESpec, 0 = the whole channel."""
     padded_in = round_up(in_features, K_ALIGN)
-    group_size = min(spec.group_size or padded_in, padded_in)
-    num_groups = -(-padded_in // group_size)
-    bf16_scales = spec.group_size != 0
+    group = min(group_size or padded_in, padded_in)
+    num_groups = -(-padded_in // group)
     scale_bytes = 0
     if fmt.is_integer:
-        scale_bytes = round_up(num_groups * PANEL * (2 if bf16_scales else 4), 64)
+        scale_bytes = round_up(num_groups * PANEL * (2 if group_size else 4), 64)
     return MatrixLayout(
+        format=fmt,
         in_features=in_features,
         out_features=out_features,
         padded_in=padded_in,
         num_panels=-(-out_features // PANEL),
-        group_size=group_size,
+        group_size=group,
         num_groups=num_groups,
-        activation_group=spec.activation_group or padded_in,
+        activation_group=activation_group or padded_in,
         code_bytes=padded_in * PANEL * fmt.bits // 8,
         scale_bytes=scale_bytes,
-        scales_are_bf16=fmt.is_integer and bf16_scales,
+        scales_are_bf16=fmt.is_integer and group_size != 0,
     )
 
 
 @lru_cache(maxsize=256)
-def expert_layout(spec: MoESpec) -> ExpertLayout:
-    gate_up = matrix_layout(spec, spec.hidden_size, spec.intermediate_size)
-    down = matrix_layout(spec, spec.intermediate_size, spec.hidden_size)
-    projections = 2 if spec.has_gate else 1
+def expert_layout(
+    fmt: Format,
+    hidden_size: int,
+    intermediate_size: int,
+    group_size: int,
+    activation_group: int,
+    has_gate: bool,
+    has_bias: bool,
+) -> ExpertLayout:
+    """Of an expert whose MoESpec has these fields."""
+    gate_up = matrix_layout(fmt, hidden_size, intermediate_size, group_size, activation_group)
+    down = matrix_layout(fmt, intermediate_size, hidden_size, group_size, activation_group)
+    projections = 2 if has_gate else 1
     down_offset = projections * gate_up.num_panels * gate_up.panel_bytes
     end = down_offset + down.num_panels * down.panel_bytes
     gate_bias = up_bias = down_bias = -1
-    if spec.has_bias:
+    if has_bias:
         bias_bytes = gate_up.num_panels * PANEL * 4
-        if spec.has_gate:
+        if has_gate:
             gate_bias, end = end, end + bias_bytes
         up_bias, end = end, end + bias_bytes
         down_bias, end = end, end + down.num_panels * PANEL * 4
@@ -166,5 +185,5 @@ def expert_layout(spec: MoESpec) -> ExpertLayout:
         up_bias,
         down_bias,
         round_up(end, EXPERT_ALIGN),
-        spec.has_gate,
+        has_gate,
     )

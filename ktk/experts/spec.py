@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ktk.experts.activation import Activation
-
-if TYPE_CHECKING:
-    from ktk.experts.layout import ExpertLayout
+from ktk.experts.formats import Format, get_format
+from ktk.experts.layout import ExpertLayout, expert_layout
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class MoESpec:
     """Shape and coding of one layer's experts.
 
     num_experts, hidden_size, intermediate_size : positive ints.
-    weight_format : a name of ``ktk.experts.formats.FORMATS``, or "gguf": block formats, see ``BlockExperts``.
+    weight_format : a name of ``ktk.experts.formats.PANELS``, or "gguf": block formats, see ``BlockExperts``.
     group_size : weights along in_features that share a scale; 0 = one scale per output channel;
         None = the format's default.
     activation_group : activations along in_features that share a scale (32, 64 or 128);
@@ -35,8 +34,6 @@ class MoESpec:
     activation: Activation = dataclasses.field(default_factory=Activation)
 
     def __post_init__(self) -> None:
-        from ktk.experts.formats import get_format
-
         for name in ("num_experts", "hidden_size", "intermediate_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -50,7 +47,17 @@ class MoESpec:
             object.__setattr__(self, "group_size", fmt.default_group)
         if self.activation_group is None:
             object.__setattr__(self, "activation_group", fmt.default_activation_group)
-        fmt.check(self)
+        fmt.check_groups(self.group_size, self.activation_group)
+
+    @property
+    def format(self) -> Format:
+        """The row that ``weight_format`` names."""
+        return get_format(self.weight_format)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the experts lie in panels; else in a GGUF file's blocks, each matrix in its own format."""
+        return self.format.is_packed
 
     @property
     def num_weights(self) -> int:
@@ -65,9 +72,16 @@ class MoESpec:
     @property
     def layout(self) -> ExpertLayout:
         """Where an expert's panels lie; see ``ktk.experts.layout``."""
-        from ktk.experts.layout import expert_layout
-
-        return expert_layout(self)
+        assert self.group_size is not None and self.activation_group is not None  # filled in
+        return expert_layout(
+            self.format,
+            self.hidden_size,
+            self.intermediate_size,
+            self.group_size,
+            self.activation_group,
+            self.has_gate,
+            self.has_bias,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "activation": self.activation.to_json()}

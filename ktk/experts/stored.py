@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ktk.experts.layout import K_ALIGN, PANEL, round_up
 from ktk.experts.spec import MoESpec
 
 
@@ -85,8 +86,6 @@ class BlockExperts:
     order: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        from ktk.experts.layout import K_ALIGN, PANEL, round_up
-
         spec = self.spec
         if spec.weight_format != "gguf" or spec.has_gate != (self.gate is not None):
             raise ValueError(

@@ -13,14 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import gguf
 import numpy as np
 
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.checkpoint.safetensors import strict_json
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
-from ktk.experts.formats.gguf import activation_group_of
+from ktk.experts.formats import activation_group_of, block_format
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockExperts, BlockMatrix
 from ktk.log import logger
@@ -554,8 +553,7 @@ def _clamp(checkpoint: GgufCheckpoint, row: Architecture, layer: int) -> float:
 
 
 def _bits(type_name: str) -> float:
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
-    return float(size * 8 / block)
+    return block_format(type_name).bits_per_weight
 
 
 __all__ = ["ARCHITECTURES", "Architecture", "GgufExperts", "Routing", "find_gguf_experts"]

@@ -9,9 +9,8 @@ import numpy as np
 from ktk._cy import native_module
 from ktk.backends import llamafile
 from ktk.errors import BackendError
-from ktk.experts.formats import GGUF
+from ktk.experts.formats import GGUF, activation_group_of
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.formats.gguf import activation_group_of
 from ktk.experts.layout import PANEL, round_up
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import BlockMatrix
@@ -81,7 +80,7 @@ class Linear:
         layout = self.spec.layout.down
         shape = (layout.num_panels, layout.panel_bytes)
         self.panels = aligned_buffer(layout.num_panels * layout.panel_bytes).reshape(shape)
-        pack_matrix(w, layout, self.spec, self.panels)
+        pack_matrix(w, layout, self.panels)
         threads = self._begin(bias, num_threads)
         isa = best_isa()
         self.kernel = f"{isa} {weight_format}" + (

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
+from ktk.experts.formats import BLOCKS, Format
+from ktk.experts.formats.base import TINY_PEAK
 from ktk.experts.formats.floats import to_f32
 from ktk.quantise.pack import NOT_FINITE
 from ktk.reference import blocks as oracle
-from ktk.reference.pack import TINY_PEAK
 
 LARGEST = (
     2.0**18
@@ -24,43 +23,21 @@ LARGEST = (
 CHUNK_WEIGHTS = 1 << 20  # widened, checked and quantised at a time
 
 
-@dataclass(frozen=True)
-class BlockType:
-    """One row of the table. name : as ggml calls it. block : weights that share a block; num_bytes : its bytes.
-
-    settings : what the Numba twin takes between the weights and the output.
-    """
-
-    name: str
-    block: int
-    num_bytes: int
-    settings: tuple[Any, ...] = ()
-
-    def row_bytes(self, in_features: int) -> int:
-        """Bytes of one row; ValueError unless it holds whole blocks."""
-        if in_features <= 0 or in_features % self.block:
-            fitting = [t.name for t in BLOCK_TYPES.values() if in_features % t.block == 0]
-            other = f", or take {', '.join(fitting)}" if in_features > 0 and fitting else ""
-            raise ValueError(
-                f"in_features={in_features}: {self.name} needs a multiple of {self.block}{other}"
-            )
-        return in_features // self.block * self.num_bytes
+# Types that the plain quantisers write, fewest bits per weight first.
+BLOCK_TYPES = {row.name: row for row in BLOCKS.values() if row.search is not None}
 
 
-# Fewest bits per weight first.
-BLOCK_TYPES = {
-    t.name: t
-    for t in (
-        BlockType("MXFP4", 32, 17),
-        BlockType("Q4_0", 32, 18, (oracle.Q4_0_LADDER, oracle.Q4_0_REFITS)),
-        BlockType("Q4_K", 256, 144, (oracle.Q4_K_LADDER, oracle.Q4_K_REFITS, oracle.NEIGHBOURS)),
-        BlockType("Q6_K", 256, 210, (oracle.Q6_K_LADDER, oracle.Q6_K_REFITS, oracle.NEIGHBOURS)),
-        BlockType("Q8_0", 32, 34),
-    )
-}
+def row_bytes(fmt: Format, in_features: int) -> int:
+    """Bytes of a row of blocks; ValueError that names other types unless it holds whole ones."""
+    try:
+        return fmt.row_bytes(in_features)
+    except ValueError as error:
+        fitting = [t.name for t in BLOCK_TYPES.values() if in_features % t.block == 0]
+        other = f", or take {', '.join(fitting)}" if in_features > 0 and fitting else ""
+        raise ValueError(f"{error}{other}") from None
 
 
-def block_type(name: str) -> BlockType:
+def block_type(name: str) -> Format:
     """The type called ``name``, in upper or lower case; ValueError lists the known ones."""
     found = BLOCK_TYPES.get(name.upper())
     if found is None:
@@ -81,7 +58,7 @@ def quantise_rows(w: np.ndarray, type: str, out: np.ndarray | None = None) -> np
             f"weights are {w.dtype} {w.shape}: must be float32 or uint16 bf16 bits, (rows, in_features)"
         )
     rows, columns = w.shape
-    shape = (rows, kind.row_bytes(columns))
+    shape = (rows, row_bytes(kind, columns))
     out = np.empty(shape, np.uint8) if out is None else out
     if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} {out.shape}: must be C-contiguous uint8 {shape}")
@@ -97,7 +74,7 @@ def quantise_rows(w: np.ndarray, type: str, out: np.ndarray | None = None) -> np
                 f"weights reach {peak:.3g}: {kind.name} takes at most {LARGEST:.0f}, its scales are half "
                 "precision; mend the checkpoint"
             )
-        blocks = out[start : start + step].reshape(-1, kind.num_bytes)
+        blocks = out[start : start + step].reshape(-1, kind.block_bytes)
         quantise(x.reshape(-1, kind.block), blocks)
     return out
 
@@ -109,8 +86,14 @@ def _quantiser(name: str) -> Callable[[np.ndarray, np.ndarray], None]:
         twins = importlib.import_module("ktk.quantise._blocks_numba")
     except ImportError:
         return lambda w, out: with_numpy(name, w, out)
-    compiled, settings = getattr(twins, name.lower()), BLOCK_TYPES[name].settings
-    return lambda w, out: compiled(w, TINY_PEAK, *settings, out)
+    compiled, search = getattr(twins, name.lower()), BLOCK_TYPES[name].search
+    assert search is not None
+    settings: tuple[object, ...] = ()
+    if search.ladder:
+        settings = (np.array(search.ladder, np.float32), search.refits)
+    if search.neighbours:
+        settings = (*settings, np.array(search.neighbours, np.float32))
+    return lambda w, out: compiled(w, np.float32(TINY_PEAK), *settings, out)
 
 
 def with_numpy(name: str, w: np.ndarray, out: np.ndarray) -> None:

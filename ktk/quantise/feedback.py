@@ -20,16 +20,18 @@ from typing import Any
 import numpy as np
 
 from ktk.experts.activation import Activation
-from ktk.experts.formats import get_format
+from ktk.experts.formats import BLOCKS
+from ktk.experts.formats.base import NOT_ROUNDED, TO_BF16, Grid
+from ktk.experts.formats.blocks import E2M1_LEVELS
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, MatrixLayout
+from ktk.experts.panels import lay_panels
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
 from ktk.quantise.blocks import BLOCK_TYPES, LARGEST, quantise_rows
 from ktk.quantise.pack import NOT_FINITE, check_expert
 from ktk.reference import blocks as oracle
 from ktk.reference.activation import activate
-from ktk.reference.pack import lay_panels, search_ladder
 
 F = np.float32
 # Of H's mean diagonal, added to the diagonal: the text is a sample.
@@ -38,63 +40,13 @@ DAMPING = 0.01
 PRIOR = 0.25
 _BALANCE_BITS = 4  # channels are scaled by 2**-4 to 2**4, which half-precision scales can take
 _COLUMNS = 128  # rounded between two products with the rest of U
-_NOT, _BF16, _FP16, _POWER_OF_TWO = range(4)  # as in _calibrate_numba
-_E2M1 = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)  # doubled, as ggml has them
-_NO_TABLE: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What values a format can hold: scale * level - low, scale and low shared by ``group`` columns.
-
-    levels : integers code_min..code_max, or those of ``table``. ladder : candidate scales are the group's largest weight (is_affine:
-    its span) by each of these. block : columns whose integer scales int_min..int_max share the number they multiply; int_max 0:
-    scales are stored themselves, rounded by ``rounding``.
-    """
-
-    group: int
-    ladder: tuple[float, ...]
-    code_min: int
-    code_max: int
-    block: int = 0
-    refits: int = 2
-    rounding: int = _NOT
-    is_affine: bool = False
-    int_min: int = 0
-    int_max: int = 0
-    neighbours: tuple[int, ...] = (0, -1, 1)
-    table: tuple[float, ...] = _NO_TABLE
-
-
-def _steps(first: float, last: float, step: float, both_signs: bool = False) -> tuple[float, ...]:
-    values = tuple(np.arange(first, last + step / 2, step).tolist())
-    return (*(-v for v in values), *values) if both_signs else values
-
-
-GRIDS = {
-    "Q2_K": Grid(16, _steps(2.5, 4.5, 0.25), 0, 3, 256, is_affine=True, int_max=15),
-    "Q3_K": Grid(16, _steps(2.75, 4.75, 0.25, True), -4, 3, 256, int_min=-32, int_max=31),
-    "MXFP4": Grid(32, (8, 4, 16), 0, 14, 32, refits=0, rounding=_POWER_OF_TWO, table=_E2M1),
-    "IQ4_XS": Grid(
-        32, _steps(98, 130, 8, True), 0, 15, 256, int_min=-32, int_max=31, table=oracle.IQ4_LEVELS
-    ),
-    "IQ4_NL": Grid(
-        32, _steps(98, 130, 8, True), 0, 15, 32, rounding=_FP16, table=oracle.IQ4_LEVELS
-    ),
-    "Q4_0": Grid(32, _steps(5.6, 9.6, 0.25, True), -8, 7, 32, rounding=_FP16),
-    "Q4_K": Grid(32, _steps(12.5, 17, 0.5), 0, 15, 256, is_affine=True, int_max=63),
-    "Q5_K": Grid(32, _steps(27, 33, 1), 0, 31, 256, is_affine=True, int_max=63),
-    "Q6_K": Grid(16, _steps(28, 36.5, 0.5, True), -32, 31, 256, int_min=-128, int_max=127),
-    "Q8_0": Grid(32, _steps(126, 130, 1), -127, 127, 32, rounding=_FP16),
-}
-
-
-def packed_grid(weight_format: str, layout: MatrixLayout) -> Grid:
+def packed_grid(layout: MatrixLayout) -> Grid:
     """Of a packed integer format with this layout's groups."""
-    fmt = get_format(weight_format)
-    ladder = search_ladder(fmt, layout.scales_are_bf16)
-    rounding = _BF16 if layout.scales_are_bf16 else _NOT
-    return Grid(layout.group_size, tuple(ladder.tolist()), fmt.code_min, fmt.code_max, rounding=rounding)  # fmt: skip
+    fmt, rounding = layout.format, TO_BF16 if layout.scales_are_bf16 else NOT_ROUNDED
+    ladder = tuple(layout.ladder.tolist())
+    return Grid(layout.group_size, ladder, fmt.code_min, fmt.code_max, rounding=rounding)
 
 
 @dataclass(frozen=True)
@@ -212,7 +164,7 @@ def round_matrix(w: np.ndarray, factor: Factor, grid: Grid) -> Rounded:
 def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
     """One scale per row of least weighted squared error, float32 (rows,); x (K, rows).
 
-    A weight w counts D_k (w^2 + mean(w^2)) times, as in ``ktk.reference.pack``: squares alone clip the large ones.
+    A weight w counts D_k (w^2 + mean(w^2)) times, as in the search of ``ktk.quantise.pack``: squares alone clip the large ones.
     """
     peak = np.abs(x).max(axis=0)
     square = x * x
@@ -230,31 +182,32 @@ def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def calibrated_panels(
-    w: np.ndarray, layout: MatrixLayout, spec: MoESpec, factor: Factor
+    w: np.ndarray, layout: MatrixLayout, factor: Factor
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 or bf16 bits (out, in) as panels, uint8 (num_panels, panel_bytes), of a packed integer format.
 
     And the values they hold, float32 (out, in). Raises ValueError on NaN or inf.
     """
-    fmt = get_format(spec.weight_format)
+    fmt = layout.format
     columns = layout.num_groups * layout.group_size
     given = np.zeros((layout.num_panels * PANEL, columns), F)
     given[: w.shape[0], : w.shape[1]] = _finite(w)
-    rounded = round_matrix(given, padded(factor, columns), packed_grid(fmt.name, layout))
+    rounded = round_matrix(given, padded(factor, columns), packed_grid(layout))
     codes = (rounded.codes.T + fmt.zero_point).astype(np.uint8)
     codes, scales = codes[:, : layout.padded_in], rounded.scales.T
-    panels = lay_panels(np.ascontiguousarray(codes), np.ascontiguousarray(scales), layout, fmt)
+    panels = lay_panels(np.ascontiguousarray(codes), np.ascontiguousarray(scales), layout)
     return panels, (given - rounded.error.T)[: w.shape[0], : w.shape[1]]
 
 
 def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
-    """float32 or bf16 bits (rows, in_features) as ggml blocks, uint8 (rows, row bytes). type : a name of GRIDS.
+    """float32 or bf16 bits (rows, in_features) as ggml blocks, uint8 (rows, row bytes). type : one with a grid.
 
     And the values they hold, float32 (rows, in_features). Raises ValueError on NaN, inf, a weight above LARGEST, or in_features that are not whole blocks.
     """
-    grid = GRIDS.get(type)
+    grid = BLOCKS[type].grid if type in BLOCKS else None
     if grid is None:
-        raise ValueError(f"type={type!r}: must be one of {', '.join(GRIDS)} to be calibrated")
+        known = ", ".join(row.name for row in BLOCKS.values() if row.grid)
+        raise ValueError(f"type={type!r}: must be one of {known} to be calibrated")
     given = _finite(w)
     peak = np.abs(given).max(initial=0)
     if peak > LARGEST:
@@ -302,9 +255,9 @@ def rows_alike(w: np.ndarray, type: str) -> np.ndarray:
 
 
 def _lay_mxfp4(levels: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Indices of _E2M1 and scales of doubled values, powers of two."""
+    """Indices of E2M1_LEVELS and scales of doubled values, powers of two."""
     magnitudes = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7])
-    values = np.array(_E2M1)[levels]
+    values = np.array(E2M1_LEVELS)[levels]
     codes = magnitudes[np.abs(values)] + np.where(values < 0, 8, 0)
     exponent = scales.view(np.uint32) >> np.uint32(23)  # 2 ** (exponent - 127) doubled values
     return oracle.lay_mxfp4(codes, np.where(scales == 0, 0, exponent + 1))
@@ -324,7 +277,7 @@ Encode = Callable[[str, np.ndarray, Factor], tuple[np.ndarray, np.ndarray]]
 def packed_encoder(spec: MoESpec) -> Encode:
     """Panels of a packed integer format."""
     layout = spec.layout
-    return lambda name, w, factor: calibrated_panels(w, layout.matrix(name), spec, factor)
+    return lambda name, w, factor: calibrated_panels(w, layout.matrix(name), factor)
 
 
 def lay_expert(

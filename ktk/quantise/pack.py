@@ -1,6 +1,6 @@
 """Float experts to panels, by the fastest quantiser present: C, else Numba. NumPy is their oracle.
 
-All three find the same codes (``ktk.reference.pack``), so what is written does not depend on the machine.
+All three find the same codes, so what is written does not depend on the machine.
 Experts that are 4-bit codes already keep them where the groups fit.
 """
 
@@ -13,14 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ktk._cy import native_module
-from ktk.experts.formats import get_format
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, MatrixLayout
+from ktk.experts.panels import lay_float_panels, lay_panels
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, Packed
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
-from ktk.reference.pack import REFITS, lay_float_panels, lay_panels, search_ladder
 
 F = np.float32
 NOT_FINITE = "weights hold NaN or inf: mend the checkpoint"
@@ -65,11 +64,11 @@ def _is_finite(w: np.ndarray) -> bool:
     return bool(np.isfinite(w).all())
 
 
-def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+def _pack_numba(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None:
     from ktk.quantise._pack_numba import quantise_panel
 
-    fmt = get_format(spec.weight_format)
-    ladder = search_ladder(fmt, layout.scales_are_bf16)
+    fmt = layout.format
+    assert fmt.search is not None
     one = dataclasses.replace(layout, num_panels=1, out_features=PANEL)
     codes = np.empty((layout.padded_in, PANEL), F)
     scales = np.empty((layout.num_groups, PANEL), F)
@@ -80,26 +79,34 @@ def _pack_numba(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.n
         if not np.isfinite(x).all():
             raise ValueError(NOT_FINITE)
         quantise_panel(
-            x, layout.group_size, ladder, REFITS, F(fmt.code_min), F(fmt.code_max), layout.scales_are_bf16, codes, scales
-        )  # fmt: skip
+            x,
+            layout.group_size,
+            layout.ladder,
+            fmt.search.refits,
+            F(fmt.code_min),
+            F(fmt.code_max),
+            layout.scales_are_bf16,
+            codes,
+            scales,
+        )
         unsigned = (codes.T.astype(np.int32) + fmt.zero_point).astype(np.uint8)
-        panels[p] = lay_panels(unsigned, np.ascontiguousarray(scales.T), one, fmt)[0]
+        panels[p] = lay_panels(unsigned, np.ascontiguousarray(scales.T), one)[0]
 
 
-def pack_matrix(w: np.ndarray, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None:
     """Quantise (out, in) float32 or bf16 bits into ``panels``, uint8 (num_panels, panel_bytes), a view."""
-    fmt = get_format(spec.weight_format)
-    if not fmt.is_integer:
+    search = layout.format.search
+    if search is None:
         if not _is_finite(w):
             raise ValueError(NOT_FINITE)
-        panels[:] = lay_float_panels(w, layout, fmt)
+        panels[:] = lay_float_panels(w, layout)
         return
     native, isa = native_module(), best_isa()
     if native is None or isa is None:
-        _pack_numba(w, layout, spec, panels)
+        _pack_numba(w, layout, panels)
     else:
-        ladder = search_ladder(fmt, layout.scales_are_bf16)
-        native.pack_matrix(w, layout, spec.weight_format, isa, ladder, REFITS, panels)
+        name = layout.format.name
+        native.pack_matrix(w, layout, name, isa, layout.ladder, search.refits, panels)
 
 
 def best_isa() -> str | None:
@@ -123,11 +130,11 @@ def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
     return all(m.group_size % spec.group_size == 0 for m in matrices)
 
 
-def lay_codes(coded: CodedMatrix, layout: MatrixLayout, spec: MoESpec, panels: np.ndarray) -> None:
+def lay_codes(coded: CodedMatrix, layout: MatrixLayout, panels: np.ndarray) -> None:
     """4-bit codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view. ``keeps_codes`` must hold."""
     if not np.isfinite(coded.scales).all():
         raise ValueError("scales hold NaN or inf: mend the checkpoint")
-    fmt, rows = get_format(spec.weight_format), coded.codes.shape[0]
+    fmt, rows = layout.format, coded.codes.shape[0]
     codes = np.full((layout.num_panels * PANEL, layout.padded_in), fmt.zero_point, np.uint8)
     codes[:rows, : layout.in_features] = coded.codes + np.int8(fmt.zero_point)
     scales = np.zeros((len(codes), layout.num_groups), F)
@@ -136,7 +143,7 @@ def lay_codes(coded: CodedMatrix, layout: MatrixLayout, spec: MoESpec, panels: n
         repeated = np.repeat(repeated, coded.group_size // layout.group_size, axis=1)
     width = min(layout.num_groups, repeated.shape[1])
     scales[:rows, :width] = repeated[:, :width]
-    panels[:] = lay_panels(codes, scales, layout, fmt)
+    panels[:] = lay_panels(codes, scales, layout)
 
 
 def pack_expert(spec: MoESpec, weights: ExpertWeights | CodedExpert, out: np.ndarray) -> None:
@@ -155,9 +162,9 @@ def pack_expert(spec: MoESpec, weights: ExpertWeights | CodedExpert, out: np.nda
     for name in layout.projections:
         matrix, panels = layout.matrix(name), layout.panels(out, name)
         if coded is not None:
-            lay_codes(getattr(coded, name), matrix, spec, panels)
+            lay_codes(getattr(coded, name), matrix, panels)
         else:
-            pack_matrix(getattr(weights, name), matrix, spec, panels)
+            pack_matrix(getattr(weights, name), matrix, panels)
         bias = layout.bias(out, name)
         if bias is not None:
             given = getattr(weights, f"{name}_bias")

@@ -12,17 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ktk.experts.formats import BLOCKS
+from ktk.experts.formats.blocks import NEIGHBOURS
+
 F = np.float32
-# Code spans tried; a negative one puts the peak on the code range's longer end. Finer ladders, longer ones and more refits
-# gained less than 0.3 % of RMSE each (bench/RESULTS.md, Quantisers of ggml blocks).
-_SPAN = np.arange(6, 9.51, 0.25)
-Q4_0_LADDER = np.concatenate([-_SPAN, _SPAN]).astype(F)
-Q4_0_REFITS = 2
-Q6_K_LADDER = -np.arange(28, 37.01, 0.25).astype(F)
-Q6_K_REFITS = 1
-Q4_K_LADDER = np.arange(12.5, 17.01, 0.2).astype(F)
-Q4_K_REFITS = 2
-NEIGHBOURS = np.array([0, -1, 1], F)  # integer scales tried around the ideal one's
 
 
 def ordered_sum(terms: np.ndarray) -> np.ndarray:
@@ -50,10 +43,16 @@ def half_bytes(scale: np.ndarray) -> np.ndarray:
     return scale.astype(np.float16).reshape(-1, 1).view(np.uint8)
 
 
-def search_signed(
-    x: np.ndarray, ladder: np.ndarray, refits: int, low: float, high: float
-) -> np.ndarray:
-    """Scale of least squared error of each column with codes low..high."""
+def _ladder(name: str) -> tuple[np.ndarray, int]:
+    """What is tried for a type's scales, float32 (candidates,), and the refits."""
+    search = BLOCKS[name].search
+    assert search is not None
+    return np.array(search.ladder, F), search.refits
+
+
+def search_signed(x: np.ndarray, name: str, low: float, high: float) -> np.ndarray:
+    """Scale of least squared error of each column with codes low..high, of the type called ``name``."""
+    ladder, refits = _ladder(name)
     peak = np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0)[0]
     best = np.zeros_like(peak)
     best_gain = np.zeros_like(peak)
@@ -71,8 +70,9 @@ def search_signed(
     return best
 
 
-def search_affine(x: np.ndarray, ladder: np.ndarray, refits: int) -> tuple[np.ndarray, np.ndarray]:
+def search_affine(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Scale and subtracted minimum, both 0 or more, of least squared error of each column with codes 0..15."""
+    ladder, refits = _ladder(name)
     count = F(len(x))
     low = np.minimum(x.min(axis=0), F(0))
     span = x.max(axis=0) - low
@@ -119,7 +119,7 @@ def lay_q8_0(q: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 def q4_0(x: np.ndarray) -> np.ndarray:
     """fp16 scale of either sign, 32 codes of -8..7, plus 8; the first 16 in low nibbles."""
-    d = search_signed(x, Q4_0_LADDER, Q4_0_REFITS, -8, 7).astype(np.float16).astype(F) + F(0)
+    d = search_signed(x, "Q4_0", -8, 7).astype(np.float16).astype(F) + F(0)
     return lay_q4_0(codes_of(x, inverse_of(d), -8, 7), d)
 
 
@@ -166,12 +166,12 @@ def lay_mxfp4(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 def q6_k(x: np.ndarray) -> np.ndarray:
     """256 weights: 16 groups of 16 with int8 scales and one fp16 scale of scales; codes -32..31, plus 32."""
     groups = x.reshape(16, 16, -1)
-    ideal = np.stack([search_signed(g, Q6_K_LADDER, Q6_K_REFITS, -32, 31) for g in groups])
+    ideal = np.stack([search_signed(g, "Q6_K", -32, 31) for g in groups])
     d = half_up(np.abs(ideal).max(axis=0) / F(127))
     chosen, codes = np.empty_like(ideal), np.empty((16, 16, x.shape[1]), np.uint8)
     for g, group in enumerate(groups):
         best_error = np.full_like(d, np.inf)
-        for delta in NEIGHBOURS:
+        for delta in map(F, NEIGHBOURS):
             trial = codes_of(ideal[g], inverse_of(d), -np.inf, np.inf) + delta
             trial = np.minimum(np.maximum(trial, F(-128)), F(127))
             scale = d * trial
@@ -200,7 +200,7 @@ def lay_q6_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray
 def q4_k(x: np.ndarray) -> np.ndarray:
     """256 weights: 8 groups of 32 with 6-bit scales and minima, each with one fp16 scale; codes 0..15."""
     groups = x.reshape(8, 32, -1)
-    searched = [search_affine(g, Q4_K_LADDER, Q4_K_REFITS) for g in groups]
+    searched = [search_affine(g, "Q4_K") for g in groups]
     ideal, ideal_min = (np.stack(values) for values in zip(*searched, strict=True))
     d, dmin = half_up(ideal.max(axis=0) / F(63)), half_up(ideal_min.max(axis=0) / F(63))
     inverse_d, inverse_dmin = inverse_of(d), inverse_of(dmin)
@@ -209,7 +209,7 @@ def q4_k(x: np.ndarray) -> np.ndarray:
     for g, group in enumerate(groups):
         best_error = np.full_like(d, np.inf)
         sum_x = ordered_sum(group)
-        for delta in NEIGHBOURS:
+        for delta in map(F, NEIGHBOURS):
             trial = codes_of(ideal[g], inverse_d, -np.inf, np.inf) + delta
             trial = np.minimum(np.maximum(trial, F(0)), F(63))
             scale = d * trial
@@ -300,9 +300,6 @@ def lay_q2_k(
     """
     integers = scales.T.astype(np.uint8) | minima.T.astype(np.uint8) << 4
     return np.hstack([integers, _bit_pairs(codes), half_bytes(d), half_bytes(dmin)])
-
-
-IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def lay_iq4_nl(codes: np.ndarray, d: np.ndarray) -> np.ndarray:

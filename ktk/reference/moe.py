@@ -7,12 +7,12 @@ import numpy as np
 from ktk.experts.activation import Activation
 from ktk.experts.formats import get_format
 from ktk.experts.layout import MatrixLayout
+from ktk.experts.panels import read_panels
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights, Packed
 from ktk.reference.activation import activate
 from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float, linear_integer, quantise_activations
-from ktk.reference.pack import read_panels
 
 F = np.float32
 
@@ -41,7 +41,7 @@ class ExactExperts:
     def linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         """float32 (rows, in_features) to float32 (rows, out_features), bias not added."""
         matrix = self.matrix(projection)
-        codes, scales = read_panels(self.panels(expert, projection), matrix, self.format)
+        codes, scales = read_panels(self.panels(expert, projection), matrix)
         if self.format.is_integer:
             act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
             y = linear_integer(codes, scales, act, matrix, self.format.zero_point)
@@ -57,7 +57,7 @@ class ExactExperts:
                 matrices.append(None)
                 continue
             matrix = self.matrix(projection)
-            w, scales = read_panels(self.panels(expert, projection), matrix, self.format)
+            w, scales = read_panels(self.panels(expert, projection), matrix)
             if self.format.is_integer:
                 spread = np.repeat(scales, matrix.group_size, axis=1)[:, : matrix.padded_in]
                 w = (w.astype(F) - F(self.format.zero_point)) * spread

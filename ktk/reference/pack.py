@@ -1,4 +1,4 @@
-"""Quantise one projection and lay it out in panels, and read panels back: the model of ``ktk.quantise.pack``.
+"""Quantise one projection's weights: the oracle of the compiled quantisers behind ``ktk.quantise.pack``.
 
 Searched scales. For each group of the integer formats the candidates are ``+-peak / d`` for a ladder of
 denominators d around the largest code (both signs where the code range is lopsided: the extra code then
@@ -14,30 +14,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.experts.formats.base import QuantFormat
+from ktk.experts.formats.base import TINY_PEAK
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.experts.layout import PANEL, MatrixLayout
 
 F = np.float32
-TINY_PEAK = F(1e-30)  # a group whose weights are all smaller is stored as zeros
-REFITS = 2
-
-
-def search_ladder(fmt: QuantFormat, grouped: bool) -> np.ndarray:
-    """Denominators d, float32 (candidates,); negative d puts the peak on the code range's other end."""
-    if fmt.bits == 8:  # absmax, then clipping ever more: outliers of a long channel
-        return np.array([127 * (1 + 0.02 * i) for i in range(16)], F)
-    span = np.arange(5.6, 9.61, 0.25) if grouped else np.arange(6.5, 18.1, 0.5)
-    return np.concatenate([-span, span]).astype(F)
-
-
-def absmax_ladder(fmt: QuantFormat) -> np.ndarray:
-    """The one candidate plain absmax quantisation uses; for measuring what the search gains."""
-    return np.array([fmt.code_max], F)
 
 
 def quantise_weights(
-    w: np.ndarray, layout: MatrixLayout, fmt: QuantFormat, ladder: np.ndarray | None = None
+    w: np.ndarray, layout: MatrixLayout, ladder: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 (out, in) to codes uint8 (padded_out, padded_in) and scales float32 (padded_out, num_groups).
 
@@ -45,9 +30,10 @@ def quantise_weights(
     """
     if not np.isfinite(w).all():
         raise ValueError("weights hold NaN or inf")
-    refits = REFITS if ladder is None else 0
+    fmt, refits = layout.format, 0
     if ladder is None:
-        ladder = search_ladder(fmt, layout.scales_are_bf16)
+        assert fmt.search is not None
+        ladder, refits = layout.ladder, fmt.search.refits
     group, groups = layout.group_size, layout.num_groups
     padded = np.zeros((layout.num_panels * PANEL, groups * group), F)
     padded[: w.shape[0], : w.shape[1]] = w
@@ -95,64 +81,3 @@ def quantise_weights(
             keep_better(np.where(down == 0, F(0), up / down) * peak)
     codes = (best_q.astype(np.int32) + fmt.zero_point).astype(np.uint8).reshape(len(padded), -1)
     return np.ascontiguousarray(codes[:, : layout.padded_in]), best_scale
-
-
-def lay_panels(
-    codes: np.ndarray, scales: np.ndarray, layout: MatrixLayout, fmt: QuantFormat
-) -> np.ndarray:
-    """Codes and scales as ``quantise_weights`` gives them to panels, uint8 (num_panels, panel_bytes)."""
-    p, k = layout.num_panels, layout.padded_in
-    out = np.zeros((p, layout.panel_bytes), np.uint8)
-    rows = codes.reshape(p, PANEL, k // 4, 4).transpose(0, 2, 1, 3)  # (panels, K/4, 16, 4)
-    if fmt.bits == 4:
-        rows = rows[:, 0::2] | (rows[:, 1::2] << 4)  # (panels, K/8, 16, 4)
-    out[:, layout.scale_bytes :] = rows.reshape(p, -1)
-    by_group = np.ascontiguousarray(
-        scales.reshape(p, PANEL, -1).transpose(0, 2, 1)
-    )  # (panels, groups, 16)
-    stored = f32_to_bf16(by_group) if layout.scales_are_bf16 else by_group
-    raw = stored.reshape(p, -1).view(np.uint8)
-    out[:, : raw.shape[1]] = raw
-    return out
-
-
-def lay_float_panels(w: np.ndarray, layout: MatrixLayout, fmt: QuantFormat) -> np.ndarray:
-    """float32 or bf16 bits uint16 (out, in) to bf16 or fp32 panels, uint8 (num_panels, panel_bytes).
-
-    bf16 bits go into bf16 panels as they are; float32 rounds half to even.
-    """
-    p, k, is_bf16 = layout.num_panels, layout.padded_in, fmt.bits == 16
-    if is_bf16 and w.dtype != np.uint16:
-        w = f32_to_bf16(w)
-    elif not is_bf16 and w.dtype == np.uint16:
-        w = bf16_to_f32(w)
-    padded = np.zeros((p * PANEL, k), np.uint16 if is_bf16 else F)
-    padded[: w.shape[0], : w.shape[1]] = w
-    pair = 2 if is_bf16 else 1  # k values that lie together
-    rows = padded.reshape(p, PANEL, k // pair, pair).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(rows).reshape(p, -1).view(np.uint8)
-
-
-def read_panels(
-    panels: np.ndarray, layout: MatrixLayout, fmt: QuantFormat
-) -> tuple[np.ndarray, np.ndarray]:
-    """Panels back to (codes uint8 (padded_out, padded_in), scales float32 (padded_out, num_groups));
-    for float formats (weights float32 (padded_out, padded_in), an empty array)."""
-    p, k = layout.num_panels, layout.padded_in
-    raw = layout.codes(panels)
-    if not fmt.is_integer:
-        if fmt.bits == 16:
-            w = bf16_to_f32(raw.view(np.uint16)).reshape(p, k // 2, PANEL, 2).transpose(0, 2, 1, 3)
-        else:
-            w = raw.view(F).reshape(p, k, PANEL, 1).transpose(0, 2, 1, 3)
-        return np.ascontiguousarray(w).reshape(p * PANEL, k), np.empty(0, F)
-    if fmt.bits == 4:
-        pairs = raw.reshape(p, k // 8, 1, PANEL, 4)
-        rows = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(p, k // 4, PANEL, 4)
-    else:
-        rows = raw.reshape(p, k // 4, PANEL, 4)
-    codes = np.ascontiguousarray(rows.transpose(0, 2, 1, 3)).reshape(p * PANEL, k)
-    stored = layout.scales(panels)
-    scales = bf16_to_f32(stored) if layout.scales_are_bf16 else stored
-    scales = scales.reshape(p, layout.num_groups, PANEL).transpose(0, 2, 1)
-    return codes, np.ascontiguousarray(scales).reshape(p * PANEL, layout.num_groups)

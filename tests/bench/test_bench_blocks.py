@@ -47,7 +47,7 @@ def test_methods_over_blocks_are_read(text: str, kind: str, is_repacked: bool) -
     ("text", "message"),
     [
         ("LLAMAFILE", "LLAMAFILE:TYPE:repack or torch; e.g. LLAMAFILE:Q4_K"),
-        ("LLAMAFILE:INT4", "'INT4': must be one of F32, F16, BF16, Q4_0"),
+        ("LLAMAFILE:INT4", "'INT4': must be one of IQ1_S, TQ1_0"),
         ("LLAMAFILE:Q4_K:64", "LLAMAFILE:TYPE:repack or torch; e.g. LLAMAFILE:Q4_K"),
         ("LLAMAFILE:Q4_K:repack:2", "e.g. LLAMAFILE:Q4_K"),
         ("AVX2:Q4_K", "format 'Q4_K': must be one of INT4, INT8, BF16, FP32"),

@@ -13,7 +13,7 @@ from ktk import __version__, backends
 from ktk._cy import native_module
 from ktk.backends.llamafile import formats
 from ktk.cli import COMMANDS
-from ktk.experts.formats import FORMATS
+from ktk.experts.formats import PANELS
 
 
 def ktk(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -45,7 +45,7 @@ def test_every_command_has_help(name: str) -> None:
 def test_the_help_of_convert_tells_the_formats_own_groups() -> None:
     said = " ".join(ktk("convert", "--help").stdout.replace("│", " ").split())
     for name in ("int4", "int8"):
-        assert f"{FORMATS[name].default_activation_group} for {name}" in said
+        assert f"{PANELS[name].default_activation_group} for {name}" in said
 
 
 def test_doctor_tells_each_backend_as_json_and_as_a_table() -> None:

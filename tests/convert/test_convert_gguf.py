@@ -89,7 +89,7 @@ def test_every_method_writes_its_type(tmp_path: Path, method: str) -> None:
     assert gguf.LlamaFileType(fields["general.file_type"]).name.startswith(f"MOSTLY_{type}")
     kind = LAYOUTS[type]
     assert summary.weight_format == type
-    assert summary.bits_per_weight == pytest.approx(kind.num_bytes * 8 / kind.block)
+    assert summary.bits_per_weight == pytest.approx(kind.block_bytes * 8 / kind.block)
     assert (summary.group_size, summary.activation_group) == (0, 0)
 
 

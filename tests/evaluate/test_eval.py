@@ -23,7 +23,7 @@ from ktk.cli import main
 from ktk.convert.run import convert
 from ktk.errors import CheckpointError
 from ktk.evaluate import StoredLogits, Variant, all_variants, distance
-from ktk.experts.formats import FORMATS
+from ktk.experts.formats import PANELS
 from ktk.integration.transformers.calibration import Calibration, run_layers
 from ktk.integration.transformers.experts import find_experts
 from make.transformers_cases import make_model
@@ -99,7 +99,7 @@ def test_formats_are_told_by_name() -> None:
 
 def test_all_variants_hold_every_packed_format_and_group() -> None:
     have = {(v.format, v.group_size) for v in all_variants(False)}
-    assert {(f.name, g) for f in FORMATS.values() if f.is_integer for g in f.group_sizes} < have
+    assert {(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes} < have
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, dict[str, float]]:

@@ -9,23 +9,18 @@ import pytest
 
 from ktk._cy import native_module
 from ktk.experts.activation import Activation
-from ktk.experts.formats import FORMATS, get_format
+from ktk.experts.formats import PANELS, get_format
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.experts.layout import EXPERT_ALIGN
+from ktk.experts.panels import lay_panels, read_panels
 from ktk.experts.spec import MoESpec
 from ktk.quantise import pack
 from ktk.reference.moe import ExactExperts
-from ktk.reference.pack import (
-    absmax_ladder,
-    lay_panels,
-    quantise_weights,
-    read_panels,
-    search_ladder,
-)
+from ktk.reference.pack import quantise_weights
 from make.cases import assert_exact, pack_all, random_experts
 
-INTEGER = [(f.name, g) for f in FORMATS.values() if f.is_integer for g in f.group_sizes]
-EVERY = [(f.name, g) for f in FORMATS.values() for g in f.group_sizes]
+INTEGER = [(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes]
+EVERY = [(f.name, g) for f in PANELS.values() for g in f.group_sizes]
 
 
 @pytest.mark.parametrize(("name", "group"), INTEGER)
@@ -34,43 +29,42 @@ def test_every_quantiser_finds_the_reference_codes(
     name: str, group: int, shape: tuple[int, int]
 ) -> None:
     spec = MoESpec(1, shape[1], shape[0], name, group)
-    layout, fmt = spec.layout.gate_up, get_format(name)
+    layout = spec.layout.gate_up
     w = random_experts(spec, 3)[0].up
     w[0] = 0
-    want = lay_panels(*quantise_weights(w, layout, fmt), layout, fmt)
+    want = lay_panels(*quantise_weights(w, layout), layout)
     got = np.zeros_like(want)
-    pack._pack_numba(w, layout, spec, got)
+    pack._pack_numba(w, layout, got)
     assert_exact(want, got)
     native = native_module()
     for isa in () if native is None else native.isa_rows():
         if pack.cpu.missing(isa, pack.cpu.detect()):
             continue
         got[:] = 0
-        ladder = search_ladder(fmt, layout.scales_are_bf16)
-        native.pack_matrix(w, layout, name, isa, ladder, pack.REFITS, got)
+        native.pack_matrix(w, layout, name, isa, layout.ladder, layout.format.search.refits, got)
         assert_exact(want, got)
 
 
 @pytest.mark.parametrize("value", [1e-38, 1e-31, 1e20, 3e38])
 def test_quantisers_agree_on_extreme_weights(value: float) -> None:
     spec = MoESpec(1, 64, 16, "int4", 32)
-    layout, fmt = spec.layout.gate_up, get_format("int4")
+    layout = spec.layout.gate_up
     w = (random_experts(spec, 4)[0].up * value).clip(-3e38, 3e38)
-    want = lay_panels(*quantise_weights(w, layout, fmt), layout, fmt)
+    want = lay_panels(*quantise_weights(w, layout), layout)
     got = np.zeros_like(want)
-    pack._pack_numba(w, layout, spec, got)
+    pack._pack_numba(w, layout, got)
     assert_exact(want, got)
     got[:] = 0
-    pack.pack_matrix(w, layout, spec, got)
+    pack.pack_matrix(w, layout, got)
     assert_exact(want, got)
 
 
 @pytest.mark.parametrize(("name", "group"), INTEGER)
 def test_panels_read_back_as_they_were_laid(name: str, group: int) -> None:
     spec = MoESpec(1, 100, 37, name, group)
-    layout, fmt = spec.layout.gate_up, get_format(name)
-    codes, scales = quantise_weights(random_experts(spec, 1)[0].up, layout, fmt)
-    read_codes, read_scales = read_panels(lay_panels(codes, scales, layout, fmt), layout, fmt)
+    layout = spec.layout.gate_up
+    codes, scales = quantise_weights(random_experts(spec, 1)[0].up, layout)
+    read_codes, read_scales = read_panels(lay_panels(codes, scales, layout), layout)
     assert_exact(codes, read_codes)
     assert_exact(scales, read_scales)
 
@@ -87,12 +81,12 @@ def test_searched_scales_beat_absmax(name: str, group: int) -> None:
     w = np.random.default_rng(2).standard_normal((64, 1024)).astype(np.float32)
 
     def error(ladder: np.ndarray | None) -> float:
-        codes, scales = quantise_weights(w, layout, fmt, ladder)
+        codes, scales = quantise_weights(w, layout, ladder)
         spread = np.repeat(scales, layout.group_size, axis=1)[:, : layout.padded_in]
         return float(np.mean((w - (codes.astype(np.float32) - fmt.zero_point) * spread) ** 2))
 
     most, ratio = GAIN[name, group]
-    searched, absmax = error(None), error(absmax_ladder(fmt))
+    searched, absmax = error(None), error(np.array([fmt.code_max], np.float32))
     assert searched <= most
     assert searched <= ratio * absmax
 
@@ -102,7 +96,7 @@ def test_bits_per_weight_stay_in_budget(name: str, group: int) -> None:
     budget = {("int4", 32): 4.6, ("int4", 64): 4.35, ("int4", 128): 4.2, ("int4", 0): 4.1}
     spec = MoESpec(128, 2048, 768, name, group)
     bits = spec.layout.expert_bytes * 8 / spec.num_weights
-    assert FORMATS[name].bits <= bits <= budget.get((name, group), FORMATS[name].bits * 1.01)
+    assert PANELS[name].bits <= bits <= budget.get((name, group), PANELS[name].bits * 1.01)
     assert spec.layout.expert_bytes % EXPERT_ALIGN == 0
 
 
@@ -124,7 +118,7 @@ def _bf16(w: np.ndarray) -> np.ndarray:
 
 
 def test_bf16_bits_pack_like_their_floats() -> None:
-    for name in FORMATS:
+    for name in PANELS:
         spec = MoESpec(1, 64, 48, name)
         floats = random_experts(spec, 9)[0]
         bits = [f32_to_bf16(w) for w in floats[:3]]
@@ -141,7 +135,7 @@ def test_bf16_bits_pack_like_their_floats() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PANELS)
 def test_non_finite_weights_are_refused(name: str, bad: float) -> None:
     spec = MoESpec(1, 64, 40, name)
     weights = random_experts(spec, 1)[0]
@@ -150,11 +144,11 @@ def test_non_finite_weights_are_refused(name: str, bad: float) -> None:
         pack_all(spec, [weights])
     with pytest.raises(ValueError, match="NaN or inf"):
         pack_all(spec, [weights._replace(down=f32_to_bf16(weights.down))])
-    if not FORMATS[name].is_integer:
+    if not PANELS[name].is_integer:
         return
     panels = np.zeros((spec.layout.down.num_panels, spec.layout.down.panel_bytes), np.uint8)
     with pytest.raises(ValueError, match="NaN or inf"):
-        pack._pack_numba(weights.down, spec.layout.down, spec, panels)
+        pack._pack_numba(weights.down, spec.layout.down, panels)
 
 
 def test_wrong_shapes_and_dtypes_are_named() -> None:

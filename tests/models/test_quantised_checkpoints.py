@@ -19,15 +19,14 @@ from ktk.checkpoint import Checkpoint, read_config, read_layer
 from ktk.convert.run import convert
 from ktk.errors import CheckpointError
 from ktk.experts.dequantise import expert_weights
-from ktk.experts.formats import get_format
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
+from ktk.experts.panels import read_panels
 from ktk.experts.stored import CodedExpert
 from ktk.integration.transformers import KtkConfig, load_model
 from ktk.integration.transformers.experts import handle_of
 from ktk.integration.transformers.loading import packed_modules
 from ktk.models import find_experts
 from ktk.reference.moe import ExactExperts
-from ktk.reference.pack import read_panels
 from make.checkpoints import write_safetensors
 from make.fp8_directory import SEED, to_fp8
 from make.transformers_cases import experts_of, make_model, run
@@ -170,9 +169,7 @@ def panel_codes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unsigned codes (out, in) and scales (out, groups) of a packed projection."""
     matrix = experts.matrix(projection)
-    codes, scales = read_panels(
-        np.ascontiguousarray(experts.panels(expert, projection)), matrix, get_format("int4")
-    )
+    codes, scales = read_panels(np.ascontiguousarray(experts.panels(expert, projection)), matrix)
     return codes[: matrix.out_features, : matrix.in_features], scales[: matrix.out_features]
 
 

@@ -20,7 +20,7 @@ from ktk._cy.isa import ISA_ROWS
 from ktk.backends._native import NativeBackend, NativeRunner
 from ktk.backends.base import Runner
 from ktk.experts.activation import Activation
-from ktk.experts.formats import FORMATS
+from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import Packed
@@ -29,7 +29,7 @@ from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
 
-FORMAT_GROUPS = [(f.name, g) for f in FORMATS.values() for g in f.group_sizes]
+FORMAT_GROUPS = [(f.name, g) for f in PANELS.values() for g in f.group_sizes]
 TILE_MIN_ROWS = 9  # gemm.c
 IMPLEMENTATIONS = [
     *(("native", row.name) for row in ISA_ROWS),
@@ -93,7 +93,7 @@ def test_forward_is_the_exact_model(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
 @pytest.mark.parametrize(
     ("name", "activation_group"),
-    [(f.name, g) for f in FORMATS.values() for g in ((32, 64, 128) if f.is_integer else (0,))],
+    [(f.name, g) for f in PANELS.values() for g in ((32, 64, 128) if f.is_integer else (0,))],
 )
 @pytest.mark.parametrize(
     ("activation", "has_gate", "has_bias"),
@@ -150,7 +150,7 @@ def test_long_reductions_with_few_rows_per_expert(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
 @pytest.mark.parametrize(
     ("name", "group", "activation_group"),
-    [(f, g, a) for f, g in FORMAT_GROUPS if FORMATS[f].is_integer for a in (32, 64, 128)],
+    [(f, g, a) for f, g in FORMAT_GROUPS if PANELS[f].is_integer for a in (32, 64, 128)],
 )
 def test_rows_around_tile_edges(
     implementation: tuple[str, str], name: str, group: int, activation_group: int
@@ -216,7 +216,7 @@ def test_any_shape_runs_exactly(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PANELS)
 def test_a_token_is_bit_identical_in_any_batch(implementation: tuple[str, str], name: str) -> None:
     spec = MoESpec(8, 96, 64, name)
     packed = pack_all(spec, random_experts(spec, 21))
@@ -234,7 +234,7 @@ def test_a_token_is_bit_identical_in_any_batch(implementation: tuple[str, str], 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PANELS)
 def test_threads_do_not_change_a_bit(implementation: tuple[str, str], name: str) -> None:
     spec = MoESpec(6, 128, 272, name)
     packed = pack_all(spec, random_experts(spec, 31))
@@ -299,7 +299,7 @@ def test_ids_outside_and_skipped_add_exactly_zero(implementation: tuple[str, str
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PANELS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "activation", [Activation(), Activation.swigluoai(gate_floor=True)], ids=["silu", "clamped"]
@@ -339,7 +339,7 @@ def test_half_precision_goes_in_exactly_and_comes_out_rounded_once(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PANELS)
 @pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no_gate"])
 def test_linear_is_one_projection(
     implementation: tuple[str, str], name: str, has_gate: bool

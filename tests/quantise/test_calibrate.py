@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from ktk.experts.activation import Activation
-from ktk.experts.formats import FORMATS, get_format
+from ktk.experts.formats import BLOCKS, PANELS, Grid
 from ktk.experts.layout import matrix_layout
+from ktk.experts.panels import read_panels
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
 from ktk.quantise import feedback as calibrate
 from ktk.quantise.blocks import BLOCK_TYPES, quantise_rows
 from ktk.quantise.feedback import (
-    GRIDS,
-    Grid,
     LayerCalibration,
     LayerInputs,
     calibrated_panels,
@@ -27,10 +26,11 @@ from ktk.quantise.feedback import (
     packed_encoder,
     round_matrix,
 )
-from ktk.reference.pack import quantise_weights, read_panels
+from ktk.reference.pack import quantise_weights
 
 F = np.float32
-PACKED = [(f.name, g) for f in FORMATS.values() if f.is_integer for g in f.group_sizes]
+GRIDS = [row.name for row in BLOCKS.values() if row.grid is not None]
+PACKED = [(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes]
 
 
 def correlated_inputs(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:
@@ -86,13 +86,14 @@ def h_loss(error: np.ndarray, h: np.ndarray) -> float:
 
 
 def decoded_packed(panels: np.ndarray, spec: MoESpec, rows: int, columns: int) -> np.ndarray:
-    layout, fmt = matrix_layout(spec, columns, rows), get_format(spec.weight_format)
-    codes, scales = read_panels(panels, layout, fmt)
+    fmt = spec.format
+    layout = matrix_layout(fmt, columns, rows, spec.group_size or 0, 128)
+    codes, scales = read_panels(panels, layout)
     wide = np.repeat(scales, layout.group_size, axis=1)[:, :columns]
     return ((codes[:, :columns].astype(F) - fmt.zero_point) * wide)[:rows]
 
 
-@pytest.mark.parametrize("kind", list(GRIDS))
+@pytest.mark.parametrize("kind", GRIDS)
 def test_feedback_lowers_the_loss_of_ggml_blocks(kind: str) -> None:
     rng = np.random.default_rng(0)
     x, w = correlated_inputs(rng, 2048, 512), weights(rng, 70, 512)
@@ -115,11 +116,11 @@ def test_feedback_lowers_the_loss_of_packed_formats(name: str, group: int) -> No
     x, w = correlated_inputs(rng, 2048, columns), weights(rng, rows, columns)
     h = (x.T @ x / len(x)).astype(np.float64)
     spec = MoESpec(1, columns, rows, name, group)
-    layout, fmt = matrix_layout(spec, columns, rows), get_format(name)
-    panels, values = calibrated_panels(w, layout, spec, factorise(h))
+    layout, fmt = spec.layout.gate_up, spec.format
+    panels, values = calibrated_panels(w, layout, factorise(h))
     decoded = decoded_packed(panels, spec, rows, columns)
     np.testing.assert_allclose(decoded, values, atol=1e-6)
-    codes, scales = quantise_weights(w, layout, fmt)
+    codes, scales = quantise_weights(w, layout)
     wide = np.repeat(scales, layout.group_size, axis=1)[:, :columns]
     plain = ((codes[:, :columns].astype(F) - fmt.zero_point) * wide)[:rows]
     assert h_loss(w - decoded, h) < 0.4 * h_loss(w - plain, h)
@@ -258,8 +259,8 @@ def test_an_expert_without_tokens_takes_the_layers_moments() -> None:
     stored = LayerCalibration(spec, inputs).expert(2, experts[2], packed_encoder(spec))
     x = inputs.hidden
     pooled = factorise(x.T @ x / len(x))
-    expected = calibrated_panels(experts[2].gate, spec.layout.matrix("gate"), spec, pooled)[0]
+    expected = calibrated_panels(experts[2].gate, spec.layout.matrix("gate"), pooled)[0]
     np.testing.assert_array_equal(stored["gate"], expected)
     plain = factorise(np.zeros((64, 64)))
-    expected = calibrated_panels(experts[2].down, spec.layout.matrix("down"), spec, plain)[0]
+    expected = calibrated_panels(experts[2].down, spec.layout.matrix("down"), plain)[0]
     np.testing.assert_array_equal(stored["down"], expected)

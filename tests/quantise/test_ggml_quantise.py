@@ -63,7 +63,7 @@ def distributions(seed: int) -> dict[str, np.ndarray]:
 def test_numba_and_numpy_give_the_same_bytes(name: str) -> None:
     kind = BLOCK_TYPES[name]
     for label, w in distributions(7).items():
-        expected = np.empty((w.size // kind.block, kind.num_bytes), np.uint8)
+        expected = np.empty((w.size // kind.block, kind.block_bytes), np.uint8)
         with_numpy(name, w.reshape(-1, kind.block), expected)
         got = quantise_rows(w, name).reshape(expected.shape)
         np.testing.assert_array_equal(got, expected, err_msg=f"{label}, seed 7")
@@ -131,7 +131,7 @@ def test_zero_blocks_have_scale_zero(name: str) -> None:
     kind = BLOCK_TYPES[name]
     w = np.zeros((2, 2 * kind.block), F)
     w[1, kind.block :] = 1
-    blocks = quantise_rows(w, name).reshape(-1, kind.num_bytes)
+    blocks = quantise_rows(w, name).reshape(-1, kind.block_bytes)
     assert not decode(blocks[:3], name).any()
     scale = {"Q6_K": slice(192, 210), "Q4_K": slice(0, 16), "MXFP4": slice(0, 1)}.get(
         name, slice(0, 2)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktk.experts.activation import Activation
-from ktk.experts.formats import FORMATS
+from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import bf16_to_f32, e4m3_table, f32_to_bf16
 from ktk.experts.spec import MoESpec
 from ktk.reference import activation
@@ -135,7 +135,7 @@ def test_quantised_activations_state_nan_zero_and_halves() -> None:
     assert not q.codes[0, 32:].any()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PANELS)
 @pytest.mark.parametrize("kind", ["silu", "swigluoai_bias", "relu2_no_gate"])
 def test_exact_model_is_near_the_float64_oracle_of_its_own_weights(name: str, kind: str) -> None:
     extra = {

@@ -1,26 +1,67 @@
-"""How a matrix is coded. One file and one line here per format; tests and benches loop over FORMATS."""
+"""The one table of formats: how a matrix is coded, floats, panels and GGUF blocks alike. One row here per format.
+
+The C kernels' tables (``ktk/_cy/include``, ``vendor/llamafile/formats.h``) say how each is multiplied; tests compare them.
+"""
 
 from __future__ import annotations
 
-from ktk.experts.formats.base import QuantFormat
-from ktk.experts.formats.bf16 import BF16
-from ktk.experts.formats.fp32 import FP32
-from ktk.experts.formats.gguf import GGUF
-from ktk.experts.formats.int4 import INT4
-from ktk.experts.formats.int8 import INT8
+from ktk.experts.formats.base import Format, Grid, Plane, Search
+from ktk.experts.formats.blocks import ROWS, decoded_only
+from ktk.experts.formats.panels import PANELS as _PANELS
 
-# Ordered by bits per weight, fewest first.
-FORMATS: dict[str, QuantFormat] = {f.name: f for f in (INT4, INT8, BF16, FP32)}
+# Formats that lie in panels, fewest bits first, and those of GGUF files, as the kernels' table has them.
+PANELS: dict[str, Format] = {f.name: f for f in _PANELS}
+BLOCKS: dict[str, Format] = {f.name: f for f in ROWS}
+FORMATS: dict[str, Format] = {**PANELS, **BLOCKS}
+# The weight_format of experts in a GGUF file's blocks: each matrix says its own.
+GGUF = Format("gguf", (), "s8", block=1, default_activation_group=64)
 
 
-def get_format(name: str) -> QuantFormat:
-    """The format called ``name``; ValueError lists the known ones."""
+def get_format(name: str) -> Format:
+    """What MoESpec.weight_format names; ValueError lists what there is."""
     if name == GGUF.name:
         return GGUF
     try:
-        return FORMATS[name]
+        return PANELS[name]
     except (KeyError, TypeError):
-        raise ValueError(f"weight_format={name!r}: must be one of {', '.join(FORMATS)}") from None
+        raise ValueError(f"weight_format={name!r}: must be one of {', '.join(PANELS)}") from None
 
 
-__all__ = ["FORMATS", "GGUF", "QuantFormat", "get_format"]
+def block_format(name: str) -> Format:
+    """The format of a type of GGUF files; ValueError for one that nothing here decodes."""
+    found = BLOCKS.get(name) or decoded_only().get(name)
+    if found is None:
+        raise ValueError(f"the gguf package does not decode {name}")
+    return found
+
+
+def written_types() -> tuple[Format, ...]:
+    """The types of GGUF files that ktk writes: blocks, most bits first, then floats."""
+    written = [row for row in BLOCKS.values() if row.file_type]
+    blocks = [row for row in reversed(written) if row.block > 1]
+    return (*blocks, *(row for row in written if row.block == 1))
+
+
+def activation_group_of(bits: float) -> int:
+    """The default for the finest of a layer's GGUF types, of ``bits`` per weight.
+
+    What one scale for more activations costs drowns in the error of coarser weights.
+    """
+    return 64 if bits >= 5 else 128
+
+
+__all__ = [
+    "BLOCKS",
+    "FORMATS",
+    "GGUF",
+    "PANELS",
+    "Format",
+    "Grid",
+    "Plane",
+    "Search",
+    "activation_group_of",
+    "block_format",
+    "decoded_only",
+    "get_format",
+    "written_types",
+]

@@ -1,49 +1,168 @@
-"""What a weight format must tell: its codes and its groups."""
+"""What a format's row says: its planes, how activations meet them, and how weights become it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from ktk.experts.spec import MoESpec
+import numpy as np
 
 GROUP_SIZES = (32, 64, 128)
+TINY_PEAK = 1e-30  # a group whose weights are all smaller is stored as zeros
+# Bits of the dtypes that do not end in them.
+_BITS = {"e8m0": 8, "e4m3": 8}
 
 
-@dataclass(frozen=True)
-class QuantFormat:
-    """One row of the format table.
+class Plane(NamedTuple):
+    """One kind of number a format stores.
 
-    bits : bits of a code. zero_point : the code that means 0 (integer formats).
-    code_min, code_max : range of (code - zero_point) the quantiser uses.
-    group_sizes : allowed values of MoESpec.group_size; 0 = per output channel.
-    default_group, default_activation_group : what `group_size=None` means.
+    name : codes; scales; minima; multipliers (integers: a group's scale or minimum by that of its block); signs.
+    dtype : u4, s8, f16, bf16, f32, e8m0 (a power of two), ...
+    weights : along in_features that share a value; 0: those of the matrix's group.
+    rows : of a matrix that share a value.
     """
 
     name: str
-    bits: int
-    is_integer: bool
+    dtype: str
+    weights: int = 1
+    rows: int = 1
+
+    @property
+    def bits(self) -> int:
+        """Of one value."""
+        return _BITS.get(self.dtype) or int(self.dtype.lstrip("usbf"))
+
+    def num_bytes(self, weights: int) -> int:
+        """Of so many weights along in_features, of a plane with a group of its own."""
+        return math.ceil(self.bits * weights / (8 * self.weights))
+
+
+class Search(NamedTuple):
+    """How weights become codes where every weight counts alike (``ktk.quantise``): what is tried for each scale.
+
+    ladder : candidates are the group's largest weight (or its span) by each of these; a negative one puts that weight on the
+    code range's other end. channel_ladder : likewise where a whole channel shares the scale. refits : least-squares scales for
+    the best codes, tried after them. neighbours : integer multipliers tried around the ideal one.
+    """
+
+    ladder: tuple[float, ...] = ()
+    refits: int = 0
+    neighbours: tuple[int, ...] = ()
+    channel_ladder: tuple[float, ...] = ()
+
+
+# How Grid.rounding rounds a scale that is stored itself.
+NOT_ROUNDED, TO_BF16, TO_F16, TO_POWER_OF_TWO = range(4)
+
+
+class Grid(NamedTuple):
+    """What values a format can hold: scale * level - low, scale and low shared by ``group`` columns; for rounding with feedback.
+
+    levels : integers code_min..code_max, or those of ``table``. ladder : candidate scales are the group's largest weight
+    (is_affine: its span) by each of these. block : columns whose integer scales int_min..int_max share the number they
+    multiply; int_max 0: scales are stored themselves, rounded by ``rounding``. group 0: the matrix's.
+    """
+
+    group: int
+    ladder: tuple[float, ...]
+    code_min: int
+    code_max: int
+    block: int = 0
+    refits: int = 2
+    rounding: int = NOT_ROUNDED
+    is_affine: bool = False
+    int_min: int = 0
+    int_max: int = 0
+    neighbours: tuple[int, ...] = (0, -1, 1)
+    table: tuple[float, ...] = ()
+
+
+def steps(first: float, last: float, step: float, both_signs: bool = False) -> tuple[float, ...]:
+    """first, first + step, ... last; with ``both_signs`` their negatives before them."""
+    values = tuple(np.arange(first, last + step / 2, step).tolist())
+    return (*(-v for v in values), *values) if both_signs else values
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """One row of the format table.
+
+    planes : in the order of the bytes. block : weights of a row that form a block of a GGUF file; 0: the format lies in panels
+    (``ktk.experts.layout``). number : of the type in GGUF files, None of panels. file_type : the name GGUF files of mostly this
+    type state.
+    activations : "s8", rounded to int8 in groups of ``activation_group``, or "f32", as they are.
+    zero_point : the code that means 0. code_min, code_max : range of (code - zero_point) the quantiser of panels uses.
+    group_sizes : allowed values of MoESpec.group_size; 0 = per output channel.
+    default_group, default_activation_group : what `group_size=None` means.
+    search : None where only rounding with feedback, or nothing, makes the format of floats. grid : None where feedback does not.
+    """
+
+    name: str
+    planes: tuple[Plane, ...]
+    activations: str
+    block: int = 0
+    number: int | None = None
+    file_type: str = ""
     zero_point: int = 0
     code_min: int = 0
     code_max: int = 0
     group_sizes: tuple[int, ...] = (0,)
     default_group: int = 0
     default_activation_group: int = 0
+    search: Search | None = None
+    grid: Grid | None = None
 
-    def check(self, spec: MoESpec) -> None:
-        """ValueError if the spec's groups do not fit this format."""
-        if type(spec.group_size) is not int or spec.group_size not in self.group_sizes:
+    @property
+    def is_packed(self) -> bool:
+        """Whether it lies in panels; else in the rows of a GGUF file, as blocks."""
+        return not self.block
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether activations are rounded to int8 for it."""
+        return self.activations == "s8"
+
+    @cached_property
+    def codes(self) -> Plane:
+        """The plane of codes."""
+        return next(plane for plane in self.planes if plane.name == "codes")
+
+    @property
+    def bits(self) -> int:
+        """Of a code of a panel."""
+        return self.codes.bits
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Of a block of a GGUF file."""
+        return sum(plane.num_bytes(self.block) for plane in self.planes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of a block of a GGUF file."""
+        return self.block_bytes * 8 / self.block
+
+    def row_bytes(self, in_features: int) -> int:
+        """Of a row of blocks; ValueError unless it holds whole ones."""
+        if in_features <= 0 or in_features % self.block:
+            raise ValueError(
+                f"in_features={in_features}: {self.name} needs a multiple of {self.block}"
+            )
+        return in_features // self.block * self.block_bytes
+
+    def check_groups(self, group_size: object, activation_group: object) -> None:
+        """ValueError if MoESpec's fields of these names do not fit this format."""
+        if type(group_size) is not int or group_size not in self.group_sizes:
             allowed = ", ".join(map(str, self.group_sizes))
             raise ValueError(
-                f"group_size={spec.group_size!r}: {self.name} takes {allowed} (0 = one scale per output channel)"
+                f"group_size={group_size!r}: {self.name} takes {allowed} (0 = one scale per output channel)"
+                if self.is_packed
+                else f"group_size={group_size!r}: GGUF blocks have groups of their own, leave it out"
             )
-        allowed_activation = GROUP_SIZES if self.is_integer else (0,)
-        if (
-            type(spec.activation_group) is not int
-            or spec.activation_group not in allowed_activation
-        ):
+        groups = GROUP_SIZES if self.is_integer else (0,)
+        if type(activation_group) is not int or activation_group not in groups:
             raise ValueError(
-                f"activation_group={spec.activation_group!r}: {self.name} takes "
-                f"{', '.join(map(str, allowed_activation))}"
+                f"activation_group={activation_group!r}: {self.name} takes {', '.join(map(str, groups))}"
             )

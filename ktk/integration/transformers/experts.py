@@ -219,10 +219,9 @@ class ModulePacker:
                     out.view(np.float32)[: len(values)] = values
                     continue
                 try:
-                    pack_matrix(
-                        as_weights(part.contiguous(), name), layout.matrix(projection), spec,
-                        layout.panels(data[expert], projection),
-                    )  # fmt: skip
+                    panels = layout.panels(data[expert], projection)
+                    given = as_weights(part.contiguous(), name)
+                    pack_matrix(given, layout.matrix(projection), panels)
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"expert {expert}: {projection}: {error}") from None
 

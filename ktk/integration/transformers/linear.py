@@ -167,7 +167,7 @@ def replace_linears(
 ) -> list[str]:
     """Pack the model's ``torch.nn.Linear`` modules in place, freeing their float weights one by one.
 
-    weight_format : a name of ``ktk.experts.formats.FORMATS``. skip : endings of modules' names to leave alone. Routers and matrices of
+    weight_format : a name of ``ktk.experts.formats.PANELS``. skip : endings of modules' names to leave alone. Routers and matrices of
     less than ``SMALLEST`` weights stay as they are, as do those whose weights other code reads, and so does everything, with a warning, where ktk's kernels do not run.
     Returns the names of those replaced. Raises ValueError for an unknown format, TypeError if a weight is not float.
     """

@@ -90,7 +90,7 @@ def use_ktk(
 ) -> list[PackedModule]:
     """Pack every experts module of a float model in place, freeing its float weights layer by layer.
 
-    weight_format : a name of ``ktk.experts.formats.FORMATS``; None takes the exact one for the weights' dtype.
+    weight_format : a name of ``ktk.experts.formats.PANELS``; None takes the exact one for the weights' dtype.
     group_size, activation_group, method, num_threads : as in ``ktk.MoE.from_weights``.
     Returns one row per module. Raises ValueError if there is nothing to pack or a module is packed already,
     BackendError if nothing runs it; both before anything is changed.

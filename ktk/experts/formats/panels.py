@@ -1,0 +1,40 @@
+"""Formats that lie in panels: what ``ktk convert`` and transformers' loading pack experts into."""
+
+from __future__ import annotations
+
+from ktk.experts.formats.base import GROUP_SIZES, Format, Plane, Search, steps
+
+# Scales of a group are bf16, those of a whole channel f32 (``ktk.experts.layout``).
+_GROUP_SCALES = Plane("scales", "bf16", 0)
+
+# Ordered by bits per weight, fewest first.
+PANELS = (
+    # Symmetric. A scale may be negative: -8 then stands for the group's largest value, whatever its sign.
+    Format(
+        "int4",
+        (_GROUP_SCALES, Plane("codes", "u4")),
+        "s8",
+        zero_point=8,
+        code_min=-8,
+        code_max=7,
+        group_sizes=(*GROUP_SIZES, 0),
+        default_group=32,
+        default_activation_group=128,
+        search=Search(steps(5.6, 9.6, 0.25, True), 2, channel_ladder=steps(6.5, 18, 0.5, True)),
+    ),
+    # Symmetric, one scale per output channel. Tried: absmax, then clipping ever more, for outliers of a long channel.
+    Format(
+        "int8",
+        (_GROUP_SCALES, Plane("codes", "u8")),
+        "s8",
+        zero_point=128,
+        code_min=-127,
+        code_max=127,
+        default_activation_group=64,
+        search=Search(refits=2, channel_ladder=tuple(127 * (1 + 0.02 * i) for i in range(16))),
+    ),
+    # The checkpoint's weights as they are; activations and sums stay fp32.
+    Format("bf16", (Plane("codes", "bf16"),), "f32"),
+    # The exact twin for fp32 and fp16 checkpoints, and for tests.
+    Format("fp32", (Plane("codes", "f32"),), "f32"),
+)
