@@ -1,1 +1,1 @@
-"""The machine: CPU features and topology, NUMA nodes, memory, threads, devices."""
+"""The machine: CPU features and topology, NUMA nodes, memory, threads."""

@@ -1,16 +1,48 @@
-"""What callers hand over, checked once and made plain memory: NumPy arrays or CPU torch tensors."""
+"""What callers hand over, checked once and made plain memory: NumPy arrays, CPU tensors, tensors on a device."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ktk.experts.formats.floats import bf16_to_f32
-from ktk.machine.devices import is_tensor
 
 MAX_TOP_K = 65536
+
+
+def is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def device_of(x: Any) -> str:
+    return str(x.device) if is_tensor(x) else "numpy"
+
+
+def on_host(x: Any) -> Any:
+    return x.detach().cpu() if is_tensor(x) and x.device.type != "cpu" else x
+
+
+def on_stream(device: str, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    """Order copies from and to ``device`` behind the caller's work on that CUDA stream."""
+    handle = getattr(stream, "cuda_stream", stream) or 0
+    if not isinstance(handle, int):
+        raise TypeError(f"cuda_stream={stream!r}: must be a CUDA stream handle, or None")
+    if not handle:
+        return contextlib.nullcontext()
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        raise ValueError(f"cuda_stream={handle}: this process has no CUDA; pass None or 0")
+    if not device.startswith("cuda"):
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = torch.cuda.stream(
+        torch.cuda.ExternalStream(handle, device=torch.device(device))
+    )
+    return context
 
 
 def to_numpy(x: Any, name: str) -> np.ndarray:
@@ -88,6 +120,37 @@ def as_routing(topk_ids: Any, topk_weights: Any, num_tokens: int) -> tuple[np.nd
     if ids.dtype == np.uint64:  # values over int64 stay out of range instead of wrapping
         ids = np.where(ids > np.uint64(2**62), np.uint64(2**62), ids)
     return plain(ids.astype(np.int64, copy=False)), plain(weights.astype(np.float32, copy=False))
+
+
+class Call(NamedTuple):
+    """A forward pass on the host, checked; ``out`` is where its result goes, seen as bits.
+
+    hidden, out : float32, float16 or uint16 bf16 bits (num_tokens, hidden_size); topk_ids : int64
+    (num_tokens, top_k); topk_weights : float32, likewise. result : of the caller's kind and dtype, on
+    the CPU. device : where the caller's hidden states are, "numpy" for an array.
+    """
+
+    hidden: np.ndarray
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+    result: Any
+    out: np.ndarray
+    device: str
+
+
+def as_call(
+    hidden_states: Any, topk_ids: Any, topk_weights: Any, hidden_size: int, stream: Any
+) -> Call:
+    """Arguments on any device, hidden_states (..., hidden_size), copied on ``stream`` if not the CPU's."""
+    device = device_of(hidden_states)
+    with on_stream(device, stream):
+        hidden = on_host(hidden_states)
+        shape = tuple(getattr(hidden, "shape", ()))
+        if shape and shape[-1] == hidden_size:
+            hidden = hidden.reshape(math.prod(shape[:-1]), hidden_size)
+        bits = as_hidden(hidden, hidden_size)
+        ids, weights = as_routing(on_host(topk_ids), on_host(topk_weights), len(bits))
+    return Call(bits, ids, weights, *new_like(hidden, bits.shape), device)
 
 
 def as_mask(mask: Any, num_experts: int) -> np.ndarray | None:

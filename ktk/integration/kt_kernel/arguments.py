@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from ktk.experts.activation import Activation
-from ktk.machine.devices import on_host
-from ktk.ops.inputs import is_bf16, to_numpy
+from ktk.ops.inputs import is_bf16, on_host, to_numpy
 
 
 def checked_int(name: str, value: Any, least: int = 1) -> int:

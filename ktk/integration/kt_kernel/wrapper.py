@@ -12,6 +12,7 @@ another, and the last MoE layer should have max_deferred_experts_per_token=0.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections import deque
@@ -28,13 +29,7 @@ from ktk.integration.kt_kernel.staging import Buffers
 from ktk.integration.kt_kernel.weights import LayerWeights
 from ktk.machine import queue as fifo
 from ktk.machine import threads as engine
-from ktk.machine.devices import (
-    device_of,
-    num_tokens_of,
-    on_host,
-    on_stream,
-)
-from ktk.ops.inputs import as_hidden, as_routing, new_like
+from ktk.ops.inputs import as_call, as_routing, device_of, on_host, on_stream
 from ktk.ops.moe import MoE
 from ktk.paths import user_path
 
@@ -295,7 +290,8 @@ class KTMoEWrapper:
         submitted = self._submitted
         if submitted is None:
             raise RuntimeError("sync_forward without submit_forward: nothing is under way")
-        if num_tokens_of(hidden_states, self.hidden_size) != submitted.num_tokens:
+        shape = tuple(getattr(hidden_states, "shape", ()))
+        if shape[-1:] != (self.hidden_size,) or math.prod(shape[:-1]) != submitted.num_tokens:
             raise ValueError(
                 f"sync_forward's hidden_states has shape {getattr(hidden_states, 'shape', None)}, "
                 f"but {submitted.num_tokens} tokens of {self.hidden_size} were submitted"
@@ -315,22 +311,6 @@ class KTMoEWrapper:
 
     __call__ = forward
 
-    def _inputs(
-        self, hidden_states: Any, topk_ids: Any, topk_weights: Any
-    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
-        """Checked and on the host: hidden of the caller's kind, its bits, int64 ids, float32 weights."""
-        hidden = on_host(hidden_states)
-        if num_tokens_of(hidden, self.hidden_size) is not None:
-            hidden = hidden.reshape(-1, self.hidden_size)  # (num_tokens, hidden_size)
-        bits = as_hidden(hidden, self.hidden_size)
-        ids, weights = as_routing(on_host(topk_ids), on_host(topk_weights), len(bits))
-        if ids.shape[1] != self.num_experts_per_tok:
-            raise ValueError(
-                f"topk_ids has {ids.shape[1]} experts per token: the wrapper was made for "
-                f"num_experts_per_tok={self.num_experts_per_tok}; fill unused slots with id -1"
-            )
-        return hidden, bits, ids, weights
-
     def _enqueue(
         self,
         start: Callable[[Callable[[], Any]], fifo.Ticket],
@@ -341,21 +321,25 @@ class KTMoEWrapper:
     ) -> _Submitted:
         moe = self.moe
         before, _sequence.deferred = _sequence.deferred, None  # gone if anything below raises
-        device = device_of(hidden_states)
-        with on_stream(device, stream):
-            hidden, bits, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
-        here = (self.layer_idx, *bits.shape)
+        call = as_call(hidden_states, topk_ids, topk_weights, self.hidden_size, stream)
+        ids, top_k = call.topk_ids, call.topk_ids.shape[1]
+        if top_k != self.num_experts_per_tok:
+            raise ValueError(
+                f"topk_ids has {top_k} experts per token: the wrapper was made for "
+                f"num_experts_per_tok={self.num_experts_per_tok}; fill unused slots with id -1"
+            )
+        here = (self.layer_idx, *call.hidden.shape)
         pending = before.ticket if before is not None and before.meant_for == here else None
         deferred_ids: np.ndarray | None = None
         if self.max_deferred_experts_per_token:
             protected = self.num_experts_per_tok - self.max_deferred_experts_per_token
-            ids, deferred_ids = _split(ids, weights, protected)
+            ids, deferred_ids = _split(ids, call.topk_weights, protected)
             deferred_ids = deferred_ids if (deferred_ids != -1).any() else None
-        key = (*bits.shape, ids.shape[1], str(hidden.dtype), device)
-        staging = _buffers.take(key, bits, ids, weights)
+        key = (*call.hidden.shape, top_k, str(call.result.dtype), call.device)
+        staging = _buffers.take(key, call.hidden, ids, call.topk_weights)
+        result, out = call.result, call.out
         mask = self._mask.numpy()
         skip = mask.copy() if mask.any() else None
-        result, out = new_like(hidden, bits.shape)
 
         def immediate_task() -> Any:
             try:
@@ -380,8 +364,8 @@ class KTMoEWrapper:
         ticket, deferred = start(immediate_task), None
         if deferred_ids is not None:
             deferred = fifo.submit(deferred_task)
-            _sequence.deferred = _Deferred((self.layer_idx + 1, *bits.shape), deferred)
-        return _Submitted(ticket, deferred, len(bits), device)
+            _sequence.deferred = _Deferred((self.layer_idx + 1, *call.hidden.shape), deferred)
+        return _Submitted(ticket, deferred, len(call.hidden), call.device)
 
     def _run(
         self,
