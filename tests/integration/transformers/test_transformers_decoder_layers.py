@@ -21,7 +21,9 @@ from ktk.integration.transformers.linear import share_linears
 from ktk.integration.transformers.names import CACHE
 from ktk.ops import linear
 from make.families import small_config
-from make.fused_layers import FUSED, NEW, PROMPT, decode, fused, make
+from make.fused_layers import FUSED, NEW, PROMPT, decode, fused, make, small_matrices_too
+
+__all__ = ["small_matrices_too"]  # a fixture for every test
 
 if linear.why_not() is not None:
     pytest.skip(str(linear.why_not()), allow_module_level=True)
