@@ -28,17 +28,14 @@ from ktk.integration.transformers.experts import (
     ExpertsHandle,
     drop_weights,
     find_experts,
-    float_expert,
-    module_spec,
+    handle_of,
+    hang,
+    select_ktk,
 )
-from ktk.integration.transformers.loading import (
-    PackedModule,
-    _select_ktk,
-    layer_of,
-    load_model,
-    packed_modules,
-)
+from ktk.integration.transformers.loading import PackedModule, load_model, packed_modules
 from ktk.integration.transformers.multimodal import auto_class
+from ktk.integration.transformers.packing import float_expert, module_spec
+from ktk.integration.transformers.sources import layer_of
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 from ktk.ops.moe import MoE
@@ -398,9 +395,9 @@ def quantise_model(
         run_layers(model, calibration_ids, on_layer)
     for layer, module in modules.items():
         activation = quantiser.spec(module)[0].activation
-        module.__dict__["_ktk"] = ExpertsHandle(made[layer], activation, None)
+        hang(module, ExpertsHandle(made[layer], activation, None))
         drop_weights(module)
-    _select_ktk(model, list(modules.values()))
+    select_ktk(model, modules.values())
 
 
 def load_float(source: Path) -> Any:
@@ -469,6 +466,6 @@ def _row(model: Any, label: str, found: Distance, seconds: float) -> Row:
     modules: list[PackedModule] = packed_modules(model)
     weights = sum(8 * m.bytes / m.bits_per_weight for m in modules)
     bits = sum(8 * m.bytes for m in modules) / weights
-    first = next(m for _, m in find_experts(model)).__dict__["_ktk"].moe.spec
+    first = next(handle.moe.spec for _, m in find_experts(model) if (handle := handle_of(m)))
     kernels = " + ".join(sorted({m.kernel for m in modules}))
     return Row(label, kernels, bits, first.activation_group or 0, found, seconds)

@@ -11,7 +11,6 @@ import typer
 from ktk import env
 from ktk.cli import _model
 
-DEFAULT_CACHE = 2 << 30  # bytes
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 EPILOG = """Examples:
 
@@ -104,8 +103,8 @@ def command(
 
     opened = _model.load(model, method, weight_format, linear, dtype, force, context)
     found = opened.description
-    cache_bytes = _cache_bytes(kv_cache, found.kv_bytes, force)
-    limits = Limits(found.context, max_requests, 256, batch_tokens, cache_bytes)
+    size = cache_bytes(kv_cache, found.kv_bytes, force)
+    limits = Limits(found.context, max_requests, 256, batch_tokens, size)
     engine = start_engine(opened, limits)
     if engine.why_alone is not None:
         typer.echo(f"ktk: warning: one request at a time: {engine.why_alone}", err=True)
@@ -133,18 +132,18 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int:
+def cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int:
     """Bytes for the KV cache, once the model is loaded; by default enough for one sequence of one_context bytes, if they are free.
 
     Raises MemoryError if more is wanted than is free.
     """
     from ktk.generate.open import size
+    from ktk.kv.sizes import server_cache
     from ktk.machine import cpu
 
     _, free = cpu.memory()
     if wanted_gib is None:
-        # A quarter more: latent attention's values are stored as wide as its keys.
-        return max(min(DEFAULT_CACHE, free // 4 or DEFAULT_CACHE), min(one_context * 5 // 4, free))
+        return server_cache(one_context, free)
     wanted = int(wanted_gib * 2**30)
     if free and wanted > free and not force:
         raise MemoryError(f"--kv-cache {wanted_gib:g} is {size(wanted)}, and {size(free)} are free")

@@ -19,8 +19,8 @@ from ktk.generate.paged_cache import cache_geometry, cached_shapes
 from ktk.generate.sampling import only
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.attention_names import decides_by_name
-
-PAGE = 64  # tokens; small pages waste little on short sequences
+from ktk.kv.pages import PAGE, Pages
+from ktk.kv.sizes import TokenShape
 
 
 class CannotBatch(KtkError, RuntimeError):
@@ -39,27 +39,25 @@ class BatchingEngine(Engine):
             raise CannotBatch(f"{kind} computes by its attention implementation's name")
         with self._own_attention():
             self._shapes = cached_shapes(self.model)
-        page_bytes = PAGE * self._cache_bytes_per_token()
-        # Two pages more than the context: a sequence's last page, and one that is being filled.
-        enough = limits.running * (limits.context // PAGE + 2)
-        pages = min(enough, limits.cache_bytes // page_bytes)
-        if pages * PAGE < limits.context:
+        token_bytes = self._token_bytes()
+        pages = Pages.within(limits.cache_bytes, token_bytes, limits.context, limits.running)
+        if pages.num_tokens < limits.context:
             raise RequestError(
-                f"a KV cache of {size(limits.cache_bytes)} holds {pages * PAGE} tokens, and one sequence may have "
+                f"a KV cache of {size(limits.cache_bytes)} holds {pages.num_tokens} tokens, and one sequence may have "
                 f"{limits.context}: give a larger --kv-cache or a smaller --context"
             )
-        self.cache_bytes = pages * page_bytes
+        self.cache_bytes = pages.num_bytes
         self._batch = BatchHook()
-        self._manager = self._make_manager(int(pages))
+        self._manager = self._make_manager(pages.count)
         self._hook = self.model.register_forward_pre_hook(self._batch, with_kwargs=True)
         self._invariant = InvariantModel(self.model)
 
-    def _cache_bytes_per_token(self) -> int:
+    def _token_bytes(self) -> int:
         if not self._shapes:
-            return super()._cache_bytes_per_token()
+            return super()._token_bytes()
         layers = self.model.config.get_text_config().num_hidden_layers
         heads, width = self._geometry()
-        return int(layers * heads * 2 * width * self.model.dtype.itemsize)
+        return TokenShape(layers, heads, width, width).num_bytes(self.model.dtype.itemsize)
 
     def _geometry(self) -> tuple[int, int]:
         """Heads and width of the KV cache. Raises CannotBatch where layers differ in the number of heads."""
@@ -105,7 +103,7 @@ class BatchingEngine(Engine):
         for part in parts:
             own = self._generations.get(part.id)
             prompt = part.num_initial if own is None else len(own.ids)
-            part.share(prompt, PAGE)
+            part.share(prompt)
             self._batch.spans.append(Span(part.first, prompt))
 
     def _choose(self, requests: list[str], scores: torch.Tensor) -> torch.Tensor:

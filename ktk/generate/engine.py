@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from ktk.errors import KtkError
-from ktk.generate.open import DTYPE_BYTES, OpenModel, kv_bytes_per_token
+from ktk.generate.open import DTYPE_BYTES, OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.session import end_tokens
+from ktk.kv.sizes import SERVER_CACHE, TokenShape
 
 SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
 
@@ -46,7 +47,7 @@ class Limits:
     running: int = 16
     waiting: int = 256
     batch_tokens: int = 512
-    cache_bytes: int = 2 << 30
+    cache_bytes: int = SERVER_CACHE
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,11 @@ class Engine(ABC):
     def _cancel(self, generation: Generation) -> None:
         """End a request that nobody waits for any more."""
 
-    def _cache_bytes_per_token(self) -> int:
+    def _token_bytes(self) -> int:
+        """Of the keys and values of one token."""
         text = self.model.config.get_text_config().to_dict()
         element = DTYPE_BYTES[str(self.model.dtype).removeprefix("torch.")]
-        return max(1, kv_bytes_per_token(text, element))
+        return max(1, TokenShape.of_config(text).num_bytes(element))
 
     @property
     def unfinished(self) -> int:

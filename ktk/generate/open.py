@@ -17,6 +17,7 @@ from ktk.checkpoint.packed import QUANT_METHOD, layer_path, read_config
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError, KtkError
 from ktk.experts.spec import MoESpec
+from ktk.kv.sizes import TokenShape, context_tokens, gguf_number
 from ktk.machine import cpu
 from ktk.models import find_experts, find_num_layers
 from ktk.models.gguf import GgufExperts, find_gguf_experts
@@ -24,7 +25,6 @@ from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole import WHOLE_MODELS, Source
 from ktk.paths import user_path
 
-CONTEXT = 8192  # tokens that the KV cache is reckoned for unless told otherwise
 # What Python, torch and transformers take, and what one forward pass of a few hundred tokens needs besides weights.
 OVERHEAD = 700 << 20
 TOKEN_EMBEDDING = "token_embd.weight"  # which every whole GGUF model has
@@ -320,7 +320,7 @@ def _describe(
     spec = next(iter(specs.values()))
     total, available = cpu.memory()
     longest = int(text.get("max_position_embeddings") or 0)
-    tokens = _context(longest, context)
+    tokens = context_tokens(longest, context)
     bits = 8 * expert_bytes / sum(s.num_weights * s.num_experts for s in specs.values())
     backend, kernel, reason = _selected(method, spec)
     unknown, left_out = run_on_text(path, config)
@@ -344,7 +344,7 @@ def _describe(
         context=tokens,
         expert_bytes=expert_bytes,
         rest_bytes=rest_bytes,
-        kv_bytes=tokens * kv_bytes_per_token(text, DTYPE_BYTES[dtype]),
+        kv_bytes=TokenShape.of_config(text).num_bytes(DTYPE_BYTES[dtype], tokens),
         available_bytes=available,
         total_bytes=total,
         reason=reason,
@@ -369,19 +369,9 @@ def _describe_gguf(
     if architecture in WHOLE_MODELS and TOKEN_EMBEDDING in checkpoint.tensors:
         WHOLE_MODELS[architecture].fields(Source(experts))  # CheckpointError for what it cannot be
 
-    def number(key: str, default: int = 0) -> int:
-        value = metadata.get(f"{architecture}.{key}", default)
-        if isinstance(value, list):  # one per layer: the largest decides
-            value = max(value, default=default)
-        return int(value)
-
-    layers, heads = experts.num_layers or 0, number("attention.head_count")
-    head = number("embedding_length") // max(heads, 1)
-    key, value = number("attention.key_length", head), number("attention.value_length", head)
-    tokens = _context(number("context_length"), context)
-    kv_heads = number("attention.head_count_kv", heads)
-    if rank := number("attention.kv_lora_rank"):  # DeepSeek: the latent, and what rotates of keys
-        kv_heads, key, value = 1, rank, number("rope.dimension_count")
+    longest = gguf_number(metadata, "context_length")
+    tokens, layers = context_tokens(longest, context), experts.num_layers or 0
+    shape = TokenShape.of_gguf(metadata, layers)
     spec = experts.spec(experts.layers[0])
     backend, kernel, reason = _selected(method, spec)
     if TOKEN_EMBEDDING not in checkpoint.tensors:
@@ -404,12 +394,12 @@ def _describe_gguf(
         backend=backend,
         kernel=f"{kernel} {blocks.types}" if kernel else "",
         dtype=dtype,
-        max_context=number("context_length"),
+        max_context=longest,
         context=tokens,
         expert_bytes=expert_bytes,
         rest_bytes=rest * DTYPE_BYTES[dtype] + linear_bytes,
         linear_bytes=linear_bytes,
-        kv_bytes=tokens * layers * kv_heads * (key + value) * DTYPE_BYTES[dtype],
+        kv_bytes=shape.num_bytes(DTYPE_BYTES[dtype], tokens),
         available_bytes=available,
         total_bytes=total,
         reason=reason,
@@ -463,36 +453,6 @@ def _dtype(config: dict[str, Any], dtype: str | None) -> str:
     return dtype or (own if own in DTYPE_BYTES else "bfloat16")
 
 
-def _context(longest: int, context: int | None) -> int:
-    if context is None:
-        return min(longest or CONTEXT, CONTEXT)
-    if context < 1 or (longest and context > longest):
-        raise ValueError(f"context={context}: must be 1 to {longest}, the model's longest")
-    return context
-
-
 def _top_k(text: Mapping[str, Any]) -> int:
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
     return next((int(text[n]) for n in names if isinstance(text.get(n), int)), 0)
-
-
-def kv_bytes_per_token(text: Mapping[str, Any], element_bytes: int) -> int:
-    """Bytes of keys and values of one token over all layers that keep them, from a config.json's text part.
-
-    DeepSeek's attention counts with what transformers caches: the latent, and what rotates of the keys, for all heads.
-    Layers of linear attention keep a state of fixed size, which is not counted.
-    """
-    layers, heads = (
-        int(text.get("num_hidden_layers") or 0),
-        int(text.get("num_attention_heads") or 0),
-    )
-    kinds = text.get("layer_types")
-    if isinstance(kinds, list):
-        kept = kinds[:layers]  # some list the layers of multi-token prediction too
-        layers = sum("linear" not in str(kind) and "mamba" not in str(kind) for kind in kept)
-    if text.get("kv_lora_rank"):
-        latent = int(text["kv_lora_rank"]) + int(text.get("qk_rope_head_dim") or 0)
-        return layers * latent * element_bytes
-    head = int(text.get("head_dim") or int(text.get("hidden_size") or 0) // max(heads, 1))
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    return layers * kv_heads * 2 * head * element_bytes

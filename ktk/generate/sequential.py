@@ -19,7 +19,7 @@ class SequentialEngine(Engine):
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
-        self.cache_bytes = limits.context * self._cache_bytes_per_token()
+        self.cache_bytes = limits.context * self._token_bytes()
         self._session = Session(self.model, self.tokenizer)
         self._queue: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
         self._current: Generation | None = None

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.convert.run import convert
-from ktk.generate.open import describe_model, kv_bytes_per_token
+from ktk.generate.open import describe_model
 from ktk.integration.transformers import names
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.loading import load_model
+from ktk.kv.sizes import TokenShape
 from ktk.models.prediction import gguf_predicts, predicts
 from make import gguf_files, whole_models
 from make.families import small_config
@@ -92,7 +93,8 @@ def test_the_kv_cache_is_as_large_as_told(kind: str) -> None:
     held = sum(
         t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
     )
-    assert held == 11 * kv_bytes_per_token(json.loads(config.to_json_string(use_diff=False)), 4)
+    shape = TokenShape.of_config(json.loads(config.to_json_string(use_diff=False)))
+    assert held == shape.num_bytes(4, tokens=11)
 
 
 @runs
@@ -123,7 +125,7 @@ def test_a_gguf_files_layers_of_prediction_ask_for_no_memory(name: str, tmp_path
     model = load_gguf_model(more, linear="none", dtype="float32")
     assert told.rest_bytes == loaded_bytes(model)
     text = json.loads(model.config.to_json_string(use_diff=False))
-    assert told.kv_bytes == told.context * kv_bytes_per_token(text, 4)
+    assert told.kv_bytes == TokenShape.of_config(text).num_bytes(4, told.context)
 
 
 def test_a_packed_directory_from_a_file_counts_the_models_own_layers(tmp_path: Path) -> None:

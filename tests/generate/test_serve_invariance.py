@@ -18,11 +18,12 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from ktk.generate.attention import BLOCK, Span, paged_attention
-from ktk.generate.batching import PAGE, BatchingEngine
+from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Limits
 from ktk.generate.invariance import InvariantModel
 from ktk.generate.open import OpenModel, open_model
 from ktk.generate.sampling import Sampling, Token
+from ktk.kv.pages import PAGE
 from make import transformers_cases as cases
 from make.serving import make_model
 

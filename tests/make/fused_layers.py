@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ktk.integration.transformers import linear as linear_layers
 from ktk.integration.transformers.decoder_layers import FusedForward
-from ktk.integration.transformers.experts import find_experts, pack_module
+from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.linear import replace_linears
 from ktk.integration.transformers.names import CACHE
+from ktk.integration.transformers.packing import pack_module
 from make.families import SMALL, small_config
 
 PROMPT, NEW = 9, 24

@@ -24,7 +24,8 @@ from ktk.integration.transformers import linear
 from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.gguf import load_gguf_model, load_gguf_tokenizer
 from ktk.integration.transformers.linear import KtkLinear
-from ktk.integration.transformers.loading import layer_of, packed_modules
+from ktk.integration.transformers.loading import packed_modules
+from ktk.integration.transformers.sources import layer_of
 from ktk.models.gguf import find_gguf_experts
 from ktk.models.whole import WHOLE_MODELS
 from make import whole_models

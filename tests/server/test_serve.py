@@ -520,13 +520,14 @@ def test_a_taken_port_and_a_small_cache_are_one_line(
 
 def test_the_cache_holds_one_context_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek-V3 caches 5 MB a token, so 2 GB would not hold 8192 tokens."""
-    from ktk.cli.serve import DEFAULT_CACHE, _cache_bytes
+    from ktk.cli.serve import cache_bytes
+    from ktk.kv.sizes import SERVER_CACHE
     from ktk.machine import cpu
 
     monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, 40 << 30))
-    assert _cache_bytes(None, 10 << 20, False) == DEFAULT_CACHE
-    assert _cache_bytes(None, 16 << 30, False) == 20 << 30
-    assert _cache_bytes(None, 60 << 30, True) == 40 << 30
-    assert _cache_bytes(1.0, 16 << 30, False) == 1 << 30
+    assert cache_bytes(None, 10 << 20, False) == SERVER_CACHE
+    assert cache_bytes(None, 16 << 30, False) == 20 << 30
+    assert cache_bytes(None, 60 << 30, True) == 40 << 30
+    assert cache_bytes(1.0, 16 << 30, False) == 1 << 30
     with pytest.raises(MemoryError, match="--kv-cache 41"):
-        _cache_bytes(41, 16 << 30, False)
+        cache_bytes(41, 16 << 30, False)

@@ -29,7 +29,8 @@ if tuple(map(int, _transformers.__version__.split(".")[:2])) < (5, 20):
 from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.attention import use_attention
 from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
-from ktk.integration.transformers.experts import ktk_experts_forward
+from ktk.integration.transformers.experts import NAME
+from ktk.integration.transformers.forward import ktk_experts_forward
 from ktk.integration.transformers.linear import replace_linears, share_linears
 from ktk.integration.transformers.loading import (
     KtkConfig,
@@ -41,7 +42,7 @@ from ktk.integration.transformers.loading import (
 )
 from ktk.integration.transformers.names import ALL_EXPERTS_FUNCTIONS
 
-ALL_EXPERTS_FUNCTIONS.register("ktk", ktk_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(NAME, ktk_experts_forward)
 
 __all__ = [
     "KtkConfig",

@@ -1,4 +1,4 @@
-"""KV cache layers with room to grow: a new token is written behind the others instead of copying them all."""
+"""transformers' cache layers whose keys and values grow in place (``ktk.kv.layers``)."""
 
 from __future__ import annotations
 
@@ -8,53 +8,11 @@ import torch
 
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.names import DynamicLayer, DynamicSlidingWindowLayer
-
-LEAST_ROWS = 256
-GROWTH = 1.5
-
-
-class _Buffer:
-    """(batch, heads, rows, width): what is cached is a view of some rows."""
-
-    def __init__(self) -> None:
-        self.data: torch.Tensor | None = None
-        self.first = 0
-
-    def view_with_room(self, cached: torch.Tensor, like: torch.Tensor, more: int) -> torch.Tensor:
-        """The cached rows, moved if they must be, and behind them room for ``more``: the view of both."""
-        length = cached.shape[-2] if cached.ndim == 4 else 0
-        if not self._holds(cached, length, more):
-            batch, heads, _, width = like.shape
-            rows = max(LEAST_ROWS, int((length + more) * GROWTH))
-            data = torch.empty(batch, heads, rows, width, dtype=like.dtype, device=like.device)
-            if length:
-                data[:, :, :length] = cached
-            self.data, self.first = data, 0
-        assert self.data is not None
-        return self.data[:, :, self.first : self.first + length + more]
-
-    def _holds(self, cached: torch.Tensor, length: int, more: int) -> bool:
-        data = self.data
-        if data is None or not length or cached.shape[0] != data.shape[0]:
-            return False
-        if data.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # torch forbids writing to it
-        skipped = cached.storage_offset() - data.storage_offset()
-        if cached.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
-            return False
-        first, rest = divmod(int(skipped), int(data.shape[-1]))
-        if (
-            rest
-            or cached.stride() != data.stride()
-            or not 0 <= first <= data.shape[2] - length - more
-        ):
-            return False
-        self.first = first
-        return True
+from ktk.kv.layers import GrowingRows
 
 
 class _Grows:
-    """``update`` without torch.cat, for transformers' growing cache layers. _kept : rows kept for the next token; None: all."""
+    """``update`` without torch.cat, for transformers' growing cache layers."""
 
     keys: Any
     values: Any
@@ -62,7 +20,7 @@ class _Grows:
     def take_over(self, layer: Any) -> None:
         """Become what ``layer`` is."""
         self.__dict__.update(layer.__dict__)
-        self._key_rows, self._value_rows = _Buffer(), _Buffer()
+        self._key_rows, self._value_rows = GrowingRows(), GrowingRows()
 
     def _with_room(
         self, key_states: torch.Tensor, value_states: torch.Tensor
@@ -70,8 +28,8 @@ class _Grows:
         if not self.is_initialized:  # type: ignore[attr-defined]
             self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
         more = key_states.shape[-2]
-        keys = self._key_rows.view_with_room(self.keys, key_states, more)
-        return keys, self._value_rows.view_with_room(self.values, value_states, more)
+        keys = self._key_rows.with_room(self.keys, key_states, more)
+        return keys, self._value_rows.with_room(self.values, value_states, more)
 
     def _keep(self, keys: torch.Tensor, values: torch.Tensor, more: int) -> None:
         self.keys, self.values = keys, values

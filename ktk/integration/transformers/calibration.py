@@ -23,9 +23,9 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import Packed
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import find_experts
-from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer, layer_of
+from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer
 from ktk.integration.transformers.multimodal import auto_class, only_text
-from ktk.integration.transformers.sources import ExpertsSource
+from ktk.integration.transformers.sources import ExpertsSource, layer_of
 from ktk.machine import cpu
 from ktk.models import Experts
 from ktk.models import find_experts as find_expert_tensors

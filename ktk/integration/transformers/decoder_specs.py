@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ktk.integration.transformers.activations import recognise_gate
-from ktk.integration.transformers.experts import handle_of, is_experts, run_experts
+from ktk.integration.transformers.experts import handle_of, is_experts
+from ktk.integration.transformers.forward import run_experts
 from ktk.integration.transformers.linear import KtkLinear, linear_of
 from ktk.ops.decoder import HEAD_STEP, DecoderSpec, Mlp
 from ktk.ops.linear import Linear

@@ -24,11 +24,13 @@ from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.errors import CheckpointError
 from ktk.experts.stored import BlockMatrix
 from ktk.integration.transformers import names as hf
-from ktk.integration.transformers.experts import attach, drop_weights, find_experts
+from ktk.integration.transformers.experts import drop_weights, find_experts
 from ktk.integration.transformers.gguf_tokenizer import gguf_ends, load_gguf_tokenizer
 from ktk.integration.transformers.linear import KtkLinear, is_dense, replace_linears
-from ktk.integration.transformers.loading import LINEAR_FORMATS, KtkConfig, KtkHfQuantizer, layer_of
+from ktk.integration.transformers.loading import LINEAR_FORMATS, KtkConfig, KtkHfQuantizer
+from ktk.integration.transformers.packing import attach
 from ktk.integration.transformers.saving import SavePretrained
+from ktk.integration.transformers.sources import layer_of
 from ktk.log import logger
 from ktk.machine.cpu import default_threads
 from ktk.machine.memory import aligned_buffer

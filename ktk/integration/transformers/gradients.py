@@ -6,6 +6,7 @@ time, its hidden layer computed again. The rounding of activations counts as the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,23 +15,19 @@ from torch.autograd.function import once_differentiable
 
 from ktk.experts.stored import ExpertWeights
 from ktk.integration.transformers.activations import join_gate_up
-from ktk.integration.transformers.experts import (
-    ExpertsHandle,
-    has_post_norm,
-    run_experts,
-    weight_names,
-)
+from ktk.integration.transformers.experts import ExpertsHandle, has_post_norm, weight_names
 
 # Rows of one expert at a time: bounds what the recomputed hidden layer takes.
 _ROWS = 1024
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """``run_experts`` with a backward pass. Inputs after the weights are the module's parameters."""
+    """The experts' forward pass ``run`` with a backward pass. Inputs after the weights are the module's parameters."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        run: Callable[..., torch.Tensor],
         module: Any,
         handle: ExpertsHandle,
         hidden_states: torch.Tensor,
@@ -40,7 +37,7 @@ class ExpertsFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_states, top_k_index, top_k_weights)
         ctx.module, ctx.handle = module, handle
-        return run_experts(module, handle, hidden_states, top_k_index, top_k_weights)
+        return run(module, handle, hidden_states, top_k_index, top_k_weights)
 
     @staticmethod
     @once_differentiable
@@ -59,7 +56,7 @@ class ExpertsFunction(torch.autograd.Function):
         )
         by_id = {id(p): d for p, d in zip(trained, d_trained, strict=True)}
         rest = [by_id.get(id(p)) for p in module.parameters()]
-        return None, None, d_hidden, None, d_weights, *rest
+        return None, None, None, d_hidden, None, d_weights, *rest
 
 
 def experts_backward(

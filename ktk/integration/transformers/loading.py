@@ -20,18 +20,21 @@ from ktk.experts.spec import MoESpec
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
-    ModulePacker,
-    attach,
     drop_weights,
     find_experts,
     handle_of,
     left_eager,
-    module_spec,
-    pack_module,
+    select_ktk,
     weight_names,
 )
 from ktk.integration.transformers.model_config import model_config
 from ktk.integration.transformers.multimodal import auto_class, leave_out_towers, model_class
+from ktk.integration.transformers.packing import (
+    ModulePacker,
+    attach,
+    module_spec,
+    pack_module,
+)
 from ktk.integration.transformers.saving import SavePretrained, write_experts
 from ktk.integration.transformers.sources import (
     ExpertsSource,
@@ -121,7 +124,7 @@ def use_ktk(
         )
         drop_weights(module)
         report.append(PackedModule.of(name, handle))
-    _select_ktk(model, [module for _, module in modules])
+    select_ktk(model, [module for _, module in modules])
     if (
         modules
         and getattr(model, "hf_quantizer", None) is None
@@ -131,12 +134,6 @@ def use_ktk(
         owner.hf_quantizer = KtkHfQuantizer(KtkConfig(), pre_quantized=False)
         owner.save_pretrained = SavePretrained(model)
     return report
-
-
-def _select_ktk(model: torch.nn.Module, modules: list[torch.nn.Module]) -> None:
-    configs = [getattr(owner, "config", None) for owner in (model, *modules)]
-    for config in {id(c): c for c in configs if c is not None}.values():
-        hf.set_experts_implementation(config, "ktk")
 
 
 def _log_left_eager(model: torch.nn.Module) -> None:
@@ -285,7 +282,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
             raise ValueError(
                 f"{type(model).__name__} has no experts that ktk can run: load it without quantization_config"
             )
-        _select_ktk(model, list(modules.values()))
+        select_ktk(model, modules.values())
 
     def _open(self, checkpoint_files: list[str] | None) -> ExpertsSource | None:
         """Where packed or quantised experts lie; None if the checkpoint's float ones are to be packed."""

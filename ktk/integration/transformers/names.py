@@ -31,6 +31,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ktk.kv.pages import pages_beyond
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_EXPERTS_FUNCTIONS",
@@ -273,9 +275,9 @@ class BatchPart:
         self.first = self.end - int(request.query_length)
         self.num_initial = len(state.initial_tokens)
 
-    def share(self, tokens: int, page: int) -> None:
+    def share(self, tokens: int) -> None:
         """Of the pages that this batch fills, let other requests have those that hold the sequence's first ``tokens`` only."""
-        others = max(0, self.end // page - tokens // page)
+        others = pages_beyond(self.end, tokens)
         filled = self._request.complete_blocks
         self._request.complete_blocks = {kind: max(0, n - others) for kind, n in filled.items()}
 

@@ -27,8 +27,10 @@ from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.stored import BlockExperts
 from ktk.integration.transformers import KtkConfig, load_model, recognise, use_ktk
-from ktk.integration.transformers.experts import ModulePacker, find_experts, handle_of
-from ktk.integration.transformers.loading import layer_of, packed_modules
+from ktk.integration.transformers.experts import find_experts, handle_of
+from ktk.integration.transformers.loading import packed_modules
+from ktk.integration.transformers.packing import ModulePacker
+from ktk.integration.transformers.sources import layer_of
 from ktk.reference.moe import ExactExperts
 from make.transformers_cases import (
     FAMILIES,

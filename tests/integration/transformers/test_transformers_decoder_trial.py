@@ -18,9 +18,10 @@ from transformers import DynamicCache
 from ktk.integration.transformers import fuse_decoder_layers
 from ktk.integration.transformers.decoder_layers import FusedForward, fusion_report
 from ktk.integration.transformers.decoder_specs import UnlikeError, _norm
-from ktk.integration.transformers.experts import find_experts, pack_module
+from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.linear import replace_linears
 from ktk.integration.transformers.names import CACHE, POSITIONS
+from ktk.integration.transformers.packing import pack_module
 from ktk.machine import threads as engine
 from make.fused_layers import FUSED, decode, fused, make, small_matrices_too
 

@@ -1,0 +1,1 @@
+"""Keys and values: how they lie, how they grow, and what memory they take."""
