@@ -10,6 +10,7 @@ import typer
 
 from ktk import env
 from ktk.cli import _model
+from ktk.kv.sizes import server_cache
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 EPILOG = """Examples:
@@ -138,7 +139,6 @@ def cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int:
     Raises MemoryError if more is wanted than is free.
     """
     from ktk.generate.open import size
-    from ktk.kv.sizes import server_cache
     from ktk.machine import cpu
 
     _, free = cpu.memory()
