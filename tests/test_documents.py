@@ -102,6 +102,16 @@ def test_the_readme_links_to_every_page() -> None:
     assert [d.name for d in (ROOT / "docs").glob("*.md") if f"docs/{d.name}" not in text] == []
 
 
+def test_the_tree_names_every_folder_once() -> None:
+    (tree,) = (
+        b for b in blocks((ROOT / "ARCHITECTURE.md").read_text(), "") if b.startswith("ktk/")
+    )
+    body = tree.split("\n", 1)[1].split("vendor/")[0]
+    names = [name for line in body.splitlines() for name in re.findall(r"^  (\w+)/ ", line)]
+    folders = {path.name for path in (ROOT / "ktk").iterdir() if any(path.glob("*.py"))}
+    assert sorted(names) == sorted(folders)
+
+
 def test_the_figure_is_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     figure = importlib.import_module("figure")
