@@ -12,6 +12,7 @@ import pytest
 
 from ktk import env
 from ktk.cli import COMMANDS
+from ktk.experts.formats import BLOCKS, PANELS
 from make import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "RESULTS.md"])
@@ -26,6 +27,11 @@ PATH = re.compile(r"`((?:ktk|bench|tests|vendor|docs)/[\w./{},*-]*)`")
 
 def blocks(text: str, language: str) -> list[str]:
     return [body for name, body in FENCE.findall(text) if name == language]
+
+
+def row_cells(line: str) -> list[str]:
+    """Of a row of a table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def anchors(document: Path) -> set[str]:
@@ -120,6 +126,25 @@ def test_the_figure_is_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) -
     assert figure.draw(figure.panels(results)) == drawn, "run bench/figure.py"
     with pytest.raises(ValueError, match="no table"):
         figure.panels(results.replace("| engine, 48 layers |", "| engine |"))
+
+
+def test_every_gguf_type_has_its_row() -> None:
+    (table,) = re.findall(
+        r"^## Types\n\n((?:\|.*\n)+)", (ROOT / "docs" / "gguf.md").read_text(), re.M
+    )
+    said = {cells[0]: cells[1:] for line in table.splitlines()[2:] if (cells := row_cells(line))}
+    assert set(said) == set(BLOCKS)
+    for name, (bits, block, written, *_) in said.items():
+        row = BLOCKS[name]
+        assert float(bits) == pytest.approx(row.bits_per_weight, abs=0.0051), name
+        assert (int(block), written) == (row.block, "yes" if row.file_type else ""), name
+
+
+def test_every_packed_format_has_its_row() -> None:
+    said = (ROOT / "docs" / "packed-format.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| [^|]* \| [^|]* rows of ", said, re.MULTILINE)
+    assert sorted(rows) == sorted(PANELS)
+    assert set(PANELS) <= set(re.findall(r"\w+", (ROOT / "docs" / "formats.md").read_text()))
 
 
 def test_every_environment_variable_has_its_row() -> None:
