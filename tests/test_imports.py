@@ -49,10 +49,7 @@ STILL_IMPORT_REFERENCE = {
     "ktk.quantise.feedback",
 }
 STILL_TAKE_PRIVATE: set[str] = set()
-STILL_CLOSE_A_CYCLE = {
-    ("ktk.convert.run", "ktk.convert.from_gguf"),
-    ("ktk.convert.run", "ktk.convert.to_gguf"),
-}
+STILL_CLOSE_A_CYCLE: set[tuple[str, str]] = set()
 
 # Imports inside functions: by whom, of what (with all below it), how many at most, and why.
 LAZY = (
@@ -63,7 +60,6 @@ LAZY = (
     ("ktk.integration.transformers", "ktk.integration.transformers", 3, "only models that need it"),
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),
     ("ktk.quantise", "ktk.quantise", 3, "the same"),
-    ("ktk.convert.run", "ktk", 4, "the cycle above"),
     ("ktk", "transformers", 9, "1 s and torch; quiet() must come first"),
     ("ktk", "torch", 6, "2 s; the operator takes NumPy arrays, too"),
     ("ktk", "safetensors.torch", 1, "torch"),

@@ -73,12 +73,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     Until then it has a temporary name in the same directory; on an exception it is removed.
     """
-    short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[
-        :16
-    ]  # a long name plus a prefix may be too long
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{short}.{os.getpid()}")
+    temporary = path.with_name(f"{_temporary_stem(path)}.{os.getpid()}")
     try:
-        with open(temporary, "wb", buffering=0) as file:
+        with open(temporary, "w+b", buffering=0) as file:
             yield file
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -87,6 +84,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Temporary files that ``replacing`` makes of ``path``, of this process and of others."""
+    return list(path.parent.glob(_temporary_stem(path) + ".*"))
+
+
+def _temporary_stem(path: Path) -> str:
+    """A hash instead of the name: a long name plus a prefix may be too long."""
+    return TEMPORARY_PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
 
 
 def sync_directory(path: Path) -> None:

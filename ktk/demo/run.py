@@ -130,13 +130,13 @@ def prepare_packed(source: Path, weight_format: str, options: Options, reporter:
 
 def prepare_gguf(source: Path, ggml_type: str, options: Options, reporter: Reporter) -> Path:
     """The GGUF file of a source's experts, written unless one of the same source lies in the work directory."""
-    from ktk.checkpoint import Checkpoint
-    from ktk.convert.run import Progress, convert, fingerprint
+    from ktk.convert.run import Progress, convert
+    from ktk.convert.sources import open_source
 
     file = options.work_dir / f"{source.resolve().name}-{ggml_type}.gguf"
     made_from = file.with_suffix(".gguf.source")  # what tells the demo's own file from another's
-    with Checkpoint.open(source) as checkpoint:
-        stamp = json.dumps(fingerprint(checkpoint))
+    with open_source(source, None) as opened:
+        stamp = json.dumps(opened.fingerprint())
     if made_from.is_file():
         if file.is_file() and made_from.read_text(encoding="utf-8") == stamp:
             return file

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import ktk
-import ktk.convert.run as conversion
 from ktk.checkpoint import Checkpoint, list_layers, read_config, read_layer
 from ktk.checkpoint.packed import STATE_FILE, TEMPORARY_PREFIX
 from ktk.convert.run import Progress, convert
+from ktk.convert.sinks import packed as sink
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.layout import LAYOUT_VERSION
@@ -210,7 +210,7 @@ def test_other_tensors_are_cut_into_aligned_shards(
     extra["big"] = extra["big"].astype(np.float32)
     write_safetensors(source / "extra.safetensors", extra)
     (source / "model.safetensors").rename(source / "first.safetensors")
-    monkeypatch.setattr(conversion, "SHARD_BYTES", 500)
+    monkeypatch.setattr(sink, "SHARD_BYTES", 500)
     convert(source, output, quant_method="bf16")
     index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 4

@@ -20,10 +20,12 @@ import ktk
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.checkpoint.packed import TEMPORARY_PREFIX, list_layers, read_config, read_layer
 from ktk.checkpoint.safetensors import Checkpoint
-from ktk.convert.run import GGUF_METHODS, Progress, Summary, convert
-from ktk.convert.to_gguf import ARCHITECTURES, LAYOUTS
+from ktk.convert.plan import GGUF_METHODS
+from ktk.convert.run import Progress, Summary, convert
+from ktk.convert.sinks.gguf_header import ARCHITECTURES
 from ktk.errors import CheckpointError
 from ktk.experts.dequantise import expert_weights
+from ktk.experts.formats import BLOCKS
 from ktk.models import find_experts
 from ktk.models.gguf import find_gguf_experts
 from ktk.quantise.feedback import rows_alike
@@ -75,7 +77,7 @@ def test_every_style_gives_the_tensors_of_llama_cpp(tmp_path: Path, style: str) 
     assert not list(output.parent.glob(TEMPORARY_PREFIX + "*"))
 
 
-@pytest.mark.parametrize("method", [name.lower() for name in LAYOUTS])
+@pytest.mark.parametrize("method", [m for m in GGUF_METHODS if BLOCKS[m.upper()].block > 1])
 def test_every_method_writes_its_type(tmp_path: Path, method: str) -> None:
     expected = make(tmp_path / "in", "deepseek", sizes=BIG)
     output = tmp_path / "m.gguf"
@@ -87,7 +89,7 @@ def test_every_method_writes_its_type(tmp_path: Path, method: str) -> None:
         assert found.tensor_type.name == type
         np.testing.assert_array_equal(found.data, expected_blocks(expected, 1, projection, type))
     assert gguf.LlamaFileType(fields["general.file_type"]).name.startswith(f"MOSTLY_{type}")
-    kind = LAYOUTS[type]
+    kind = BLOCKS[type]
     assert summary.weight_format == type
     assert summary.bits_per_weight == pytest.approx(kind.block_bytes * 8 / kind.block)
     assert (summary.group_size, summary.activation_group) == (0, 0)

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.convert.run import convert
-from ktk.convert.whole import tokenizer_metadata
+from ktk.convert.sinks.gguf_tokenizer import tokenizer_metadata
 from ktk.generate.open import open_model
 from ktk.generate.sampling import Sampling
 from ktk.generate.session import Session, end_tokens

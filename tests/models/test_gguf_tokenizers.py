@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ktk.checkpoint.gguf import GgufCheckpoint
-from ktk.convert.whole import tokenizer_metadata
+from ktk.convert.sinks.gguf_tokenizer import tokenizer_metadata
 from ktk.demo.smollm2 import find_gguf
 from ktk.errors import CheckpointError
 from ktk.integration.transformers.gguf import load_gguf_tokenizer

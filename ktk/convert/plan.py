@@ -1,0 +1,199 @@
+"""What will be written from what: every refusal, before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktk.checkpoint import is_gguf
+from ktk.convert.sinks.base import Sink
+from ktk.convert.sinks.gguf import GgufSink
+from ktk.convert.sinks.gguf_whole import WholeGgufSink
+from ktk.convert.sinks.packed import PackedSink
+from ktk.convert.sources import Calibration, HuggingFaceSource, Source
+from ktk.experts.formats import GGUF, written_types
+from ktk.experts.spec import MoESpec
+from ktk.machine.cpu import num_physical_cores
+from ktk.models import SOURCE_DTYPES
+
+QUANT_METHODS = ("int4", "int8", "bf16")
+FLOAT_METHODS = ("bf16", "f16", "f32")
+GGUF_METHODS = tuple(row.name.lower() for row in written_types())
+WHOLE_TYPES = tuple(row.name.lower() for row in written_types() if row.search or row.block == 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``convert`` was asked for; ValueError / FileExistsError for what cannot be, or not so."""
+
+    input_path: Path
+    output: Path
+    quant_method: str
+    input_type: str | None = None
+    group_size: int | None = None
+    activation_group: int | None = None
+    threads: int | None = None
+    resume: bool = False
+    whole: str | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def writes_gguf(self) -> bool:
+        return self.output.name.lower().endswith(".gguf")
+
+    def __post_init__(self) -> None:
+        self._check_method()
+        if self.input_type is not None and self.input_type not in SOURCE_DTYPES:
+            raise ValueError(
+                f"input_type={self.input_type!r}: must be one of {', '.join(SOURCE_DTYPES)}, "
+                "or left out"
+            )
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"threads={self.threads!r}: must be a positive int")
+        is_exact = self.quant_method in FLOAT_METHODS
+        if self.calibration is not None and (is_exact or is_gguf(self.input_path)):
+            exact = f"{self.quant_method} rounds nothing away"
+            raise ValueError(
+                f"calibration: {exact if is_exact else f'{self.input_path} is GGUF'}; it needs a "
+                "Hugging Face directory of float weights, and int4, int8 or a GGUF type of "
+                "blocks; otherwise leave it out"
+            )
+        if self.writes_gguf:
+            self._check_gguf()
+
+    def _check_method(self) -> None:
+        """The method is known and the output is named for it."""
+        method, output, whole = self.quant_method, self.output, self.whole
+        if method not in (*QUANT_METHODS, *GGUF_METHODS):
+            raise ValueError(
+                f"quant_method={method!r}: must be one of {', '.join(QUANT_METHODS)}, "
+                f"or for a GGUF file {', '.join(GGUF_METHODS)}"
+            )
+        if whole is not None and whole not in WHOLE_TYPES:
+            raise ValueError(f"whole={whole!r}: must be one of {', '.join(WHOLE_TYPES)}")
+        if self.writes_gguf and method not in GGUF_METHODS:
+            raise ValueError(
+                f"output {output}: {method} writes a directory; give one, "
+                f"or one of {', '.join(GGUF_METHODS)}"
+            )
+        if not self.writes_gguf and method not in QUANT_METHODS:
+            raise ValueError(
+                f"output {output}: {method} writes a GGUF file; give a name that ends in .gguf"
+            )
+        if whole is not None and not self.writes_gguf:
+            raise ValueError(
+                f"whole={whole!r}: output {output} is a directory, which holds whole models "
+                "anyway; leave it out"
+            )
+
+    def _check_gguf(self) -> None:
+        """What a GGUF file as output does not take."""
+        for name in ("group_size", "activation_group"):
+            value = getattr(self, name)
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r}: {self.quant_method} has groups of its own, leave it out"
+                )
+        if self.resume:
+            raise ValueError("resume: a GGUF file is written in one go; run again without --resume")
+        if self.output.exists() or self.output.is_symlink():
+            raise FileExistsError(f"{self.output}: exists; give another output, or remove it")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that can begin.
+
+    layer_bytes : bytes of the source by layer. fingerprint : the source's as it was planned.
+    """
+
+    source: Source
+    sink: Sink
+    calibration: Calibration | None
+    threads: int
+    layer_bytes: dict[int, int]
+    fingerprint: list[dict[str, Any]]
+
+    @property
+    def input_bytes(self) -> int:
+        """Everything that is read."""
+        return sum(self.layer_bytes.values()) + self.sink.other_input_bytes
+
+    def check_room(self) -> None:
+        """OSError unless what is missing of the sink, which is open, fits on its disk."""
+        needed, free = self.sink.missing_bytes, shutil.disk_usage(self.sink.folder).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
+            )
+
+    @contextlib.contextmanager
+    def naming_full_disk(self) -> Iterator[None]:
+        """An OSError of a full disk, wherever it came up, says which output and what to do."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            again = "run again with --resume" if self.sink.can_resume else "run again"
+            raise OSError(
+                error.errno,
+                f"{self.sink.output}: the disk is full ({error.strerror}); make room and {again}",
+            ) from error
+
+
+def make_plan(request: Request, source: Source) -> Plan:
+    """The plan of a request for a source that is open.
+
+    Raises CheckpointError, ValueError, FileExistsError for what cannot be converted so.
+    """
+    calibration = request.calibration
+    provenance = None if calibration is None else calibration.provenance()
+    fingerprint = source.fingerprint()
+    sink: Sink
+    if request.writes_gguf:
+        sink = _gguf_sink(request, source, provenance)
+    else:
+        group_size = request.group_size
+        if group_size is None and request.quant_method == "int4":
+            group_size = source.int4_group
+        specs = {
+            layer: MoESpec(
+                **source.spec_fields(layer),
+                weight_format=request.quant_method,
+                group_size=group_size,
+                activation_group=request.activation_group,
+            )
+            for layer in source.layers
+        }
+        sink = PackedSink(source, request.output, specs, fingerprint, provenance)
+    return Plan(
+        source,
+        sink,
+        calibration,
+        request.threads or num_physical_cores(),
+        {layer: source.layer_bytes(layer) for layer in source.layers},
+        fingerprint,
+    )
+
+
+def _gguf_sink(request: Request, source: Source, provenance: dict[str, Any] | None) -> Sink:
+    if not isinstance(source, HuggingFaceSource):
+        raise ValueError(
+            f"input {source.path}: GGUF to GGUF adds one error to another; "
+            "convert the original weights"
+        )
+    specs = {
+        layer: MoESpec(**source.spec_fields(layer), weight_format=GGUF.name)
+        for layer in source.layers
+    }
+    kind = request.quant_method.upper()
+    if request.whole is None:
+        return GgufSink(source, request.output, specs, kind, provenance)
+    return WholeGgufSink(source, request.output, specs, kind, provenance, request.whole.upper())
