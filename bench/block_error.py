@@ -45,7 +45,7 @@ from ktk.cli.bench import split
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats import GGUF
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.machine import cpu
 from ktk.quantise.ggml_library import GgmlLibrary
 from ktk.reference.moe import oracle_forward
@@ -118,14 +118,14 @@ class Ggml(GgmlLibrary):
             base.ggml_free(context)
         return out
 
-    def forward(self, experts: BlockExperts, hidden: np.ndarray, routing: Routing) -> np.ndarray:
+    def forward(self, experts: StoredExperts, hidden: np.ndarray, routing: Routing) -> np.ndarray:
         """float32 (tokens, hidden_size)."""
         out = np.zeros_like(hidden)
 
         def projection(name: str, expert: int, x: np.ndarray) -> np.ndarray:
             matrix = experts.matrices[name]
             blocks = np.ascontiguousarray(matrix.data[expert])
-            return self.multiply(matrix.type, blocks, np.ascontiguousarray(x))
+            return self.multiply(matrix.format.name, blocks, np.ascontiguousarray(x))
 
         for e in range(experts.spec.num_experts):
             token, slot = np.nonzero(routing.ids == e)
@@ -137,7 +137,7 @@ class Ggml(GgmlLibrary):
         return out
 
 
-def layer_of(kind: str, quantise: Quantise | None) -> BlockExperts:
+def layer_of(kind: str, quantise: Quantise | None) -> StoredExperts:
     """SHAPE's experts; random bits where nothing quantises."""
     spec = MoESpec(DISTINCT, SHAPE.hidden_size, SHAPE.intermediate_size, GGUF.name)
     if quantise is None:
@@ -149,14 +149,14 @@ def layer_of(kind: str, quantise: Quantise | None) -> BlockExperts:
             jobs = [[pool.submit(quantise, kind, w) for w in column] for column in columns]
             gate, up, down = (np.stack([job.result() for job in column]) for column in jobs)
         hidden, intermediate = SHAPE.hidden_size, SHAPE.intermediate_size
-        few = BlockExperts(
+        few = StoredExperts(
             spec,
-            BlockMatrix(kind, hidden, gate),
-            BlockMatrix(kind, hidden, up),
-            BlockMatrix(kind, intermediate, down),
+            StoredMatrix.of_rows(kind, hidden, gate),
+            StoredMatrix.of_rows(kind, hidden, up),
+            StoredMatrix.of_rows(kind, intermediate, down),
         )
     gate, up, down = (in_turns(m, SHAPE.num_experts) for m in few.matrices.values())
-    return BlockExperts(dataclasses.replace(spec, num_experts=SHAPE.num_experts), gate, up, down)
+    return StoredExperts(dataclasses.replace(spec, num_experts=SHAPE.num_experts), gate, up, down)
 
 
 def errors_of(kind: str, ggml: Ggml | None, seed: int) -> dict[str, Any]:

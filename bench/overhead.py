@@ -31,7 +31,7 @@ def microseconds(call: Callable[[], object], repeats: int = 3000) -> float:
 def empty_layer() -> ktk.MoE:
     size = SPEC.layout.expert_bytes
     data = aligned_buffer(SPEC.num_experts * size)  # never touched: takes no memory
-    return ktk.MoE(ktk.Packed(SPEC, data.reshape(SPEC.num_experts, size)))
+    return ktk.MoE(ktk.StoredExperts.of_panels(SPEC, data.reshape(SPEC.num_experts, size)))
 
 
 def main() -> None:

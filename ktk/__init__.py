@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ktk.experts.activation import Activation
     from ktk.experts.spec import MoESpec
-    from ktk.experts.stored import Packed
+    from ktk.experts.stored import StoredExperts
     from ktk.integration.kt_kernel.wrapper import KTMoEWrapper
     from ktk.integration.transformers import KtkConfig
     from ktk.ops.gguf_model import GgufModel, load_gguf
@@ -32,7 +32,7 @@ _LAZY = {
     "KtkError": "ktk.errors",
     "MoE": "ktk.ops.moe",
     "MoESpec": "ktk.experts.spec",
-    "Packed": "ktk.experts.stored",
+    "StoredExperts": "ktk.experts.stored",
     "load_gguf": "ktk.ops.gguf_model",
 }
 _MODULES = ("backends", "convert", "experts", "machine", "models", "ops", "quantise", "reference")
@@ -44,7 +44,7 @@ __all__ = [
     "KtkConfig",
     "MoE",
     "MoESpec",
-    "Packed",
+    "StoredExperts",
     "__version__",
     "load_gguf",
 ]

@@ -21,7 +21,7 @@ from ktk.experts.formats import BLOCKS, GGUF, PANELS, activation_group_of, get_f
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import round_up
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights, Packed
+from ktk.experts.stored import ExpertWeights, StoredExperts, StoredMatrix
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.calibration import run_layers
 from ktk.integration.transformers.experts import (
@@ -285,7 +285,9 @@ class Quantiser:
         # the diagonal of (I + U) D (I + U)^T: the mean squares an importance matrix holds
         importance = factor.weight + np.square(factor.upper) @ factor.weight
         blocks = self._ggml.quantise(self.variant.format, to_f32(w), importance)
-        return blocks, dequantise(BlockMatrix(self.variant.format, w.shape[1], blocks[None]), 0)
+        return blocks, dequantise(
+            StoredMatrix.of_rows(self.variant.format, w.shape[1], blocks[None]), 0
+        )
 
     def moe(self, module: Any, inputs: LayerInputs | None) -> Any:
         """The layer's experts, ready to run. inputs : those of the calibration text, if the variant is calibrated."""
@@ -324,7 +326,7 @@ class Quantiser:
 
     def _assemble(
         self, spec: MoESpec, made: list[tuple[ExpertWeights, dict[str, np.ndarray]]]
-    ) -> Packed | BlockExperts:
+    ) -> StoredExperts:
         if self.is_packed:
             data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
             data = data.reshape(spec.num_experts, -1)
@@ -333,12 +335,12 @@ class Quantiser:
                     span[:] = stored["span"]
                 else:
                     lay_expert(spec, weights, stored, span)
-            return Packed(spec, data)
+            return StoredExperts.of_panels(spec, data)
 
-        def matrix(name: str, in_features: int) -> BlockMatrix | None:
+        def matrix(name: str, in_features: int) -> StoredMatrix | None:
             if name == "gate" and not spec.has_gate:
                 return None
-            return BlockMatrix(self.variant.format, in_features, np.stack([stored[name] for _, stored in made]))  # fmt: skip
+            return StoredMatrix.of_rows(self.variant.format, in_features, np.stack([stored[name] for _, stored in made]))  # fmt: skip
 
         def bias(name: str) -> np.ndarray | None:
             rows = [getattr(weights, f"{name}_bias") for weights, _ in made]
@@ -348,7 +350,7 @@ class Quantiser:
         down = matrix("down", spec.intermediate_size)
         assert up is not None
         assert down is not None
-        return BlockExperts(spec, gate, up, down, bias("gate"), bias("up"), bias("down"))
+        return StoredExperts(spec, gate, up, down, bias("gate"), bias("up"), bias("down"))
 
 
 def _padded(weights: ExpertWeights, spec: MoESpec) -> ExpertWeights:

@@ -44,7 +44,6 @@ MAY_IMPORT_REFERENCE = ("ktk.reference", "ktk.backends.numpy_ref", "ktk.bench")
 STILL_IMPORT_REFERENCE = {
     "ktk.backends.numba_jit",
     "ktk.integration.transformers.activations",
-    "ktk.integration.transformers.experts",
     "ktk.quantise.blocks",
     "ktk.quantise.feedback",
 }

@@ -9,7 +9,7 @@ import numpy as np
 from ktk._cy import native_module
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
 from ktk.machine.openmp import borrow
 from ktk.machine.threads import EngineLayout
@@ -43,7 +43,7 @@ class OperatorRunner(Runner):
 class NativeRunner(OperatorRunner):
     """Packed experts."""
 
-    def __init__(self, packed: Packed, isa: str, engine: EngineLayout) -> None:
+    def __init__(self, packed: StoredExperts, isa: str, engine: EngineLayout) -> None:
         self.native = native_module()
         self.spec = packed.spec
         self.parts = parts_of(packed, engine)
@@ -54,9 +54,9 @@ class NativeRunner(OperatorRunner):
     def weights(self) -> list[np.ndarray]:
         return [part.data for part in self.parts]
 
-    def packed(self) -> Packed:
+    def packed(self) -> StoredExperts:
         if len(self.parts) == 1:
-            return Packed(self.spec, self.parts[0].data)
+            return StoredExperts.of_panels(self.spec, self.parts[0].data)
         return join(self.spec, self.parts)
 
 
@@ -88,7 +88,7 @@ class NativeBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"{self.isa()} {describe(spec)}"
 
-    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+    def load(self, packed: StoredExperts, engine: EngineLayout) -> Runner:
         isa = self.isa()
         assert isa is not None  # select() asked why_not first
         return NativeRunner(packed, isa, engine)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ktk.experts.formats import GGUF
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
 
 
@@ -43,7 +42,7 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    def packed(self) -> Packed | BlockExperts:
+    def packed(self) -> StoredExperts:
         """The experts it runs, in one piece; put together again if they were split over NUMA nodes."""
 
     def weights(self) -> list[np.ndarray]:
@@ -52,7 +51,7 @@ class Runner(ABC):
 
 
 class Backend(ABC):
-    """Kernels for one kind of CPU. They run ``Packed`` experts; LLAMAFILE's run ``BlockExperts``."""
+    """Kernels for one kind of CPU. They run experts in panels; LLAMAFILE's run GGUF blocks."""
 
     name: str
     is_last_resort: bool = False  # it runs where nothing compiled does, many times slower
@@ -77,7 +76,7 @@ class Backend(ABC):
 
 def refuse_blocks(spec: MoESpec | None) -> str | None:
     """Why a backend for packed weights does not run ``spec``: None if they are packed."""
-    if spec is not None and spec.weight_format == GGUF.name:
+    if spec is not None and not spec.is_packed:
         return "runs packed weights, these are GGUF blocks: LLAMAFILE runs them as they are"
     return None
 

@@ -17,7 +17,7 @@ from ktk.experts.dequantise import dequantise
 from ktk.experts.formats import BLOCKS, GGUF, decoded_only
 from ktk.experts.layout import K_ALIGN, PANEL, round_up
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.log import warn_once
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
@@ -80,49 +80,39 @@ class Part(NamedTuple):
     num_down_panels: int
 
 
-def _without_kernel(matrix: BlockMatrix) -> BlockMatrix:
+def _without_kernel(matrix: StoredMatrix) -> StoredMatrix:
     """The same values in a float format: for types that no kernel reads. BackendError if gguf cannot either."""
     try:
         values = np.stack([dequantise(matrix, e) for e in range(len(matrix.data))])
     except ValueError as error:
         raise BackendError(
-            f"LLAMAFILE: no kernel over GGUF type {matrix.type}, and {error}; kernels read {', '.join(formats())}"
+            f"LLAMAFILE: no kernel over GGUF type {matrix.format.name}, and {error}; kernels read {', '.join(formats())}"
         ) from error
     half = values.astype(np.float16)
     exact = np.array_equal(half.astype(np.float32), values)
     name = "F16" if exact else "F32"
     text = "GGUF type %s has no kernel: its weights run as a copy in %s"
-    warn_once(f"no kernel {matrix.type}", text, matrix.type, name)
+    warn_once(f"no kernel {matrix.format.name}", text, matrix.format.name, name)
     raw = (half if exact else values).view(np.uint8)
-    return BlockMatrix("F16" if exact else "F32", matrix.in_features, raw)
+    return StoredMatrix.of_rows(name, matrix.in_features, raw)
 
 
-def whole_panels(matrix: BlockMatrix) -> BlockMatrix:
+def whole_panels(matrix: StoredMatrix) -> StoredMatrix:
     """Rows in sixteens and, of float formats, in_features in whole steps; a zero-padded copy only where they are not."""
-    if matrix.type not in formats():
+    if matrix.format.name not in formats():
         matrix = _without_kernel(matrix)
-    fmt = formats()[matrix.type]
     experts, rows, row_bytes = matrix.data.shape
-    if matrix.in_features % fmt.block_weights:
-        raise BackendError(
-            f"LLAMAFILE: {matrix.type} rows of {matrix.in_features} weights: must be blocks of {fmt.block_weights}"
-        )
-    if row_bytes != matrix.in_features // fmt.block_weights * fmt.block_bytes:
-        raise BackendError(
-            f"LLAMAFILE: {matrix.type} rows of {matrix.in_features} weights have {row_bytes} bytes: "
-            f"must have {matrix.in_features // fmt.block_weights * fmt.block_bytes}"
-        )
     in_features = round_up(matrix.in_features, K_ALIGN)
     if matrix.is_repacked or (rows % PANEL == 0 and in_features == matrix.in_features):
         return matrix
-    bytes_in = in_features // fmt.block_weights * fmt.block_bytes
+    bytes_in = matrix.format.row_bytes(in_features)
     data = aligned_buffer(experts * round_up(rows, PANEL) * bytes_in)
     data = data.reshape(experts, round_up(rows, PANEL), bytes_in)
     data[:, :rows, :row_bytes] = matrix.data
-    return BlockMatrix(matrix.type, in_features, data)
+    return dataclasses.replace(matrix, data=data)
 
 
-def repack(experts: BlockExperts, num_threads: int) -> BlockExperts:
+def repack(experts: StoredExperts, num_threads: int) -> StoredExperts:
     """A copy in huge-page memory, in the order the kernels read: the same bytes, values and results.
 
     It costs the experts' size in memory and saves the kernels the gathering of bytes from sixteen rows.
@@ -136,16 +126,17 @@ def repack(experts: BlockExperts, num_threads: int) -> BlockExperts:
     )
 
 
-def _repacked(matrix: BlockMatrix, pool: ThreadPoolExecutor) -> BlockMatrix:
+def _repacked(matrix: StoredMatrix, pool: ThreadPoolExecutor) -> StoredMatrix:
     if matrix.is_repacked:
         return matrix
     native, data = native_module(), matrix.data
     out = aligned_buffer(data.size).reshape(data.shape)
     isa = blocks_isa()
     assert isa is not None
-    index, k = formats()[matrix.type].table_index, matrix.in_features
+    index = formats()[matrix.format.name].table_index
+    k = round_up(matrix.in_features, K_ALIGN)
     list(pool.map(lambda e: native.repack_blocks(data[e], index, k, isa, out[e]), range(len(data))))
-    return BlockMatrix(matrix.type, matrix.in_features, out, is_repacked=True)
+    return dataclasses.replace(matrix, data=out, is_repacked=True)
 
 
 def blocks_isa() -> str | None:
@@ -165,7 +156,9 @@ def rows_isa() -> str:
     return str([row for row in rows if row != "amx" and not cpu.missing(row, features)][-1])
 
 
-def _rows(matrix: BlockMatrix | None, first: int, many: int, node: int | None) -> np.ndarray | None:
+def _rows(
+    matrix: StoredMatrix | None, first: int, many: int, node: int | None
+) -> np.ndarray | None:
     """Panels [first, first + many) of every expert: a view, or, repacked, a copy in the node's memory."""
     if matrix is None:
         return None
@@ -178,7 +171,7 @@ def _rows(matrix: BlockMatrix | None, first: int, many: int, node: int | None) -
 
 
 def _parts_of(
-    experts: BlockExperts, matrices: dict[str, BlockMatrix], engine: EngineLayout
+    experts: StoredExperts, matrices: dict[str, StoredMatrix], engine: EngineLayout
 ) -> list[Part]:
     """Rows of every expert for each NUMA part: of the file as it is mapped, or, repacked, in the node's memory."""
     spec, count = experts.spec, engine.threadpool_count if engine.is_bound else 1
@@ -205,7 +198,7 @@ def _padded_bias(bias: np.ndarray) -> np.ndarray:
 
 class LlamafileRunner(OperatorRunner):
     def __init__(
-        self, experts: BlockExperts, isa: str, blocks_isa: str, engine: EngineLayout
+        self, experts: StoredExperts, isa: str, blocks_isa: str, engine: EngineLayout
     ) -> None:
         self.native = native_module()
         self.blocks = experts
@@ -213,8 +206,8 @@ class LlamafileRunner(OperatorRunner):
         self.parts = _parts_of(experts, whole, engine)
         matrices = {
             name: (
-                formats()[matrix.type].table_index,
-                matrix.in_features,
+                formats()[matrix.format.name].table_index,
+                round_up(matrix.in_features, K_ALIGN),
                 matrix.data.shape[1] // PANEL,
                 matrix.is_repacked,
             )
@@ -224,7 +217,7 @@ class LlamafileRunner(OperatorRunner):
             experts.spec, matrices, self.parts, isa, blocks_isa, engine
         )
 
-    def packed(self) -> BlockExperts:
+    def packed(self) -> StoredExperts:
         return self.blocks
 
     def weights(self) -> list[np.ndarray]:
@@ -240,7 +233,7 @@ class LlamafileBackend(Backend):
             return "the compiled extension is not built (reinstall with a C compiler)"
         if reason := cpu.why_not("avx2", cpu.detect()):
             return reason
-        if spec is not None and spec.weight_format != GGUF.name:
+        if spec is not None and spec.is_packed:
             return f"runs the blocks of GGUF files, these are {spec.weight_format} weights"
         return None
 

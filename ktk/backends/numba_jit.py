@@ -14,7 +14,7 @@ from ktk.experts.activation import ACTIVATION_KINDS
 from ktk.experts.formats.floats import bf16_to_f32, to_f32
 from ktk.experts.layout import PANEL
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
 from ktk.reference.linear import quantise_activations
 from ktk.reference.moe import ExactExperts, poison_rows
@@ -25,7 +25,7 @@ F = np.float32
 class NumbaRunner(Runner):
     """Experts are tasks of a thread pool; within one, NumPy lays out and Numba computes."""
 
-    def __init__(self, packed: Packed, num_threads: int) -> None:
+    def __init__(self, packed: StoredExperts, num_threads: int) -> None:
         from ktk.backends import _numba_kernels
 
         self.kernels: Any = _numba_kernels
@@ -33,8 +33,8 @@ class NumbaRunner(Runner):
         self.spec = packed.spec
         self.num_threads = num_threads
 
-    def packed(self) -> Packed:
-        return Packed(self.spec, self.view.data)
+    def packed(self) -> StoredExperts:
+        return StoredExperts.of_panels(self.spec, self.view.data)
 
     def weights(self) -> list[np.ndarray]:
         return [self.view.data]
@@ -147,5 +147,5 @@ class NumbaBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"numba {describe(spec)}"
 
-    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+    def load(self, packed: StoredExperts, engine: EngineLayout) -> Runner:
         return NumbaRunner(packed, engine.num_threads)

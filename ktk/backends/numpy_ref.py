@@ -7,7 +7,7 @@ import numpy as np
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.experts.formats.floats import f32_to_bf16, to_f32
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts, poison_rows
 
@@ -19,11 +19,11 @@ def store_rows(y: np.ndarray, out: np.ndarray) -> None:
 
 
 class NumpyRunner(Runner):
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: StoredExperts) -> None:
         self.experts = ExactExperts(packed)
 
-    def packed(self) -> Packed:
-        return Packed(self.experts.spec, self.experts.data)
+    def packed(self) -> StoredExperts:
+        return StoredExperts.of_panels(self.experts.spec, self.experts.data)
 
     def weights(self) -> list[np.ndarray]:
         return [self.experts.data]
@@ -63,5 +63,5 @@ class NumpyBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"numpy {describe(spec)}"
 
-    def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+    def load(self, packed: StoredExperts, engine: EngineLayout) -> Runner:
         return NumpyRunner(packed)

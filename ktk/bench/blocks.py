@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from ktk.backends.llamafile import formats
 from ktk.experts.formats import BLOCKS, Format
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.machine.memory import aligned_buffer
 from ktk.quantise.blocks import quantise_rows
 
@@ -71,7 +73,7 @@ def float_blocks(kind: str, w: np.ndarray) -> np.ndarray:
 
 def random_matrix(
     kind: str, num_experts: int, out_features: int, in_features: int, seed: int
-) -> BlockMatrix:
+) -> StoredMatrix:
     """Blocks of random bits with scales near SCALE, uint8 (num_experts, out_features, row bytes).
 
     Scales have either sign: else weights of types with minima would all be positive, every output the sum of the
@@ -81,7 +83,7 @@ def random_matrix(
     shape = (num_experts, out_features)
     if kind in FLOATS:
         w = (rng.standard_normal((*shape, in_features)) * SCALE).astype(np.float32)
-        return BlockMatrix(kind, in_features, float_blocks(kind, w))
+        return StoredMatrix.of_rows(kind, in_features, float_blocks(kind, w))
     fmt = BLOCKS[kind]
     blocks = rng.integers(
         0, 256, (*shape, in_features // fmt.block, fmt.block_bytes), dtype=np.uint8
@@ -98,12 +100,12 @@ def random_matrix(
         for i in range(4):
             words[..., i] = (words[..., i] & 0xFFF) | ((bits >> (4 * i) & 15) << 12)
         blocks[..., 48:56] = words.view(np.uint8)
-    return BlockMatrix(kind, in_features, blocks.reshape(*shape, -1))
+    return StoredMatrix.of_rows(kind, in_features, blocks.reshape(*shape, -1))
 
 
 def random_blocks(
     spec: MoESpec, types: tuple[str, str, str], seed: int = 0, scale_bias: float = 0.1
-) -> BlockExperts:
+) -> StoredExperts:
     """Experts of ``spec`` whose gate, up and down have the given types."""
     rng = np.random.default_rng(seed)
     e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
@@ -113,7 +115,7 @@ def random_blocks(
             (rng.standard_normal((e, n)) * scale_bias).astype(np.float32) if spec.has_bias else None
         )
 
-    return BlockExperts(
+    return StoredExperts(
         spec,
         random_matrix(types[0], e, i, h, seed + 1) if spec.has_gate else None,
         random_matrix(types[1], e, i, h, seed + 2),
@@ -124,10 +126,10 @@ def random_blocks(
     )
 
 
-def in_turns(matrix: BlockMatrix, num_experts: int) -> BlockMatrix:
+def in_turns(matrix: StoredMatrix, num_experts: int) -> StoredMatrix:
     """A copy in huge-page memory: its experts taking turns, each time in memory of their own."""
     data = aligned_buffer(num_experts * matrix.data[0].size)
     data = data.reshape(num_experts, *matrix.data.shape[1:])
     for e in range(num_experts):
         data[e] = matrix.data[e % len(matrix.data)]
-    return BlockMatrix(matrix.type, matrix.in_features, data, matrix.is_repacked)
+    return dataclasses.replace(matrix, data=data)

@@ -29,7 +29,7 @@ from ktk.bench.shapes import Routing, Shape
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats import GGUF, PANELS
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights, Packed
+from ktk.experts.stored import ExpertWeights, StoredExperts, StoredMatrix
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 from ktk.ops.moe import MoE
@@ -220,7 +220,9 @@ class KtkLayer(MoELayer):
         for e in range(2):
             data[e::2] = self.two.data[e]
         self.weights = (data,)
-        self.moe = MoE(Packed(spec, data), method=method.backend, num_threads=num_threads)
+        self.moe = MoE(
+            StoredExperts.of_panels(spec, data), method=method.backend, num_threads=num_threads
+        )
         self.method, self.backend, self.kernel = method.text, self.moe.backend, self.moe.kernel
         self.peak = peak_of(self.kernel, spec.weight_format)
         self.expert_bytes = expert_bytes(spec)
@@ -255,7 +257,7 @@ class BlocksLayer(MoELayer):
         if method.is_repacked:
             two = repack(two, num_threads or cpu.default_threads())
         gate, up, down = (in_turns(m, spec.num_experts) for m in two.matrices.values())
-        experts = BlockExperts(spec, gate, up, down)
+        experts = StoredExperts(spec, gate, up, down)
         self.weights = tuple(matrix.data for matrix in experts.matrices.values())
         self.moe = MoE(experts, method=method.backend, num_threads=num_threads, repack=False)
         self.method, self.backend = method.text, self.moe.backend
@@ -303,7 +305,7 @@ class BlocksLayer(MoELayer):
         return self.outputs[key]
 
 
-def two_experts(shape: Shape, kind: str) -> BlockExperts:
+def two_experts(shape: Shape, kind: str) -> StoredExperts:
     """Two different experts in blocks of one type: normal weights, or random bits where ktk does not quantise to the type."""
     spec = MoESpec(2, shape.hidden_size, shape.intermediate_size, GGUF.name)
     if not has_quantiser(kind):
@@ -314,11 +316,11 @@ def two_experts(shape: Shape, kind: str) -> BlockExperts:
         assert weights.gate is not None
         found.append([quantised(kind, w) for w in (weights.gate, weights.up, weights.down)])
     gate, up, down = (np.stack(pair) for pair in zip(*found, strict=True))
-    return BlockExperts(
+    return StoredExperts(
         spec,
-        BlockMatrix(kind, shape.hidden_size, gate),
-        BlockMatrix(kind, shape.hidden_size, up),
-        BlockMatrix(kind, shape.intermediate_size, down),
+        StoredMatrix.of_rows(kind, shape.hidden_size, gate),
+        StoredMatrix.of_rows(kind, shape.hidden_size, up),
+        StoredMatrix.of_rows(kind, shape.intermediate_size, down),
     )
 
 

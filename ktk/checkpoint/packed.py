@@ -25,7 +25,7 @@ from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict
 from ktk.errors import CheckpointError
 from ktk.experts.layout import EXPERT_ALIGN, LAYOUT_VERSION
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine.cpu import num_physical_cores
 from ktk.machine.memory import aligned_buffer
 from ktk.paths import user_path
@@ -162,7 +162,7 @@ def read_spec(directory: str | os.PathLike[str], layer: int) -> MoESpec:
 
 def read_layer(
     directory: str | os.PathLike[str], layer: int, num_threads: int | None = None
-) -> Packed:
+) -> StoredExperts:
     """Read one layer's experts into huge-page-advised memory.
 
     num_threads : experts read and checked at a time, default the physical cores, eight at most.
@@ -190,7 +190,7 @@ def read_layer(
             list(pool.map(read, range(spec.num_experts)))
     finally:
         file.close()
-    return Packed(spec, experts)
+    return StoredExperts.of_panels(spec, experts)
 
 
 def read_config(directory: str | os.PathLike[str]) -> PackedConfig:

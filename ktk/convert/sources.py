@@ -22,7 +22,7 @@ from ktk.checkpoint.packed import QUANT_METHOD
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
 from ktk.experts.dequantise import expert_weights
-from ktk.experts.stored import BlockExperts, CodedExpert, ExpertWeights
+from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts
 from ktk.models import Config, Experts, find_experts
 from ktk.models.config import NESTED_KEYS
 from ktk.models.gguf import find_gguf_experts
@@ -226,7 +226,7 @@ class GgufSource(Source):
         self.path = self.place = checkpoint.path
         self.family, self.layers = self.experts.architecture, self.experts.layers
         self._lock = threading.Lock()
-        self._in_work: dict[int, tuple[BlockExperts, np.ndarray | None]] = {}
+        self._in_work: dict[int, tuple[StoredExperts, np.ndarray | None]] = {}
         self.source_dtype = f"gguf {self._layer(self.layers[0])[0].types}"
         self.notes = (EXPERTS_ONLY,)
         if self.experts.routing.weighs_input:
@@ -260,7 +260,7 @@ class GgufSource(Source):
             down_bias=None if bias is None else bias * scales[expert],
         )
 
-    def _layer(self, layer: int) -> tuple[BlockExperts, np.ndarray | None]:
+    def _layer(self, layer: int) -> tuple[StoredExperts, np.ndarray | None]:
         """A layer's blocks and output scales.
 
         The two layers in work are kept: some have to be copied together.

@@ -1,33 +1,38 @@
-"""GGUF blocks to floats, by the gguf package: the oracle of the kernels over blocks."""
+"""Experts as they are stored, back to floats: panels by their layout, GGUF blocks by the gguf package."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ktk.experts.stored import BlockExperts, BlockMatrix, ExpertWeights
+from ktk.experts.layout import matrix_layout
+from ktk.experts.panels import dequantised
+from ktk.experts.stored import ExpertWeights, StoredExperts, StoredMatrix
 
 
-def dequantise(matrix: BlockMatrix, expert: int) -> np.ndarray:
+def dequantise(matrix: StoredMatrix, expert: int) -> np.ndarray:
     """One expert's projection, float32 (out_features, in_features).
 
-    ValueError for a type the gguf package does not decode, and for repacked blocks, which nothing puts back in order.
+    ValueError for repacked blocks, which nothing puts back in order.
     """
-    import gguf
-
+    name, data = matrix.format.name, matrix.data[expert]
+    if matrix.format.is_packed:
+        layout = matrix_layout(
+            matrix.format, matrix.in_features, matrix.out_features, matrix.group_size, 0
+        )
+        return dequantised(data, layout)
     if matrix.is_repacked:
         raise ValueError(
-            f"{matrix.type} blocks are repacked for the kernels: cannot be decoded; take them from the file again"
+            f"{name} blocks are repacked for the kernels: cannot be decoded; take them from the file again"
         )
-    try:
-        kind = gguf.GGMLQuantizationType[matrix.type]
-        with np.errstate(all="ignore"):  # a stranger's scales may be inf or NaN
-            values = gguf.dequantize(np.ascontiguousarray(matrix.data[expert]), kind)
-    except (KeyError, NotImplementedError):
-        raise ValueError(f"the gguf package does not decode {matrix.type}") from None
-    return np.ascontiguousarray(values, np.float32).reshape(-1, matrix.in_features)
+    import gguf
+
+    with np.errstate(all="ignore"):  # a stranger's scales may be inf or NaN
+        values = gguf.dequantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType[name])
+    rows = values.reshape(len(data), -1)[: matrix.out_features, : matrix.in_features]
+    return np.ascontiguousarray(rows, np.float32)
 
 
-def expert_weights(experts: BlockExperts, expert: int) -> ExpertWeights:
+def expert_weights(experts: StoredExperts, expert: int) -> ExpertWeights:
     """One expert, dequantised to float32. ValueError for one that is not there, or as ``dequantise`` raises it."""
     if not 0 <= expert < experts.spec.num_experts:
         raise ValueError(f"expert {expert}: must be 0 to {experts.spec.num_experts - 1}")

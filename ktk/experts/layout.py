@@ -107,26 +107,25 @@ class ExpertLayout:
     def matrix(self, projection: str) -> MatrixLayout:
         return self.down if projection == "down" else self.gate_up
 
-    def panels(self, span: np.ndarray, projection: str) -> np.ndarray:
-        """One projection's panels in an expert's span: uint8 (num_panels, panel_bytes), a view."""
-        matrix = self.matrix(projection)
+    def panels(self, spans: np.ndarray, projection: str) -> np.ndarray:
+        """One projection's panels in spans uint8 (..., expert_bytes): uint8 (..., num_panels, panel_bytes), a view."""
+        size = self.matrix(projection).panel_bytes
         if projection == "down":
-            return span[self.down_offset : self.down_end].reshape(-1, matrix.panel_bytes)
-        both = span[: self.down_offset].reshape(-1, matrix.panel_bytes)
-        return both[int(projection == "up") :: 2] if self.has_gate else both
+            part = spans[..., self.down_offset : self.down_end]
+            return part.reshape(*spans.shape[:-1], -1, size)
+        both = spans[..., : self.down_offset].reshape(*spans.shape[:-1], -1, size)
+        return both[..., int(projection == "up") :: 2, :] if self.has_gate else both
 
-    def bias(self, span: np.ndarray, projection: str) -> np.ndarray | None:
-        """One projection's bias in an expert's span: uint8, padded to whole panels, a view; None without."""
+    def bias(self, spans: np.ndarray, projection: str) -> np.ndarray | None:
+        """One projection's bias in spans: uint8, padded to whole panels, a view; None without."""
         start = {
             "gate": self.gate_bias_offset,
             "up": self.up_bias_offset,
             "down": self.down_bias_offset,
         }[projection]
-        return (
-            None
-            if start < 0
-            else span[start : start + self.matrix(projection).num_panels * PANEL * 4]
-        )
+        if start < 0:
+            return None
+        return spans[..., start : start + self.matrix(projection).num_panels * PANEL * 4]
 
 
 def matrix_layout(

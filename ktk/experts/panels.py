@@ -65,3 +65,12 @@ def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, n
     scales = bf16_to_f32(stored) if layout.scales_are_bf16 else stored
     scales = scales.reshape(p, layout.num_groups, PANEL).transpose(0, 2, 1)
     return codes, np.ascontiguousarray(scales).reshape(p * PANEL, layout.num_groups)
+
+
+def dequantised(panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:
+    """What panels say, float32 (out_features, in_features)."""
+    w, scales = read_panels(panels, layout)
+    if layout.format.is_integer:
+        spread = np.repeat(scales, layout.group_size, axis=1)[:, : layout.padded_in]
+        w = (w.astype(F) - F(layout.format.zero_point)) * spread
+    return np.ascontiguousarray(w[: layout.out_features, : layout.in_features])

@@ -1,4 +1,4 @@
-"""Experts as they are stored: float, coded, packed in panels, or in a GGUF file's blocks."""
+"""Experts as they are stored, in panels or in a GGUF file's blocks, and as checkpoints give them."""
 
 from __future__ import annotations
 
@@ -7,59 +7,56 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ktk.experts.formats import Format, block_format
 from ktk.experts.layout import K_ALIGN, PANEL, round_up
 from ktk.experts.spec import MoESpec
 
 
 @dataclass(frozen=True)
-class Packed:
-    """One layer's experts in panel16 layout, ready for every kernel.
+class StoredMatrix:
+    """One projection of all experts of a layer.
 
-    data : uint8 (num_experts, layout.expert_bytes), C-contiguous, 64-byte aligned at least.
+    data : uint8 views of the memory that kernels read, experts at any distance: (num_experts, panels, panel bytes), panels at
+        any distance, or, in blocks, (num_experts, rows, row bytes), each expert's rows one behind the other.
+    group_size : of panels, as in MoESpec. is_repacked : blocks in the order the kernels read them, see
+        ``ktk.backends.llamafile.repack``. Rows may then be padded to whole panels, and float ones to a multiple of 32 weights.
+    Raises ValueError unless the data is what the format and the sizes say.
     """
 
-    spec: MoESpec
-    data: np.ndarray
-
-    def __post_init__(self) -> None:
-        layout = self.spec.layout
-        want = (self.spec.num_experts, layout.expert_bytes)
-        if self.data.dtype != np.uint8 or self.data.shape != want:
-            raise ValueError(
-                f"packed data is {self.data.dtype} {self.data.shape}: must be uint8 {want}"
-            )
-        if not self.data.flags.c_contiguous or self.data.ctypes.data % 64:
-            raise ValueError("packed data must be C-contiguous and 64-byte aligned")
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits at rest per weight, scales, padding and biases included."""
-        return self.spec.bits_per_weight
-
-
-@dataclass(frozen=True)
-class BlockMatrix:
-    """One projection of all experts of a layer as a GGUF file holds it.
-
-    type : the ggml type's name, e.g. "Q4_K".
-    in_features : weights of a row. data : uint8 (num_experts, out_features, row bytes); each expert's rows lie
-        one behind the other, experts at any distance (the gate half of a fused tensor is one).
-    is_repacked : the same bytes in the order kernels read them, see ``ktk.backends.llamafile.repack``.
-    """
-
-    type: str
+    format: Format
     in_features: int
+    out_features: int
     data: np.ndarray
+    group_size: int = 0
     is_repacked: bool = False
 
     def __post_init__(self) -> None:
-        data = self.data
+        data, name = self.data, self.format.name
         if data.dtype != np.uint8 or data.ndim != 3 or 0 in data.shape:
             raise ValueError(
-                f"{self.type} blocks are {data.dtype} {data.shape}: must be uint8 (experts, rows, row bytes)"
+                f"{name} is {data.dtype} {data.shape}: must be uint8 (experts, rows or panels, bytes)"
             )
-        if data.strides[1:] != (data.shape[2], 1):
-            raise ValueError(f"{self.type} blocks: an expert's rows must lie one behind the other")
+        if data.strides[2] != 1:
+            raise ValueError(f"{name}: the bytes of a row or panel must lie one behind the other")
+        if self.format.is_packed:
+            return  # views that ``StoredExperts.of_panels`` makes
+        rows, size = data.shape[1:]
+        if data.strides[1] != size:
+            raise ValueError(f"{name} blocks: an expert's rows must lie one behind the other")
+        whole = round_up(self.in_features, K_ALIGN)
+        if rows not in (self.out_features, round_up(self.out_features, PANEL)):
+            raise ValueError(f"{name} blocks have {rows} rows: must have {self.out_features}")
+        fitting = {self.format.row_bytes(columns) for columns in (self.in_features, whole)}
+        if size not in fitting:
+            raise ValueError(
+                f"{name} rows of {self.in_features} weights have {size} bytes: must have {min(fitting)}"
+            )
+
+    @classmethod
+    def of_rows(cls, name: str, in_features: int, data: np.ndarray) -> StoredMatrix:
+        """Blocks as a GGUF file holds them, uint8 (num_experts, out_features, row bytes). name : the type's."""
+        rows = data.shape[1] if data.ndim == 3 else 0
+        return cls(block_format(name), in_features, rows, data)
 
     @property
     def num_bytes(self) -> int:
@@ -68,48 +65,46 @@ class BlockMatrix:
 
 
 @dataclass(frozen=True)
-class BlockExperts:
-    """One layer's experts in a GGUF file's blocks, each projection in its own type.
+class StoredExperts:
+    """One layer's experts, ready for the kernels: in panels (``of_panels``), or in the blocks of a GGUF file.
 
-    spec : weight_format is "gguf". gate : None without a gate projection.
-    Biases : float32 (num_experts, out_features) or None.
+    gate : None without a gate projection. Biases : float32 (num_experts, out_features) or None; views, at any distance.
     order : int64 (num_experts,) or None: expert e is the one stored at order[e].
+    spans : of panels, uint8 (num_experts, layout.expert_bytes): what the matrices are views of; None of blocks.
     """
 
     spec: MoESpec
-    gate: BlockMatrix | None
-    up: BlockMatrix
-    down: BlockMatrix
+    gate: StoredMatrix | None
+    up: StoredMatrix
+    down: StoredMatrix
     gate_bias: np.ndarray | None = None
     up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
     order: np.ndarray | None = None
+    spans: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         spec = self.spec
-        if spec.weight_format != "gguf" or spec.has_gate != (self.gate is not None):
-            raise ValueError(
-                f"{spec}: weight_format must be 'gguf', has_gate must be as the blocks"
-            )
+        if spec.has_gate != (self.gate is not None):
+            raise ValueError(f"{spec}: has_gate must be as the matrices")
         for name, matrix in self.matrices.items():
+            if matrix.format.is_packed != spec.is_packed:
+                raise ValueError(
+                    f"{name} is {matrix.format.name}: weight_format={spec.weight_format!r} must be 'gguf' of blocks alone"
+                )
             ins, outs = spec.hidden_size, spec.intermediate_size
             if name == "down":
                 ins, outs = outs, ins
-            if matrix.is_repacked:  # padded to whole panels
-                ins, outs = round_up(ins, K_ALIGN), round_up(outs, PANEL)
-            if (matrix.in_features, *matrix.data.shape[:2]) != (ins, spec.num_experts, outs):
+            found = (len(matrix.data), matrix.out_features, matrix.in_features)
+            if found != (spec.num_experts, outs, ins):
                 raise ValueError(
-                    f"{name} is ({matrix.data.shape[0]}, {matrix.data.shape[1]}, {matrix.in_features}): "
-                    f"must be ({spec.num_experts}, {outs}, {ins}), experts x out x in"
+                    f"{name} is {found}: must be ({spec.num_experts}, {outs}, {ins}), experts x out x in"
                 )
         for name, bias in self.biases.items():
-            shape = (
-                spec.num_experts,
-                spec.hidden_size if name == "down" else spec.intermediate_size,
-            )
-            if bias.dtype != np.float32 or bias.shape != shape:
+            outs = spec.hidden_size if name == "down" else spec.intermediate_size
+            if bias.dtype != np.float32 or bias.shape != (spec.num_experts, outs):
                 raise ValueError(
-                    f"{name} bias is {bias.dtype} {bias.shape}: must be float32 {shape}"
+                    f"{name} bias is {bias.dtype} {bias.shape}: must be float32 {(spec.num_experts, outs)}"
                 )
         if spec.has_bias != bool(self.biases):
             raise ValueError(f"has_bias={spec.has_bias}, but there are {len(self.biases)} biases")
@@ -125,8 +120,51 @@ class BlockExperts:
                 f"order goes from {order.min()} to {order.max()}: must stay in 0..{spec.num_experts - 1}"
             )
 
+    @classmethod
+    def of_panels(cls, spec: MoESpec, spans: np.ndarray) -> StoredExperts:
+        """Packed experts. spans : uint8 (num_experts, layout.expert_bytes), C-contiguous, 64-byte aligned at least.
+
+        ValueError if they are not, or the spec's format does not lie in panels.
+        """
+        if not spec.is_packed:
+            raise ValueError(f"weight_format={spec.weight_format!r}: does not lie in panels")
+        layout = spec.layout
+        want = (spec.num_experts, layout.expert_bytes)
+        if spans.dtype != np.uint8 or spans.shape != want:
+            raise ValueError(f"packed data is {spans.dtype} {spans.shape}: must be uint8 {want}")
+        if not spans.flags.c_contiguous or spans.ctypes.data % 64:
+            raise ValueError("packed data must be C-contiguous and 64-byte aligned")
+        matrices: dict[str, StoredMatrix] = {}
+        biases: dict[str, np.ndarray] = {}
+        for name in layout.projections:
+            matrix = layout.matrix(name)
+            matrices[name] = StoredMatrix(
+                spec.format,
+                matrix.in_features,
+                matrix.out_features,
+                layout.panels(spans, name),
+                spec.group_size or 0,
+            )
+            bias = layout.bias(spans, name)
+            if bias is not None:
+                biases[f"{name}_bias"] = bias.view(np.float32)[:, : matrix.out_features]
+        gate, up, down = matrices.get("gate"), matrices["up"], matrices["down"]
+        return cls(spec, gate, up, down, **biases, spans=spans)
+
     @property
-    def matrices(self) -> dict[str, BlockMatrix]:
+    def is_packed(self) -> bool:
+        """Whether they lie in panels, else in the blocks of a GGUF file."""
+        return self.spec.is_packed
+
+    @property
+    def data(self) -> np.ndarray:
+        """Packed experts in one piece, uint8 (num_experts, expert_bytes), as packed directories hold them."""
+        if self.spans is None:
+            raise ValueError(f"{self.types} experts do not lie in one piece")
+        return self.spans
+
+    @property
+    def matrices(self) -> dict[str, StoredMatrix]:
         """The projections there are, by name."""
         named = {"gate": self.gate, "up": self.up, "down": self.down}
         return {name: matrix for name, matrix in named.items() if matrix is not None}
@@ -140,12 +178,14 @@ class BlockExperts:
     @property
     def types(self) -> str:
         """``Q4_K``, or ``Q4_K/Q4_K/Q6_K`` where projections differ."""
-        types = [matrix.type for matrix in self.matrices.values()]
+        types = [matrix.format.name for matrix in self.matrices.values()]
         return types[0] if len(set(types)) == 1 else "/".join(types)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight, scales included."""
+        """Bits at rest per weight, scales included, of packed experts padding and biases too."""
+        if self.is_packed:
+            return self.spec.bits_per_weight
         num_bytes = sum(matrix.num_bytes for matrix in self.matrices.values())
         return num_bytes * 8 / (self.spec.num_weights * self.spec.num_experts)
 

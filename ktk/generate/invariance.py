@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ktk.experts.stored import BlockMatrix
+from ktk.experts.stored import StoredMatrix
 from ktk.integration.transformers.experts import is_experts
 from ktk.integration.transformers.linear import SharedForward, class_source, linear_of
 from ktk.ops import linear
@@ -151,7 +151,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
     if weight.dtype not in _TYPES or weight.device.type != "cpu" or linear.why_not():
         return None
     rows = weight.detach().contiguous().view(torch.uint8).numpy()
-    blocks = BlockMatrix(_TYPES[weight.dtype], weight.shape[1], rows[None])
+    blocks = StoredMatrix.of_rows(_TYPES[weight.dtype], weight.shape[1], rows[None])
     return Linear.of_blocks(blocks, None if bias is None else bias.detach())
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
+from ktk.experts.formats import GGUF
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix, CodedExpert, ExpertWeights
+from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts, StoredMatrix
 from ktk.models.arch import FAMILIES
 from ktk.models.config import ACTIVATION_KEYS, NUM_LAYERS_KEYS, TOP_K_KEYS, Config
 from ktk.models.families import Family
@@ -112,12 +113,12 @@ class Experts:
         sizes = [group for group in groups if group]
         return next((g for g in (128, 64, 32) if all(size % g == 0 for size in sizes)), None)
 
-    def mxfp4_experts(self, layer: int) -> BlockExperts | None:
+    def mxfp4_experts(self, layer: int) -> StoredExperts | None:
         """A layer's MXFP4 experts in the blocks of GGUF, the same numbers; None if they are not MXFP4."""
         found = self._layer(layer)
         if not found.is_mxfp4:
             return None
-        spec = MoESpec(**self.spec_fields(layer), weight_format="gguf")
+        spec = MoESpec(**self.spec_fields(layer), weight_format=GGUF.name)
         names = ("gate", "up", "down") if spec.has_gate else ("up", "down")
         data: dict[str, list[np.ndarray]] = {name: [] for name in names}
         biases: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -127,7 +128,7 @@ class Experts:
             for name, bias in found.read_biases(expert).items():
                 biases[name].append(bias)
         matrices = {
-            name: BlockMatrix(
+            name: StoredMatrix.of_rows(
                 "MXFP4",
                 spec.intermediate_size if name == "down" else spec.hidden_size,
                 np.stack(rows),
@@ -135,7 +136,7 @@ class Experts:
             for name, rows in data.items()
         }
         stacked = {name: np.stack(rows) for name, rows in biases.items() if rows}
-        return BlockExperts(
+        return StoredExperts(
             spec, matrices.get("gate"), matrices["up"], matrices["down"],
             stacked.get("gate"), stacked.get("up"), stacked.get("down"),
         )  # fmt: skip

@@ -19,9 +19,9 @@ from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.checkpoint.safetensors import strict_json
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
-from ktk.experts.formats import activation_group_of, block_format
+from ktk.experts.formats import GGUF, Format, activation_group_of, block_format
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.log import logger
 from ktk.models.gguf_architectures import ARCHITECTURES, Architecture
 from ktk.models.metadata import check_gguf
@@ -113,14 +113,14 @@ class GgufExperts:
         if layer not in self._specs:
             parts = self._layer(layer)
             clamp = _clamp(self.checkpoint, self._row, layer)
-            types = {self._type(part) for part in parts.values()}
+            finest = max(self._format(part).bits_per_weight for part in parts.values())
             down = parts["down"]
             self._specs[layer] = MoESpec(
                 down.num_experts,
                 down.out_features,
                 down.in_features,
-                "gguf",
-                activation_group=activation_group_of(max(map(_bits, types))),
+                GGUF.name,
+                activation_group=activation_group_of(finest),
                 has_gate="gate" in parts,
                 has_bias=any(kind == "bias" for _, kind in self._extras.get(layer, {})),
                 activation=_written_activation(self.checkpoint)
@@ -128,15 +128,20 @@ class GgufExperts:
             )
         return self._specs[layer]
 
-    def experts(self, layer: int) -> BlockExperts:
+    def experts(self, layer: int) -> StoredExperts:
         """One layer's blocks: views of the mapped file; a copy where experts' own tensors lie at uneven distances."""
         spec, parts = self.spec(layer), self._layer(layer)
         matrices = {
-            name: BlockMatrix(self._type(part), part.in_features, self._blocks(layer, name, part))
+            name: StoredMatrix(
+                self._format(part),
+                part.in_features,
+                part.out_features,
+                self._blocks(layer, name, part),
+            )
             for name, part in parts.items()
         }
         biases = self._biases(layer, spec)
-        return BlockExperts(
+        return StoredExperts(
             spec,
             matrices.get("gate"),
             matrices["up"],
@@ -181,7 +186,7 @@ class GgufExperts:
                 f"{self.checkpoint.path}: layer {layer} has no experts; MoE layers: {', '.join(map(str, self.layers))}"
             ) from None
 
-    def _type(self, part: _Part) -> str:
+    def _format(self, part: _Part) -> Format:
         first = self.checkpoint.info(part.names[0])
         for name in part.names[1:]:
             other = self.checkpoint.info(name)
@@ -190,7 +195,10 @@ class GgufExperts:
                     f"{other.file}: tensor {name!r} is {other.type}, {first.name!r} is {first.type}: experts of one "
                     "projection must have one type"
                 )
-        return first.type
+        try:
+            return block_format(first.type)
+        except ValueError as error:
+            raise CheckpointError(f"{first.file}: tensor {first.name!r}: {error}") from None
 
     def _blocks(self, layer: int, name: str, part: _Part) -> np.ndarray:
         """uint8 (num_experts, out_features, row bytes)."""
@@ -550,10 +558,6 @@ def _clamp(checkpoint: GgufCheckpoint, row: Architecture, layer: int) -> float:
             f"{checkpoint.path}: layer {layer}: {key} is {limit}: ktk does not know how this architecture clamps"
         )
     return limit
-
-
-def _bits(type_name: str) -> float:
-    return block_format(type_name).bits_per_weight
 
 
 __all__ = ["ARCHITECTURES", "Architecture", "GgufExperts", "Routing", "find_gguf_experts"]

@@ -16,7 +16,7 @@ import numpy as np
 from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts
+from ktk.experts.stored import StoredExperts
 from ktk.fork import Lock
 from ktk.models.gguf import GgufExperts, Routing, find_gguf_experts
 from ktk.ops.moe import MoE
@@ -73,7 +73,7 @@ class GgufModel(Mapping[int, MoE]):
         """Shape and activation of one layer. Raises CheckpointError."""
         return self._experts.spec(layer)
 
-    def experts(self, layer: int) -> BlockExperts:
+    def experts(self, layer: int) -> StoredExperts:
         """One layer's blocks, views of the file. Raises CheckpointError."""
         return self._experts.experts(layer)
 

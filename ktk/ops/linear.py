@@ -9,11 +9,11 @@ import numpy as np
 from ktk._cy import native_module
 from ktk.backends import llamafile
 from ktk.errors import BackendError
-from ktk.experts.formats import GGUF, activation_group_of
+from ktk.experts.formats import GGUF, activation_group_of, get_format
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.layout import PANEL, round_up
+from ktk.experts.layout import K_ALIGN, PANEL, round_up
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockMatrix
+from ktk.experts.stored import StoredMatrix
 from ktk.machine import cpu
 from ktk.machine import threads as engine
 from ktk.machine.memory import aligned_buffer
@@ -59,7 +59,7 @@ class Linear:
         num_threads: int | None = None,
     ) -> None:
         _check()
-        if weight_format == GGUF.name:
+        if not get_format(weight_format).is_packed:
             raise ValueError(
                 "weight_format='gguf': must be a format of panels, e.g. 'int8'; blocks go to Linear.of_blocks"
             )
@@ -93,7 +93,7 @@ class Linear:
     @classmethod
     def of_blocks(
         cls,
-        matrix: BlockMatrix,
+        matrix: StoredMatrix,
         bias: Any = None,
         *,
         activation_group: int | None = None,
@@ -108,13 +108,13 @@ class Linear:
         _check()
         if len(matrix.data) != 1 or matrix.is_repacked:
             raise ValueError(
-                f"{matrix.type} blocks of {len(matrix.data)} experts{', repacked' * matrix.is_repacked}: "
+                f"{matrix.format.name} blocks of {len(matrix.data)} experts{', repacked' * matrix.is_repacked}: "
                 "must be one matrix, (1, out_features, row bytes), as a file holds it"
             )
         self = cls.__new__(cls)
-        out_features, row_bytes = matrix.data.shape[1:]
+        out_features = matrix.out_features
         if activation_group is None:
-            activation_group = activation_group_of(8 * row_bytes / matrix.in_features)
+            activation_group = activation_group_of(matrix.format.bits_per_weight)
         self.spec = MoESpec(
             1,
             out_features,
@@ -126,10 +126,10 @@ class Linear:
         whole = llamafile.whole_panels(matrix)
         self.panels = whole.data[0]
         threads = self._begin(bias, num_threads)
-        row, isa = llamafile.formats()[whole.type].table_index, llamafile.blocks_isa()
-        self.kernel = f"{isa} {GGUF.name} {whole.type}"
+        row, isa = llamafile.formats()[whole.format.name].table_index, llamafile.blocks_isa()
+        self.kernel = f"{isa} {GGUF.name} {whole.format.name}"
         self.matrix = self.native.Matrix.of_blocks(
-            (row, whole.in_features, len(self.panels) // PANEL, False), self.panels, self.bias, matrix.in_features,
+            (row, round_up(whole.in_features, K_ALIGN), len(self.panels) // PANEL, False), self.panels, self.bias, matrix.in_features,
             out_features, activation_group, llamafile.rows_isa(), isa, threads,
         )  # fmt: skip
         return self

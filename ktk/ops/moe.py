@@ -12,7 +12,7 @@ from ktk.checkpoint.packed import read_layer
 from ktk.experts.activation import Activation
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, ExpertWeights, Packed
+from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.machine import threads as engine
 from ktk.ops.inputs import (
     as_add,
@@ -51,7 +51,7 @@ class MoE:
 
     Parameters
     ----------
-    packed : Packed or BlockExperts
+    packed : StoredExperts
         The experts. Shared, not copied; but GGUF blocks with a method for packed weights are quantised anew.
     method : str
         "auto", a backend ("AVX512", "AMXINT4", ...) or a format ("INT8", ...): see ``ktk.backends.report()``.
@@ -67,27 +67,21 @@ class MoE:
 
     def __init__(
         self,
-        packed: Packed | BlockExperts,
+        packed: StoredExperts,
         *,
         method: str = "auto",
         num_threads: int | None = None,
         repack: bool | None = None,
     ) -> None:
-        spec = packed.spec
-        make: Callable[[int], Packed | BlockExperts] = lambda num_threads: packed  # noqa: E731
-        if isinstance(packed, BlockExperts):
-            spec, make = plan(packed, method, repack)
-        elif repack:
-            raise ValueError("repack=True: these experts are packed already; it is for GGUF blocks")
-        backend = backends.select(
-            method, spec
-        )  # refuse before the long part, and so does the engine
+        spec, make = plan(packed, method, repack)
+        # Refuse before the long part; so does the engine.
+        backend = backends.select(method, spec)
         layout = engine.acquire(self, num_threads)
         packed = make(layout.num_threads)
         self.spec = spec
         self.backend = backend.name
         self.kernel = backend.kernel(spec)
-        if isinstance(packed, BlockExperts):
+        if not packed.is_packed:
             self.kernel += f" {packed.types}"
         self.bits_per_weight = packed.bits_per_weight
         self.num_threads = layout.num_threads
@@ -247,7 +241,7 @@ class MoE:
 
     @property
     def packed(self) -> Any:
-        """The experts, Packed or BlockExperts; on a machine of several NUMA nodes a copy, put together from its parts."""
+        """The experts, ``StoredExperts``; on a machine of several NUMA nodes a copy, put together from its parts."""
         return self.runner.packed()
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ktk.experts.layout import PANEL
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.log import warn_once
 from ktk.machine import numa
 from ktk.machine.memory import aligned_buffer
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     num_down_panels: int
 
 
-def whole(packed: Packed) -> Part:
+def whole(packed: StoredExperts) -> Part:
     """All of it, as it lies."""
     layout = packed.spec.layout
     return Part(
@@ -51,7 +51,7 @@ def whole(packed: Packed) -> Part:
     )
 
 
-def parts_of(packed: Packed, engine: EngineLayout) -> list[Part]:
+def parts_of(packed: StoredExperts, engine: EngineLayout) -> list[Part]:
     """``packed`` itself on a machine of one node, else a copy of each part in its node's memory."""
     if not engine.is_bound:
         return [whole(packed)]
@@ -67,7 +67,7 @@ def cut(num_panels: int, index: int, count: int) -> tuple[int, int]:
     return first, end - first
 
 
-def _copy(packed: Packed, index: int, count: int, node: int) -> Part:
+def _copy(packed: StoredExperts, index: int, count: int, node: int) -> Part:
     layout = packed.spec.layout
     projections = 2 if layout.has_gate else 1
     first_up, num_up = cut(layout.gate_up.num_panels, index, count)
@@ -109,7 +109,7 @@ def bound_buffer(num_bytes: int, node: int) -> np.ndarray:
     return buffer
 
 
-def join(spec: MoESpec, parts: list[Part]) -> Packed:
+def join(spec: MoESpec, parts: list[Part]) -> StoredExperts:
     """The experts in one piece again."""
     layout = spec.layout
     projections = 2 if layout.has_gate else 1
@@ -121,4 +121,4 @@ def join(spec: MoESpec, parts: list[Part]) -> Packed:
         start = layout.down_offset + part.first_down_panel * layout.down.panel_bytes
         data[:, start : start + size] = part.data[:, part.down_offset : part.down_offset + size]
         data[:, layout.down_end :] = part.data[:, part.down_offset + size :]
-    return Packed(spec, data)
+    return StoredExperts.of_panels(spec, data)

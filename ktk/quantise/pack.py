@@ -17,7 +17,7 @@ from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, MatrixLayout
 from ktk.experts.panels import lay_float_panels, lay_panels
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, Packed
+from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, StoredExperts
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 
@@ -175,7 +175,7 @@ def pack_experts(
     spec: MoESpec,
     read: Callable[[int], ExpertWeights | CodedExpert],
     num_threads: int | None = None,
-) -> Packed:
+) -> StoredExperts:
     """Pack ``read(0) .. read(num_experts - 1)``; at most ``num_threads`` experts are unpacked at a time."""
     data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
     data = data.reshape(spec.num_experts, spec.layout.expert_bytes)
@@ -188,4 +188,4 @@ def pack_experts(
 
     with ThreadPoolExecutor(num_threads or cpu.num_physical_cores()) as pool:
         list(pool.map(work, range(spec.num_experts)))
-    return Packed(spec, data)
+    return StoredExperts.of_panels(spec, data)

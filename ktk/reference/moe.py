@@ -9,7 +9,7 @@ from ktk.experts.formats import get_format
 from ktk.experts.layout import MatrixLayout
 from ktk.experts.panels import read_panels
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import ExpertWeights, Packed
+from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.reference.activation import activate
 from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float, linear_integer, quantise_activations
@@ -20,7 +20,7 @@ F = np.float32
 class ExactExperts:
     """Exact integer model of one layer's experts: what every kernel's output is compared with."""
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: StoredExperts) -> None:
         self.spec = packed.spec
         self.data = packed.data
         self.layout = packed.spec.layout

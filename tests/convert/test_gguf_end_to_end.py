@@ -16,7 +16,7 @@ from ktk.cli import main
 from ktk.errors import BackendError, CheckpointError
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts
+from ktk.experts.stored import StoredExperts
 from ktk.quantise.pack import pack_experts
 from make import gguf_files
 from make.cases import assert_exact
@@ -71,7 +71,7 @@ def wrapper_of(path: Path, layer: int = 1, **changes: Any) -> ktk.KTMoEWrapper:
     return ktk.KTMoEWrapper(layer, **{**fields, **changes})
 
 
-def blocks_of(path: Path, layer: int = 1) -> BlockExperts:
+def blocks_of(path: Path, layer: int = 1) -> StoredExperts:
     return ktk.load_gguf(path).experts(layer)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import ktk
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu, numa
 from ktk.machine import threads as engine
 from ktk.machine.memory import HUGE_PAGE, aligned_buffer, node_of_pages
@@ -65,7 +65,7 @@ def layout_of(
 
 
 @cache
-def small(weight_format: str, has_bias: bool = False) -> tuple[Packed, np.ndarray]:
+def small(weight_format: str, has_bias: bool = False) -> tuple[StoredExperts, np.ndarray]:
     """Packed experts and the reference's output for ``inputs(TOKENS)``."""
     spec = MoESpec(EXPERTS, HIDDEN, INTERMEDIATE, weight_format, has_bias=has_bias)
     packed = pack_all(spec, random_experts(spec, 1))
@@ -73,12 +73,12 @@ def small(weight_format: str, has_bias: bool = False) -> tuple[Packed, np.ndarra
 
 
 @cache
-def large() -> Packed:
+def large() -> StoredExperts:
     """Random bytes: who looks only at where they lie needs no codes."""
     size = LARGE.layout.expert_bytes
     data = aligned_buffer(LARGE.num_experts * size).reshape(LARGE.num_experts, size)
     data[:] = np.random.default_rng(1).integers(0, 64, data.shape, np.uint8)
-    return Packed(LARGE, data)
+    return StoredExperts.of_panels(LARGE, data)
 
 
 def inputs(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +129,7 @@ def misplaced_workers(layout: engine.EngineLayout) -> str | None:
     return None
 
 
-def misplaced_weights(layout: engine.EngineLayout, packed: Packed) -> str | None:
+def misplaced_weights(layout: engine.EngineLayout, packed: StoredExperts) -> str | None:
     """What is wrong with where the only MoE's weights lie, or None."""
     held: Counter[int] = Counter()
     for node, address, num_bytes in bound_ranges():
@@ -148,7 +148,7 @@ def misplaced_weights(layout: engine.EngineLayout, packed: Packed) -> str | None
     return None
 
 
-def assert_placed(layout: engine.EngineLayout, packed: Packed) -> None:
+def assert_placed(layout: engine.EngineLayout, packed: StoredExperts) -> None:
     """Workers pinned as the layout says, soon (a thread pins itself after it started), and weights with them."""
     deadline = time.monotonic() + 10
     while misplaced_workers(layout) and time.monotonic() < deadline:

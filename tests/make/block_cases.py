@@ -7,7 +7,7 @@ import numpy as np
 from ktk._cy import native_module
 from ktk.backends.llamafile import formats
 from ktk.experts.layout import PANEL
-from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float, quantise_activations
 from ktk.reference.moe import ExactExperts
@@ -16,7 +16,7 @@ from ktk.reference.moe import ExactExperts
 class ExactBlocks(ExactExperts):
     """The stated arithmetic on what the kernels' own unpacking finds (test_llamafile holds that against gguf)."""
 
-    def __init__(self, experts: BlockExperts, isa: str) -> None:
+    def __init__(self, experts: StoredExperts, isa: str) -> None:
         self.spec, self.blocks, self.isa = experts.spec, experts, isa
 
     def bias(self, expert: int, projection: str) -> np.ndarray | None:
@@ -48,10 +48,10 @@ class ExactBlocks(ExactExperts):
 
 
 def unpack(
-    matrix: BlockMatrix, expert: int, isa: str
+    matrix: StoredMatrix, expert: int, isa: str
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Codes (out, in), scales and minima (out, groups) of one expert; out_features a multiple of 16."""
-    native, index = native_module(), formats()[matrix.type].table_index
+    native, index = native_module(), formats()[matrix.format.name].table_index
     panels = [
         native.unpack_blocks(
             np.ascontiguousarray(matrix.data[expert, p : p + PANEL]), index, matrix.in_features, isa, matrix.is_repacked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import ExpertWeights, Packed
+from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.machine.memory import aligned_buffer
 from ktk.quantise.pack import pack_expert
 
@@ -35,11 +35,11 @@ def random_experts(spec: MoESpec, seed: int, scale: float = 0.05) -> list[Expert
     ]
 
 
-def pack_all(spec: MoESpec, experts: list[ExpertWeights]) -> Packed:
+def pack_all(spec: MoESpec, experts: list[ExpertWeights]) -> StoredExperts:
     data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes).reshape(spec.num_experts, -1)
     for e, weights in enumerate(experts):
         pack_expert(spec, weights, data[e])
-    return Packed(spec, data)
+    return StoredExperts.of_panels(spec, data)
 
 
 def random_routing(

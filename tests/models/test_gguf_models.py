@@ -19,7 +19,7 @@ from ktk.backends import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
-from ktk.experts.stored import BlockExperts
+from ktk.experts.stored import StoredExperts
 from ktk.models.gguf import ARCHITECTURES, GgufExperts, Routing, find_gguf_experts
 from make.gguf_files import (
     EXPERTS,
@@ -135,7 +135,7 @@ def test_a_familys_blocks_are_views_of_the_file(tmp_path: Path, family: str) -> 
     whole = experts.checkpoint.file_bytes(path)
     fused = tensors.get("blk.1.ffn_gate_up_exps.weight")
     for name, matrix in blocks.matrices.items():
-        assert np.shares_memory(matrix.data, whole) and matrix.type == "Q8_0"
+        assert np.shares_memory(matrix.data, whole) and matrix.format.name == "Q8_0"
         if fused is not None and name != "down":
             half = slice(0, INTERMEDIATE) if name == "gate" else slice(INTERMEDIATE, None)
             np.testing.assert_array_equal(matrix.data, fused[0][:, half])
@@ -191,7 +191,7 @@ def test_each_projection_has_its_type_and_the_finest_decides_the_activation_grou
     }
     experts = opened(write_gguf(tmp_path / "a.gguf", "qwen3moe", tensors))
     blocks = experts.experts(0)
-    assert tuple(m.type for m in blocks.matrices.values()) == tuple(k.name for k in types)
+    assert tuple(m.format.name for m in blocks.matrices.values()) == tuple(k.name for k in types)
     assert blocks.spec.activation_group == group
 
 
@@ -392,7 +392,7 @@ def test_a_model_is_a_mapping_of_its_layers(tmp_path: Path) -> None:
     assert model.spec(1).num_experts == EXPERTS and model.num_experts_per_tok == 2
     assert model.metadata["general.architecture"] == "deepseek2"
     assert model.routing.expert_weights_scale == 2.5
-    assert model.experts(1).up.type == "Q8_0" and "deepseek2, 2 MoE layers" in repr(model)
+    assert model.experts(1).up.format.name == "Q8_0" and "deepseek2, 2 MoE layers" in repr(model)
     with pytest.raises(KeyError):
         model[0]
     with pytest.raises(CheckpointError, match="layer 0 has no experts"):
@@ -426,7 +426,7 @@ def test_a_child_forked_while_a_layer_is_made_makes_layers(
     model, experts = ktk.load_gguf(path), GgufExperts.experts
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(self: GgufExperts, layer: int) -> BlockExperts:
+    def slow(self: GgufExperts, layer: int) -> StoredExperts:
         if layer == 1:
             begun.set()
             go_on.wait(60)

@@ -23,7 +23,7 @@ from ktk.experts.activation import Activation
 from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
 from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts
@@ -47,7 +47,7 @@ def emulate_or_skip() -> Any:
         pytest.skip(f"amx: {error}")
 
 
-def load(implementation: tuple[str, str], packed: Packed, num_threads: int = 2) -> Runner:
+def load(implementation: tuple[str, str], packed: StoredExperts, num_threads: int = 2) -> Runner:
     """A runner of a named ISA row or backend; skips with the reason where it cannot run."""
     name, row = implementation
     if name == "native":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ktk.backends import llamafile
 from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError, EngineError
 from ktk.experts.dequantise import dequantise
-from ktk.experts.stored import BlockMatrix, Packed
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.integration.transformers.linear import (
     KtkLinear,
     linear_of,
@@ -46,7 +47,7 @@ def exact(made: Linear, x: np.ndarray) -> np.ndarray:
     layout = made.spec.layout
     data = aligned_buffer(layout.expert_bytes)[None]
     layout.panels(data[0], "down")[:] = made.panels
-    y = ExactExperts(Packed(made.spec, data)).linear(0, "down", poison_rows(x))
+    y = ExactExperts(StoredExperts.of_panels(made.spec, data)).linear(0, "down", poison_rows(x))
     return y if made.bias is None else y + made.bias[: made.out_features]
 
 
@@ -103,7 +104,7 @@ def test_blocks_without_a_kernel_run_as_floats(
 ) -> None:
     raw = np.random.default_rng(0).integers(0, 127, (1, 20, 2 * 36), dtype=np.uint8)
     raw[..., [0, 1, 2, 3, 36, 37, 38, 39]] = 0x30  # scales neither huge nor NaN
-    matrix = BlockMatrix("NVFP4", 128, raw)
+    matrix = StoredMatrix.of_rows("NVFP4", 128, raw)
     with caplog.at_level(logging.WARNING, "ktk"):
         made = Linear.of_blocks(matrix)
     assert "NVFP4 has no kernel" in caplog.text and made.kernel.endswith(("F16", "F32"))
@@ -116,15 +117,15 @@ def test_wrong_blocks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="blocks of 2 experts: must be one matrix"):
         Linear.of_blocks(random_matrix("Q8_0", 2, 32, 64, 0))
     matrix = random_matrix("Q8_0", 1, 32, 64, 0)
-    repacked = BlockMatrix("Q8_0", 64, matrix.data, is_repacked=True)
+    repacked = dataclasses.replace(matrix, is_repacked=True)
     with pytest.raises(ValueError, match="1 experts, repacked: must be"):
         Linear.of_blocks(repacked)
     with pytest.raises(ValueError, match="activation_group=48"):
         Linear.of_blocks(matrix, activation_group=48)
     with pytest.raises(ValueError, match=r"bias has shape \(3,\): must be \(32,\)"):
         Linear.of_blocks(matrix, random(3))
-    with pytest.raises(BackendError, match="does not decode Q9_X"):
-        Linear.of_blocks(BlockMatrix("Q9_X", 64, matrix.data))
+    with pytest.raises(ValueError, match="does not decode Q9_X"):
+        StoredMatrix.of_rows("Q9_X", 64, matrix.data)
     monkeypatch.setattr(linear, "why_not", lambda: "no compiler")
     with pytest.raises(BackendError, match="no compiler"):
         Linear.of_blocks(matrix)

@@ -15,7 +15,7 @@ import ktk
 from ktk import backends
 from ktk.backends.base import Backend, Runner
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine import threads as engine
 from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts
@@ -23,13 +23,13 @@ from make.cases import assert_exact, pack_all, random_experts, random_hidden, ra
 
 
 @pytest.fixture
-def packed() -> Packed:
+def packed() -> StoredExperts:
     spec = MoESpec(6, 64, 48, "int8")
     return pack_all(spec, random_experts(spec, 1))
 
 
 @pytest.fixture
-def moe(packed: Packed) -> ktk.MoE:
+def moe(packed: StoredExperts) -> ktk.MoE:
     return ktk.MoE(packed)
 
 
@@ -234,14 +234,14 @@ def test_a_forked_child_computes_too(moe: ktk.MoE) -> None:
     assert_exact(want, moe(x, ids, weights))
 
 
-def test_unknown_methods_list_the_known_ones_with_reasons(packed: Packed) -> None:
+def test_unknown_methods_list_the_known_ones_with_reasons(packed: StoredExperts) -> None:
     with pytest.raises(ValueError, match=r"method='AMXINT5' is unknown") as caught:
         ktk.MoE(packed, method="AMXINT5")
     for row in backends.report():
         assert f"{row.name}: {row.reason or 'runs'}" in str(caught.value)
 
 
-def test_a_method_for_other_weights_is_refused(packed: Packed) -> None:
+def test_a_method_for_other_weights_is_refused(packed: StoredExperts) -> None:
     for method in ("INT4", "AMXINT4"):
         with pytest.raises(ValueError, match="runs int4 weights, these are int8"):
             ktk.MoE(packed, method=method)
@@ -249,7 +249,7 @@ def test_a_method_for_other_weights_is_refused(packed: Packed) -> None:
 
 @pytest.mark.parametrize("row", backends.report(), ids=lambda r: r.name)
 def test_a_named_backend_runs_or_says_why_not(
-    row: backends.Report, packed: Packed, monkeypatch
+    row: backends.Report, packed: StoredExperts, monkeypatch
 ) -> None:
     monkeypatch.setenv("KTK_STRICT_BACKEND", "1")
     if backends.backends()[row.name].why_not(packed.spec) is None:
@@ -259,7 +259,9 @@ def test_a_named_backend_runs_or_says_why_not(
         ktk.MoE(packed, method=row.name)
 
 
-def test_amx_weights_run_elsewhere_with_one_warning(packed: Packed, caplog, monkeypatch) -> None:
+def test_amx_weights_run_elsewhere_with_one_warning(
+    packed: StoredExperts, caplog, monkeypatch
+) -> None:
     amx = backends.backends()["AMXINT8"]
     monkeypatch.setattr(amx, "why_not", lambda spec=None: "no tiles")
     logger = logging.getLogger("ktk")
@@ -272,7 +274,7 @@ def test_amx_weights_run_elsewhere_with_one_warning(packed: Packed, caplog, monk
     ] == [True]
 
 
-def test_ktk_backend_names_what_auto_takes(packed: Packed, monkeypatch) -> None:
+def test_ktk_backend_names_what_auto_takes(packed: StoredExperts, monkeypatch) -> None:
     monkeypatch.setenv("KTK_BACKEND", "NUMPY")
     assert ktk.MoE(packed).backend == "NUMPY"
     monkeypatch.setenv("KTK_BACKEND", "nonsense")
@@ -280,7 +282,7 @@ def test_ktk_backend_names_what_auto_takes(packed: Packed, monkeypatch) -> None:
         ktk.MoE(packed)
 
 
-def test_a_plugged_in_backend_is_listed_and_runs(packed: Packed, monkeypatch) -> None:
+def test_a_plugged_in_backend_is_listed_and_runs(packed: StoredExperts, monkeypatch) -> None:
     class Plug(Backend):
         name = "PLUG"
 
@@ -290,7 +292,7 @@ def test_a_plugged_in_backend_is_listed_and_runs(packed: Packed, monkeypatch) ->
         def kernel(self, spec: MoESpec) -> str:
             return "plug"
 
-        def load(self, packed: Packed, engine: EngineLayout) -> Runner:
+        def load(self, packed: StoredExperts, engine: EngineLayout) -> Runner:
             return backends.backends()["NUMPY"].load(packed, engine)
 
     class Entry:
@@ -312,7 +314,7 @@ def test_a_plugged_in_backend_is_listed_and_runs(packed: Packed, monkeypatch) ->
         backends.backends.cache_clear()
 
 
-def test_one_process_has_one_thread_layout(packed: Packed) -> None:
+def test_one_process_has_one_thread_layout(packed: StoredExperts) -> None:
     gc.collect()
     first = ktk.MoE(packed, num_threads=3)
     assert ktk.MoE(packed).num_threads == 3
@@ -325,7 +327,7 @@ def test_one_process_has_one_thread_layout(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
-def test_bad_thread_counts_are_refused(packed: Packed, value: object) -> None:
+def test_bad_thread_counts_are_refused(packed: StoredExperts, value: object) -> None:
     with pytest.raises(ValueError, match="must be a positive int"):
         ktk.MoE(packed, num_threads=value)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.quantise.blocks import (
     BLOCK_TYPES,
     CHUNK_WEIGHTS,
@@ -217,19 +217,19 @@ def test_arguments_that_do_not_fit(call: Callable[[], object], text: str) -> Non
         call()
 
 
-def block_experts(name: str, has_gate: bool = True, has_bias: bool = False) -> BlockExperts:
+def block_experts(name: str, has_gate: bool = True, has_bias: bool = False) -> StoredExperts:
     """Three experts of 512 x 256, down's rows behind two that are not its own."""
     rng = np.random.default_rng(9)
 
-    def matrix(outs: int, ins: int) -> BlockMatrix:
+    def matrix(outs: int, ins: int) -> StoredMatrix:
         w = rng.standard_normal((3 * (outs + 2), ins)).astype(F)
         blocks = quantise_rows(w, name).reshape(3, outs + 2, -1)
-        return BlockMatrix(name, ins, blocks[:, 2:])
+        return StoredMatrix.of_rows(name, ins, blocks[:, 2:])
 
     spec = MoESpec(3, 512, 256, "gguf", has_gate=has_gate, has_bias=has_bias)
     biases = [rng.standard_normal((3, n)).astype(F) for n in (256, 256, 512)] if has_bias else []
     gate = matrix(256, 512) if has_gate else None
-    return BlockExperts(spec, gate, matrix(256, 512), matrix(512, 256), *biases)
+    return StoredExperts(spec, gate, matrix(256, 512), matrix(512, 256), *biases)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -250,7 +250,5 @@ def test_experts_that_cannot_be_decoded() -> None:
     with pytest.raises(ValueError, match="expert 3: must be 0 to 2"):
         expert_weights(experts, 3)
     for name in ("Q8_1", "Q9_X"):
-        down = BlockMatrix(name, 256, experts.down.data)
-        odd = BlockExperts(experts.spec, experts.gate, experts.up, down)
         with pytest.raises(ValueError, match=f"the gguf package does not decode {name}"):
-            expert_weights(odd, 0)
+            StoredMatrix.of_rows(name, 256, experts.down.data)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, CodedExpert, ExpertWeights, Packed
+from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts
 from ktk.quantise.feedback import Encode
 
 # (what is in work, for people; bytes of the input that are done since the last call)
@@ -80,7 +80,7 @@ class Sink(ABC):
         """Write one layer; its experts in order, each valid until the next is asked for."""
 
     @abstractmethod
-    def read_layer(self, layer: int) -> Packed | BlockExperts:
+    def read_layer(self, layer: int) -> StoredExperts:
         """A layer as it was written."""
 
     @abstractmethod

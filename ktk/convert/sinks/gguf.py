@@ -37,7 +37,7 @@ from ktk.convert.sinks.gguf_header import (
 from ktk.convert.sinks.gguf_rows import FALLBACK, encode_rows, is_whole, row_bytes
 from ktk.convert.sources import HuggingFaceSource
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, BlockMatrix, CodedExpert, ExpertWeights
+from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts, StoredMatrix
 from ktk.quantise.feedback import Encode, calibrated_rows
 
 EXPERTS_ONLY = (
@@ -151,9 +151,9 @@ class GgufSink(Sink):
             for tensor, rows in zip(self.tensors[layer], pieces, strict=True):
                 self.write_at(rows, tensor.offset + expert * tensor.expert_bytes)
 
-    def read_layer(self, layer: int) -> BlockExperts:
+    def read_layer(self, layer: int) -> StoredExperts:
         spec = self.specs[layer]
-        matrices: dict[str, BlockMatrix] = {}
+        matrices: dict[str, StoredMatrix] = {}
         biases: dict[str, np.ndarray] = {}
         for tensor in self.tensors[layer]:
             data = np.empty(tensor.num_bytes, np.uint8)
@@ -162,8 +162,10 @@ class GgufSink(Sink):
                 biases[tensor.projection] = data.view(np.float32).reshape(tensor.shape)
             else:
                 rows = data.reshape(*tensor.shape[:2], -1)
-                matrices[tensor.projection] = BlockMatrix(tensor.type, tensor.shape[2], rows)
-        return BlockExperts(spec, matrices.get("gate"), matrices["up"], matrices["down"], **biases)
+                matrices[tensor.projection] = StoredMatrix.of_rows(
+                    tensor.type, tensor.shape[2], rows
+                )
+        return StoredExperts(spec, matrices.get("gate"), matrices["up"], matrices["down"], **biases)
 
     def write_others(self, threads: int, report: Report) -> None:
         """There are none."""

@@ -28,7 +28,7 @@ from ktk.convert.sources import CHUNK_BYTES, SIDE_DIRECTORIES, Source
 from ktk.errors import CheckpointError
 from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import CodedExpert, ExpertWeights, Packed
+from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts
 from ktk.machine.memory import aligned_buffer
 from ktk.models.plain import PlainTensor
 from ktk.quantise.feedback import Encode, lay_expert, packed_encoder
@@ -107,7 +107,7 @@ class PackedSink(Sink):
 
         packed.write_layer(self.output, self.specs[layer], layer, spans())
 
-    def read_layer(self, layer: int) -> Packed:
+    def read_layer(self, layer: int) -> StoredExperts:
         return packed.read_layer(self.output, layer)
 
     def write_others(self, threads: int, report: Report) -> None:

@@ -18,9 +18,9 @@ from ktk.checkpoint.packed import layer_path, read_layer
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
-from ktk.experts.formats import GGUF
+from ktk.experts.formats import GGUF, get_format
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, Packed
+from ktk.experts.stored import StoredExperts
 from ktk.machine.memory import aligned_buffer
 from ktk.models import find_experts
 from ktk.ops.gguf_model import open_experts
@@ -58,7 +58,7 @@ class LayerWeights:
         if self.weight_format is not None:
             backends.select(self.method, self.spec())
 
-    def load(self, physical_to_logical_map: Any, num_threads: int) -> Packed | BlockExperts:
+    def load(self, physical_to_logical_map: Any, num_threads: int) -> StoredExperts:
         """The layer from ``weight_path``, slot p with the weights of logical expert map[p]."""
         order = self.order(physical_to_logical_map)
         path = self.weight_path
@@ -70,14 +70,14 @@ class LayerWeights:
             return self._from_gguf(path, order, num_threads)
         if layer_path(path, self.layer_idx).exists():
             packed = read_layer(path, self.layer_idx)
-            packed = Packed(self._check_packed(packed.spec, path), packed.data)
+            packed = StoredExperts.of_panels(self._check_packed(packed.spec, path), packed.data)
         else:
             packed = self._quantise_checkpoint(path, num_threads)
         return _reorder(packed, order)
 
     def from_tensors(
         self, given: dict[str, Any], physical_to_logical_map: Any, num_threads: int
-    ) -> Packed:
+    ) -> StoredExperts:
         """Packed experts. given : gate_proj, up_proj, down_proj and the biases, in this order."""
         self.order(physical_to_logical_map)
         biases = [name for name in _BIASES if given[name] is not None]
@@ -177,9 +177,7 @@ class LayerWeights:
             )
         return asked
 
-    def _from_gguf(
-        self, path: Path, order: np.ndarray | None, num_threads: int
-    ) -> Packed | BlockExperts:
+    def _from_gguf(self, path: Path, order: np.ndarray | None, num_threads: int) -> StoredExperts:
         """The layer of a GGUF file, with this wrapper's activation: its blocks, or packed as the wrapper asks."""
         blocks = open_experts(path).experts(self.layer_idx)
         source = f"{path}, layer {self.layer_idx},"
@@ -189,7 +187,7 @@ class LayerWeights:
         blocks = dataclasses.replace(blocks, spec=spec, order=order)
         weight_format = self.weight_format or packed_format(self.method, blocks) or GGUF.name
         activation_group = self.activation_group
-        if activation_group is None and weight_format == GGUF.name:
+        if activation_group is None and not get_format(weight_format).is_packed:
             activation_group = spec.activation_group  # of the layer's types
         spec = dataclasses.replace(
             spec,
@@ -197,12 +195,12 @@ class LayerWeights:
             group_size=self.group_size,
             activation_group=activation_group,
         )
-        if weight_format == GGUF.name:
+        if not spec.is_packed:
             return dataclasses.replace(blocks, spec=spec)
         backends.select(self.method, spec)  # refuse before the long part
         return pack_experts(spec, partial(expert_weights, blocks), num_threads)
 
-    def _quantise_checkpoint(self, path: Path, num_threads: int) -> Packed:
+    def _quantise_checkpoint(self, path: Path, num_threads: int) -> StoredExperts:
         """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""
         layer = self.layer_idx
         with contextlib.ExitStack() as stack:
@@ -231,13 +229,13 @@ class LayerWeights:
         self._save(packed)
         return packed
 
-    def _save(self, packed: Packed) -> None:
+    def _save(self, packed: StoredExperts) -> None:
         if self.cpu_save and self.weight_path is not None:
             self.weight_path.mkdir(parents=True, exist_ok=True)
             write_layer(self.weight_path, packed.spec, self.layer_idx, packed.data)
 
 
-def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
+def _reorder(packed: StoredExperts, order: np.ndarray | None) -> StoredExperts:
     """Slot p gets span order[p]: the data itself is moved, and copied only if a span is needed twice."""
     if order is None:
         return packed
@@ -246,7 +244,7 @@ def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
         copy = aligned_buffer(data.size).reshape(data.shape)
         for slot, source in enumerate(order):
             copy[slot] = data[source]
-        return Packed(packed.spec, copy)
+        return StoredExperts.of_panels(packed.spec, copy)
     moved = order == np.arange(len(order))
     for start in np.nonzero(~moved)[0].tolist():
         if moved[start]:
@@ -258,4 +256,4 @@ def _reorder(packed: Packed, order: np.ndarray | None) -> Packed:
             slot = int(order[slot])
         data[slot] = first
         moved[slot] = True
-    return Packed(packed.spec, data)
+    return StoredExperts.of_panels(packed.spec, data)

@@ -23,7 +23,7 @@ import numpy as np
 
 from ktk import backends, fork
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.stored import BlockExperts, Packed
+from ktk.experts.stored import StoredExperts
 from ktk.integration.kt_kernel.arguments import check_mode, checked_int, mask_of, swiglu_activation
 from ktk.integration.kt_kernel.staging import Buffers
 from ktk.integration.kt_kernel.weights import LayerWeights
@@ -253,8 +253,8 @@ class KTMoEWrapper:
         )
         self._use(packed)
 
-    def _use(self, experts: Packed | BlockExperts) -> None:
-        repack = self._repack if isinstance(experts, BlockExperts) else None
+    def _use(self, experts: StoredExperts) -> None:
+        repack = None if experts.is_packed else self._repack
         self._moe = MoE(
             experts, method=self.method, num_threads=self.cpuinfer_threads, repack=repack
         )

@@ -20,7 +20,7 @@ import torch
 from ktk.checkpoint import Checkpoint
 from ktk.errors import CheckpointError
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import Packed
+from ktk.experts.stored import StoredExperts
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer
@@ -93,7 +93,7 @@ class _WithoutExperts(KtkHfQuantizer):
             experts = find_expert_tensors(checkpoint)
             specs = {n: MoESpec(**experts.spec_fields(n), weight_format="bf16") for n in experts.layers}  # fmt: skip
 
-        def read(layer: int) -> Packed:
+        def read(layer: int) -> StoredExperts:
             raise AssertionError(f"layer {layer}: nothing is attached here")
 
         return ExpertsSource(str(directory), specs, read, is_beside=True)

@@ -14,10 +14,9 @@ import torch
 
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
-from ktk.experts.stored import BlockExperts, ExpertWeights
+from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.integration.transformers import names as hf
 from ktk.ops.moe import MoE
-from ktk.reference.moe import ExactExperts
 
 NAME = "ktk"  # of the experts function
 _ATTRIBUTE = "_ktk"
@@ -76,7 +75,7 @@ class ExpertsHandle:
         moe: MoE,
         activation: Activation | None,
         sources: tuple[object, ...] | None,
-        blocks: BlockExperts | None = None,
+        blocks: StoredExperts | None = None,
     ) -> None:
         self.moe = moe
         self.activation = activation  # None: the module computes its own
@@ -90,25 +89,16 @@ class ExpertsHandle:
             packed, spec = self.moe.packed, self.moe.spec
             first = ("gate", "up") if spec.has_gate else ("up",)
 
-            def bias(name: str) -> np.ndarray:
-                if isinstance(packed, BlockExperts):
-                    return packed.biases[name]
-                experts = ExactExperts(packed)
-                rows = [experts.bias(e, name) for e in range(spec.num_experts)]
-                return np.stack([row for row in rows if row is not None])
-
             def stacked(*names: str) -> torch.Tensor:
-                return torch.from_numpy(np.concatenate([bias(name) for name in names], axis=1))
+                found = [packed.biases[name] for name in names]
+                return torch.from_numpy(np.concatenate(found, axis=1))
 
             self._biases = (stacked(*first), stacked("down"))
         return self._biases
 
     def dequantised(self, expert: int) -> ExpertWeights:
         """One expert's weights as the packed codes or blocks say, float32."""
-        packed = self.moe.packed
-        if isinstance(packed, BlockExperts):
-            return expert_weights(self.blocks or packed, expert)
-        return ExactExperts(packed).dequantised(expert)
+        return expert_weights(self.blocks or self.moe.packed, expert)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertsHandle:
         return self

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktk import backends
-from ktk.experts.stored import BlockExperts
 from ktk.integration.transformers.decoder_layers import fusion_report, some
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.machine import cpu
@@ -86,9 +85,9 @@ def _amx(moes: list[MoE]) -> FastPath:
 def _repacked(moes: list[MoE]) -> FastPath:
     in_place = 0
     for moe in moes:
-        packed = moe.packed if moe.backend == "LLAMAFILE" else None
-        if isinstance(packed, BlockExperts):
-            in_place += sum(m.num_bytes for m in packed.matrices.values() if not m.is_repacked)
+        if not moe.spec.is_packed:
+            matrices = moe.packed.matrices.values()
+            in_place += sum(m.num_bytes for m in matrices if not m.is_repacked)
     if not in_place:
         return FastPath(REPACKED, None)
     what = f"{in_place / 1e9:.1f} GB" if in_place >= 1e8 else f"{in_place / 1e6:.1f} MB"

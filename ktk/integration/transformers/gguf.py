@@ -22,7 +22,7 @@ from ktk.backends.llamafile import formats
 from ktk.backends.llamafile import repack as repack_blocks
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.errors import CheckpointError
-from ktk.experts.stored import BlockMatrix
+from ktk.experts.stored import StoredMatrix
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import drop_weights, find_experts
 from ktk.integration.transformers.gguf_tokenizer import gguf_ends, load_gguf_tokenizer
@@ -303,7 +303,7 @@ def _linear(
     bias = None
     if plan.bias is not None:
         bias = _read(checkpoint, plan.bias, torch.float32, fields)
-    matrix = BlockMatrix(tensor.type, tensor.shape[1], blocks[None])
+    matrix = StoredMatrix.of_rows(tensor.type, tensor.shape[1], blocks[None])
     return KtkLinear(Linear.of_blocks(matrix, bias, num_threads=num_threads), weight.target.dtype)
 
 

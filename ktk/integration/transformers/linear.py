@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ktk.experts.stored import BlockMatrix
+from ktk.experts.stored import StoredMatrix
 from ktk.ops import linear
 from ktk.ops.linear import Linear
 
@@ -79,7 +79,7 @@ class SharedForward:
         weight, bias = self.module.weight.detach(), self.module.bias
         self._address = weight.data_ptr()
         rows = weight.view(torch.uint8).numpy()
-        blocks = BlockMatrix(_TYPES[weight.dtype], self.module.in_features, rows[None])
+        blocks = StoredMatrix.of_rows(_TYPES[weight.dtype], self.module.in_features, rows[None])
         return Linear.of_blocks(blocks, None if bias is None else bias.detach())
 
     @property

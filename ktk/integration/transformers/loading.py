@@ -475,7 +475,7 @@ def _load_quantised(
     ) as (source, tensors):
         spec = next(iter(source.specs.values()))
         kwargs["quantization_config"] = KtkConfig(
-            None if spec.weight_format == "gguf" else spec.weight_format,
+            spec.weight_format if spec.is_packed else None,
             spec.group_size, spec.activation_group, ask.method, linear=ask.linear,
         )  # fmt: skip
         if "generation_config" not in kwargs and (path / "generation_config.json").is_file():

@@ -14,7 +14,7 @@ from ktk import backends
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, ExpertWeights, Packed
+from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.experts import ExpertsHandle, hang, weight_names
 from ktk.machine import cpu
@@ -126,11 +126,11 @@ class ModulePacker:
             list(pool.map(work, range(spec.num_experts)))
         self.missing.discard(name)
 
-    def packed(self) -> Packed:
+    def packed(self) -> StoredExperts:
         """The packed experts; CheckpointError unless every parameter was added."""
         if self.missing or self._data is None:
             raise CheckpointError(f"the checkpoint lacks {', '.join(sorted(self.missing))}")
-        return Packed(self.spec, self._data)
+        return StoredExperts.of_panels(self.spec, self._data)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         e, h, i = self.spec.num_experts, self.spec.hidden_size, self.spec.intermediate_size
@@ -190,7 +190,7 @@ def pack_module(
 
 def attach(
     module: Any,
-    packed: Packed | BlockExperts,
+    packed: StoredExperts,
     method: str = "auto",
     num_threads: int | None = None,
 ) -> ExpertsHandle:
@@ -198,7 +198,7 @@ def attach(
     activation = recognise(module)
     spec = dataclasses.replace(packed.spec, activation=activation or Activation())
     moe = MoE(dataclasses.replace(packed, spec=spec), method=method, num_threads=num_threads)
-    blocks = packed if isinstance(packed, BlockExperts) else None
+    blocks = None if packed.is_packed else packed
     handle = ExpertsHandle(moe, activation, None, blocks)
     hang(module, handle)
     return handle

@@ -14,7 +14,7 @@ from typing import Any
 
 from ktk.checkpoint.packed import layer_path, list_layers, write_layer
 from ktk.experts.layout import LAYOUT_VERSION
-from ktk.experts.stored import BlockExperts, Packed
+from ktk.experts.stored import StoredExperts
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.multimodal import LeftOut
@@ -80,14 +80,14 @@ def write_experts(model: Any) -> None:
                 f"{name} is run by {module.kernel}, which a packed directory does not hold: load the model with "
                 'linear="none", and save that'
             )
-    layers: dict[int, Packed] = {}
+    layers: dict[int, StoredExperts] = {}
     names: dict[int, str] = {}
     for name, module in find_experts(model):
         handle, layer = handle_of(module), layer_of(name)
         if handle is None or handle.sources is not None:
             raise ValueError(f"{name} is not packed: use_ktk(model) packs it")
         packed = handle.moe.packed
-        if isinstance(packed, BlockExperts):
+        if not packed.is_packed:
             raise ValueError(
                 f"{name} runs the {packed.types} blocks of its file, which a packed directory does not hold: copy the "
                 'file, or load it with a method that packs, such as "INT8" or "INT4"'

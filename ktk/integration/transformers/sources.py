@@ -16,8 +16,9 @@ from ktk import backends
 from ktk.checkpoint.packed import read_config, read_layer
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
+from ktk.experts.formats import GGUF
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import BlockExperts, Packed
+from ktk.experts.stored import StoredExperts
 from ktk.models import Config, find_experts
 from ktk.models.plain import PlainTensor, plain_tensors
 from ktk.quantise.pack import pack_experts
@@ -29,7 +30,7 @@ class ExpertsSource:
 
     where: str
     specs: dict[int, MoESpec]
-    read: Callable[[int], Packed | BlockExperts]
+    read: Callable[[int], StoredExperts]
     is_beside: bool = False
 
 
@@ -88,7 +89,7 @@ def quantised_checkpoint(
         for layer in experts.layers:
             fields = experts.spec_fields(layer)
             if keeps_blocks:
-                spec = MoESpec(**fields, weight_format="gguf")
+                spec = MoESpec(**fields, weight_format=GGUF.name)
                 keeps_blocks = _runs(method, spec)
             if not keeps_blocks:
                 spec = MoESpec(
@@ -100,8 +101,8 @@ def quantised_checkpoint(
                 backends.select(method, spec)
             specs[layer] = spec
 
-        def read(layer: int) -> Packed | BlockExperts:
-            if specs[layer].weight_format == "gguf":
+        def read(layer: int) -> StoredExperts:
+            if not specs[layer].is_packed:
                 blocks = experts.mxfp4_experts(layer)
                 if blocks is not None:
                     return blocks
