@@ -19,13 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 CY = Path("ktk/_cy")
 ISA = runpy.run_path(str(CY / "isa.py"))
-BLOCKS = Path(ISA["BLOCKS"])
 LIMITED_API = (3, 11)  # requires-python; the first with buffers
-# Extension: sources compiled once, sources compiled once per ISA row.
-EXTENSIONS = {
-    "native": (ISA["BASE_SOURCES"], ISA["ROW_SOURCES"]),
-    "measure": (ISA["MEASURE_BASE_SOURCES"], ISA["MEASURE_ROW_SOURCES"]),
-}
 # The Cython modules: arguments are checked there, nothing is computed.
 WRAPPER_FLAGS = ("-O1", "-fno-lto", "-g0", "-Wno-unused-const-variable")
 
@@ -41,7 +35,7 @@ class BuildKernels(build_ext):
         # The kernels over blocks take 20 s each, anything else at most 6.
         order = sorted(
             (job for of_one in jobs.values() for job in of_one),
-            key=lambda job: not job[0].is_relative_to(BLOCKS),
+            key=lambda job: not job[0].is_relative_to(ISA["BLOCKS"]),
         )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             running = {job: pool.submit(self.compile, *job) for job in order}
@@ -60,19 +54,13 @@ class BuildKernels(build_ext):
         jobs = [(CY / f"{name}.c", "", WRAPPER_FLAGS)]
         if name == "tile_emulator":
             return [*jobs, (CY / "emulator/tile_emulator.c", "emulator", base)]
-        base_sources, row_sources = EXTENSIONS[name]
-        sources = [CY / "kernels" / source for source in base_sources]
         is_native = name == "native"
-        if is_native:
-            sources += [BLOCKS / source for source in ISA["BLOCKS_BASE_SOURCES"]]
-        jobs += [(source, "base", (*base, *ISA["BASE_FLAGS"])) for source in sources]
+        sources = ISA["BASE_SOURCES" if is_native else "MEASURE_BASE_SOURCES"]
+        jobs += [(Path(source), "base", (*base, *ISA["BASE_FLAGS"])) for source in sources]
         for row in ISA["ISA_ROWS"]:
             flags = (*base, f"-DKTK_ISA={row.name}", *row.flags)
-            own = row.sources if is_native else ()
-            jobs += [(CY / "kernels" / s, row.name, flags) for s in (*row_sources, *own)]
-        for row in ISA["BLOCKS_ROWS"] if is_native else ():
-            flags = (*base, f"-DKTK_ISA={row.name}", *row.flags)
-            jobs += [(BLOCKS / source, row.name, flags) for source in ISA["BLOCKS_SOURCES"]]
+            sources = row.sources if is_native else row.measure
+            jobs += [(Path(source), row.name, flags) for source in sources]
         return jobs
 
     def compile(self, source, folder, flags):
@@ -107,10 +95,9 @@ def extensions():
         return []
     from Cython.Build import cythonize
 
-    folders = (CY / "include", CY / "kernels", CY / "emulator", BLOCKS, BLOCKS / "blocks")
-    depends = [str(p) for folder in folders for p in sorted(folder.glob("*.h"))]
-    includes = [str(folder) for folder in folders[:4]]
-    names = [*EXTENSIONS, *(["tile_emulator"] if sys.platform == "linux" else [])]
+    includes = [*ISA["INCLUDES"], str(CY / "emulator")]
+    depends = [str(path) for folder in includes for path in sorted(Path(folder).rglob("*.h"))]
+    names = ["native", "measure", *(["tile_emulator"] if sys.platform == "linux" else [])]
     modules = cythonize(
         [Extension(f"ktk._cy.{name}", [str(CY / f"{name}.pyx")]) for name in names],
         language_level=3,

@@ -28,7 +28,7 @@ TRY = """
 import json, sys
 import torch
 import ktk
-from ktk.quantise import pack
+from ktk.machine import cpu
 from ktk._cy import native_module
 from ktk.experts.spec import MoESpec
 sys.path.append(sys.argv[1])
@@ -37,7 +37,7 @@ spec = MoESpec(4, 64, 96, "int8")
 moe = ktk.MoE(pack_all(spec, random_experts(spec, 1)))
 x = torch.linspace(-1, 1, 20 * 64).reshape(20, 64)
 out = moe.forward(x, torch.arange(20)[:, None] % 4, torch.ones(20, 1))
-print(json.dumps([ktk.__file__, native_module().__file__, pack.best_isa(), moe.backend, out.tolist()]))
+print(json.dumps([ktk.__file__, native_module().__file__, cpu.best_isa(), moe.backend, out.tolist()]))
 """
 
 

@@ -21,26 +21,20 @@ def main() -> int:
         print("C warnings: not checked (no compiler, or not x86-64)")
         return 0
     base = (*isa["BASE_SOURCES"], *isa["MEASURE_BASE_SOURCES"])
-    jobs = [(f"kernels/{source}", isa["BASE_FLAGS"]) for source in base]
+    jobs = [(source, isa["BASE_FLAGS"]) for source in base]
     jobs += [
-        (f"kernels/{source}", (f"-DKTK_ISA={row.name}", *row.flags))
+        (source, (f"-DKTK_ISA={row.name}", *row.flags))
         for row in isa["ISA_ROWS"]
-        for source in (*isa["ROW_SOURCES"], *isa["MEASURE_ROW_SOURCES"], *row.sources)
-    ]
-    blocks = HERE.parents[1] / isa["BLOCKS"]
-    jobs += [(str(blocks / source), isa["BASE_FLAGS"]) for source in isa["BLOCKS_BASE_SOURCES"]]
-    jobs += [
-        (str(blocks / source), (f"-DKTK_ISA={row.name}", *row.flags))
-        for row in isa["BLOCKS_ROWS"]
-        for source in isa["BLOCKS_SOURCES"]
+        for source in (*row.sources, *row.measure)
     ]
     if sys.platform == "linux":
-        jobs.append(("emulator/tile_emulator.c", ()))
+        jobs.append(("ktk/_cy/emulator/tile_emulator.c", ()))
+    root = HERE.parents[1]
     failed = 0
     for source, flags in jobs:
         command = [*compiler, *isa["COMMON_FLAGS"], "-O1", "-Werror", "-fsyntax-only", *flags]
-        command += [f"-I{folder}" for folder in (HERE / "include", HERE / "kernels", blocks)]
-        command.append(str(HERE / source))
+        command += [f"-I{root / folder}" for folder in isa["INCLUDES"]]
+        command.append(str(root / source))
         failed += subprocess.run(command, check=False).returncode != 0
     return min(failed, 1)
 

@@ -1,17 +1,23 @@
-"""Table of ISA rows: each compiles the same kernel sources once, with its own flags.
+"""Table of ISA levels: what each is compiled with, and from which sources.
 
-Read by setup.py without importing ktk. A new row is one line here and its features in ``ktk.machine.cpu.ISA_LEVELS``.
+Read by setup.py without importing ktk. A level takes from the one below what its own sources do not give it
+(``kernels/kernels.c``). A new one is a row here, one there, and its features in ``ktk.machine.cpu.ISA_LEVELS``.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+KERNELS, BLOCKS = "ktk/_cy/kernels", "vendor/llamafile"
+
 
 class IsaRow(NamedTuple):
+    """sources : of ktk._cy.native. measure : of ktk._cy.measure, the ceilings that `ktk bench` measures."""
+
     name: str
     flags: tuple[str, ...]
-    sources: tuple[str, ...] = ()  # besides ROW_SOURCES
+    sources: tuple[str, ...]
+    measure: tuple[str, ...] = (f"{KERNELS}/roof.c",)
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -23,35 +29,43 @@ _AVX512 = (
     "-mavx512dq",
     "-mprefer-vector-width=512",
 )
+_VNNI = (*_AVX512, "-mavx512vnni")
+_OF_BLOCKS = f"{BLOCKS}/kernels.c"
+_ALL = (
+    *(f"{KERNELS}/{name}.c" for name in ("attention", "gemm", "quantise", "rows")),
+    _OF_BLOCKS,
+)
 
 # Slowest first.
 ISA_ROWS = (
-    IsaRow("avx2", _AVX2),
-    IsaRow("avx512", _AVX512),
-    IsaRow("avx512vnni", (*_AVX512, "-mavx512vnni")),
-    IsaRow("amx", (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"), ("gemm_amx.c",)),
+    IsaRow("avx2", _AVX2, _ALL),
+    IsaRow("avx512", _AVX512, _ALL),
+    IsaRow("avx512vnni", _VNNI, _ALL),
+    IsaRow("avx512bf16", (*_VNNI, "-mavx512bf16"), (_OF_BLOCKS,), ()),
+    IsaRow("amx", (*_VNNI, "-mamx-tile", "-mamx-int8"), (f"{KERNELS}/gemm_amx.c",)),
 )
 
-# ISAs of the kernels over GGUF blocks, slowest first; compiled once per row: BLOCKS_SOURCES in BLOCKS.
-BLOCKS = "vendor/llamafile"
-BLOCKS_ROWS = (
-    *ISA_ROWS[:3],
-    IsaRow("avx512bf16", (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-DLF_OTHERS=avx512vnni")),
-)
-BLOCKS_SOURCES = ("kernels.c",)
-BLOCKS_BASE_SOURCES = ("llamafile.c",)
-
-# Compiled once per row.
-ROW_SOURCES = ("attention.c", "gemm.c", "quantise.c", "rows.c")
 # Compiled once, with baseline flags: they run before the CPU is known, or on any.
-BASE_SOURCES = ("matrix.c", "moe.c", "linear.c", "decoder.c", "routing.c", "pool.c", "probe.c")
-# The same two for ktk._cy.measure, the ceilings that `ktk bench` measures.
-MEASURE_ROW_SOURCES = ("roof.c",)
-MEASURE_BASE_SOURCES = ("roof_run.c",)
-BASE_FLAGS = (
-    "-DKTK_ROWS=" + " ".join(f"ROW({row.name})" for row in ISA_ROWS),
-    "-DLF_ROWS=" + " ".join(f"ROW({row.name})" for row in BLOCKS_ROWS),
+BASE_SOURCES = (
+    *(
+        f"{KERNELS}/{name}.c"
+        for name in (
+            "formats",
+            "kernels",
+            "moe",
+            "linear",
+            "decoder",
+            "routing",
+            "pool",
+            "probe",
+        )
+    ),
+    f"{BLOCKS}/grids.c",
 )
+MEASURE_BASE_SOURCES = (f"{KERNELS}/roof_run.c",)
+# roof_run.c's table of rows.
+BASE_FLAGS = ("-DKTK_ROWS=" + " ".join(f"ROW({row.name})" for row in ISA_ROWS if row.measure),)
+INCLUDES = ("ktk/_cy/include", KERNELS, BLOCKS)
 # -ffp-contract=off: FMA only where written. No -ffast-math: sums keep their stated order.
 COMMON_FLAGS = (
     "-std=c11",

@@ -10,10 +10,19 @@ cdef extern from "ktk_probe.h" nogil:
 
 
 cdef extern from "ktk.h" nogil:
-    enum: KTK_INT4, KTK_INT8, KTK_BF16, KTK_FP32
+    enum: KTK_NUM_FORMATS
     enum: KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16
     enum: KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2
     enum: KTK_MAX_PARTS
+
+    ctypedef struct ktk_format_row:
+        const char *name
+        int32_t is_float
+        int32_t block_weights
+        int32_t block_bytes
+        int32_t fine
+
+    const ktk_format_row *ktk_formats
 
     ctypedef struct ktk_matrix:
         int32_t format
@@ -22,6 +31,7 @@ cdef extern from "ktk.h" nogil:
         int32_t group_size
         int32_t activation_group
         int32_t scales_are_bf16
+        int32_t is_repacked
         int64_t code_offset
         int64_t panel_bytes
         int64_t work_bytes
@@ -62,14 +72,19 @@ cdef extern from "ktk.h" nogil:
     ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *, int, int, float *,
                                   uint8_t *) noexcept nogil
 
+    ctypedef struct ktk_gemm:
+        const char *isa
+
     ctypedef struct ktk_kernels:
         const char *name
+        const ktk_gemm *gemm
         pack_panel_fn pack_panel
+        void (*repack)(const ktk_matrix *w, const uint8_t *panel, uint8_t *out) noexcept nogil
+        void (*unpack)(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
+                       uint8_t *work) noexcept nogil
 
     const ktk_kernels *ktk_kernels_row(int index)
-    void ktk_use_packed(ktk_matrix *m, const ktk_kernels *kernels)
-    void ktk_use_blocks(ktk_matrix *m, int format, int isa, int in_features, int num_panels, int activation_group,
-                        int is_repacked)
+    void ktk_use_kernels(ktk_matrix *m, const ktk_kernels *kernels)
 
     ctypedef struct ktk_pool:
         pass
@@ -154,35 +169,6 @@ cdef extern from "ktk_decoder.h" nogil:
     int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
                                   int dtype, const void *hidden, const float *cos, const float *sin,
                                   const ktk_kv_rows *kv, void *out)
-
-
-cdef extern from "llamafile.h" nogil:
-    ctypedef struct lf_format:
-        const char *name
-        int32_t ggml_type
-        int32_t block_weights
-        int32_t block_bytes
-        int32_t fine
-        int32_t is_float
-
-    const lf_format *lf_formats
-    int32_t lf_num_formats
-
-    ctypedef struct lf_matrix:
-        int32_t format
-        int32_t is_repacked
-        int32_t in_features
-        int32_t activation_group
-
-    ctypedef struct lf_kernels:
-        const char *name
-        void (*repack)(const lf_matrix *w, const uint8_t *panel, uint8_t *out) noexcept nogil
-        void (*unpack)(const lf_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
-                       uint8_t *work) noexcept nogil
-
-    const lf_kernels *lf_kernels_row(int index)
-    int64_t lf_panel_bytes(const lf_matrix *w)
-    int64_t lf_work_bytes(const lf_matrix *w, int num_rows)
 
 
 cdef extern from "sched.h" nogil:

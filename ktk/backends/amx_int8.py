@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ktk.backends._amx import AmxBackend
+from ktk.backends.amx import AmxBackend
 
 
 class AmxInt8Backend(AmxBackend):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ktk.backends._native import NativeBackend
+from ktk.backends.native import NativeBackend
 
 
 class Avx512Backend(NativeBackend):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk._cy import native_module
-from ktk.backends._native import OperatorRunner
 from ktk.backends.base import Backend, Runner
+from ktk.backends.native import OperatorRunner, kernel_isa
 from ktk.errors import BackendError
 from ktk.experts.dequantise import dequantise
 from ktk.experts.formats import BLOCKS, GGUF, decoded_only
@@ -131,29 +131,11 @@ def _repacked(matrix: StoredMatrix, pool: ThreadPoolExecutor) -> StoredMatrix:
         return matrix
     native, data = native_module(), matrix.data
     out = aligned_buffer(data.size).reshape(data.shape)
-    isa = blocks_isa()
-    assert isa is not None
+    isa = cpu.best_isa()
     index = formats()[matrix.format.name].table_index
     k = round_up(matrix.in_features, K_ALIGN)
     list(pool.map(lambda e: native.repack_blocks(data[e], index, k, isa, out[e]), range(len(data))))
     return dataclasses.replace(matrix, data=out, is_repacked=True)
-
-
-def blocks_isa() -> str | None:
-    """The best ISA of the kernels over blocks that this CPU and this build run, or None."""
-    native = native_module()
-    if native is None:
-        return None
-    features = cpu.detect()
-    rows = [row for row in native.blocks_isa_rows() if not cpu.missing(row, features)]
-    return rows[-1] if rows else None
-
-
-def rows_isa() -> str:
-    """The best ISA row of those beside the kernels over blocks: they load, quantise and store rows. ``why_not`` was asked first."""
-    features = cpu.detect()
-    rows = native_module().isa_rows()
-    return str([row for row in rows if row != "amx" and not cpu.missing(row, features)][-1])
 
 
 def _rows(
@@ -197,9 +179,7 @@ def _padded_bias(bias: np.ndarray) -> np.ndarray:
 
 
 class LlamafileRunner(OperatorRunner):
-    def __init__(
-        self, experts: StoredExperts, isa: str, blocks_isa: str, engine: EngineLayout
-    ) -> None:
+    def __init__(self, experts: StoredExperts, isa: str, engine: EngineLayout) -> None:
         self.native = native_module()
         self.blocks = experts
         whole = {name: whole_panels(matrix) for name, matrix in experts.matrices.items()}
@@ -214,7 +194,7 @@ class LlamafileRunner(OperatorRunner):
             for name, matrix in whole.items()
         }
         self.experts = self.native.Experts.of_blocks(
-            experts.spec, matrices, self.parts, isa, blocks_isa, engine
+            experts.spec, matrices, self.parts, isa, engine
         )
 
     def packed(self) -> StoredExperts:
@@ -238,9 +218,9 @@ class LlamafileBackend(Backend):
         return None
 
     def kernel(self, spec: MoESpec) -> str:
-        return f"{blocks_isa()} {GGUF.name}"
+        return f"{kernel_isa('BF16')} {GGUF.name}"  # the level of most instructions
 
     def load(self, packed: Any, engine: EngineLayout) -> Runner:
-        isa = blocks_isa()
+        isa = cpu.best_isa()
         assert isa is not None  # select() asked why_not first
-        return LlamafileRunner(packed, rows_isa(), isa, engine)
+        return LlamafileRunner(packed, isa, engine)

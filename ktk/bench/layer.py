@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends
-from ktk.backends.llamafile import blocks_isa, repack
+from ktk.backends.llamafile import repack
+from ktk.backends.native import kernel_isa
 from ktk.bench.blocks import (
     error_bound,
     has_quantiser,
@@ -262,7 +263,7 @@ class BlocksLayer(MoELayer):
         self.moe = MoE(experts, method=method.backend, num_threads=num_threads, repack=False)
         self.method, self.backend = method.text, self.moe.backend
         self.kernel = self.moe.kernel + (" repacked" if method.is_repacked else "")
-        self.peak = peak_of_blocks(blocks_isa() or "", self.kind)
+        self.peak = peak_of_blocks(kernel_isa("BF16") or "", self.kind)
         self.layer_bytes = sum(matrix.num_bytes for matrix in experts.matrices.values())
         self.bits_per_weight = self.expert_bytes * 8 / spec.num_weights
         self.outputs: dict[bytes, np.ndarray] = {}

@@ -17,7 +17,6 @@ from ktk._cy import measure_module
 from ktk.errors import BackendError
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
-from ktk.quantise.pack import best_isa
 
 READ = "read"
 SAMPLE_SECONDS = 0.03
@@ -67,7 +66,8 @@ def peak_of(kernel: str, weight_format: str) -> str:
     """
     isa = kernel.split(" ")[0]
     if isa not in cpu.ISA_LEVELS:
-        isa = best_isa() or "avx2"
+        isa = cpu.best_isa() or "avx2"
+    isa = "avx512vnni" if isa == "avx512bf16" else isa  # it adds nothing to packed formats
     if weight_format not in ("int4", "int8"):
         return "avx2 fp32" if isa == "avx2" else "avx512 fp32"  # products and sums are fp32
     if isa in ("avx2", "avx512"):
@@ -76,13 +76,12 @@ def peak_of(kernel: str, weight_format: str) -> str:
 
 
 def peak_of_blocks(isa: str, kind: str) -> str:
-    """The same for a kernel over GGUF blocks. isa : its row (``ktk.backends.llamafile.blocks_isa``). kind : the ggml type."""
+    """The same for a kernel over GGUF blocks. isa : the best level of any. kind : the ggml type."""
     if kind == "BF16" and isa == "avx512bf16":
         return "avx512 bf16"
-    row = "avx512vnni" if isa == "avx512bf16" else isa
     if kind in ("F32", "F16", "BF16"):
-        return peak_of(row, "fp32")
-    return peak_of(row, "int8" if kind in WIDE_TYPES else "int4")
+        return peak_of(isa, "fp32")
+    return peak_of(isa, "int8" if kind in WIDE_TYPES else "int4")
 
 
 def _measure() -> Any:

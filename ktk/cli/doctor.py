@@ -32,8 +32,8 @@ def diagnosis() -> dict[str, Any]:
     from ktk import __version__, backends, env
     from ktk._cy import native_module
     from ktk.backends.llamafile import types_by_path
+    from ktk.backends.native import kernel_isa
     from ktk.machine import cpu
-    from ktk.quantise.pack import best_isa
 
     features = cpu.detect()
     total, available = cpu.memory()
@@ -60,7 +60,7 @@ def diagnosis() -> dict[str, Any]:
         ],
         "memory": {"total_bytes": total, "available_bytes": available},
         "huge_pages": cpu.huge_pages(),
-        "extension": {"built": native_module() is not None, "kernels": best_isa()},
+        "extension": {"built": native_module() is not None, "kernels": kernel_isa("int4")},
         "backends": [
             {"name": r.name, "runs": r.reason is None, "reason": r.reason, "kernel": r.kernel}
             for r in backends.report()

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,14 @@ def _pairs() -> list[tuple[str, tuple[str, ...]]]:
 def missing(level: str, features: CpuFeatures) -> list[str]:
     """What ``features`` lacks for an ISA level, in the level's order; empty = it runs."""
     return [name for name in ISA_LEVELS[level] if name not in features]
+
+
+def best_isa(levels: Collection[str] = tuple(ISA_LEVELS)) -> str | None:
+    """The fastest of some ISA levels that this CPU runs and this build has kernels for, or None."""
+    native, features = native_module(), detect()
+    built = native.isa_rows() if native else ()
+    runs = [row for row in built if row in levels and not missing(row, features)]
+    return runs[-1] if runs else None
 
 
 def why_not(level: str, features: CpuFeatures) -> str | None:

@@ -10,13 +10,13 @@ import numpy as np
 from ktk._cy import native_module
 from ktk.errors import BackendError
 from ktk.experts.activation import Activation
+from ktk.machine import cpu
 from ktk.machine import threads as engine
 from ktk.machine.openmp import borrow
 from ktk.ops.linear import Linear
 from ktk.ops.linear import why_not as linear_why_not
 from ktk.ops.moe import MoE
 from ktk.ops.router import Router
-from ktk.quantise.pack import best_isa
 
 HEAD_STEP = 16  # head_dim is a multiple of it
 
@@ -153,7 +153,7 @@ class DecoderLayer:
         self.spec = spec
         threads = engine.acquire(self, num_threads)
         borrow(native)
-        self.native = native.DecoderLayer(spec, best_isa(), threads)
+        self.native = native.DecoderLayer(spec, cpu.best_isa(), threads)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import numpy as np
 
 from ktk._cy import native_module
 from ktk.backends import llamafile
+from ktk.backends.native import kernel_isa
 from ktk.errors import BackendError
 from ktk.experts.formats import GGUF, activation_group_of, get_format
 from ktk.experts.formats.floats import to_f32
@@ -20,7 +21,7 @@ from ktk.machine.memory import aligned_buffer
 from ktk.machine.openmp import borrow
 from ktk.machine.threads import EngineLayout
 from ktk.ops.inputs import as_hidden, as_weights, new_like
-from ktk.quantise.pack import best_isa, pack_matrix
+from ktk.quantise.pack import pack_matrix
 
 
 def why_not() -> str | None:
@@ -82,12 +83,11 @@ class Linear:
         self.panels = aligned_buffer(layout.num_panels * layout.panel_bytes).reshape(shape)
         pack_matrix(w, layout, self.panels)
         threads = self._begin(bias, num_threads)
-        isa = best_isa()
-        self.kernel = f"{isa} {weight_format}" + (
+        self.kernel = f"{kernel_isa(weight_format)} {weight_format}" + (
             f" g{self.spec.group_size}" if self.spec.group_size else ""
         )
         self.matrix = self.native.Matrix.of_panels(
-            layout, weight_format, self.panels, self.bias, isa, threads
+            layout, weight_format, self.panels, self.bias, cpu.best_isa(), threads
         )
 
     @classmethod
@@ -126,11 +126,11 @@ class Linear:
         whole = llamafile.whole_panels(matrix)
         self.panels = whole.data[0]
         threads = self._begin(bias, num_threads)
-        row, isa = llamafile.formats()[whole.format.name].table_index, llamafile.blocks_isa()
-        self.kernel = f"{isa} {GGUF.name} {whole.format.name}"
+        row = llamafile.formats()[whole.format.name].table_index
+        self.kernel = f"{kernel_isa('BF16')} {GGUF.name} {whole.format.name}"
         self.matrix = self.native.Matrix.of_blocks(
             (row, round_up(whole.in_features, K_ALIGN), len(self.panels) // PANEL, False), self.panels, self.bias, matrix.in_features,
-            out_features, activation_group, llamafile.rows_isa(), isa, threads,
+            out_features, activation_group, cpu.best_isa(), threads,
         )  # fmt: skip
         return self
 

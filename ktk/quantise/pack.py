@@ -101,19 +101,12 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
             raise ValueError(NOT_FINITE)
         panels[:] = lay_float_panels(w, layout)
         return
-    native, isa = native_module(), best_isa()
+    native, isa = native_module(), cpu.best_isa()
     if native is None or isa is None:
         _pack_numba(w, layout, panels)
     else:
         name = layout.format.name
         native.pack_matrix(w, layout, name, isa, layout.ladder, search.refits, panels)
-
-
-def best_isa() -> str | None:
-    """The fastest ISA row of this build that this CPU runs, or None."""
-    native = native_module()
-    rows = reversed(native.isa_rows()) if native else ()
-    return next((row for row in rows if not cpu.missing(row, cpu.detect())), None)
 
 
 def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:

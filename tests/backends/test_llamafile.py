@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import ktk
 from ktk import backends
 from ktk._cy import native_module
-from ktk._cy.isa import BLOCKS_ROWS
-from ktk.backends.llamafile import LlamafileRunner, blocks_isa, formats, repack
+from ktk._cy.isa import ISA_ROWS
+from ktk.backends.llamafile import LlamafileRunner, formats, repack
 from ktk.bench.blocks import error_bound, random_blocks, random_matrix
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import dequantise, expert_weights
@@ -31,15 +31,14 @@ if native_module() is None:
     pytest.skip("the compiled extension is not built", allow_module_level=True)
 
 TYPES = tuple(formats())
-ISAS = tuple(row.name for row in BLOCKS_ROWS)
+ISAS = tuple(row.name for row in ISA_ROWS)
 FLOATS = ("F32", "F16", "BF16")
 
 
 def load(experts: StoredExperts, isa: str, num_threads: int = 2) -> LlamafileRunner:
     if lacking := cpu.missing(isa, cpu.detect()):
         pytest.skip(f"{isa}: CPU lacks {', '.join(lacking)}")
-    row = "avx512vnni" if isa == "avx512bf16" else isa
-    return LlamafileRunner(experts, row, isa, EngineLayout(num_threads))
+    return LlamafileRunner(experts, isa, EngineLayout(num_threads))
 
 
 def run(runner: LlamafileRunner, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -86,7 +85,7 @@ def test_forward_is_the_exact_model(kind: str, isa: str, tokens: int) -> None:
     ids, weights = random_routing(tokens, 2, 3, tokens)
     want = ExactBlocks(experts, isa).forward(x, ids, weights)
     got = run(runner, x, ids, weights)
-    if kind == "BF16" and isa == "avx512bf16":
+    if kind == "BF16" and isa in ("avx512bf16", "amx"):
         assert np.abs(got - want).mean() <= error_bound(kind, 64) * np.abs(want).mean()
     else:
         assert_exact(want, got)
@@ -138,7 +137,7 @@ def test_types_may_differ_and_sizes_be_odd(data: st.DataObject) -> None:
     ids = np.random.default_rng(tokens).integers(-1, 4, (tokens, 2))
     weights = np.full((tokens, 2), 0.5, np.float32)
     got = ktk.MoE(experts)(x, ids, weights)
-    isa = blocks_isa()
+    isa = cpu.best_isa()
     assert isa is not None
     with np.errstate(over="ignore"):
         if is_float or "BF16" in kinds:  # no exact model of odd sizes, nor of VDPBF16PS
@@ -223,7 +222,7 @@ def test_parts_change_no_bit(num_parts: int) -> None:
     want = run(load(experts, "avx2", 1), x, ids, weights)
     layout = EngineLayout(num_parts, num_parts, (0,) * num_parts, (), is_bound=True)
     for blocks in (experts, repack(experts, 2)):
-        assert_exact(want, run(LlamafileRunner(blocks, "avx2", "avx2", layout), x, ids, weights))
+        assert_exact(want, run(LlamafileRunner(blocks, "avx2", layout), x, ids, weights))
 
 
 def test_linear_is_one_projection() -> None:

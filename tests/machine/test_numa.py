@@ -24,7 +24,6 @@ from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu, numa
 from ktk.machine import threads as engine
 from ktk.machine.memory import HUGE_PAGE, aligned_buffer, node_of_pages
-from ktk.quantise.pack import best_isa
 from ktk.reference.moe import ExactExperts
 from make import TESTS
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
@@ -37,7 +36,7 @@ NODES = tuple(
 )[:2]
 pytestmark = [
     pytest.mark.skipif(len(NODES) < 2, reason="this machine has not two NUMA nodes"),
-    pytest.mark.skipif(best_isa() is None, reason="no compiled kernels run here"),
+    pytest.mark.skipif(cpu.best_isa() is None, reason="no compiled kernels run here"),
 ]
 
 TOKENS, TOP_K, EXPERTS = 40, 3, 6

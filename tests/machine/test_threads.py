@@ -15,15 +15,15 @@ import torch
 from ktk import backends
 from ktk._cy import native_module
 from ktk.experts.spec import MoESpec
+from ktk.machine import cpu
 from ktk.machine import openmp as _openmp
 from ktk.machine.threads import EngineLayout
-from ktk.quantise.pack import best_isa
 from ktk.reference.moe import ExactExperts
 from make import TESTS
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
 from make.pool_cases import case, run
 
-pytestmark = pytest.mark.skipif(best_isa() is None, reason="no compiled kernels run here")
+pytestmark = pytest.mark.skipif(cpu.best_isa() is None, reason="no compiled kernels run here")
 
 
 @pytest.fixture

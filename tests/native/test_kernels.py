@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from ktk import backends
 from ktk._cy import emulate_tiles, measure_module, native_module
 from ktk._cy.isa import ISA_ROWS
-from ktk.backends._native import NativeBackend, NativeRunner
 from ktk.backends.base import Runner
+from ktk.backends.native import NativeBackend, NativeRunner
 from ktk.experts.activation import Activation
 from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import f32_to_bf16

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from ktk.backends import llamafile
 from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError, EngineError
 from ktk.experts.dequantise import dequantise
@@ -25,6 +24,7 @@ from ktk.integration.transformers.linear import (
     replace_linears,
     share_linears,
 )
+from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 from ktk.ops import linear
 from ktk.ops.linear import Linear
@@ -94,7 +94,7 @@ def test_blocks_have_the_stated_arithmetics_bits(kind: str, group: int | None) -
     made = Linear.of_blocks(matrix, activation_group=group)
     assert made.spec.activation_group == (group or (64 if kind in ("Q8_0", "Q6_K") else 128))
     one: Any = SimpleNamespace(spec=made.spec, matrices={"down": matrix}, biases={})
-    exact = block_cases.ExactBlocks(one, str(llamafile.blocks_isa()))
+    exact = block_cases.ExactBlocks(one, str(cpu.best_isa()))
     x = random(9, 768)
     assert np.array_equal(exact.linear(0, "down", x), made(x))
 

@@ -1,9 +1,19 @@
-/* The kernels of one ISA. Compiled once per ISA row with KTK_ISA its name; with LF_OTHERS, too, where a row has instructions for
- * BF16 alone and runs every other format as the row LF_OTHERS does.
+/* Experts in GGUF block formats times rows of activations, straight from the file's bytes: the kernels of one ISA level.
+ * Compiled once per level with KTK_ISA its name; one with instructions for BF16 alone has no other kernel.
+ *
+ * Weights: rows of out features, each row its blocks one behind the other, as the file has them. Sixteen rows (a panel)
+ * are run at a time, one row a lane: their bytes are transposed four at a time, so that a vector holds the same four
+ * bytes of all rows, and a format says what these bytes mean (blocks/NAME.h). Few rows of activations are multiplied
+ * with what comes out at once; for many it is laid down for a whole panel first, in a buffer that stays in cache.
+ * Both ways add the same numbers in the same order, so a token's result does not depend on what it is batched with.
  *
  * A strip is LANES rows of weights, one a lane: gather.h puts the bytes of a block of its rows side by side, decode.h makes
  * codes and scales of them. For few rows of activations multiply.h takes these as they come, in registers. For more they
- * are laid down in a buffer, a chunk of k at a time, and tiles of up to MAX_ROWS rows run over it. */
+ * are laid down in a buffer, a chunk of k at a time, and tiles of up to MAX_ROWS rows run over it.
+ *
+ * Symbols: lf_gemm_f32_avx2 lf_gemm_f32_avx512 lf_gemm_f32_avx512vnni lf_gemm_f16_avx2
+ *   lf_gemm_f16_avx512 lf_gemm_f16_avx512vnni lf_gemm_bf16_avx2 lf_gemm_bf16_avx512
+ *   lf_gemm_bf16_avx512vnni lf_gemm_bf16_avx512bf16. */
 #include <string.h>
 
 #include "interleave.h"
@@ -11,7 +21,7 @@
 
 /* k that are laid down at a time: for up to two tiles they stay in the first-level cache (7-12 % faster at 8 and 16 rows); for
  * more starting tiles anew would cost what that saves. */
-enum { SHORT_CHUNK = 512, CHUNK = 4096, MAX_TILES = LF_MAX_ROWS / MAX_ROWS };
+enum { SHORT_CHUNK = 512, CHUNK = 4096, MAX_TILES = CALL_ROWS / MAX_ROWS };
 /* What is laid down of a chunk: dwords of floats, or codes with a scale and a minimum for 16. */
 enum { LAID_BYTES = CHUNK * LANES * 4 };
 /* Rows that are multiplied with the registers a decoder fills: of LF_FUSED_FORMATS, of others. */
@@ -27,11 +37,11 @@ enum { FUSED_ROWS = 2, FEW_FUSED_ROWS = 2 };
  *
  * The decoder comes as an argument, not out of a switch over FORMAT: GCC would inline every format's decoder into every format's
  * kernels before it sees which one is meant: a fifth of its time, and half the memory. */
-INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, const lf_matrix *w,
+INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, const ktk_matrix *w,
                        const uint8_t *panel, int strip, int first, int num_blocks, const uint8_t *ahead,
                        sink *s) {
     const traits *t = &TRAITS[FORMAT];
-    const int64_t row_bytes = (int64_t)w->in_features / t->weights * t->bytes;
+    const int64_t row_bytes = (int64_t)w->padded_in / t->weights * t->bytes;
     const int lane = w->is_repacked ? strip * LANES : 0;
     const int step = w->is_repacked ? raw_bytes(FORMAT) : t->bytes;
     const uint8_t *at = panel + (w->is_repacked ? 0 : strip * LANES * row_bytes) + (int64_t)first * step;
@@ -52,7 +62,7 @@ INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, 
                 accumulate_float(MR, FORMAT, to, t->dwords, &s->rows);
             else
                 s->to.codes += t->dwords * VI_BYTES;
-        } else if (t->dwords > FEW_DWORDS && FORMAT != FORMAT_q3_k) {
+        } else if (t->dwords > FEW_DWORDS && FORMAT != KTK_BLOCK_q3_k) {
             /* Both orders of bytes through one copy of a long decoder (40 to 95 KB of code a format were twice that) at the
              * same speed; Q3_K's takes 5-20 % longer so. */
             const int is_there = w->is_repacked;
@@ -75,20 +85,20 @@ INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, 
 }
 
 /* MR rows of a tile straight from a strip. */
-INLINE void fused(const int FORMAT, decode_fn *const decode, const int MR, const lf_matrix *w,
+INLINE void fused(const int FORMAT, decode_fn *const decode, const int MR, const ktk_matrix *w,
                   const uint8_t *panel, int strip, const uint8_t *ahead, tile *rows) {
     sink s = {.rows = begin(MR, rows), .activation_group = w->activation_group};
-    run_blocks(FORMAT, decode, MR, w, panel, strip, 0, w->in_features / TRAITS[FORMAT].weights, ahead, &s);
+    run_blocks(FORMAT, decode, MR, w, panel, strip, 0, w->padded_in / TRAITS[FORMAT].weights, ahead, &s);
     end(MR, &s.rows, rows);
 }
 
-typedef void lay_fn(const lf_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,
+typedef void lay_fn(const ktk_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,
                     const uint8_t *ahead, laid p);
-typedef void fused_fn(const lf_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead, tile *rows);
+typedef void fused_fn(const ktk_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead, tile *rows);
 
-INLINE void repack(const int FORMAT, const lf_matrix *w, const uint8_t *panel, uint8_t *out) {
+INLINE void repack(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, uint8_t *out) {
     const traits *t = &TRAITS[FORMAT];
-    const int num_blocks = w->in_features / t->weights;
+    const int num_blocks = w->padded_in / t->weights;
     const int64_t row_bytes = (int64_t)num_blocks * t->bytes;
     for (int b = 0; b < num_blocks; b++, out += raw_bytes(FORMAT))
         for (int strip = 0; strip < STRIPS; strip++) {
@@ -98,21 +108,21 @@ INLINE void repack(const int FORMAT, const lf_matrix *w, const uint8_t *panel, u
         }
 }
 
-typedef void repack_fn(const lf_matrix *w, const uint8_t *panel, uint8_t *out);
+typedef void repack_fn(const ktk_matrix *w, const uint8_t *panel, uint8_t *out);
 
 /* A constant expression, so that GCC does not even look at what a format does not have. */
-#define FUSED_BIT(NAME) | UINT64_C(1) << FORMAT_##NAME
+#define FUSED_BIT(NAME) | UINT64_C(1) << KTK_BLOCK_##NAME
 #define FUSED_ROWS_OF(FORMAT)                                                                                \
     (((0 LF_FUSED_FORMATS(FUSED_BIT)) >> (FORMAT) & 1) ? FUSED_ROWS : FEW_FUSED_ROWS)
 
 /* -- rows of activations --------------------------------------------------------------------------------------- */
 
-INLINE int dwords_of_row(const int FORMAT, const lf_matrix *w) { /* units of four bytes */
+INLINE int dwords_of_row(const int FORMAT, const ktk_matrix *w) { /* units of four bytes */
     const traits *t = &TRAITS[FORMAT];
 #ifdef __AVX512BF16__
-    if (FORMAT == FORMAT_bf16) return w->in_features / 2;
+    if (FORMAT == KTK_BLOCK_bf16) return w->padded_in / 2;
 #endif
-    return t->float_bytes ? w->in_features : w->in_features / 4;
+    return t->float_bytes ? w->padded_in : w->padded_in / 4;
 }
 
 INLINE uint8_t *align_64(uint8_t *p) { return (uint8_t *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
@@ -124,17 +134,17 @@ typedef struct {
 } start;
 
 /* A tile before the first k. */
-INLINE void restart(const lf_matrix *w, const start *from, tile *t) {
+INLINE void restart(const ktk_matrix *w, const start *from, tile *t) {
     t->a = from->a;
     t->a_scale = from->a_scale;
     t->correction = from->correction;
-    t->left = w->activation_group < w->in_features ? w->activation_group : w->in_features;
-    t->rest = w->in_features - t->left;
+    t->left = w->activation_group < w->padded_in ? w->activation_group : w->padded_in;
+    t->rest = w->padded_in - t->left;
     for (int m = 0; m < t->num_rows; m++) t->inner[m] = t->y[m] = VF_ZERO();
 }
 
 /* Rows index[0 .. num_rows) side by side, at work (unless they are there); returns the end of them. */
-INLINE uint8_t *pack_tile(const int FORMAT, const lf_matrix *w, const lf_rows *a, const int32_t *index,
+INLINE uint8_t *pack_tile(const int FORMAT, const ktk_matrix *w, const ktk_rows *a, const int32_t *index,
                           int num_rows, uint8_t *work, start *t) {
     const traits *f = &TRAITS[FORMAT];
     const int units = dwords_of_row(FORMAT, w);
@@ -157,14 +167,14 @@ INLINE uint8_t *pack_tile(const int FORMAT, const lf_matrix *w, const lf_rows *a
     }
     work = align_64(work);
     if (f->float_bytes) return work + 64; /* interleave writes a little past its end */
-    const int groups = (w->in_features + w->activation_group - 1) / w->activation_group,
-              fines = w->in_features / f->fine;
+    const int groups = (w->padded_in + w->activation_group - 1) / w->activation_group,
+              fines = w->padded_in / f->fine;
     float *scales = (float *)work, *correction = scales + (int64_t)groups * num_rows;
     t->a_scale = scales;
     t->correction = correction;
     for (int m = 0; m < num_rows && !a->are_packed; m++) {
         const float *from = a->scales + index[m] * a->scale_stride;
-        const int32_t *sums = a->sums + index[m] * a->sum_stride;
+        const int32_t *sums = a->correction + index[m] * a->correction_stride;
         for (int g = 0; g < groups; g++) scales[g * num_rows + m] = from[g];
         for (int g = 0; g < fines; g++) {
             int32_t sum = f->fine == 16 ? sums[g] : sums[2 * g] + sums[2 * g + 1];
@@ -185,11 +195,17 @@ INLINE laid laid_at(const int FORMAT, int num_k, uint8_t *at) {
     return (laid){at, scales, scales + (int64_t)num_k / fine * LANES};
 }
 
-INLINE void gemm(const int FORMAT, const lf_matrix *w, const uint8_t *panels, int num_panels,
-                 const lf_rows *a, const int32_t *rows, int num_rows, float *out, int64_t out_stride,
-                 const uint8_t *next, uint8_t *work, lay_fn *lay_down, fused_fn *straight) {
-    const int K = w->in_features, weights = TRAITS[FORMAT].weights;
-    const int64_t panel_bytes = lf_panel_bytes(w);
+INLINE void gemm(const int FORMAT, const ktk_gemm_args *args, lay_fn *lay_down, fused_fn *straight) {
+    const ktk_matrix *w = args->w;
+    const ktk_rows *a = args->a;
+    const uint8_t *panels = args->panels, *next = args->next;
+    const int num_panels = args->num_panels, num_rows = args->num_rows;
+    const int32_t *rows = args->rows;
+    float *out = args->out;
+    const int64_t out_stride = args->out_stride;
+    uint8_t *work = args->work;
+    const int K = w->padded_in, weights = TRAITS[FORMAT].weights;
+    const int64_t panel_bytes = w->panel_bytes;
     const int num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS; /* of nearly equal height */
     const int is_fused = num_rows <= FUSED_ROWS_OF(FORMAT);
     multiply_fn *multiply = multiply_of(FORMAT);
@@ -204,7 +220,7 @@ INLINE void gemm(const int FORMAT, const lf_matrix *w, const uint8_t *panels, in
         work = pack_tile(FORMAT, w, a, rows + row, last - row, work, &starts[t]);
         row = last;
     }
-    for (int i = 0; i < num_panels; i++, panels += panel_bytes, out += LF_PANEL) {
+    for (int i = 0; i < num_panels; i++, panels += panel_bytes, out += KTK_PANEL) {
         const uint8_t *ahead = i + 1 < num_panels ? panels + panel_bytes : next;
         for (int strip = 0; strip < STRIPS; strip++) {
             const uint8_t *strip_ahead = ahead ? ahead + strip * (panel_bytes / STRIPS) : NULL;
@@ -224,62 +240,52 @@ INLINE void gemm(const int FORMAT, const lf_matrix *w, const uint8_t *panels, in
     }
 }
 
-typedef void gemm_fn(const lf_matrix *w, const uint8_t *panels, int num_panels, const lf_rows *a,
-                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next,
-                     uint8_t *work);
-
 #define FUSED(MR, NAME, DECODE)                                                                              \
     case MR:                                                                                                 \
-        fused(FORMAT_##NAME, DECODE, MR, w, panel, strip, ahead, rows);                                      \
+        fused(KTK_BLOCK_##NAME, DECODE, MR, w, panel, strip, ahead, rows);                                   \
         break;
 #define KERNELS_OF(NAME, DECODE)                                                                             \
-    static void lay_##NAME(const lf_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,   \
+    static void lay_##NAME(const ktk_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,  \
                            const uint8_t *ahead, laid p) {                                                   \
         sink s = {.to = p};                                                                                  \
-        run_blocks(FORMAT_##NAME, DECODE, 0, w, panel, strip, first, num_blocks, ahead, &s);                 \
+        run_blocks(KTK_BLOCK_##NAME, DECODE, 0, w, panel, strip, first, num_blocks, ahead, &s);              \
     }                                                                                                        \
-    static void fused_##NAME(const lf_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead,      \
+    static void fused_##NAME(const ktk_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead,     \
                              tile *rows) {                                                                   \
         switch (rows->num_rows) { FUSED(1, NAME, DECODE) FUSED(2, NAME, DECODE) }                            \
-        if (FUSED_ROWS_OF(FORMAT_##NAME) > 2) switch (rows->num_rows) {                                      \
+        if (FUSED_ROWS_OF(KTK_BLOCK_##NAME) > 2) switch (rows->num_rows) {                                   \
                 FUSED(3, NAME, DECODE) FUSED(4, NAME, DECODE)                                                \
             }                                                                                                \
     }                                                                                                        \
-    static void gemm_##NAME(const lf_matrix *w, const uint8_t *panels, int num_panels, const lf_rows *a,     \
-                            const int32_t *rows, int num_rows, float *out, int64_t out_stride,               \
-                            const uint8_t *next, uint8_t *work) {                                            \
-        gemm(FORMAT_##NAME, w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work,           \
-             lay_##NAME, fused_##NAME);                                                                      \
+    void CAT(lf_gemm_##NAME##_, KTK_ISA)(const ktk_gemm_args *args) {                                        \
+        gemm(KTK_BLOCK_##NAME, args, lay_##NAME, fused_##NAME);                                              \
     }
 
-#ifdef LF_OTHERS
+/* Rows of a call: a panel is unpacked once for them all, but activations must stay in the L2 cache. Work: a chunk as it is
+ * laid down; codes of four bytes at most, a scale for 32, a correction for 16; and what lies between tiles. */
+#define GEMM(NAME, CODES)                                                                                    \
+    [KTK_BLOCK_##NAME] = {.run = CAT(lf_gemm_##NAME##_, KTK_ISA),                                            \
+                          .isa = KTK_TEXT(KTK_ISA),                                                          \
+                          .codes_kind = CODES,                                                               \
+                          .fewest_rows = 32,                                                                 \
+                          .most_rows = CALL_ROWS,                                                            \
+                          .rows_bytes = 256 << 10,                                                           \
+                          .work = {4 * KTK_PANEL * CHUNK + 4096, 128, 4 * 32 + 4 + 8}},
+
+#ifdef __AVX512BF16__
 
 KERNELS_OF(bf16, NULL)
 
-extern const lf_kernels CAT(lf_kernels_, LF_OTHERS);
-#define OTHERS CAT(lf_kernels_, LF_OTHERS)
-
-static void gemm_any(const lf_matrix *w, const uint8_t *panels, int num_panels, const lf_rows *a,
-                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next,
-                     uint8_t *work) {
-    (w->format == FORMAT_bf16 ? gemm_bf16 : OTHERS.gemm)(w, panels, num_panels, a, rows, num_rows, out,
-                                                         out_stride, next, work);
-}
-
-static void repack_any(const lf_matrix *w, const uint8_t *panel, uint8_t *out) {
-    OTHERS.repack(w, panel, out);
-}
-
-static void unpack_any(const lf_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
-                       uint8_t *work) {
-    OTHERS.unpack(w, panel, codes, scales, minima, work);
-}
+const ktk_kernels CAT(lf_blocks_, KTK_ISA) = {
+    .name = KTK_TEXT(KTK_ISA),
+    .gemm = {GEMM(bf16, KTK_CODES_BF16)},
+};
 
 #else
 
 #define REPACK_OF(NAME)                                                                                      \
-    static void repack_##NAME(const lf_matrix *w, const uint8_t *panel, uint8_t *out) {                      \
-        repack(FORMAT_##NAME, w, panel, out);                                                                \
+    static void repack_##NAME(const ktk_matrix *w, const uint8_t *panel, uint8_t *out) {                     \
+        repack(KTK_BLOCK_##NAME, w, panel, out);                                                             \
     }
 #define FLOAT_ROW(NAME, ...) KERNELS_OF(NAME, NULL) REPACK_OF(NAME)
 #define ROW(NAME, ...) KERNELS_OF(NAME, decode_##NAME) REPACK_OF(NAME)
@@ -288,45 +294,36 @@ LF_INTEGER_FORMATS(ROW)
 #undef ROW
 #undef FLOAT_ROW
 
-#define ROW(NAME, ...) gemm_##NAME,
-static gemm_fn *const GEMM[] = {LF_FLOAT_FORMATS(ROW) LF_INTEGER_FORMATS(ROW)};
+#define ROW(NAME, ...) [KTK_BLOCK_##NAME] = lay_##NAME,
+static lay_fn *const LAY[KTK_NUM_FORMATS] = {LF_FLOAT_FORMATS(ROW) LF_INTEGER_FORMATS(ROW)};
 #undef ROW
-#define ROW(NAME, ...) lay_##NAME,
-static lay_fn *const LAY[] = {LF_FLOAT_FORMATS(ROW) LF_INTEGER_FORMATS(ROW)};
-#undef ROW
-#define ROW(NAME, ...) repack_##NAME,
-static repack_fn *const REPACK[] = {LF_FLOAT_FORMATS(ROW) LF_INTEGER_FORMATS(ROW)};
+#define ROW(NAME, ...) [KTK_BLOCK_##NAME] = repack_##NAME,
+static repack_fn *const REPACK[KTK_NUM_FORMATS] = {LF_FLOAT_FORMATS(ROW) LF_INTEGER_FORMATS(ROW)};
 #undef ROW
 
-static void gemm_any(const lf_matrix *w, const uint8_t *panels, int num_panels, const lf_rows *a,
-                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next,
-                     uint8_t *work) {
-    GEMM[w->format](w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);
-}
-
-static void repack_any(const lf_matrix *w, const uint8_t *panel, uint8_t *out) {
+static void repack_any(const ktk_matrix *w, const uint8_t *panel, uint8_t *out) {
     REPACK[w->format](w, panel, out);
 }
 
 static float float_of(const uint8_t *p, int format, int i) {
-    if (format == FORMAT_f32) {
+    if (format == KTK_BLOCK_f32) {
         float v;
         memcpy(&v, p + 4 * i, 4);
         return v;
     }
     uint16_t half;
     memcpy(&half, p + 2 * i, 2);
-    if (format == FORMAT_f16) return _cvtsh_ss(half);
+    if (format == KTK_BLOCK_f16) return _cvtsh_ss(half);
     uint32_t bits = (uint32_t)half << 16;
     float v;
     memcpy(&v, &bits, 4);
     return v;
 }
 
-static void unpack_any(const lf_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
+static void unpack_any(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
                        uint8_t *work) {
     const traits *t = &TRAITS[w->format];
-    const int K = w->in_features;
+    const int K = w->padded_in;
     for (int strip = 0; strip < STRIPS; strip++) {
         const laid p = laid_at(w->format, K, work);
         LAY[w->format](w, panel, strip, 0, K / t->weights, NULL, p);
@@ -334,30 +331,25 @@ static void unpack_any(const lf_matrix *w, const uint8_t *panel, float *codes, f
         for (int k = 0; k < K; k++)
             for (int n = 0; n < LANES; n++) {
                 const uint8_t *at = p.codes + (int64_t)(k / per_dword) * VI_BYTES + 4 * n;
-                float *to = codes + (int64_t)k * LF_PANEL + strip * LANES + n;
+                float *to = codes + (int64_t)k * KTK_PANEL + strip * LANES + n;
                 *to = t->float_bytes ? float_of(at, w->format, k % per_dword) : (float)(at[k % 4] - t->zero);
             }
         if (t->float_bytes) continue;
         for (int g = 0; g < K / t->fine; g++)
             for (int n = 0; n < LANES; n++) {
-                scales[g * LF_PANEL + strip * LANES + n] = p.scales[g * LANES + n];
-                minima[g * LF_PANEL + strip * LANES + n] = t->has_min ? p.minima[g * LANES + n] : 0.0f;
+                scales[g * KTK_PANEL + strip * LANES + n] = p.scales[g * LANES + n];
+                minima[g * KTK_PANEL + strip * LANES + n] = t->has_min ? p.minima[g * LANES + n] : 0.0f;
             }
     }
 }
 
-#endif
-
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
-const lf_kernels CAT(lf_kernels_, KTK_ISA) = {
-    .name = TEXT(KTK_ISA),
-#ifdef __AVX512BF16__
-    .bf16_codes = LF_CODES_BF16,
-#else
-    .bf16_codes = LF_CODES_F32,
-#endif
-    .gemm = gemm_any,
+#define FLOAT_ROW(NAME, ...) GEMM(NAME, KTK_CODES_F32)
+#define ROW(NAME, ...) GEMM(NAME, KTK_CODES_I8)
+const ktk_kernels CAT(lf_blocks_, KTK_ISA) = {
+    .name = KTK_TEXT(KTK_ISA),
+    .gemm = {LF_FLOAT_FORMATS(FLOAT_ROW) LF_INTEGER_FORMATS(ROW)},
     .repack = repack_any,
     .unpack = unpack_any,
 };
+
+#endif

@@ -161,7 +161,7 @@ INLINE void end(const int MR, const tile *t, tile *to) {
 
 /* The next num_k k that were laid down, a multiple of 32, times MR rows. */
 INLINE void multiply_integer(const int MR, const int FINE, const int HAS_MIN, const int MOST,
-                             const lf_matrix *w, laid p, int num_k, tile *rows) {
+                             const ktk_matrix *w, laid p, int num_k, tile *rows) {
     tile t = begin(MR, rows);
     for (; num_k > 0; num_k -= 32) {
         VF scale[2], minimum[2];
@@ -185,11 +185,11 @@ INLINE void accumulate_float(const int MR, const int FORMAT, const uint8_t *dwor
     for (int i = 0; i < 2; i++) {
         VI x = VI_LOAD(dwords + i * VI_BYTES);
         const float *a = (const float *)t->a;
-        const int is_pair = FORMAT == FORMAT_f16 || (FORMAT == FORMAT_bf16 && !HAS_BF16);
+        const int is_pair = FORMAT == KTK_BLOCK_f16 || (FORMAT == KTK_BLOCK_bf16 && !HAS_BF16);
         VF even = VF_BITS(x), odd = even;
         if (is_pair) {
-            even = FORMAT == FORMAT_bf16 ? VF_BITS(VI_SLL32(x, 16)) : VF_LOW_HALF(x);
-            odd = FORMAT == FORMAT_bf16 ? VF_BITS(VI_AND(x, high)) : VF_LOW_HALF(VI_SRL32(x, 16));
+            even = FORMAT == KTK_BLOCK_bf16 ? VF_BITS(VI_SLL32(x, 16)) : VF_LOW_HALF(x);
+            odd = FORMAT == KTK_BLOCK_bf16 ? VF_BITS(VI_AND(x, high)) : VF_LOW_HALF(VI_SRL32(x, 16));
         }
         UNROLL
         for (int m = 0; m < MR; m++) {
@@ -197,7 +197,7 @@ INLINE void accumulate_float(const int MR, const int FORMAT, const uint8_t *dwor
             if (is_pair) {
                 t->inner[m] = VF_FMA(VF_SET(a[m]), even, t->inner[m]);
                 t->y[m] = VF_FMA(VF_SET(a[MR + m]), odd, t->y[m]);
-            } else if (FORMAT == FORMAT_bf16) {
+            } else if (FORMAT == KTK_BLOCK_bf16) {
                 VF_DOT_BF16_BROADCAST(*y, x, a + m);
             } else {
                 *y = VF_FMA(VF_SET(a[m]), even, *y);
@@ -213,7 +213,7 @@ INLINE void multiply_float(const int MR, const int FORMAT, laid p, int num_k, ti
     end(MR, &t, rows);
 }
 
-typedef void multiply_fn(const lf_matrix *w, laid p, int num_k, tile *t);
+typedef void multiply_fn(const ktk_matrix *w, laid p, int num_k, tile *t);
 
 /* One function for the integer formats of a shape; with VNNI the largest code makes no difference. */
 #ifdef __AVX512VNNI__
@@ -231,7 +231,7 @@ typedef void multiply_fn(const lf_matrix *w, laid p, int num_k, tile *t);
         multiply_integer(MR, FINE, HAS_MIN, MOST, w, p, num_k, t);                                           \
         break;
 #define SHAPE(FINE, HAS_MIN, MOST)                                                                           \
-    static void multiply_##FINE##_##HAS_MIN##_##MOST(const lf_matrix *w, laid p, int num_k, tile *t) {       \
+    static void multiply_##FINE##_##HAS_MIN##_##MOST(const ktk_matrix *w, laid p, int num_k, tile *t) {      \
         switch (t->num_rows) { HEIGHTS(HEIGHT, FINE, HAS_MIN, MOST) }                                        \
     }
 SHAPES(SHAPE)
@@ -243,9 +243,9 @@ SHAPES(SHAPE)
         multiply_float(MR, FORMAT, p, num_k, t);                                                             \
         break;
 #define FLOAT_ROW(NAME, ...)                                                                                 \
-    static void multiply_##NAME(const lf_matrix *w, laid p, int num_k, tile *t) {                            \
+    static void multiply_##NAME(const ktk_matrix *w, laid p, int num_k, tile *t) {                           \
         (void)w;                                                                                             \
-        switch (t->num_rows) { HEIGHTS(HEIGHT, FORMAT_##NAME) }                                              \
+        switch (t->num_rows) { HEIGHTS(HEIGHT, KTK_BLOCK_##NAME) }                                           \
     }
 LF_FLOAT_FORMATS(FLOAT_ROW)
 #undef FLOAT_ROW
@@ -256,7 +256,7 @@ INLINE multiply_fn *multiply_of(const int FORMAT) {
     const traits *t = &TRAITS[FORMAT];
     multiply_fn *found = NULL;
 #define FLOAT_ROW(NAME, ...)                                                                                 \
-    if (FORMAT == FORMAT_##NAME) found = multiply_##NAME;
+    if (FORMAT == KTK_BLOCK_##NAME) found = multiply_##NAME;
 #define SHAPE(FINE, HAS_MIN, MOST)                                                                           \
     if (t->fine == FINE && t->has_min == HAS_MIN && t->most <= MOST && IS_WIDE(t->most) == IS_WIDE(MOST))    \
         found = multiply_##FINE##_##HAS_MIN##_##MOST;

@@ -7,10 +7,10 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "llamafile.h"
+#include "ktk_kernels.h"
 #include "test_vectors.h"
 
-enum { NUM_PANELS = 4, NUM_CHANNELS = NUM_PANELS * LF_PANEL, MAX_K = 768, NUM_ROWS = 40, OUT_STRIDE = 80 };
+enum { NUM_PANELS = 4, NUM_CHANNELS = NUM_PANELS * KTK_PANEL, MAX_K = 768, NUM_ROWS = 40, OUT_STRIDE = 80 };
 enum { NUM_VECTORS = sizeof VECTORS / sizeof *VECTORS };
 static const int ROW_COUNTS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, NUM_ROWS};
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
@@ -62,7 +62,20 @@ static int is_here(const char *isa) {
     return !strcmp(isa, "avx512bf16") && __builtin_cpu_supports("avx512bf16");
 }
 
-static const vector *vector_of(const lf_format *f) {
+extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni, lf_blocks_avx512bf16;
+
+/* The levels, slowest first; NULL past the last. */
+static const ktk_kernels *kernels_row(int index) {
+    static const ktk_kernels *const ROWS[] = {&lf_blocks_avx2, &lf_blocks_avx512, &lf_blocks_avx512vnni};
+    static ktk_kernels with_bf16;
+    if (index < COUNT(ROWS)) return ROWS[index];
+    with_bf16 = lf_blocks_avx512vnni;
+    with_bf16.name = lf_blocks_avx512bf16.name;
+    with_bf16.gemm[KTK_BLOCK_bf16] = lf_blocks_avx512bf16.gemm[KTK_BLOCK_bf16];
+    return index == COUNT(ROWS) ? &with_bf16 : NULL;
+}
+
+static const vector *vector_of(const ktk_format_row *f) {
     for (int i = 0; i < NUM_VECTORS; i++)
         if (!strcmp(VECTORS[i].name, f->name)) return &VECTORS[i];
     return NULL;
@@ -72,15 +85,24 @@ static const vector *vector_of(const lf_format *f) {
 
 static guarded panel_pages, repacked_pages, row_pages, scale_pages, sum_pages, work_pages, out_pages;
 
-static int64_t row_bytes(const lf_matrix *w) { return lf_panel_bytes(w) / LF_PANEL; }
+static int64_t row_bytes(const ktk_matrix *w) { return w->panel_bytes / KTK_PANEL; }
+
+static ktk_matrix matrix_of(int format, int in_features, int activation_group) {
+    const ktk_format_row *f = &ktk_formats[format];
+    return (ktk_matrix){.format = format,
+                        .padded_in = in_features,
+                        .activation_group = activation_group,
+                        .panel_bytes =
+                            (int64_t)KTK_PANEL * (in_features / f->block_weights) * f->block_bytes};
+}
 
 /* Blocks of random bits, in a panel's first two rows of ones and of zeros; scales from the known ones. */
-static void random_panels(const lf_matrix *w, const vector *v, uint8_t *panels, int num_panels) {
-    const lf_format *f = &lf_formats[w->format];
-    const int num_blocks = w->in_features / f->block_weights, known = v->num_weights / f->block_weights;
-    for (int i = 0; i < num_panels * LF_PANEL * num_blocks; i++, panels += f->block_bytes) {
+static void random_panels(const ktk_matrix *w, const vector *v, uint8_t *panels, int num_panels) {
+    const ktk_format_row *f = &ktk_formats[w->format];
+    const int num_blocks = w->padded_in / f->block_weights, known = v->num_weights / f->block_weights;
+    for (int i = 0; i < num_panels * KTK_PANEL * num_blocks; i++, panels += f->block_bytes) {
         const uint8_t *from = v->blocks + random_bits() % (uint32_t)known * (uint32_t)f->block_bytes;
-        const int row = i / num_blocks % LF_PANEL;
+        const int row = i / num_blocks % KTK_PANEL;
         for (int j = 0; j < f->block_bytes; j++)
             panels[j] = (uint8_t)(row == 0 ? 0xff : row == 1 ? 0 : random_bits());
         for (int j = 0; v->scale_bits[j].mask; j++) {
@@ -92,25 +114,30 @@ static void random_panels(const lf_matrix *w, const vector *v, uint8_t *panels, 
 
 /* Activations as a kernel wants them, and their values. */
 typedef struct {
-    lf_rows rows;
+    ktk_rows rows;
     double value[NUM_ROWS][MAX_K];
 } activations;
 
-static void random_rows(const lf_matrix *w, int codes, activations *a) {
-    const int K = w->in_features, groups = (K + w->activation_group - 1) / w->activation_group;
-    const int64_t stride = (int64_t)K * (codes == LF_CODES_I8 ? 1 : codes == LF_CODES_F32 ? 4 : 2);
+static void random_rows(const ktk_matrix *w, int codes, activations *a) {
+    const int K = w->padded_in, groups = (K + w->activation_group - 1) / w->activation_group;
+    const int64_t stride = (int64_t)K * (codes == KTK_CODES_I8 ? 1 : codes == KTK_CODES_F32 ? 4 : 2);
     uint8_t *row = last(&row_pages, (size_t)(NUM_ROWS * stride));
     float *scales = last(&scale_pages, 4 * (size_t)(NUM_ROWS * groups));
     int32_t *sums = last(&sum_pages, 4 * (size_t)(NUM_ROWS * K / 16));
-    a->rows = (lf_rows){row, scales, sums, stride, groups, K / 16, 0};
+    a->rows = (ktk_rows){.codes = row,
+                         .scales = scales,
+                         .correction = sums,
+                         .code_stride = stride,
+                         .scale_stride = groups,
+                         .correction_stride = K / 16};
     for (int m = 0; m < NUM_ROWS; m++, row += stride) {
         for (int g = 0; g < groups; g++) scales[m * groups + g] = 0.01f + 0.01f * fabsf(random_float());
         for (int k = 0; k < K; k++) {
             const float value = random_float();
-            if (codes == LF_CODES_F32) {
+            if (codes == KTK_CODES_F32) {
                 memcpy(row + 4 * k, &value, 4);
                 a->value[m][k] = value;
-            } else if (codes == LF_CODES_BF16) {
+            } else if (codes == KTK_CODES_BF16) {
                 uint32_t bits;
                 memcpy(&bits, &value, 4);
                 bits &= 0xffff0000u;
@@ -134,76 +161,76 @@ static void random_rows(const lf_matrix *w, int codes, activations *a) {
 /* -- what is tested -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    float codes[MAX_K][LF_PANEL], scales[MAX_K][LF_PANEL], minima[MAX_K][LF_PANEL];
+    float codes[MAX_K][KTK_PANEL], scales[MAX_K][KTK_PANEL], minima[MAX_K][KTK_PANEL];
 } unpacked;
 
-static void unpack(const lf_kernels *kernels, const lf_matrix *w, const uint8_t *panel, unpacked *u) {
+static void unpack(const ktk_kernels *kernels, const ktk_matrix *w, const uint8_t *panel, unpacked *u) {
     memset(u, 0, sizeof *u);
-    uint8_t *work = last(&work_pages, (size_t)(lf_work_bytes(w, 1) + 63) / 64 * 64);
+    uint8_t *work = last(&work_pages, 64 * (size_t)w->padded_in);
     kernels->unpack(w, panel, u->codes[0], u->scales[0], u->minima[0], work);
 }
 
-static float weight_of(const lf_format *f, const unpacked *u, int k, int n) {
+static float weight_of(const ktk_format_row *f, const unpacked *u, int k, int n) {
     if (f->is_float) return u->codes[k][n];
     return u->codes[k][n] * u->scales[k / f->fine][n] + u->minima[k / f->fine][n];
 }
 
-static uint8_t *repacked(const lf_kernels *kernels, const lf_matrix *w, const uint8_t *panels,
+static uint8_t *repacked(const ktk_kernels *kernels, const ktk_matrix *w, const uint8_t *panels,
                          int num_panels) {
-    const int64_t bytes = lf_panel_bytes(w);
+    const int64_t bytes = w->panel_bytes;
     uint8_t *out = last(&repacked_pages, (size_t)(num_panels * bytes));
     for (int i = 0; i < num_panels; i++) kernels->repack(w, panels + i * bytes, out + i * bytes);
     return out;
 }
 
-static void known_blocks_have_known_weights(const lf_kernels *kernels, int format, const vector *v) {
+static void known_blocks_have_known_weights(const ktk_kernels *kernels, int format, const vector *v) {
     static unpacked u;
-    lf_matrix w = {format, 0, v->num_weights, 64};
-    uint8_t *panel = last(&panel_pages, (size_t)lf_panel_bytes(&w));
-    for (int n = 0; n < LF_PANEL; n++) memcpy(panel + n * row_bytes(&w), v->blocks, (size_t)row_bytes(&w));
+    ktk_matrix w = matrix_of(format, v->num_weights, 64);
+    uint8_t *panel = last(&panel_pages, (size_t)w.panel_bytes);
+    for (int n = 0; n < KTK_PANEL; n++) memcpy(panel + n * row_bytes(&w), v->blocks, (size_t)row_bytes(&w));
     for (w.is_repacked = 0; w.is_repacked < 2; w.is_repacked++) {
         unpack(kernels, &w, w.is_repacked ? repacked(kernels, &w, panel, 1) : panel, &u);
         int wrong = 0;
         for (int k = 0; k < v->num_weights; k++)
-            for (int n = 0; n < LF_PANEL; n++) {
+            for (int n = 0; n < KTK_PANEL; n++) {
                 float expected;
                 memcpy(&expected, &v->weights[k], 4);
-                wrong += weight_of(&lf_formats[format], &u, k, n) != expected;
+                wrong += weight_of(&ktk_formats[format], &u, k, n) != expected;
             }
         CHECK(wrong == 0, "%s on %s: %d weights, repacked %d", v->name, kernels->name, wrong, w.is_repacked);
     }
 }
 
-static void rows_of_weights_stay_apart(const lf_kernels *kernels, const lf_matrix *w, uint8_t *panel) {
+static void rows_of_weights_stay_apart(const ktk_kernels *kernels, const ktk_matrix *w, uint8_t *panel) {
     static unpacked u, rotated;
     const size_t bytes = (size_t)row_bytes(w);
     uint8_t *first = malloc(bytes);
     unpack(kernels, w, panel, &u);
     memcpy(first, panel, bytes);
-    memmove(panel, panel + bytes, bytes * (LF_PANEL - 1));
-    memcpy(panel + bytes * (LF_PANEL - 1), first, bytes);
+    memmove(panel, panel + bytes, bytes * (KTK_PANEL - 1));
+    memcpy(panel + bytes * (KTK_PANEL - 1), first, bytes);
     free(first);
     unpack(kernels, w, panel, &rotated);
     int wrong = 0;
-    for (int k = 0; k < w->in_features; k++)
-        for (int n = 0; n < LF_PANEL; n++)
-            wrong += weight_of(&lf_formats[w->format], &u, k, (n + 1) % LF_PANEL) !=
-                     weight_of(&lf_formats[w->format], &rotated, k, n);
-    CHECK(wrong == 0, "%s on %s: %d weights", lf_formats[w->format].name, kernels->name, wrong);
+    for (int k = 0; k < w->padded_in; k++)
+        for (int n = 0; n < KTK_PANEL; n++)
+            wrong += weight_of(&ktk_formats[w->format], &u, k, (n + 1) % KTK_PANEL) !=
+                     weight_of(&ktk_formats[w->format], &rotated, k, n);
+    CHECK(wrong == 0, "%s on %s: %d weights", ktk_formats[w->format].name, kernels->name, wrong);
 }
 
 /* Products in double, and the sum of their sizes, which rounding errors are measured by. */
-static void expected_products(const lf_kernels *kernels, const lf_matrix *w, const uint8_t *panels,
+static void expected_products(const ktk_kernels *kernels, const ktk_matrix *w, const uint8_t *panels,
                               const activations *a, double (*product)[NUM_CHANNELS],
                               double (*size)[NUM_CHANNELS]) {
     static unpacked u;
-    const lf_format *f = &lf_formats[w->format];
+    const ktk_format_row *f = &ktk_formats[w->format];
     for (int i = 0; i < NUM_PANELS; i++) {
-        unpack(kernels, w, panels + i * lf_panel_bytes(w), &u);
+        unpack(kernels, w, panels + i * w->panel_bytes, &u);
         for (int m = 0; m < NUM_ROWS; m++)
-            for (int n = 0; n < LF_PANEL; n++) product[m][16 * i + n] = size[m][16 * i + n] = 0;
-        for (int k = 0; k < w->in_features; k++)
-            for (int n = 0; n < LF_PANEL; n++) {
+            for (int n = 0; n < KTK_PANEL; n++) product[m][16 * i + n] = size[m][16 * i + n] = 0;
+        for (int k = 0; k < w->padded_in; k++)
+            for (int n = 0; n < KTK_PANEL; n++) {
                 const double minimum = f->is_float ? 0 : u.minima[k / f->fine][n];
                 const double value = (f->is_float ? 1 : (double)u.scales[k / f->fine][n]) * u.codes[k][n];
                 for (int m = 0; m < NUM_ROWS; m++) {
@@ -214,11 +241,17 @@ static void expected_products(const lf_kernels *kernels, const lf_matrix *w, con
     }
 }
 
+static size_t work_bytes(const ktk_gemm *gemm, const ktk_matrix *w, int num_rows) {
+    const int row = gemm->work.row + w->padded_in / 32 * gemm->work.row_32k;
+    return (size_t)(gemm->work.fixed + num_rows * row + 63) / 64 * 64;
+}
+
 /* reference: what another ISA gave for the same, if has_reference. */
-static void products_are_right(const lf_kernels *kernels, lf_matrix w, const uint8_t *panels,
+static void products_are_right(const ktk_kernels *kernels, ktk_matrix w, const uint8_t *panels,
                                const activations *a, float (*reference)[NUM_CHANNELS], int has_reference) {
     static double product[NUM_ROWS][NUM_CHANNELS], size[NUM_ROWS][NUM_CHANNELS];
-    const char *name = lf_formats[w.format].name;
+    const char *name = ktk_formats[w.format].name;
+    const ktk_gemm *gemm = &kernels->gemm[w.format];
     const uint8_t *other = repacked(kernels, &w, panels, NUM_PANELS);
     expected_products(kernels, &w, panels, a, product, size);
     int32_t index[NUM_ROWS]; /* all rows, then fewer: batches take them from the end */
@@ -226,13 +259,14 @@ static void products_are_right(const lf_kernels *kernels, lf_matrix w, const uin
     for (int c = COUNT(ROW_COUNTS) - 1; c >= 0; c--)
         for (w.is_repacked = 0; w.is_repacked < 2; w.is_repacked++) {
             const int num_rows = ROW_COUNTS[c];
-            uint8_t *work = last(&work_pages, (size_t)(lf_work_bytes(&w, num_rows) + 63) / 64 * 64);
+            uint8_t *work = last(&work_pages, work_bytes(gemm, &w, num_rows));
             const size_t floats = (size_t)((num_rows - 1) * OUT_STRIDE + NUM_CHANNELS);
             float *out = last(&out_pages, 4 * floats);
             for (size_t i = 0; i < floats; i++) out[i] = NAN;
             const int32_t *rows = index + NUM_ROWS - num_rows;
             const uint8_t *from = w.is_repacked ? other : panels;
-            kernels->gemm(&w, from, NUM_PANELS, &a->rows, rows, num_rows, out, OUT_STRIDE, from, work);
+            gemm->run(&(ktk_gemm_args){&w, from, NUM_PANELS, &a->rows, rows, num_rows, out, OUT_STRIDE, from,
+                                       work});
             int wrong = 0, other_bits = 0, touched = 0;
             for (int i = 0; i < num_rows; i++) {
                 const float *y = out + i * OUT_STRIDE;
@@ -247,7 +281,7 @@ static void products_are_right(const lf_kernels *kernels, lf_matrix w, const uin
             has_reference = 1;
             CHECK(wrong == 0 && other_bits == 0 && touched == 0,
                   "%s on %s: K %d, group %d, %d rows, repacked %d: %d wrong, %d other bits, %d between rows",
-                  name, kernels->name, w.in_features, w.activation_group, num_rows, w.is_repacked, wrong,
+                  name, kernels->name, w.padded_in, w.activation_group, num_rows, w.is_repacked, wrong,
                   other_bits, touched);
         }
 }
@@ -263,14 +297,17 @@ int main(void) {
     work_pages = guard(1 << 22);
     out_pages = guard(NUM_ROWS * OUT_STRIDE * 4);
     int num_isas = 0;
-    for (int format = 0; format < lf_num_formats; format++) {
-        const lf_format *f = &lf_formats[format];
+    int num_formats = 0;
+    for (int format = 0; format < KTK_NUM_FORMATS; format++) {
+        const ktk_format_row *f = &ktk_formats[format];
+        if (!f->block_weights) continue;
+        num_formats++;
         const vector *v = vector_of(f);
         CHECK(v, "no known blocks of %s", f->name);
         if (!v) continue;
-        const lf_kernels *kernels;
+        const ktk_kernels *kernels;
         num_isas = 0;
-        for (int i = 0; (kernels = lf_kernels_row(i)); i++)
+        for (int i = 0; (kernels = kernels_row(i)); i++)
             if (is_here(kernels->name)) {
                 known_blocks_have_known_weights(kernels, format, v);
                 num_isas++;
@@ -280,23 +317,21 @@ int main(void) {
         const int unit = f->block_weights < 32 ? 32 : f->block_weights;
         for (int b = 0; b < COUNT(BLOCKS); b++)
             for (int g = 0; g < (f->is_float ? 1 : COUNT(GROUPS)); g++) {
-                const lf_matrix w = {format, 0, BLOCKS[b] * unit, GROUPS[g]};
-                uint8_t *panels = last(&panel_pages, (size_t)(NUM_PANELS * lf_panel_bytes(&w)));
+                const ktk_matrix w = matrix_of(format, BLOCKS[b] * unit, GROUPS[g]);
+                uint8_t *panels = last(&panel_pages, (size_t)(NUM_PANELS * w.panel_bytes));
                 random_panels(&w, v, panels, NUM_PANELS);
                 int last_codes = -1;
-                for (int i = 0; (kernels = lf_kernels_row(i)); i++) {
+                for (int i = 0; (kernels = kernels_row(i)); i++) {
                     if (!is_here(kernels->name)) continue;
-                    const int codes = !f->is_float               ? LF_CODES_I8
-                                      : !strcmp(f->name, "BF16") ? kernels->bf16_codes
-                                                                 : LF_CODES_F32;
+                    const int codes = kernels->gemm[format].codes_kind;
                     if (codes != last_codes) random_rows(&w, codes, &a);
                     products_are_right(kernels, w, panels, &a, reference, codes == last_codes);
                     last_codes = codes;
                 }
-                for (int i = 0; (kernels = lf_kernels_row(i)); i++)
+                for (int i = 0; (kernels = kernels_row(i)); i++)
                     if (is_here(kernels->name)) rows_of_weights_stay_apart(kernels, &w, panels);
             }
     }
-    printf("%d formats, %d ISAs: %d failures\n", lf_num_formats, num_isas, failures);
+    printf("%d formats, %d ISAs: %d failures\n", num_formats, num_isas, failures);
     return failures || !num_isas;
 }

@@ -2,26 +2,21 @@
 #ifndef LF_TRAITS_H
 #define LF_TRAITS_H
 
-#include "formats.h"
-#include "llamafile.h"
+#include "ktk_kernels.h"
 #include "vec.h"
 
-enum { STRIPS = LF_PANEL / LANES, VI_BYTES = sizeof(VI) };
-
-#define ROW(NAME, ...) FORMAT_##NAME,
-#define FLOAT_ROW(NAME, ...) FORMAT_##NAME,
-enum { LF_FLOAT_FORMATS(FLOAT_ROW) LF_INTEGER_FORMATS(ROW) NUM_FORMATS };
-#undef ROW
-#undef FLOAT_ROW
+enum { STRIPS = KTK_PANEL / LANES, VI_BYTES = sizeof(VI) };
+enum { CALL_ROWS = 128 }; /* most of a call */
 
 /* What a format's row says, folded at compile time. Float formats: 32 weights are a block. */
 typedef struct {
     int weights, bytes, run, dwords, head, head_bytes, fine, zero, has_min, most, float_bytes;
 } traits;
-static const traits TRAITS[NUM_FORMATS] = {
+static const traits TRAITS[KTK_NUM_FORMATS] = {
 #define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN, MOST)      \
-    {WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN, MOST, 0},
-#define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD) {32, 32 * BYTES, 0, 8 * BYTES, 0, 0, 0, 0, 0, 0, BYTES},
+    [KTK_BLOCK_##NAME] = {WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN, MOST, 0},
+#define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD)                                                        \
+    [KTK_BLOCK_##NAME] = {32, 32 * BYTES, 0, 8 * BYTES, 0, 0, 0, 0, 0, 0, BYTES},
     LF_FLOAT_FORMATS(FLOAT_ROW) LF_INTEGER_FORMATS(ROW)
 #undef ROW
 #undef FLOAT_ROW

@@ -4,7 +4,7 @@ from cpython.buffer cimport PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuff
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-_FORMATS = {"int4": KTK_INT4, "int8": KTK_INT8, "bf16": KTK_BF16, "fp32": KTK_FP32}
+_FORMATS = {ktk_formats[i].name.decode(): i for i in range(KTK_NUM_FORMATS)}  # name to index in the table
 _ACTIVATIONS = {"sigmoid_glu": KTK_SIGMOID_GLU, "gelu_tanh": KTK_GELU_TANH, "relu2": KTK_RELU2}
 # By NumPy's dtype.char; bf16 comes as uint16.
 _DTYPES = {"f": KTK_DTYPE_F32, "e": KTK_DTYPE_F16, "H": KTK_DTYPE_BF16}
@@ -25,7 +25,7 @@ cdef const float *_floats(array) except? NULL:
     return <const float *>_address(array)
 
 
-cdef void _fill_matrix(ktk_matrix *m, layout, str weight_format):
+cdef void _fill_panels(ktk_matrix *m, layout, str weight_format):
     m.format = _FORMATS[weight_format]
     m.padded_in = layout.padded_in
     m.num_panels = layout.num_panels
@@ -34,6 +34,15 @@ cdef void _fill_matrix(ktk_matrix *m, layout, str weight_format):
     m.scales_are_bf16 = layout.scales_are_bf16
     m.code_offset = layout.scale_bytes
     m.panel_bytes = layout.panel_bytes
+
+
+cdef void _fill_blocks(ktk_matrix *m, int format, int in_features, int num_panels, int activation_group, bint is_repacked):
+    m.format = format
+    m.padded_in = in_features
+    m.num_panels = num_panels
+    m.activation_group = activation_group
+    m.is_repacked = is_repacked
+    m.panel_bytes = 16 * (in_features // ktk_formats[format].block_weights) * <int64_t>ktk_formats[format].block_bytes
 
 
 cdef void _fill_activation(ktk_activation *a, act, bint has_gate) except *:

@@ -20,18 +20,19 @@ cdef class Matrix(_OnPool):
         """layout : MatrixLayout. panels : uint8 (num_panels, panel_bytes), contiguous. bias : float32 (16 * num_panels,) or None."""
         cdef Matrix self = Matrix()
         self._begin(panels, bias, layout.in_features, layout.out_features, isa, engine)
-        _fill_matrix(&self.matrix, layout, weight_format)
-        ktk_use_packed(&self.matrix, self.kernels)
+        _fill_panels(&self.matrix, layout, weight_format)
+        ktk_use_kernels(&self.matrix, self.kernels)
         return self
 
     @staticmethod
     def of_blocks(given, rows, bias, int in_features, int out_features, int activation_group, str isa,
-                  str blocks_isa, engine):
+                  engine):
         """A matrix in GGUF blocks. given : as a matrix of Experts.of_blocks. rows : uint8 (16 * panels, row bytes), contiguous.
         bias : float32 (16 * panels,) or None."""
         cdef Matrix self = Matrix()
         self._begin(rows, bias, in_features, out_features, isa, engine)
-        ktk_use_blocks(&self.matrix, given[0], _blocks_isa(blocks_isa), given[1], given[2], activation_group, given[3])
+        _fill_blocks(&self.matrix, given[0], given[1], given[2], activation_group, given[3])
+        ktk_use_kernels(&self.matrix, self.kernels)
         return self
 
     def forward(self, x, out):

@@ -61,10 +61,10 @@ cdef class Experts(_OnPool):
         """Packed experts. parts : list of ktk.placement.parts.Part. engine : ktk.machine.threads.EngineLayout."""
         cdef Experts self = Experts()
         self._begin(spec, isa, engine, parts)
-        _fill_matrix(&self.layer.gate_up, layout.gate_up, spec.weight_format)
-        _fill_matrix(&self.layer.down, layout.down, spec.weight_format)
-        ktk_use_packed(&self.layer.gate_up, self.kernels)
-        ktk_use_packed(&self.layer.down, self.kernels)
+        _fill_panels(&self.layer.gate_up, layout.gate_up, spec.weight_format)
+        _fill_panels(&self.layer.down, layout.down, spec.weight_format)
+        ktk_use_kernels(&self.layer.gate_up, self.kernels)
+        ktk_use_kernels(&self.layer.down, self.kernels)
         cdef ktk_part *part
         for i, given in enumerate(parts):
             part = &self.layer.parts[i]
@@ -77,7 +77,7 @@ cdef class Experts(_OnPool):
         return self
 
     @staticmethod
-    def of_blocks(spec, matrices, parts, str isa, str blocks_isa, engine):
+    def of_blocks(spec, matrices, parts, str isa, engine):
         """Experts in GGUF blocks.
 
         matrices : {"gate", "up", "down": (index of the format, in_features, panels, is_repacked)}, no gate without one.
@@ -85,14 +85,15 @@ cdef class Experts(_OnPool):
         """
         cdef Experts self = Experts()
         self._begin(spec, isa, engine, parts)
-        cdef int row = _blocks_isa(blocks_isa), group = spec.activation_group
+        cdef int group = spec.activation_group
         cdef bint has_gate = "gate" in matrices
         cdef ktk_matrix *m
         for name, given in matrices.items():
             m = &self.layer.down if name == "down" else &self.layer.gate_up
             if name == "up" and has_gate:
                 m = &self.layer.up
-            ktk_use_blocks(m, given[0], row, given[1], given[2], group, given[3])
+            _fill_blocks(m, given[0], given[1], given[2], group, given[3])
+            ktk_use_kernels(m, self.kernels)
         cdef ktk_part *part
         for i, part_given in enumerate(parts):
             part = &self.layer.parts[i]

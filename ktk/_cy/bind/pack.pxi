@@ -7,7 +7,7 @@ def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panel
     ValueError if a weight is NaN or inf.
     """
     cdef ktk_matrix m
-    _fill_matrix(&m, layout, weight_format)
+    _fill_panels(&m, layout, weight_format)
     cdef const ktk_kernels *kernels = _kernels(isa)
     w = np.ascontiguousarray(w)
     cdef int is_bf16 = w.dtype == np.uint16

@@ -11,13 +11,18 @@ cdef const ktk_kernels *_kernels(str isa) except NULL:
 
 
 def isa_rows():
-    """Names of the ISA rows this build holds, slowest first, tuple of str."""
+    """Names of the ISA levels this build holds, slowest first, tuple of str."""
     cdef int i = 0
     names = []
     while ktk_kernels_row(i) != NULL:
         names.append(ktk_kernels_row(i).name.decode())
         i += 1
     return tuple(names)
+
+
+def kernel_isa(str isa, str format):
+    """The level that the kernel which level ``isa`` has for a format, str, was compiled for."""
+    return _kernels(isa).gemm[_FORMATS[format]].isa.decode()
 
 
 def probe_features(asks_for_tiles=True):

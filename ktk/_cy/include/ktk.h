@@ -1,59 +1,16 @@
-/* The C side of ktk: shapes of a layer, the kernel table of an ISA row, the operator and the thread
- * pool. Plain C11, no Python.h. Layout of panels: see ktk/experts/layout.py. */
+/* The C side of ktk: shapes of a layer, the operator and the thread pool. Plain C11, no Python.h. */
 #ifndef KTK_H
 #define KTK_H
 
-#include <stdint.h>
+#include "ktk_kernels.h"
 
-enum { KTK_PANEL = 16, KTK_MAX_PARTS = 16 }; /* output channels of a panel; NUMA parts of a layer */
+enum { KTK_MAX_PARTS = 16 }; /* NUMA parts of a layer */
 
 #if defined(__x86_64__)
 #define KTK_PAUSE() __builtin_ia32_pause()
 #else
 #define KTK_PAUSE() ((void)0)
 #endif
-
-enum ktk_format { KTK_INT4, KTK_INT8, KTK_BF16, KTK_FP32 };
-enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16 };
-enum ktk_activation_kind { KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2 };
-
-/* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with
- * each four k ordered 0 2 1 3; or fp32 as they are; or bf16. */
-enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32, KTK_CODES_BF16 };
-
-/* out[i*out_stride + 16*p + n] for row index rows[i] (at most w->max_rows), panels p at panels + p*panel_bytes.
- * next: the panels that this thread will probably want afterwards, or NULL; work: w->work_bytes of this thread, 64-byte
- * aligned. */
-typedef struct ktk_matrix ktk_matrix;
-typedef struct ktk_rows ktk_rows;
-typedef void ktk_gemm_fn(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,
-                         const int32_t *rows, int num_rows, float *out, int64_t out_stride,
-                         const uint8_t *next, uint8_t *work);
-
-struct ktk_matrix {
-    int32_t format;           /* ktk_format; of GGUF blocks the index into lf_formats */
-    int32_t padded_in;        /* multiple of 32 */
-    int32_t num_panels;       /* of one projection */
-    int32_t group_size;       /* k per weight scale; padded_in = per channel; of packed formats */
-    int32_t activation_group; /* k per activation scale */
-    int32_t scales_are_bf16;
-    int64_t code_offset; /* in a panel; scales come first; of packed formats */
-    int64_t panel_bytes; /* codes and scales */
-    /* What the operator needs to know of the kernel: */
-    ktk_gemm_fn *gemm;
-    const void *blocks; /* lf_kernels, of GGUF blocks */
-    int32_t is_repacked;
-    int32_t codes_kind; /* ktk_codes of its activations */
-    int32_t fine_group; /* k per correction */
-    int32_t zero_point; /* correction = -zero_point * sum of codes */
-    int32_t max_rows;   /* of a call */
-    int64_t work_bytes;
-};
-
-typedef struct {
-    int32_t kind, has_gate;
-    float alpha, gate_min, gate_max, up_min, up_max, up_offset;
-} ktk_activation;
 
 /* A part of every expert: some panels of gate|up and of down, and all biases. One part: the expert as it is. The tables
  * hold a pointer for each expert. up: NULL where the panels of gate and up alternate behind gate_up (or there is no
@@ -72,56 +29,7 @@ typedef struct {
     ktk_part parts[KTK_MAX_PARTS];
 } ktk_layer;
 
-/* Rows of quantised activations; for float formats codes holds float and the rest is unused. */
-struct ktk_rows {
-    uint8_t *codes;
-    float *scales;       /* [rows][scale_stride] */
-    int32_t *correction; /* [rows][correction_stride]: -zero_point * sum of codes, per fine group */
-    int64_t code_stride; /* bytes */
-    int64_t scale_stride, correction_stride;
-    int are_packed; /* the work memory still holds these rows as the call before packed them, for the same kernel and format */
-};
-
-/* Rows of a call and work of the packed formats' kernels: the fixed part is what AMX kernels keep beside the rows. */
-enum { KTK_MAX_ROWS = 64 };
-#define KTK_WORK_BYTES(code_stride) (2 * KTK_MAX_ROWS * (code_stride) + 65536)
-
-/* Keys of a call of attend, and of those the ones that are converted at a time. */
-enum { KTK_ATTEND_KEYS = 256, KTK_ATTEND_TILE = 16 };
-#define KTK_ATTEND_WORK(group, head_dim) (KTK_ATTEND_TILE * (head_dim) + (group) * KTK_ATTEND_KEYS)
-
-/* One ISA row's kernels. */
-typedef struct {
-    const char *name;
-    ktk_gemm_fn *gemm[4];  /* by ktk_format */
-    int32_t codes_kind[4]; /* ktk_codes each wants, by ktk_format */
-    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group.
-     */
-    void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
-                     uint8_t *codes, float *scales, int32_t *correction);
-    /* Columns in panels of 16 that lie `step` floats apart (gate: NULL without one) -> h, 16*panels floats. */
-    void (*activate)(const ktk_activation *act, const float *gate, const float *up, int step, int num_panels,
-                     const float *gate_bias, const float *up_bias, float *h);
-    void (*load)(int dtype, const void *src, int64_t n, float *dst);
-    void (*store)(int dtype, const float *src, int64_t n, void *dst);
-    /* acc[i] = sum over j, in order, of y[place[j]*stride + i] * weights[j], one fma each; place -1 adds nothing;
-     * n a multiple of 16 */
-    void (*combine)(const float *y, int64_t stride, const int32_t *place, const float *weights, int top_k,
-                    int n, float *acc);
-    void (*add)(float *acc, const float *y, int64_t n);
-    /* Attention of `group` rows of q (group, head_dim; already scaled) over `count` <= KTK_ATTEND_KEYS keys and values
-     * (count, head_dim) of dtype: out (group, head_dim) = sum over keys of exp(score - most[0]) * value; most
-     * (group, 2): the largest score, and the sum of these exponentials. head_dim: a multiple of 16. work:
-     * KTK_ATTEND_WORK(group, head_dim) floats. */
-    void (*attend)(int dtype, int head_dim, int group, const float *q, const void *keys, const void *values,
-                   int count, float *work, float *out, float *most);
-    /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
-     * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
-    int (*pack_panel)(const ktk_matrix *w, int in_features, const void *const *src, int src_is_bf16,
-                      const float *ladder, int num_ladder, int refits, float *work, uint8_t *panel);
-} ktk_kernels;
-
-/* The rows of this build, slowest first (ktk/_cy/isa.py); NULL past the last. */
+/* The levels of this build, slowest first (ktk/_cy/isa.py); NULL past the last. */
 const ktk_kernels *ktk_kernels_row(int index);
 
 /* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread). The threads are split evenly over
@@ -146,11 +54,8 @@ void ktk_pool_borrow(void *gomp_parallel);
 /* ... but not those that the calling thread starts. */
 void ktk_pool_own_threads_only(void);
 
-/* Fill in what the operator needs to know of a packed matrix: format to activation_group are set. */
-void ktk_use_packed(ktk_matrix *m, const ktk_kernels *kernels);
-/* A matrix in GGUF blocks: format an index into lf_formats, isa into lf_kernels_row. */
-void ktk_use_blocks(ktk_matrix *m, int format, int isa, int in_features, int num_panels, int activation_group,
-                    int is_repacked);
+/* Fill in what callers need to know of a matrix's kernel: format to panel_bytes are set. */
+void ktk_use_kernels(ktk_matrix *m, const ktk_kernels *kernels);
 
 /* The operator (see moe.c). 0, or 1 when scratch memory cannot be had.
  * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip

@@ -1,10 +1,12 @@
 /* Attention of one new token over some of its keys: a flash-attention step whose partial results decoder.c joins.
  *
- * Keys and values are converted to fp32 a tile at a time, which stays in L1 for all query rows of a key-value head. */
+ * Keys and values are converted to fp32 a tile at a time, which stays in L1 for all query rows of a key-value head.
+ *
+ * Symbols: ktk_attend_avx2 ktk_attend_avx512 ktk_attend_avx512vnni. */
 #include <math.h>
 
 #include "exp.h"
-#include "ktk.h"
+#include "ktk_kernels.h"
 #include "row.h"
 
 /* Rows [first, first + n) of keys or values, as fp32. */

@@ -66,8 +66,8 @@ static void product_task(void *context, int64_t index, int thread) {
     const product *p = s->running[which];
     const int many = min_int(s->panels_of_task, p->m->w.num_panels - first), n = many * KTK_PANEL;
     float *y = p->y + first * KTK_PANEL;
-    p->m->w.gemm(&p->m->w, panels, many, &p->rows, &row, 1, y, n, next,
-                 s->thread_buffers + thread * s->thread_bytes);
+    p->m->w.gemm(&(ktk_gemm_args){&p->m->w, panels, many, &p->rows, &row, 1, y, n, next,
+                                  s->thread_buffers + thread * s->thread_bytes});
     if (p->m->bias) s->kernels->add(y, p->m->bias + first * KTK_PANEL, n);
 }
 

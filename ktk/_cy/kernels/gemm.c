@@ -8,11 +8,15 @@
  * for every four k: one stream of memory, one address register, every activation an embedded broadcast. Loop
  * order: panels, tiles, k. While the tiles run over a panel, the next panel is fetched.
  *
- * VPDPBUSD, VPMADDUBSW, VPMADDWD: Intel SDM vol. 2. */
+ * VPDPBUSD, VPMADDUBSW, VPMADDWD: Intel SDM vol. 2.
+ *
+ * Symbols: ktk_gemm_int4_avx2 ktk_gemm_int4_avx512 ktk_gemm_int4_avx512vnni ktk_gemm_int8_avx2
+ *   ktk_gemm_int8_avx512 ktk_gemm_int8_avx512vnni ktk_gemm_bf16_avx2 ktk_gemm_bf16_avx512
+ *   ktk_gemm_bf16_avx512vnni ktk_gemm_fp32_avx2 ktk_gemm_fp32_avx512 ktk_gemm_fp32_avx512vnni. */
 #include <string.h>
 
 #include "interleave.h"
-#include "ktk.h"
+#include "ktk_kernels.h"
 #include "row.h"
 #include "vec.h"
 
@@ -31,6 +35,11 @@ enum { INT8_UNIT = 4 }; /* bytes of four activation codes */
 #else
 enum { INT8_UNIT = 8 };
 #endif
+
+/* Rows of a call, and the work that they take: codes of two bytes at most, a scale and a sum for each 32, and what
+ * interleave touches behind them. */
+enum { CALL_ROWS = 64 };
+#define BLOCK_SIZES .fewest_rows = CALL_ROWS, .most_rows = CALL_ROWS, .work = {4096, 64, 128}
 
 /* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them, and any help only
  * costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
@@ -286,7 +295,7 @@ INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w, 
                          int64_t out_stride, const uint8_t *next, uint8_t *work) {
     const int num_tiles =
         num_rows <= MAX_ROWS ? 1 : (num_rows + BEST_ROWS - 1) / BEST_ROWS; /* of nearly equal height */
-    tile_rows tile[(KTK_MAX_ROWS + BEST_ROWS - 1) / BEST_ROWS];
+    tile_rows tile[(CALL_ROWS + BEST_ROWS - 1) / BEST_ROWS];
     for (int t = 0; t < num_tiles; t++) {
         int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
         work = pack_tile(FORMAT == KTK_INT8 ? INT8_UNIT : 4, w, a, rows + first, end - first, work, &tile[t]);
@@ -304,12 +313,17 @@ INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w, 
     }
 }
 
+/* Ten arguments, not their struct: read out of one GCC 12 keeps fewer of them in registers and spills up to twelve vectors
+ * more for 32 k of int4_equal. */
 #define GEMM_INTEGER(NAME, FORMAT, KIND)                                                                     \
-    static void NAME(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,          \
-                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next, \
-                     uint8_t *work) {                                                                        \
+    static __attribute__((noipa)) void NAME(                                                                 \
+        const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a, const int32_t *rows,  \
+        int num_rows, float *out, int64_t out_stride, const uint8_t *next, uint8_t *work) {                  \
         gemm_integer(FORMAT, KIND, w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);   \
     }
+#define SPREAD(g)                                                                                            \
+    (g)->w, (g)->panels, (g)->num_panels, (g)->a, (g)->rows, (g)->num_rows, (g)->out, (g)->out_stride,       \
+        (g)->next, (g)->work
 
 GEMM_INTEGER(int4_weight_fine, KTK_INT4, WEIGHT_FINE)
 GEMM_INTEGER(int4_activation_fine, KTK_INT4, ACTIVATION_FINE)
@@ -317,32 +331,21 @@ GEMM_INTEGER(int4_equal, KTK_INT4, EQUAL)
 GEMM_INTEGER(int8_weight_fine, KTK_INT8, WEIGHT_FINE)
 GEMM_INTEGER(int8_activation_fine, KTK_INT8, ACTIVATION_FINE)
 
-static ktk_gemm_fn *int4_kernel(const ktk_matrix *w) {
-    if (w->group_size == w->activation_group) return int4_equal;
-    return w->group_size < w->activation_group ? int4_weight_fine : int4_activation_fine;
+void CAT(ktk_gemm_int4_, KTK_ISA)(const ktk_gemm_args *g) {
+    const ktk_matrix *w = g->w;
+    if (w->group_size == w->activation_group)
+        int4_equal(SPREAD(g));
+    else if (w->group_size < w->activation_group)
+        int4_weight_fine(SPREAD(g));
+    else
+        int4_activation_fine(SPREAD(g));
 }
 
-/* gemm_amx.c. By counted instructions it is ahead from 4 rows with groups of 128 k, from 7 with groups of 32; the
- * whole tile of 8 rows stays here, where the count is close and needs no model of a CPU nobody measured. */
-#ifdef __AMX_INT8__
-enum { TILE_MIN_ROWS = 9 };
-ktk_gemm_fn CAT(ktk_gemm_tiles_, KTK_ISA);
-#define ON_TILES_OR(KERNEL) (num_rows >= TILE_MIN_ROWS ? CAT(ktk_gemm_tiles_, KTK_ISA) : (KERNEL))
-#else
-#define ON_TILES_OR(KERNEL) (KERNEL)
-#endif
-
-static void CAT(ktk_gemm_int4_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
-                                         const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                                         int64_t out_stride, const uint8_t *next, uint8_t *work) {
-    ON_TILES_OR(int4_kernel(w))(w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);
-}
-
-static void CAT(ktk_gemm_int8_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
-                                         const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                                         int64_t out_stride, const uint8_t *next, uint8_t *work) {
-    ON_TILES_OR(w->group_size <= w->activation_group ? int8_weight_fine : int8_activation_fine)
-    (w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);
+void CAT(ktk_gemm_int8_, KTK_ISA)(const ktk_gemm_args *g) {
+    if (g->w->group_size <= g->w->activation_group)
+        int8_weight_fine(SPREAD(g));
+    else
+        int8_activation_fine(SPREAD(g));
 }
 
 /* y = fma(a[k], w[k], y) for k in order. */
@@ -408,11 +411,14 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const ktk_m
 #endif
 
 #define GEMM_FLOAT(NAME, FORMAT)                                                                             \
-    static void NAME(const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,          \
-                     const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next, \
-                     uint8_t *work) {                                                                        \
-        (void)next;                                                                                          \
-        (void)work;                                                                                          \
+    void NAME(const ktk_gemm_args *g) {                                                                      \
+        const ktk_matrix *w = g->w;                                                                          \
+        const uint8_t *const panels = g->panels;                                                             \
+        const ktk_rows *a = g->a;                                                                            \
+        const int32_t *rows = g->rows;                                                                       \
+        const int num_panels = g->num_panels, num_rows = g->num_rows;                                        \
+        float *out = g->out;                                                                                 \
+        const int64_t out_stride = g->out_stride;                                                            \
         int p = 0;                                                                                           \
         if (num_rows <= 3)                                                                                   \
             for (; p + 4 / PV <= num_panels; p += 4 / PV) {                                                  \
@@ -430,17 +436,20 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const ktk_m
 GEMM_FLOAT(CAT(ktk_gemm_bf16_, KTK_ISA), KTK_BF16)
 GEMM_FLOAT(CAT(ktk_gemm_fp32_, KTK_ISA), KTK_FP32)
 
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
-const ktk_kernels CAT(ktk_kernels_, KTK_ISA) = {
-    .name = TEXT(KTK_ISA),
-    .gemm = {CAT(ktk_gemm_int4_, KTK_ISA), CAT(ktk_gemm_int8_, KTK_ISA), CAT(ktk_gemm_bf16_, KTK_ISA),
-             CAT(ktk_gemm_fp32_, KTK_ISA)},
 #ifdef __AVX512VNNI__
-    .codes_kind = {KTK_CODES_I8, KTK_CODES_I8, KTK_CODES_F32, KTK_CODES_F32},
+enum { INT8_CODES = KTK_CODES_I8 };
 #else
-    .codes_kind = {KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32, KTK_CODES_F32},
+enum { INT8_CODES = KTK_CODES_I16 };
 #endif
+
+#define GEMM(NAME, CODES) {CAT(ktk_gemm_##NAME##_, KTK_ISA), KTK_TEXT(KTK_ISA), CODES, BLOCK_SIZES}
+const ktk_kernels CAT(ktk_panels_, KTK_ISA) = {
+    .name = KTK_TEXT(KTK_ISA),
+    .gemm = {[KTK_INT4] = GEMM(int4, KTK_CODES_I8),
+             [KTK_INT8] = GEMM(int8, INT8_CODES),
+             [KTK_BF16] = GEMM(bf16, KTK_CODES_F32),
+             [KTK_FP32] = GEMM(fp32, KTK_CODES_F32)},
+    .tasks = {.up_panels = 16, .down_panels = 64, .least_down_panels = 4},
     .quantise = CAT(ktk_quantise_, KTK_ISA),
     .activate = CAT(ktk_activate_, KTK_ISA),
     .load = CAT(ktk_load_, KTK_ISA),

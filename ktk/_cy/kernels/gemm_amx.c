@@ -1,4 +1,4 @@
-/* y = A * B on AMX tiles, for the integer formats and up to 64 rows; gemm.c sends calls with enough rows here.
+/* y = A * B on AMX tiles, for the integer formats and up to 64 rows; fewer rows go to gemm.c's kernels.
  * The floats are added in gemm.c's order, so outputs are its bits.
  *
  * Tiles: 0-3 C (2 row tiles x 2 panels), 4-5 A (row tiles), 6-7 B (panels): four products for four loads.
@@ -13,12 +13,12 @@
  * TDPBSSD sums need no zero-point correction, which would be one more vector instruction per row and group
  * (16 a tile, against 8 per 32 k of a panel for the copy). Groups of 32 k use half of a tile's depth.
  *
- * All of `work` (ktk.h) but A stays in L1: 16 KiB sums, 8 KiB codes, 16 KiB inner and y, of which a step with
+ * All of `work` but A stays in L1: 16 KiB sums, 8 KiB codes, 16 KiB inner and y, of which a step with
  * groups up to 64 touches half. Counted instructions and what they cost, and what ran on silicon: bench/RESULTS.md.
  * Intel SDM vol. 2, TDPBSSD; Intel optimization manual, chapter 20 (a product 16 cycles, a load 8, a store 16). */
 #include <string.h>
 
-#include "ktk.h"
+#include "ktk_kernels.h"
 #include "vec.h"
 
 enum {
@@ -45,8 +45,8 @@ typedef struct {
     float y[MAX_ROWS][ROW_SUMS];
     const float *a_scales[MAX_ROWS];
 } buffers;
-_Static_assert(sizeof(buffers) + 32 * MAX_ROWS <= KTK_WORK_BYTES(0),
-               "work must hold buffers and the padding of A");
+enum { WORK_FIXED = 65536 };
+_Static_assert(sizeof(buffers) + 32 * MAX_ROWS <= WORK_FIXED, "work must hold buffers and the padding of A");
 
 /* One call. */
 typedef struct {
@@ -306,20 +306,19 @@ static step make_step(const gemm *g, int panel, int group) {
     return s;
 }
 
-void CAT(ktk_gemm_tiles_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, int num_panels,
-                                   const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                                   int64_t out_stride, const uint8_t *next, uint8_t *work) {
-    (void)next;
+static void gemm_tiles(const ktk_gemm_args *args) {
+    const ktk_matrix *w = args->w;
+    const int num_rows = args->num_rows, num_panels = args->num_panels;
     const int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
     gemm g = {.w = w,
-              .panels = panels,
+              .panels = args->panels,
               .num_panels = num_panels,
-              .a = a,
-              .rows = rows,
-              .out = out,
-              .out_stride = out_stride,
-              .b = (buffers *)work,
-              .packed = work + sizeof(buffers)};
+              .a = args->a,
+              .rows = args->rows,
+              .out = args->out,
+              .out_stride = args->out_stride,
+              .b = (buffers *)args->work,
+              .packed = args->work + sizeof(buffers)};
     g.fine = w->group_size < w->activation_group ? w->group_size : w->activation_group;
     const int coarse = w->group_size < w->activation_group ? w->activation_group : w->group_size;
     g.num_fine = (w->padded_in + g.fine - 1) / g.fine;
@@ -363,3 +362,28 @@ void CAT(ktk_gemm_tiles_, KTK_ISA)(const ktk_matrix *w, const uint8_t *panels, i
     read_part(&g, last, 0, 1);
     __asm__ volatile("tilerelease" ::);
 }
+
+/* By counted instructions tiles are ahead from 4 rows with groups of 128 k, from 7 with groups of 32; the whole tile of 8
+ * rows stays in gemm.c, where the count is close and needs no model of a CPU nobody measured. */
+enum { TILE_MIN_ROWS = 9 };
+ktk_gemm_fn ktk_gemm_int4_avx512vnni, ktk_gemm_int8_avx512vnni;
+
+void ktk_gemm_int4_amx(const ktk_gemm_args *args) {
+    (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_int4_avx512vnni)(args);
+}
+
+void ktk_gemm_int8_amx(const ktk_gemm_args *args) {
+    (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_int8_avx512vnni)(args);
+}
+
+#define GEMM(NAME)                                                                                           \
+    {.run = NAME,                                                                                            \
+     .isa = "amx",                                                                                           \
+     .codes_kind = KTK_CODES_I8,                                                                             \
+     .fewest_rows = MAX_ROWS,                                                                                \
+     .most_rows = MAX_ROWS,                                                                                  \
+     .work = {WORK_FIXED, 0, 128}}
+const ktk_kernels ktk_tiles_amx = {
+    .name = "amx",
+    .gemm = {[KTK_INT4] = GEMM(ktk_gemm_int4_amx), [KTK_INT8] = GEMM(ktk_gemm_int8_amx)},
+};

@@ -61,8 +61,8 @@ static void multiply_task(void *context, int64_t index, int thread) {
     const int stride = panels * KTK_PANEL, n = min_int(stride, op->out_features - column);
     float *v = float_buffer(op, thread);
     uint8_t *work = op->thread_buffers + thread * op->thread_bytes + op->work_offset;
-    op->w->gemm(op->w, panels_of(op, index), panels, &op->rows, op->row_index + first, count, v, stride,
-                panels_of(op, index + op->num_threads), work);
+    op->w->gemm(&(ktk_gemm_args){op->w, panels_of(op, index), panels, &op->rows, op->row_index + first, count,
+                                 v, stride, panels_of(op, index + op->num_threads), work});
     for (int i = 0; i < count; i++) {
         float *row = v + (int64_t)i * stride;
         if (op->bias) op->kernels->add(row, op->bias + column, n);

@@ -20,17 +20,9 @@
 #include "ktk.h"
 #include "operand.h"
 
-/* KTK_ROWS is ROW(avx2) ROW(avx512) ...: setup.py writes it from the table in isa.py. */
-#define ROW(isa) extern const ktk_kernels ktk_kernels_##isa;
-KTK_ROWS
-#undef ROW
-#define ROW(isa) &ktk_kernels_##isa,
-static const ktk_kernels *const ISA_ROWS[] = {KTK_ROWS NULL};
-
-const ktk_kernels *ktk_kernels_row(int index) { return ISA_ROWS[index]; }
-
-/* Columns of a task, most; tasks for each thread below which they get narrower. */
-enum { UP_COLUMNS = 256, DOWN_COLUMNS = 1024, LEAST_DOWN_COLUMNS = 64, TASKS_PER_THREAD = 16 };
+/* Columns of a task, most, as the level's table says; tasks for each thread below which they get narrower. */
+enum { TASKS_PER_THREAD = 16, MAX_UP_COLUMNS = KTK_MAX_UP_PANELS * KTK_PANEL };
+enum { MAX_DOWN_COLUMNS = KTK_MAX_DOWN_PANELS * KTK_PANEL };
 enum { COMBINE_TOKENS = 64, QUANTISE_TOKENS = 16, UP_STEP = 128 /* every activation group divides it */ };
 /* Pairs in one go: two blocks of y are then at most 64 MiB a part. MAX_WHOLE_Y: bytes up to which y is kept whole. */
 enum { MAX_PAIRS = 8192, MAX_WHOLE_Y = 4 << 20 };
@@ -142,16 +134,18 @@ static columns multiply_up(const operation *op, const task *t, int panels, int t
     const int n = num_projections(layer) * panels, stride = n * KTK_PANEL;
     const uint8_t *first = up_panels(op, t, 0);
     if (!up_is_apart(layer)) {
-        layer->gate_up.gemm(&layer->gate_up, first, n, &op->x, rows, t->count, v, stride, next, work);
+        layer->gate_up.gemm(
+            &(ktk_gemm_args){&layer->gate_up, first, n, &op->x, rows, t->count, v, stride, next, work});
         if (n == panels) return (columns){NULL, v, stride, KTK_PANEL};
         return (columns){v, v + KTK_PANEL, stride, 2 * KTK_PANEL};
     }
     const uint8_t *second = up_panels(op, t, 1);
     float *up = v + panels * KTK_PANEL;
-    layer->gate_up.gemm(&layer->gate_up, first, panels, &op->x, rows, t->count, v, stride, second, work);
+    layer->gate_up.gemm(
+        &(ktk_gemm_args){&layer->gate_up, first, panels, &op->x, rows, t->count, v, stride, second, work});
     ktk_rows x = op->x_up;
-    x.are_packed = layer->up.gemm == layer->gate_up.gemm && layer->up.format == layer->gate_up.format;
-    layer->up.gemm(&layer->up, second, panels, &x, rows, t->count, up, stride, next, work);
+    x.are_packed = layer->up.gemm == layer->gate_up.gemm;
+    layer->up.gemm(&(ktk_gemm_args){&layer->up, second, panels, &x, rows, t->count, up, stride, next, work});
     return (columns){v, up, stride, KTK_PANEL};
 }
 
@@ -163,7 +157,7 @@ static void gate_up_task(operation *op, int64_t index, int thread) {
     const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
     const ktk_part *part = &layer->parts[t->part];
-    float h[UP_COLUMNS];
+    float h[MAX_UP_COLUMNS];
     int column = (part->first_up_panel + t->panel) * KTK_PANEL;
     int panels = max_int(min_int(t->panels, part->num_up_panels - t->panel), 0);
     int n = min_int(t->panels * KTK_PANEL, layer->down.padded_in - column);
@@ -192,8 +186,9 @@ static void down_task(operation *op, int64_t index, int thread) {
     const ktk_part *part = &layer->parts[t->part];
     int64_t stride = t->panels * KTK_PANEL;
     float *y = y_buffer(op, t) + t->first * stride;
-    layer->down.gemm(&layer->down, panels_of(op, index), t->panels, &op->h, op->row_index + t->first,
-                     t->count, y, stride, panels_of(op, index + op->num_threads), work_buffer(op, thread));
+    layer->down.gemm(&(ktk_gemm_args){&layer->down, panels_of(op, index), t->panels, &op->h,
+                                      op->row_index + t->first, t->count, y, stride,
+                                      panels_of(op, index + op->num_threads), work_buffer(op, thread)});
     const float *bias = bias_of(part->down_bias, t, (part->first_down_panel + t->panel) * KTK_PANEL);
     for (int i = 0; bias && i < t->count; i++) op->kernels->add(y + i * stride, bias, stride);
 }
@@ -205,7 +200,7 @@ static void combine_task(operation *op, int64_t index, int thread) {
     int64_t column = (op->layer->parts[t->part].first_down_panel + t->panel) * KTK_PANEL;
     int64_t n = column + stride < hidden ? stride : hidden - column;
     const float *y = y_buffer(op, t);
-    float acc[DOWN_COLUMNS];
+    float acc[MAX_DOWN_COLUMNS];
     for (int64_t token = t->first; token < t->first + t->count; token++) {
         const int64_t pair = token * op->top_k;
         op->kernels->combine(y, stride, op->place + pair, op->weights + pair, op->top_k, (int)stride, acc);
@@ -353,11 +348,13 @@ static void choose_columns(operation *op) {
     int64_t blocks = 0, enough = (int64_t)TASKS_PER_THREAD * op->num_threads;
     for (int e = 0; e < layer->num_experts; e++)
         blocks += row_blocks(op, op->first_row[e + 1] - op->first_row[e]);
-    op->up_columns = UP_COLUMNS;
+    const ktk_task_sizes *sizes = &op->kernels->tasks;
+    op->up_columns = sizes->up_panels * KTK_PANEL;
     while (op->up_columns > UP_STEP && blocks * layer->down.padded_in < enough * op->up_columns)
         op->up_columns /= 2;
-    op->down_columns = DOWN_COLUMNS;
-    while (op->down_columns > LEAST_DOWN_COLUMNS && blocks * layer->hidden_size < enough * op->down_columns)
+    op->down_columns = sizes->down_panels * KTK_PANEL;
+    while (op->down_columns > sizes->least_down_panels * KTK_PANEL &&
+           blocks * layer->hidden_size < enough * op->down_columns)
         op->down_columns /= 2;
 }
 
@@ -378,8 +375,9 @@ static int64_t max_int64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static void take_thread_buffers(arena *a, operation *op) {
     const ktk_layer *layer = op->layer;
-    int64_t floats = max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
-                             2 * op->max_rows * UP_COLUMNS); /* gate and up of a task */
+    int64_t floats =
+        max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
+                2 * op->max_rows * op->kernels->tasks.up_panels * KTK_PANEL); /* gate and up of a task */
     int64_t work = max_int64(layer->gate_up.work_bytes, layer->down.work_bytes);
     if (up_is_apart(layer)) work = max_int64(work, layer->up.work_bytes);
     op->work_offset = round_up(4 * floats, 64);
@@ -411,15 +409,16 @@ static void run_tasks(operation *op, ktk_pool *pool) {
 static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
     const ktk_layer *layer = op->layer;
     int64_t pairs = op->num_tokens * op->top_k;
+    const int least_columns = op->kernels->tasks.least_down_panels * KTK_PANEL;
+    const int most_columns = op->kernels->tasks.down_panels * KTK_PANEL;
     int64_t y_columns = 0, most_blocks = 0;
     for (int p = 0; p < layer->num_parts; p++) {
-        int blocks = num_blocks(&layer->parts[p], LEAST_DOWN_COLUMNS);
+        int blocks = num_blocks(&layer->parts[p], least_columns);
         most_blocks += blocks;
-        if (y_columns < (int64_t)blocks * LEAST_DOWN_COLUMNS)
-            y_columns = (int64_t)blocks * LEAST_DOWN_COLUMNS;
+        if (y_columns < (int64_t)blocks * least_columns) y_columns = (int64_t)blocks * least_columns;
     }
     int is_whole = 4 * pairs * y_columns <= MAX_WHOLE_Y;
-    if (!is_whole || y_columns < 2 * DOWN_COLUMNS) y_columns = 2 * DOWN_COLUMNS;
+    if (!is_whole || y_columns < 2 * most_columns) y_columns = 2 * most_columns;
     int64_t most_tasks =
         most_row_blocks(op, pairs) * (most_blocks + layer->down.padded_in / UP_STEP + layer->num_parts);
     most_tasks += op->num_tokens + (op->num_tokens / COMBINE_TOKENS + 1) * most_blocks;
@@ -499,8 +498,9 @@ static void linear_task(operation *op, int64_t index, int thread) {
     float *v = float_buffer(op, thread);
     if (op->is_down) {
         const int stride = t->panels * KTK_PANEL;
-        layer->down.gemm(&layer->down, down_panels(op, t), t->panels, &op->x, op->token_of + t->first,
-                         t->count, v, stride, NULL, work_buffer(op, thread));
+        layer->down.gemm(&(ktk_gemm_args){&layer->down, down_panels(op, t), t->panels, &op->x,
+                                          op->token_of + t->first, t->count, v, stride, NULL,
+                                          work_buffer(op, thread)});
         put_linear(op, t, v, stride, KTK_PANEL, column, 0, 1, layer->hidden_size);
         return;
     }

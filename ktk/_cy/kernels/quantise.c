@@ -2,10 +2,12 @@
  *
  * Same operations in the same order as ktk/reference/pack.py: sums run over k, no FMA, so every row (and
  * Numba and NumPy) finds the same codes. A candidate costs 9 vector operations per k, bound by the two
- * multiply ports. */
+ * multiply ports.
+ *
+ * Symbols: ktk_pack_panel_avx2 ktk_pack_panel_avx512 ktk_pack_panel_avx512vnni. */
 #include <string.h>
 
-#include "ktk.h"
+#include "ktk_kernels.h"
 #include "row.h"
 #include "vec.h"
 

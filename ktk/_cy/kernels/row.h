@@ -2,7 +2,7 @@
 #ifndef KTK_ROW_H
 #define KTK_ROW_H
 
-#include "ktk.h"
+#include "ktk_kernels.h"
 #include "vec.h"
 
 void CAT(ktk_quantise_, KTK_ISA)(const float *, int, int, int, int, int, uint8_t *, float *, int32_t *);

@@ -1,12 +1,17 @@
 /* Elementwise kernels of one ISA row: activation quantisation, the activation function, dtype conversion, sums.
  * Every operation is IEEE and stands in the order ktk/reference states, so all rows agree bit for bit.
  *
- * maxps(low, x) and minps(high, x) give x where it is NaN: the operands stand so that a NaN is kept. */
+ * maxps(low, x) and minps(high, x) give x where it is NaN: the operands stand so that a NaN is kept.
+ *
+ * Symbols: ktk_quantise_avx2 ktk_quantise_avx512 ktk_quantise_avx512vnni ktk_activate_avx2
+ *   ktk_activate_avx512 ktk_activate_avx512vnni ktk_load_avx2 ktk_load_avx512 ktk_load_avx512vnni
+ *   ktk_store_avx2 ktk_store_avx512 ktk_store_avx512vnni ktk_combine_avx2 ktk_combine_avx512
+ *   ktk_combine_avx512vnni ktk_add_avx2 ktk_add_avx512 ktk_add_avx512vnni. */
 #include <math.h>
 #include <string.h>
 
 #include "exp.h"
-#include "ktk.h"
+#include "ktk_kernels.h"
 #include "row.h"
 #include "vec.h"
 

@@ -1,6 +1,6 @@
 """The one table of formats: how a matrix is coded, floats, panels and GGUF blocks alike. One row here per format.
 
-The C kernels' tables (``ktk/_cy/include``, ``vendor/llamafile/formats.h``) say how each is multiplied; tests compare them.
+The C kernels' tables (``ktk/_cy/include``, ``vendor/llamafile/lf_formats.h``) say how each is multiplied; tests compare them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 /* 32 bytes, the low eight bits of the grid indices; 32 nibbles: their three high bits and the sign of delta = 1 / 8; 4
  * words: four scales of groups of 16 each and a nibble of half d. Weight = (point + delta) * (d * (2 * scale + 1)); codes
- * are 8 * (point + delta) + 9. */
+ * are 8 * (point + delta) + 9.
+ * Symbols: lf_gemm_iq1_m_avx2 lf_gemm_iq1_m_avx512 lf_gemm_iq1_m_avx512vnni. */
 INLINE void decode_iq1_m(const int MR, block b, sink *s) {
     const VI mask = VI_SET32(0x07000700), two = VI_SET8(2);
     const VI w01 = dword(b, 12), w23 = dword(b, 13);
@@ -30,6 +31,6 @@ INLINE void decode_iq1_m(const int MR, block b, sink *s) {
         }
         VF scale[2] = {VF_MUL(d, odd_scale(scales, 0)), VF_MUL(d, odd_scale(scales, 3))};
         scales = g == 3 ? w23 : g % 2 ? VI_SRL32(scales, 10) : VI_SRL32(scales, 6);
-        put_32(MR, FORMAT_iq1_m, s, codes, scale, NULL);
+        put_32(MR, KTK_BLOCK_iq1_m, s, codes, scale, NULL);
     }
 }

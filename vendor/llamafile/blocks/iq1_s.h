@@ -1,5 +1,6 @@
 /* Half d; 32 bytes, the low eight bits of the grid indices; 8 words, one for 32 weights: three high bits of four indices,
- * three of scale, the sign of delta = 1 / 8. Weight = (point + delta) * (d * (2 * scale + 1)); codes are 8 * point + 10. */
+ * three of scale, the sign of delta = 1 / 8. Weight = (point + delta) * (d * (2 * scale + 1)); codes are 8 * point + 10.
+ * Symbols: lf_gemm_iq1_s_avx2 lf_gemm_iq1_s_avx512 lf_gemm_iq1_s_avx512vnni. */
 INLINE void decode_iq1_s(const int MR, block b, sink *s) {
     const VI mask = VI_SET32(0x07000700);
     const VF d = VF_MUL(half_head(b), VF_SET(0.125f));
@@ -18,6 +19,6 @@ INLINE void decode_iq1_s(const int MR, block b, sink *s) {
         VF scale[1] = {VF_MUL(d, odd_scale(rest, 12))};
         VF delta = VF_CVT(VI_SRA32(VI_SLL32(rest, 16), 31)); /* 0 or -1 */
         VF minimum[1] = {VF_MUL(scale[0], VF_FMA(delta, VF_SET(2.0f), VF_SET(-9.0f)))};
-        put_32(MR, FORMAT_iq1_s, s, codes, scale, minimum);
+        put_32(MR, KTK_BLOCK_iq1_s, s, codes, scale, minimum);
     }
 }

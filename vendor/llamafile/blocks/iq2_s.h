@@ -1,5 +1,6 @@
 /* Half d; 32 bytes, the low eight bits of the grid indices; 32 bytes of signs; 8 bytes: two high bits of four indices each;
- * 8 bytes: scales of groups of 16, a nibble each. Weight = +-point * (d * (scale + 1 / 2) / 4). */
+ * 8 bytes: scales of groups of 16, a nibble each. Weight = +-point * (d * (scale + 1 / 2) / 4).
+ * Symbols: lf_gemm_iq2_s_avx2 lf_gemm_iq2_s_avx512 lf_gemm_iq2_s_avx512vnni. */
 INLINE void decode_iq2_s(const int MR, block b, sink *s) {
     const VI mask = VI_SET32(0x03000300);
     const VF d = half_head(b);
@@ -17,6 +18,6 @@ INLINE void decode_iq2_s(const int MR, block b, sink *s) {
         negate_where(codes, dword(b, 8 + g), 2 * 43);
         scales = g % 4 ? VI_SRL32(scales, 8) : dword(b, 18 + g / 4);
         VF scale[2] = {VF_MUL(d, quarter_scale(scales, 0)), VF_MUL(d, quarter_scale(scales, 1))};
-        put_32(MR, FORMAT_iq2_s, s, codes, scale, NULL);
+        put_32(MR, KTK_BLOCK_iq2_s, s, codes, scale, NULL);
     }
 }

@@ -1,5 +1,6 @@
 /* Half d; 64 bytes, the low eight bits of grid indices for four weights each; 8 bytes: the ninth of eight indices each; 32
- * bytes of signs; 4 bytes: scales of groups of 32, a nibble each. Weight = +-point * (d * (2 * scale + 1)). */
+ * bytes of signs; 4 bytes: scales of groups of 32, a nibble each. Weight = +-point * (d * (2 * scale + 1)).
+ * Symbols: lf_gemm_iq3_s_avx2 lf_gemm_iq3_s_avx512 lf_gemm_iq3_s_avx512vnni. */
 INLINE void decode_iq3_s(const int MR, block b, sink *s) {
     const VI mask = VI_SET32(0x01000100);
     const VF d = half_head(b);
@@ -20,6 +21,6 @@ INLINE void decode_iq3_s(const int MR, block b, sink *s) {
         negate_where(codes, dword(b, 18 + g), 2 * 15);
         VF scale[1] = {VF_MUL(d, VF_FMA(VF_CVT(VI_AND(scales, VI_SET32(15))), VF_SET(2.0f), VF_SET(1.0f)))};
         scales = VI_SRL32(scales, 4);
-        put_32(MR, FORMAT_iq3_s, s, codes, scale, NULL);
+        put_32(MR, KTK_BLOCK_iq3_s, s, codes, scale, NULL);
     }
 }

@@ -1,6 +1,7 @@
 /* 32 bytes: bit g of byte l is the third of weight l of 32 weights g; 64 bytes of two low bits, as in Q2_K; 12 bytes: 16
  * scales of groups of 16, low nibbles in the nibbles of the first eight, two high bits each in the last four; half d.
- * Weight = (code - 4) * (d * (scale - 32)). */
+ * Weight = (code - 4) * (d * (scale - 32)).
+ * Symbols: lf_gemm_q3_k_avx2 lf_gemm_q3_k_avx512 lf_gemm_q3_k_avx512vnni. */
 INLINE void decode_q3_k(const int MR, block b, sink *s) {
     const VI third = VI_SET8(4), nibble = VI_SET8(15), high = VI_SET8(48), sign = VI_SET8(32);
     const VF d = half_head(b);
@@ -22,6 +23,6 @@ INLINE void decode_q3_k(const int MR, block b, sink *s) {
         VI scales = VI_XOR(VI_OR(VI_AND(low, nibble), VI_AND(two, high)), sign);
         VF scale[2] = {VF_MUL(d, signed_six_bits(scales, 2 * (c % 2))),
                        VF_MUL(d, signed_six_bits(scales, 2 * (c % 2) + 1))};
-        put_32(MR, FORMAT_q3_k, s, codes, scale, NULL);
+        put_32(MR, KTK_BLOCK_q3_k, s, codes, scale, NULL);
     }
 }

@@ -1,5 +1,6 @@
 /* The first 16 bytes as in Q4_K; 32 bytes: bit g of byte l is the fifth of weight l of group g; 128 bytes: of each 32, low
- * nibbles are one group, high ones the next. Weight = code * (d * scale) - dmin * minimum. */
+ * nibbles are one group, high ones the next. Weight = code * (d * scale) - dmin * minimum.
+ * Symbols: lf_gemm_q5_k_avx2 lf_gemm_q5_k_avx512 lf_gemm_q5_k_avx512vnni. */
 INLINE void decode_q5_k(const int MR, block b, sink *s) {
     const VI fifth = VI_SET8(16);
     k_scales scales = six_bit_scales(b);
@@ -16,7 +17,7 @@ INLINE void decode_q5_k(const int MR, block b, sink *s) {
             low[i] = VI_OR(low[i], VI_AND(even, fifth));
             high[i] = VI_OR(high[i], VI_AND(odd, fifth));
         }
-        put_k_group(MR, FORMAT_q5_k, s, low, &scales, 2 * c);
-        put_k_group(MR, FORMAT_q5_k, s, high, &scales, 2 * c + 1);
+        put_k_group(MR, KTK_BLOCK_q5_k, s, low, &scales, 2 * c);
+        put_k_group(MR, KTK_BLOCK_q5_k, s, high, &scales, 2 * c + 1);
     }
 }

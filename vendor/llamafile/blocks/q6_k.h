@@ -1,6 +1,7 @@
 /* 128 bytes of low nibbles, 64 of two high bits, 16 signed scales of groups of 16, half d. Of each 128 weights: l = 0..31
  * takes low nibble l and bits 0-1 of high byte l, 32 + l nibble 32 + l and bits 2-3, 64 + l high nibble l and bits 4-5,
- * 96 + l high nibble 32 + l and bits 6-7. Weight = (code - 32) * (d * scale). */
+ * 96 + l high nibble 32 + l and bits 6-7. Weight = (code - 32) * (d * scale).
+ * Symbols: lf_gemm_q6_k_avx2 lf_gemm_q6_k_avx512 lf_gemm_q6_k_avx512vnni. */
 INLINE void decode_q6_k(const int MR, block b, sink *s) {
     const VI low_mask = VI_SET8(15), high_mask = VI_SET8(48);
     const VF d = half_head(b);
@@ -22,7 +23,7 @@ INLINE void decode_q6_k(const int MR, block b, sink *s) {
             if (quarter % 2) both = VI_SRL32(both, 16);
             scale[0] = VF_MUL(d, signed_byte(both, 0));
             scale[1] = VF_MUL(d, signed_byte(both, 1));
-            put_32(MR, FORMAT_q6_k, s, codes, scale, NULL);
+            put_32(MR, KTK_BLOCK_q6_k, s, codes, scale, NULL);
         }
     }
 }

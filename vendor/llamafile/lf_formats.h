@@ -4,6 +4,9 @@
  *        a 16-bit (or 8-bit) word besides them: offset and bytes, 0 bytes: none,
  *        weights that share a scale, zero point of the codes, whether there are minima, the largest code)
  * and a file blocks/NAME.h. Block layouts: the ggml block structures, which `gguf` (PyPI) dequantises. */
+#ifndef LF_FORMATS_H
+#define LF_FORMATS_H
+
 #define LF_INTEGER_FORMATS(ROW)                                                                              \
     ROW(q4_0, "Q4_0", 2, 32, 18, 2, 4, 0, 2, 32, 8, 0, 15)                                                   \
     ROW(q4_1, "Q4_1", 3, 32, 20, 0, 5, 0, 0, 32, 0, 1, 15)                                                   \
@@ -38,3 +41,5 @@
 #define LF_FUSED_FORMATS(ROW)                                                                                \
     ROW(f32)                                                                                                 \
     ROW(f16) ROW(bf16) ROW(q4_0) ROW(q8_0) ROW(q4_k) ROW(q5_k) ROW(q6_k) ROW(iq4_nl) ROW(iq4_xs) ROW(mxfp4)
+
+#endif

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ktk.backends._native import NativeBackend
+from ktk.backends.native import NativeBackend
 from ktk.experts.spec import MoESpec
 from ktk.machine import cpu
 

@@ -16,6 +16,15 @@ from ktk.machine.threads import EngineLayout
 from ktk.placement.parts import join, parts_of
 
 
+def kernel_isa(weight_format: str) -> str | None:
+    """The ISA level that the kernel which runs a format here was compiled for, None where no compiled one does.
+
+    weight_format : a packed format's name, or a ggml type's that kernels read.
+    """
+    isa = cpu.best_isa()
+    return None if isa is None else str(native_module().kernel_isa(isa, weight_format))
+
+
 class OperatorRunner(Runner):
     """Experts behind the C operator; what they are made of is the subclass's."""
 
@@ -67,14 +76,7 @@ class NativeBackend(Backend):
 
     def isa(self) -> str | None:
         """The best of its rows that this CPU and this build run, or None."""
-        native = native_module()
-        if native is None:
-            return None
-        features = cpu.detect()
-        for row in self.isa_rows:
-            if row in native.isa_rows() and not cpu.missing(row, features):
-                return row
-        return None
+        return cpu.best_isa(self.isa_rows)
 
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         if native_module() is None:

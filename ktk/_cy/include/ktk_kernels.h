@@ -1,0 +1,171 @@
+/* What kernels are given and what a table of them holds: formats, a matrix, rows of activations, one
+ * ktk_kernels per ISA level. Plain C11; vendor/llamafile includes it, too. */
+#ifndef KTK_KERNELS_H
+#define KTK_KERNELS_H
+
+#include <stdint.h>
+
+#include "lf_formats.h"
+
+enum { KTK_PANEL = 16 }; /* output channels of a panel */
+
+/* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are floats). */
+#define KTK_PANEL_FORMATS(ROW)                                                                     \
+    ROW(INT4, "int4", 8, 0)                                                                        \
+    ROW(INT8, "int8", 128, 0)                                                                      \
+    ROW(BF16, "bf16", 0, 1)                                                                        \
+    ROW(FP32, "fp32", 0, 1)
+
+/* Every format that a gemm reads; of blocks KTK_BLOCK_q4_k and so on. */
+#define PANEL_ROW(ENUM, ...) KTK_##ENUM,
+#define BLOCK_ROW(NAME, ...) KTK_BLOCK_##NAME,
+enum ktk_format {
+    KTK_PANEL_FORMATS(PANEL_ROW) LF_FLOAT_FORMATS(BLOCK_ROW) LF_INTEGER_FORMATS(BLOCK_ROW)
+        KTK_NUM_FORMATS
+};
+#undef PANEL_ROW
+#undef BLOCK_ROW
+
+/* What is known of a format without a matrix. */
+typedef struct {
+    const char *name; /* as Python's table of formats has it; of blocks the ggml type's */
+    int32_t is_float;
+    /* correction = -zero_point * sum of codes; of blocks -1: the sum itself, of 16 codes each */
+    int32_t zero_point, sums_of; /* sums_of 0: as many as the smaller group has */
+    int32_t block_weights, block_bytes, fine; /* of blocks; fine: weights that share a scale, 0: floats */
+} ktk_format_row;
+extern const ktk_format_row ktk_formats[KTK_NUM_FORMATS];
+
+enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16 };
+enum ktk_activation_kind { KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2 };
+
+/* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with
+ * each four k ordered 0 2 1 3; or fp32 as they are; or bf16. */
+enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32, KTK_CODES_BF16 };
+
+typedef struct ktk_gemm_args ktk_gemm_args;
+typedef void ktk_gemm_fn(const ktk_gemm_args *args);
+
+/* Sixteen rows of weights are a panel. Packed ones: scales first, then codes, see layout.py. Blocks: 16
+ * rows as the file has them, or the same bytes in the order kernels read them (is_repacked). */
+typedef struct {
+    int32_t format;           /* ktk_format */
+    int32_t padded_in;        /* multiple of 32, and of a block's weights */
+    int32_t num_panels;       /* of one projection */
+    int32_t group_size;       /* k per weight scale; padded_in = per channel; of packed formats */
+    int32_t activation_group; /* k per activation scale */
+    int32_t scales_are_bf16;
+    int32_t is_repacked;
+    int64_t code_offset; /* in a panel; scales come first; of packed formats */
+    int64_t panel_bytes; /* codes and scales */
+    /* What callers need to know of the kernel; ktk_use_kernels fills it in. */
+    ktk_gemm_fn *gemm;
+    int32_t codes_kind; /* ktk_codes of its activations */
+    int32_t fine_group; /* k per correction */
+    int32_t zero_point; /* correction = -zero_point * sum of codes */
+    int32_t max_rows;   /* of a call */
+    int64_t work_bytes;
+} ktk_matrix;
+
+/* Rows of quantised activations; for float formats codes holds floats and the rest is unused. */
+typedef struct {
+    uint8_t *codes;
+    float *scales;       /* [rows][scale_stride] */
+    int32_t *correction; /* [rows][correction_stride]: -zero_point * sum of codes, per fine group */
+    int64_t code_stride; /* bytes */
+    int64_t scale_stride, correction_stride;
+    /* The work memory still holds these rows as the call before packed them, for the same kernel. */
+    int are_packed;
+} ktk_rows;
+
+/* One call of a gemm: out[i*out_stride + 16*p + n] = channel n of panel p times row rows[i]. */
+struct ktk_gemm_args {
+    const ktk_matrix *w;
+    const uint8_t *panels; /* panel p at panels + p * w->panel_bytes; repacked blocks 64-byte aligned */
+    int num_panels;
+    const ktk_rows *a;
+    const int32_t *rows;
+    int num_rows; /* at most w->max_rows */
+    float *out;
+    int64_t out_stride;
+    const uint8_t *next; /* the panels that this thread will probably want afterwards, or NULL */
+    uint8_t *work;       /* w->work_bytes of this thread, 64-byte aligned */
+};
+
+/* A kernel and its block sizes. */
+typedef struct {
+    ktk_gemm_fn *run;
+    const char *isa;    /* the level that it was compiled for */
+    int32_t codes_kind; /* ktk_codes */
+    /* Rows of a call: as many as have rows_bytes in bytes of one code a k, within these. */
+    int32_t fewest_rows, most_rows, rows_bytes;
+    /* Bytes of work: fixed, and for each row `row` and `row_32k` for each 32 k. */
+    struct {
+        int32_t fixed, row, row_32k;
+    } work;
+} ktk_gemm;
+
+/* Panels of the operator's tasks, most: of gate or up, of down; and of down where threads would idle. */
+enum { KTK_MAX_UP_PANELS = 16, KTK_MAX_DOWN_PANELS = 64 };
+typedef struct {
+    int32_t up_panels, down_panels, least_down_panels;
+} ktk_task_sizes;
+
+typedef struct {
+    int32_t kind, has_gate;
+    float alpha, gate_min, gate_max, up_min, up_max, up_offset;
+} ktk_activation;
+
+/* Keys of a call of attend, and of those the ones that are converted at a time. */
+enum { KTK_ATTEND_KEYS = 256, KTK_ATTEND_TILE = 16 };
+#define KTK_ATTEND_WORK(group, head_dim)                                                           \
+    (KTK_ATTEND_TILE * (head_dim) + (group) * KTK_ATTEND_KEYS)
+
+/* One ISA level's kernels, or what one source gives a level: NULL where it gives nothing. */
+typedef struct {
+    const char *name;
+    ktk_gemm gemm[KTK_NUM_FORMATS];
+    ktk_task_sizes tasks;
+    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group. */
+    void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
+                     uint8_t *codes, float *scales, int32_t *correction);
+    /* Columns in panels of 16 that lie `step` floats apart (gate: NULL without one) -> h, 16*panels
+     * floats. */
+    void (*activate)(const ktk_activation *act, const float *gate, const float *up, int step,
+                     int num_panels, const float *gate_bias, const float *up_bias, float *h);
+    void (*load)(int dtype, const void *src, int64_t n, float *dst);
+    void (*store)(int dtype, const float *src, int64_t n, void *dst);
+    /* acc[i] = sum over j, in order, of y[place[j]*stride + i] * weights[j], one fma each; place -1
+     * adds nothing; n a multiple of 16 */
+    void (*combine)(const float *y, int64_t stride, const int32_t *place, const float *weights,
+                    int top_k, int n, float *acc);
+    void (*add)(float *acc, const float *y, int64_t n);
+    /* Attention of `group` rows of q (group, head_dim; already scaled) over `count` <=
+     * KTK_ATTEND_KEYS keys and values (count, head_dim) of dtype: out (group, head_dim) = sum over
+     * keys of exp(score - most[0]) * value; most (group, 2): the largest score, and the sum of these
+     * exponentials. head_dim: a multiple of 16. work: KTK_ATTEND_WORK(group, head_dim) floats. */
+    void (*attend)(int dtype, int head_dim, int group, const float *q, const void *keys,
+                   const void *values, int count, float *work, float *out, float *most);
+    /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
+     * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
+    int (*pack_panel)(const ktk_matrix *w, int in_features, const void *const *src, int src_is_bf16,
+                      const float *ladder, int num_ladder, int refits, float *work, uint8_t *panel);
+    /* One panel of blocks as it lies in a file to the same bytes in the order they are read in. */
+    void (*repack)(const ktk_matrix *w, const uint8_t *panel, uint8_t *out);
+    /* What a panel of blocks holds: signed codes float [padded_in][16], scales and minima
+     * [padded_in / fine][16]; value = code * scale + minimum. Float formats: codes are the values, the
+     * rest is not written. work: 64 * padded_in bytes, 64-byte aligned. For tests. */
+    void (*unpack)(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales,
+                   float *minima, uint8_t *work);
+} ktk_kernels;
+
+/* Every function of ktk_kernels, in order. */
+#define KTK_FUNCTIONS(EACH)                                                                        \
+    EACH(quantise) EACH(activate) EACH(load) EACH(store) EACH(combine) EACH(add) EACH(attend)      \
+    EACH(pack_panel) EACH(repack) EACH(unpack)
+
+/* Text of a macro's value: the names of levels. */
+#define KTK_TEXT_(x) #x
+#define KTK_TEXT(x) KTK_TEXT_(x)
+
+#endif
