@@ -25,7 +25,7 @@ from ktk.experts.dequantise import expert_weights
 from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts
 from ktk.models import Config, Experts, find_experts
 from ktk.models.config import NESTED_KEYS
-from ktk.models.gguf import find_gguf_experts
+from ktk.models.find import find_gguf_experts
 from ktk.models.plain import PlainTensor, plain_tensors
 from ktk.quantise.feedback import LayerInputs
 

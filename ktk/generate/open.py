@@ -20,9 +20,11 @@ from ktk.experts.spec import MoESpec
 from ktk.kv.sizes import TokenShape, context_tokens, gguf_number
 from ktk.machine import cpu
 from ktk.models import find_experts, find_num_layers
-from ktk.models.gguf import GgufExperts, find_gguf_experts
+from ktk.models.arch import WHOLE_MODELS
+from ktk.models.find import find_gguf_experts
+from ktk.models.gguf.experts import GgufExperts
 from ktk.models.prediction import gguf_predicts, predicts
-from ktk.models.whole import WHOLE_MODELS, Source
+from ktk.models.whole.source import Source
 from ktk.paths import user_path
 
 # What Python, torch and transformers take, and what one forward pass of a few hundred tokens needs besides weights.

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.formats import GGUF
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts, StoredMatrix
-from ktk.models.arch import FAMILIES
-from ktk.models.config import ACTIVATION_KEYS, NUM_LAYERS_KEYS, TOP_K_KEYS, Config
+from ktk.models.config import TOP_K_KEYS, Config
 from ktk.models.families import Family
 from ktk.models.layers import Layer
 
-# model_type -> why its experts are not what their names say.
-UNSUPPORTED_MODELS = {
-    "llama4": "routing weights multiply the experts' input",
-    "llama4_text": "routing weights multiply the experts' input",
-    "muse_spark": "the experts' output is normalised before it is weighted",
-    "longcat_flash": "some experts are the identity",
-    "inkling2": "its gate is soft-capped",
-    "inkling2_loop": "its gate is soft-capped",
-    "ernie4_5_vl_moe": "text and images have experts of their own in a layer",
-    "step3p7": "its clamp differs by layer and follows the SiLU",
-}
-SWIGLUOAI_MODELS = (
-    "gpt_oss",
-    "minimax_m3",
-    "minimax_m3_vl",
-    "minimax_m3_vl_text",
-    "openai_privacy_filter",
-)
-ACTIVATIONS: dict[str, Callable[[], Activation]] = {
-    "silu": Activation.silu,
-    "swish": Activation.silu,
-    "gelu_pytorch_tanh": Activation.gelu_tanh,
-    "gelu_new": Activation.gelu_tanh,
-    "relu2": Activation.relu2,
-}
-
 
 class Experts:
-    """The experts of a checkpoint, whatever its names; ``find_experts`` makes one.
+    """The experts of a checkpoint, whatever its names; ``ktk.models.find`` makes one.
 
     family : the naming style. layers : indices of the MoE layers, ascending. source_dtype : how the weights
     are stored, one of SOURCE_DTYPES, or several joined by "+".
@@ -160,72 +130,3 @@ class Experts:
             raise CheckpointError(
                 f"{self._where}: layer {layer} has no experts; MoE layers: {', '.join(map(str, self.layers))}"
             ) from None
-
-
-def find_experts(checkpoint: Checkpoint) -> Experts:
-    """The experts of a checkpoint: its family from the tensor names, shapes and activation checked.
-
-    Layers at or above the config's num_hidden_layers (multi-token prediction) are left alone.
-    Raises CheckpointError if no family or several fit, experts are missing, or shapes contradict config.json.
-    """
-    config = Config.of(checkpoint)
-    num_layers = config.size(NUM_LAYERS_KEYS)
-    found: dict[str, dict[int, dict[str, re.Match[str]]]] = {}
-    for family in FAMILIES.values():
-        pattern = family.pattern()
-        if not family.accepts(config.model_type):
-            continue
-        for name in checkpoint.tensors:
-            match = pattern.fullmatch(name)
-            if match and (num_layers is None or int(match["layer"]) < num_layers):
-                found.setdefault(family.name, {}).setdefault(int(match["layer"]), {})[name] = match
-    if not found:
-        styles = "; ".join(family.example for family in FAMILIES.values())
-        raise CheckpointError(
-            f"{checkpoint.path}: no tensor is named like an expert's. ktk knows: {styles}"
-        )
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{checkpoint.path}: holds experts of several naming styles ({', '.join(found)}); one is allowed"
-        )
-    ((chosen, by_layer),) = found.items()
-    family = FAMILIES[chosen]
-    activation = find_activation(config, family.default_activation)
-    layers: dict[int, Layer] = {}
-    for index in sorted(by_layer):
-        prefixes = {match["prefix"] for match in by_layer[index].values()}
-        if len(prefixes) > 1:
-            raise CheckpointError(
-                f"{checkpoint.path}: layer {index} occurs under {' and '.join(sorted(prefixes))}; one is allowed"
-            )
-        layers[index] = family.layer(checkpoint, config, index, by_layer[index])
-    return Experts(family, config, layers, activation, str(checkpoint.path))
-
-
-def find_activation(config: Config, default: str) -> Activation:
-    """The experts' activation; ``default`` names it where the config does not."""
-    for kind in config.model_types:  # a text part's is another than the whole model's
-        if kind in UNSUPPORTED_MODELS:
-            raise CheckpointError(
-                f"{config.where}: model_type {kind!r} is not supported: {UNSUPPORTED_MODELS[kind]}"
-            )
-    key, name = config.get(ACTIVATION_KEYS)
-    name = name if key else default
-    alpha, limit = config.number("swiglu_alpha", 0.0), config.number("swiglu_limit", 0.0)
-    if name == "swigluoai" or alpha > 0 or config.model_type in SWIGLUOAI_MODELS:
-        # gpt-oss files older than transformers 5 leave both numbers to the code: 1.702 and 7.
-        return Activation.swigluoai(
-            alpha if alpha > 0 else 1.702, config.number("swiglu_limit", 7.0)
-        )
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        known = ", ".join([*ACTIVATIONS, "swigluoai"])
-        raise CheckpointError(
-            f"{config.where}: {key}={name!r} is not an activation ktk has; it has {known}"
-        )
-    if limit > 0:
-        if ACTIVATIONS[name]() != Activation.silu():
-            raise CheckpointError(
-                f"{config.where}: swiglu_limit={limit} with {key}={name!r}: only silu is clamped"
-            )
-        return Activation.silu(limit)
-    return ACTIVATIONS[name]()

@@ -24,7 +24,8 @@ class Family(ABC):
 
     name: str
     example: str  # one tensor name, for error messages
-    default_activation: str = "silu"
+    # Another family whose names these may be, too: the architectures that list this one read it instead, no other does.
+    instead_of: str = ""
 
     @abstractmethod
     def pattern(self) -> re.Pattern[str]:
@@ -32,13 +33,14 @@ class Family(ABC):
 
     @abstractmethod
     def layer(
-        self, checkpoint: Checkpoint, config: Config, layer: int, names: dict[str, re.Match[str]]
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        layer: int,
+        names: dict[str, re.Match[str]],
+        bias_models: tuple[str, ...],
     ) -> Layer:
-        """Check one layer's tensors and return it."""
-
-    def accepts(self, model_type: str) -> bool:
-        """Whether these names mean this family in a model of that type."""
-        return True
+        """Check one layer's tensors and return it. bias_models : model types of ``Architecture.stacks_biases``."""
 
     def compile(self, rest: str) -> re.Pattern[str]:
         return re.compile(rf"(?P<prefix>{LAYER_PREFIX})\.(?P<layer>{INDEX})\.{rest}")
@@ -50,18 +52,9 @@ class PerExpert(Family):
     gate None : experts without a gate projection.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: str,
-        gate: str | None,
-        up: str,
-        down: str,
-        default_activation: str = "silu",
-    ) -> None:
+    def __init__(self, name: str, module: str, gate: str | None, up: str, down: str) -> None:
         self.name = name
         self.parts = {"gate": gate, "up": up, "down": down}
-        self.default_activation = default_activation
         stored = "|".join(part for part in self.parts.values() if part)
         self.example = f"model.layers.L.{_plain(module)}.E.{{{stored.replace('|', ',')}}}.weight"
         self._pattern = self.compile(
@@ -72,7 +65,12 @@ class PerExpert(Family):
         return self._pattern
 
     def layer(
-        self, checkpoint: Checkpoint, config: Config, layer: int, names: dict[str, re.Match[str]]
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        layer: int,
+        names: dict[str, re.Match[str]],
+        bias_models: tuple[str, ...],
     ) -> Layer:
         return PerExpertLayer(checkpoint, config, layer, names, self.parts)
 
@@ -84,7 +82,6 @@ class Fused(Family):
     as a linear layer has them, and both transposed. Which one follows from the two shapes together:
     to fit both ways, a matrix would have to have no rows. ``is_interleaved``: gate and up alternate.
     parts : tensor name after the module -> gate_up or down, or one of them with _bias or _scale.
-    only_for, not_for : model types. bias_models : those whose biases lie as this family's rows do.
     """
 
     def __init__(
@@ -93,26 +90,25 @@ class Fused(Family):
         module: str,
         parts: dict[str, str],
         is_interleaved: bool = False,
-        only_for: tuple[str, ...] = (),
-        not_for: tuple[str, ...] = (),
-        bias_models: tuple[str, ...] = (),
+        instead_of: str = "",
     ) -> None:
         self.name = name
-        self.is_interleaved = is_interleaved
+        self.is_interleaved, self.instead_of = is_interleaved, instead_of
         self.parts = parts
-        self.only_for, self.not_for, self.bias_models = only_for, not_for, bias_models
         stored = "|".join(re.escape(s) for s in sorted(parts, key=len, reverse=True))
         self.example = f"model.layers.L.{_plain(module)}.{{{','.join(s for s in parts if parts[s] in ('gate_up', 'down'))}}}"
         self._pattern = self.compile(rf"{module}\.(?P<part>{stored})")
-
-    def accepts(self, model_type: str) -> bool:
-        return (not self.only_for or model_type in self.only_for) and model_type not in self.not_for
 
     def pattern(self) -> re.Pattern[str]:
         return self._pattern
 
     def layer(
-        self, checkpoint: Checkpoint, config: Config, layer: int, names: dict[str, re.Match[str]]
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        layer: int,
+        names: dict[str, re.Match[str]],
+        bias_models: tuple[str, ...],
     ) -> Layer:
         parts: dict[str, str] = {}
         for name, match in names.items():
@@ -123,10 +119,10 @@ class Fused(Family):
                 )
             parts[part] = name
         found = StackedLayer(checkpoint, config, layer, parts, self.parts, self.is_interleaved)
-        if found.has_bias and config.model_type not in self.bias_models:
+        if found.has_bias and config.model_type not in bias_models:
             raise CheckpointError(
                 f"{checkpoint.path}: layer {layer}: {parts['gate_up_bias']!r}: for model_type {config.model_type!r} ktk does not know "
-                f"whether gate and up alternate; known with biases: {', '.join(self.bias_models) or 'none'}"
+                f"whether gate and up alternate; known with biases: {', '.join(bias_models)}"
             )
         return found
 

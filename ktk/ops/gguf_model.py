@@ -18,7 +18,9 @@ from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.fork import Lock
-from ktk.models.gguf import GgufExperts, Routing, find_gguf_experts
+from ktk.models.find import find_gguf_experts
+from ktk.models.gguf.experts import GgufExperts
+from ktk.models.gguf.routing import Routing
 from ktk.ops.moe import MoE
 
 RESIDENT_FOR = 1.0  # seconds that a layer found in memory is believed to stay there

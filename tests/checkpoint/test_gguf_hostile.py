@@ -15,7 +15,7 @@ import pytest
 from ktk.checkpoint import gguf as reader
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
-from ktk.models.gguf import find_gguf_experts
+from ktk.models.find import find_gguf_experts
 from make import fuzz_gguf
 from make.gguf_files import (
     ARRAY,

@@ -25,7 +25,7 @@ from gguf import GGMLQuantizationType as Type
 
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
-from ktk.models.gguf import find_gguf_experts
+from ktk.models.find import find_gguf_experts
 from make.gguf_files import (
     ARRAY,
     STRING,

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ktk.models.whole.tokenizer import BY_NAME
+from ktk.models.arch import BY_PRE_NAME
 
 VOCAB = 384
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -174,7 +174,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def tokenizer(pre: str = "qwen2") -> PreTrainedTokenizerFast:
     """A byte-level BPE of some hundred tokens, cutting text as ``pre`` does."""
     made = Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in BY_NAME[pre].splits]
+    splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in BY_PRE_NAME[pre].splits]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.pre_tokenizer = pre_tokenizers.Sequence([*splits, last])
     made.decoder = decoders.ByteLevel()

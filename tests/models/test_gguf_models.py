@@ -20,7 +20,10 @@ from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.stored import StoredExperts
-from ktk.models.gguf import ARCHITECTURES, GgufExperts, Routing, find_gguf_experts
+from ktk.models.arch import BY_GGUF_NAME
+from ktk.models.find import find_gguf_experts
+from ktk.models.gguf.experts import GgufExperts
+from ktk.models.gguf.routing import Routing
 from make.gguf_files import (
     EXPERTS,
     HIDDEN,
@@ -146,13 +149,14 @@ def test_a_familys_blocks_are_views_of_the_file(tmp_path: Path, family: str) -> 
 def test_every_architecture_of_the_table_is_opened_or_refused_with_a_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, row in ARCHITECTURES.items():
+    for name, row in BY_GGUF_NAME.items():
+        assert row.gguf is not None
         path = write_gguf(
             tmp_path / f"{name}.gguf", name, stacked(np.random.default_rng(1), (0,)), sizes(name)
         )
         caplog.clear()
-        if row.refused:
-            with pytest.raises(CheckpointError, match=row.refused):
+        if row.gguf.refused:
+            with pytest.raises(CheckpointError, match=row.gguf.refused):
                 opened(path)
         else:
             assert opened(path).spec(0).activation == row.activation

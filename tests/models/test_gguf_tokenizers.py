@@ -16,7 +16,7 @@ from ktk.convert.sinks.gguf_tokenizer import tokenizer_metadata
 from ktk.demo.smollm2 import find_gguf
 from ktk.errors import CheckpointError
 from ktk.integration.transformers.gguf import load_gguf_tokenizer
-from ktk.models.whole.tokenizer import PRE_TOKENIZERS
+from ktk.models.arch import PRE_TOKENIZERS
 from make import gguf_files
 
 # What pre-tokenizers differ in: runs of space, digits, case, contractions, scripts, marks, punctuation.

@@ -26,8 +26,8 @@ from ktk.integration.transformers.gguf import load_gguf_model, load_gguf_tokeniz
 from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.loading import packed_modules
 from ktk.integration.transformers.sources import layer_of
-from ktk.models.gguf import find_gguf_experts
-from ktk.models.whole import WHOLE_MODELS
+from ktk.models.arch import WHOLE_MODELS
+from ktk.models.find import find_gguf_experts
 from make import whole_models
 from make.rewriting import rewritten
 from make.whole_models import MODELS, VOCAB, WIDTH, E, H

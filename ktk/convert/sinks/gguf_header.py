@@ -17,37 +17,10 @@ from ktk.errors import CheckpointError
 from ktk.experts.formats import BLOCKS
 from ktk.experts.spec import MoESpec
 from ktk.models import Config, Experts
+from ktk.models.arch import BY_MODEL_TYPE
 from ktk.models.config import INTERMEDIATE_KEYS, NUM_LAYERS_KEYS
 
 ALIGNMENT = 32  # of tensors, the GGUF format's default
-# config.json's model_type -> general.architecture
-ARCHITECTURES = {
-    "mixtral": "llama",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "qwen3_next": "qwen3next",
-    "qwen3_vl_moe": "qwen3vlmoe",
-    "qwen3_5_moe": "qwen35moe",
-    "deepseek": "deepseek",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "kimi_k2": "deepseek2",
-    "glm4_moe": "glm4moe",
-    "gpt_oss": "gpt-oss",
-    "minimax_m2": "minimax-m2",
-    "olmoe": "olmoe",
-    "granitemoe": "granitemoe",
-    "phimoe": "phimoe",
-    "dots1": "dots1",
-    "ernie4_5_moe": "ernie4_5-moe",
-    "hunyuan_v1_moe": "hunyuan-moe",
-    "bailing_moe": "bailingmoe",
-    "bailing_moe_v2": "bailingmoe2",
-    "exaone_moe": "exaone-moe",
-    "jamba": "jamba",
-    "lfm2_moe": "lfm2moe",
-    "nemotron_h": "nemotron_h_moe",
-}
 
 
 @dataclass(frozen=True)
@@ -86,11 +59,11 @@ def _aligned(num_bytes: int) -> int:
 
 def architecture_of(config: Config, family: str) -> tuple[str, bool]:
     """general.architecture, and whether GGUF has it; else it is the model_type, or the family."""
-    types = [part.get("model_type") for part in reversed(config.parts)]  # outermost first
-    named = [t for t in types if isinstance(t, str) and t]
+    named = config.model_types[::-1]  # outermost first
     for model_type in named:
-        if model_type in ARCHITECTURES:
-            return ARCHITECTURES[model_type], True
+        row = BY_MODEL_TYPE.get(model_type)
+        if row is not None and row.gguf is not None:
+            return row.gguf.name, True
     return (named[0] if named else family), False
 
 

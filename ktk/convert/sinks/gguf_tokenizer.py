@@ -11,9 +11,9 @@ from ktk.checkpoint.safetensors import read_json_object
 from ktk.errors import CheckpointError
 from ktk.log import logger
 from ktk.models import check_directory
+from ktk.models.arch import PRE_TOKENIZERS
 from ktk.models.metadata import read_generation
 from ktk.models.whole.ends import end_keys
-from ktk.models.whole.tokenizer import PRE_TOKENIZERS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")

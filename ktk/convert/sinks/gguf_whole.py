@@ -16,7 +16,7 @@ import numpy as np
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.convert.sinks.base import Report
 from ktk.convert.sinks.gguf import GgufSink
-from ktk.convert.sinks.gguf_header import FileTensor, placed
+from ktk.convert.sinks.gguf_header import FileTensor, architecture_of, placed
 from ktk.convert.sinks.gguf_rows import FALLBACK, encode_rows, is_whole, row_bytes
 from ktk.convert.sinks.gguf_tokenizer import tokenizer_metadata
 from ktk.convert.sources import HuggingFaceSource
@@ -24,8 +24,10 @@ from ktk.convert.window import in_order
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.spec import MoESpec
+from ktk.models.arch import BY_MODEL_TYPE
+from ktk.models.config import Config
 from ktk.models.prediction import predicts
-from ktk.models.whole import WHOLE_MODELS, Tensor, WholeModel
+from ktk.models.whole.rows import Tensor, WholeModel
 
 CHUNK_WEIGHTS = 4 << 20  # quantised at a time
 FLOAT_DTYPES = ("F32", "F16", "BF16")
@@ -113,7 +115,7 @@ class WholeGgufSink(GgufSink):
 def _described(checkpoint: Checkpoint) -> WholeModel:
     """The row of the model; CheckpointError if there is none."""
     model_type = checkpoint.config.get("model_type")
-    rows = {name: row for row in WHOLE_MODELS.values() for name in row.model_types}
+    rows = {name: row.whole for name, row in BY_MODEL_TYPE.items() if row.whole}
     if model_type not in rows:
         raise CheckpointError(
             f"{checkpoint.path}: model_type {model_type!r}: a whole GGUF file is written of "
@@ -158,7 +160,7 @@ def _plan(
     if unused:
         raise CheckpointError(
             f"{checkpoint.path}: {len(unused)} tensors have no place in a GGUF file of "
-            f"{model.architecture}: {', '.join(unused[:8])}"
+            f"{architecture_of(Config.of(checkpoint), '')[0]}: {', '.join(unused[:8])}"
         )
 
 

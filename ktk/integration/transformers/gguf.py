@@ -34,10 +34,12 @@ from ktk.integration.transformers.sources import layer_of
 from ktk.log import logger
 from ktk.machine.cpu import default_threads
 from ktk.machine.memory import aligned_buffer
-from ktk.models.gguf import find_gguf_experts
+from ktk.models.arch import whole_model
+from ktk.models.find import find_gguf_experts
 from ktk.models.prediction import gguf_predicts
-from ktk.models.whole import Source, Tensor, WholeModel, whole_model
-from ktk.models.whole.base import Fields
+from ktk.models.whole.rope import Fields
+from ktk.models.whole.rows import Tensor, WholeModel
+from ktk.models.whole.source import Source
 from ktk.ops.linear import Linear
 from ktk.ops.requantise import packed_format
 from ktk.paths import user_path

@@ -19,9 +19,9 @@ from tokenizers import (
 
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
+from ktk.models.arch import BY_PRE_NAME
 from ktk.models.metadata import check_gguf_tokenizer
 from ktk.models.whole.ends import CONTROL, end_ids
-from ktk.models.whole.tokenizer import BY_NAME
 from ktk.paths import user_path
 
 UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6  # of tokenizer.ggml.token_type
@@ -159,11 +159,11 @@ class _Fields:
 def _byte_level(fields: _Fields) -> tuple[Tokenizer, bool]:
     """Byte-level BPE, and whether it begins with the bos token unless the file says otherwise."""
     name = fields.get("pre", str) or "default"
-    if name not in BY_NAME:
+    if name not in BY_PRE_NAME:
         raise fields.error(
-            f"tokenizer.ggml.pre is {name!r}: ktk knows {', '.join(sorted(BY_NAME))}; another would cut text otherwise"
+            f"tokenizer.ggml.pre is {name!r}: ktk knows {', '.join(sorted(BY_PRE_NAME))}; another would cut text otherwise"
         )
-    row = BY_NAME[name]
+    row = BY_PRE_NAME[name]
     merges = []
     for line in fields.array("merges", str):
         left, space, right = line.partition(" ")

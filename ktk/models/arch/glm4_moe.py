@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from ktk.models.whole import base
-from ktk.models.whole.base import Fields, Key, Source, Tensor, WholeModel
+from ktk.models.arch.names import MLP_EXPERTS
+from ktk.models.architecture import Architecture
+from ktk.models.gguf.architecture import GgufArchitecture
+from ktk.models.whole import rows
+from ktk.models.whole.rope import rope_of, rope_parameters
+from ktk.models.whole.rows import Fields, Key, Tensor, WholeModel
+from ktk.models.whole.source import Source
 
 
 def _config(source: Source) -> Fields:
-    routing, rope = source.experts.routing, base.rope_parameters(source)
+    routing, rope = source.experts.routing, rope_parameters(source)
     if routing.expert_gating_func != "sigmoid":
         raise source.error(f"gating {routing.expert_gating_func}: GLM-4-MoE has sigmoid")
-    heads, hidden = source.required("attention.head_count"), source.required("embedding_length")
-    size = source.get("attention.key_length") or hidden // heads
-    rope["partial_rotary_factor"] = source.required("rope.dimension_count") / size
+    rope["partial_rotary_factor"] = source.required("rope.dimension_count") / source.head_dim
     shared = source.rows("blk.{n}.ffn_up_shexp.weight") or 0
-    groups, width = routing.expert_group_count or 1, base.expert_width(source)
+    groups, width = routing.expert_group_count or 1, source.expert_width
     return {
         "rope_parameters": rope,
-        "n_routed_experts": source.experts.spec(source.experts.layers[0]).num_experts,
+        "n_routed_experts": source.num_experts,
         "n_shared_experts": shared // width,
         "moe_intermediate_size": width,
-        "first_k_dense_replace": base.leading_dense_layers(source),
+        "first_k_dense_replace": source.leading_dense_layers,
         "routed_scaling_factor": routing.expert_weights_scale or 1.0,
         "norm_topk_prob": routing.expert_weights_norm is not False,
         "n_group": groups,
@@ -32,24 +35,21 @@ def _config(source: Source) -> Fields:
 
 
 def _metadata(fields: Fields) -> Fields:
-    part = base.rope_of(fields).get("partial_rotary_factor") or fields.get(
-        "partial_rotary_factor", 0.5
-    )
-    found = base.sizes_of_experts(fields, "n_routed_experts", "moe_intermediate_size")
+    part = rope_of(fields).get("partial_rotary_factor") or fields.get("partial_rotary_factor", 0.5)
+    found = rows.sizes_of_experts(fields, "n_routed_experts", "moe_intermediate_size")
     return {
         **found,
-        "rope.dimension_count": int(base.head_dim(fields) * float(part)),
+        "rope.dimension_count": int(rows.head_dim(fields) * float(part)),
         "expert_gating_func": 2,
         "expert_weights_norm": bool(fields.get("norm_topk_prob", True)),
         "nextn_predict_layers": 0,
     }
 
 
-GLM4_MOE = WholeModel(
-    "glm4moe",
-    ("glm4_moe",),
+WHOLE = WholeModel(
+    "glm4_moe",
     (
-        *base.GROUPED_KEYS,
+        *rows.GROUPED_KEYS,
         Key("feed_forward_length", "intermediate_size"),
         Key("leading_dense_block_count", "first_k_dense_replace"),
         Key("expert_shared_count", "n_shared_experts"),
@@ -58,20 +58,26 @@ GLM4_MOE = WholeModel(
         Key("expert_group_used_count", "topk_group"),
     ),
     (
-        *base.WHOLE,
-        *base.per_layer("attn_norm", "input_layernorm"),
-        *base.per_layer("post_attention_norm", "post_attention_layernorm"),
-        *base.ATTENTION,
-        *base.QK_NORMS,
-        *base.DENSE,
-        *base.ROUTER,
+        *rows.WHOLE,
+        *rows.per_layer("attn_norm", "input_layernorm"),
+        *rows.per_layer("post_attention_norm", "post_attention_layernorm"),
+        *rows.ATTENTION,
+        *rows.QK_NORMS,
+        *rows.DENSE,
+        *rows.ROUTER,
         Tensor(
             "blk.{n}.exp_probs_b.bias",
             "model.layers.{n}.mlp.gate.e_score_correction_bias",
             is_optional=True,
         ),
-        *base.shared_experts("shared_experts"),
+        *rows.shared_experts("shared_experts"),
     ),
     _config,
     _metadata,
+)
+GLM4_MOE = Architecture(
+    ("glm4_moe",),
+    (MLP_EXPERTS,),
+    gguf=GgufArchitecture("glm4moe", gating="sigmoid", is_normalised=None),
+    whole=WHOLE,
 )

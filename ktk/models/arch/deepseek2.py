@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.models.whole import base
-from ktk.models.whole.base import Fields, Key, Source, Tensor, WholeModel
+from ktk.models.arch.names import MLP_EXPERTS
+from ktk.models.architecture import Architecture
+from ktk.models.gguf.architecture import GgufArchitecture
+from ktk.models.whole import rows
+from ktk.models.whole.rope import rope_of, rope_parameters
+from ktk.models.whole.rows import Fields, Key, Tensor, WholeModel
+from ktk.models.whole.source import Source
+from ktk.models.whole.tokenizer import LOWER, SUFFIXES, TAIL, UPPER, WORDS, PreTokenizer
 
 
 def _join_kv_b(arrays: list[np.ndarray], fields: Fields) -> np.ndarray:
@@ -37,17 +43,17 @@ def _config(source: Source) -> Fields:
         "qk_rope_head_dim": rotated,
         "qk_nope_head_dim": key - rotated,
         "v_head_dim": value,
-        "first_k_dense_replace": base.leading_dense_layers(source),
-        "n_routed_experts": source.experts.spec(source.experts.layers[0]).num_experts,
+        "first_k_dense_replace": source.leading_dense_layers,
+        "n_routed_experts": source.num_experts,
         "n_shared_experts": _shared(source),
-        "moe_intermediate_size": base.expert_width(source),
+        "moe_intermediate_size": source.expert_width,
         "routed_scaling_factor": routing.expert_weights_scale or 1.0,
         "norm_topk_prob": bool(routing.expert_weights_norm),
         "n_group": groups,
         "topk_group": routing.expert_group_used_count or groups,
         "num_mtp_layers": 0,
     }
-    rope = base.rope_parameters(source)
+    rope = rope_parameters(source)
     scale = source.get("rope.scaling.yarn_log_multiplier", float)
     if rope["rope_type"] == "yarn" and scale:
         # The file's is a tenth of mscale_all_dim, and says nothing of an mscale that differs.
@@ -65,7 +71,7 @@ def _config(source: Source) -> Fields:
 
 def _shared(source: Source) -> int:
     """Shared experts, by their width; the metadata's count agrees with it or is missing."""
-    rows, width = source.rows("blk.{n}.ffn_up_shexp.weight"), base.expert_width(source)
+    rows, width = source.rows("blk.{n}.ffn_up_shexp.weight"), source.expert_width
     if rows is None or rows % width:
         raise source.error(
             f"shared experts have {rows} rows: must be a multiple of the experts' {width}"
@@ -77,7 +83,7 @@ def _metadata(fields: Fields) -> Fields:
     rank, rotated = int(fields["kv_lora_rank"]), int(fields["qk_rope_head_dim"])
     is_sigmoid = fields["model_type"] != "deepseek_v2"
     found: Fields = {
-        **base.sizes_of_experts(fields, "n_routed_experts", "moe_intermediate_size"),
+        **rows.sizes_of_experts(fields, "n_routed_experts", "moe_intermediate_size"),
         "rope.dimension_count": rotated,
         "attention.head_count_kv": 1,
         "attention.key_length": rank + rotated,
@@ -90,15 +96,48 @@ def _metadata(fields: Fields) -> Fields:
     if (fields.get("n_group") or 1) > 1 and fields.get("topk_method") != "greedy":
         found["expert_group_count"] = int(fields["n_group"])
         found["expert_group_used_count"] = int(fields["topk_group"])
-    rope = base.rope_of(fields)
+    rope = rope_of(fields)
     if rope.get("mscale_all_dim"):
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * float(rope["mscale_all_dim"])
     return found
 
 
-DEEPSEEK2 = WholeModel(
-    "deepseek2",
-    ("deepseek_v3", "deepseek_v2", "kimi_k2"),
+_HAN = r"&&[^\p{Han}]"
+_KIMI = (
+    r"[\p{Han}]+|"
+    + (WORDS % (f"{SUFFIXES}?", f"{SUFFIXES}?"))
+    .replace(f"[{UPPER}]", f"[{UPPER}{_HAN}]")
+    .replace(f"[{LOWER}]", f"[{LOWER}{_HAN}]")
+    + rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{TAIL}"
+)
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*" + TAIL,
+)
+# Letters with a case but these: DeepSeek's list, which is long, leaves them out.
+_CASELESS = (
+    r"\x{0560}-\x{0588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c8f}\x{2d00}-\x{2d2d}\x{a790}-\x{a7fa}\x{ab30}-\x{ab68}"
+    r"\x{10570}-\x{105bc}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}\x{1df00}-\x{1df1e}"
+)
+_DEEPSEEK_LLM = (
+    r"[\r\n]",
+    rf"\s?[\p{{Lu}}\p{{Ll}}\p{{Lt}}&&[^{_CASELESS}]]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}+",
+)
+_DEEPSEEK_CODER = (
+    r"[\r\n]",
+    r"\s?\p{L}+",
+    r"\s?\p{P}+",
+    "[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}",
+)
+WHOLE = WholeModel(
+    "deepseek_v3",
     (
         Key("attention.kv_lora_rank", "kv_lora_rank", is_required=True),
         Key("attention.q_lora_rank", "q_lora_rank"),
@@ -108,14 +147,14 @@ DEEPSEEK2 = WholeModel(
         Key("expert_weights_scale", "routed_scaling_factor", float),
     ),
     (
-        *base.WHOLE,
-        *base.NORMS,
-        *base.per_layer("attn_q", "self_attn.q_proj"),
-        *base.per_layer("attn_q_a", "self_attn.q_a_proj"),
-        *base.per_layer("attn_q_a_norm", "self_attn.q_a_layernorm"),
-        *base.per_layer("attn_q_b", "self_attn.q_b_proj"),
-        *base.per_layer("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa"),
-        *base.per_layer("attn_kv_a_norm", "self_attn.kv_a_layernorm"),
+        *rows.WHOLE,
+        *rows.NORMS,
+        *rows.per_layer("attn_q", "self_attn.q_proj"),
+        *rows.per_layer("attn_q_a", "self_attn.q_a_proj"),
+        *rows.per_layer("attn_q_a_norm", "self_attn.q_a_layernorm"),
+        *rows.per_layer("attn_q_b", "self_attn.q_b_proj"),
+        *rows.per_layer("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa"),
+        *rows.per_layer("attn_kv_a_norm", "self_attn.kv_a_layernorm"),
         # The first that a file has counts: some hold kv_b both ways.
         Tensor(
             ("blk.{n}.attn_k_b.weight", "blk.{n}.attn_v_b.weight"),
@@ -123,17 +162,29 @@ DEEPSEEK2 = WholeModel(
             _join_kv_b,
             _split_kv_b,
         ),
-        *base.per_layer("attn_kv_b", "self_attn.kv_b_proj"),
-        *base.per_layer("attn_output", "self_attn.o_proj"),
-        *base.DENSE,
-        *base.ROUTER,
+        *rows.per_layer("attn_kv_b", "self_attn.kv_b_proj"),
+        *rows.per_layer("attn_output", "self_attn.o_proj"),
+        *rows.DENSE,
+        *rows.ROUTER,
         Tensor(
             "blk.{n}.exp_probs_b.bias",
             "model.layers.{n}.mlp.gate.e_score_correction_bias",
             is_optional=True,
         ),
-        *base.shared_experts("shared_experts"),
+        *rows.shared_experts("shared_experts"),
     ),
     _config,
     _metadata,
+)
+DEEPSEEK2 = Architecture(
+    ("deepseek_v3", "deepseek_v2", "kimi_k2"),
+    (MLP_EXPERTS,),
+    gguf=GgufArchitecture("deepseek2", is_normalised=False),
+    whole=WHOLE,
+    pre_tokenizers=(
+        PreTokenizer(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
+        PreTokenizer(("deepseek-llm",), _DEEPSEEK_LLM),
+        PreTokenizer(("deepseek-coder",), _DEEPSEEK_CODER),
+        PreTokenizer(("kimi-k2",), (_KIMI,)),
+    ),
 )
