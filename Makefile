@@ -8,7 +8,7 @@ MODEL ?=
 NUMA_TESTS ?= tests/machine/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*.pxd ktk/_cy/*/*.pxi ktk/_cy/*/*.c ktk/_cy/*/*.h vendor/*/*.c vendor/*/*.h vendor/*/*/*.h)
 
-.PHONY: setup demo test test-numa test-versions lock lint wheel bench doctor clean
+.PHONY: setup demo test test-fast test-numa test-versions lock lint wheel bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -35,6 +35,10 @@ endif
 
 test: setup $(VENV)/.smollm2 lint
 	$(BIN)/python -m pytest
+
+# A minute or two: neither the slow tests nor those that want a browser, and no lint.
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not slow and not browser'
 
 # In a virtual machine with two NUMA nodes, emulated: minutes. As root it installs qemu, else it says how.
 test-numa: setup

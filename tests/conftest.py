@@ -1,6 +1,10 @@
-"""What every test begins with."""
+"""What every test begins and ends with."""
 
 from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,3 +15,26 @@ from ktk import log
 def _warnings_come_again() -> None:
     """A warning that an earlier test has seen is not the last of its kind."""
     log.forget_warnings()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_torch_thread() -> Iterator[None]:
+    """Of tiny models a team of threads only waits: 59 s of CPU time with two, 15 s with one."""
+    if (torch := sys.modules.get("torch")) is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _engines_end() -> Iterator[None]:
+    """Stop the generation threads that a failed test has left: Python would wait for them at its end."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        manager = getattr(getattr(thread, "_target", None), "__self__", None)
+        if not thread.daemon and hasattr(manager, "stop"):
+            manager.stop()

@@ -23,6 +23,8 @@ from ktk.machine import cpu
 from make import ROOT
 from make.cases import pack_all, random_experts
 
+pytestmark = pytest.mark.slow
+
 EXTENSIONS = {f"ktk/_cy/{name}.abi3.so" for name in ("native", "measure", "tile_emulator")}
 TRY = """
 import json, sys

@@ -636,6 +636,7 @@ def check_after_kill(output: Path, whole: dict[str, bytes]) -> None:
     assert "config.json" not in final or set(final) == set(whole)
 
 
+@pytest.mark.slow
 def test_killed_at_every_file_operation_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     make(source, "deepseek", sizes=(3, 4, 64, 32))
@@ -661,6 +662,7 @@ def test_killed_at_every_file_operation_and_resumed_gives_the_same_bytes(tmp_pat
 
 
 @pytest.mark.parametrize("quant_method", ["bf16", "int4"])
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(
     tmp_path: Path, quant_method: str
 ) -> None:

@@ -22,6 +22,8 @@ from make import gguf_files
 from make.cases import assert_exact
 from make.checkpoints import make
 
+pytestmark = pytest.mark.slow
+
 LAYERS, E, H, N, K = 2, 4, 64, 96, 2
 ORDER = np.array([2, 0, 3, 3])
 

@@ -17,6 +17,8 @@ from ktk.demo import evaluate, smollm2
 from make import ROOT
 
 pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow
 README = ROOT / "README.md"
 TOKENS = 10
 

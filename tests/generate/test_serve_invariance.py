@@ -27,6 +27,8 @@ from ktk.kv.pages import PAGE
 from make import transformers_cases as cases
 from make.serving import make_model
 
+pytestmark = pytest.mark.slow
+
 ROWS = (1, 2, 3, 5, 7, 9, 16, 33, 130, 257)
 
 

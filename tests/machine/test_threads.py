@@ -29,7 +29,9 @@ pytestmark = pytest.mark.skipif(cpu.best_isa() is None, reason="no compiled kern
 @pytest.fixture
 def native() -> Iterator[Any]:
     """The extension; afterwards threads are borrowed as they are in a program that imported torch."""
+    torch.set_num_threads(2)  # a team that ktk's threads may be
     yield native_module()
+    torch.set_num_threads(1)
     native_module().borrow_threads(_openmp._gomp_parallel())
 
 

@@ -26,10 +26,11 @@ class ExactBlocks(ExactExperts):
     def linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         matrix = self.blocks.matrices[projection]
         codes, scales, minima = unpack(matrix, expert, self.isa)
-        if scales is None:  # even and odd k apart
-            y = [linear_float(codes[:, i::2], x[:, i::2]) for i in range(2)]
-            return y[0] + y[1]
+        if scales is None or minima is None:  # even and odd k apart
+            even, odd = (linear_float(codes[:, i::2], x[:, i::2]) for i in range(2))
+            return even + odd
         group, k = self.spec.activation_group, matrix.in_features
+        assert group is not None
         fine = k // scales.shape[1]
         act = quantise_activations(x, k, group)
         a = act.codes.astype(np.int64)

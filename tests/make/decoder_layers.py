@@ -23,7 +23,10 @@ class Weights:
         self, heads: int = 4, kv_heads: int = 2, head_dim: int = 32, seed: int = 0, **fields: Any
     ) -> None:
         rng = np.random.default_rng(seed)
-        draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+        def draw(*shape: int) -> np.ndarray:
+            return np.asarray(rng.standard_normal(shape), np.float32)
+
         self.w = {
             "q": draw(heads * head_dim, HIDDEN), "k": draw(kv_heads * head_dim, HIDDEN),
             "v": draw(kv_heads * head_dim, HIDDEN), "o": draw(HIDDEN, heads * head_dim) * 0.1,
@@ -52,7 +55,8 @@ class Weights:
             parts["mlp"] = Mlp(dense["gate"], dense["up"], dense["down"], Activation.silu(), draw(HIDDEN) if mlp == "scaled" else None)  # fmt: skip
         if fields.pop("is_dense", False):
             parts |= {"experts": None, "router": None, "logits": None}
-        self.spec = DecoderSpec(**{**parts, **fields}, **{n: dense[n] for n in "qkvo"})
+        parts |= {n: dense[n] for n in "qkvo"}
+        self.spec = DecoderSpec(**{**parts, **fields})
 
     def forward(
         self,
@@ -97,9 +101,9 @@ class Weights:
                 gate, up, down = (m[e].astype(np.float64) for m in self.experts)
                 y = y + weight * (down @ oracle_activation(gate @ n, up @ n, Activation.silu()))
         if s.mlp is not None:
-            h = oracle_activation(w["gate"] @ n, w["up"] @ n, s.mlp.activation)
+            inner = oracle_activation(w["gate"] @ n, w["up"] @ n, s.mlp.activation)
             scale = 1.0 if s.mlp.scale is None else 1 / (1 + np.exp(-n @ s.mlp.scale))
-            y = y + scale * (w["down"] @ h)
+            y = y + scale * (w["down"] @ inner)
         return y, k, v
 
 

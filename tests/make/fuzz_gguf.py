@@ -157,7 +157,7 @@ def mutated(rng: np.random.Generator, files: list[bytes]) -> bytes:
 def use(path: Path) -> None:
     """Everything a caller would do with a file; CheckpointError is the only way out."""
     checkpoint = GgufCheckpoint.open(path)
-    errors = []
+    errors: list[CheckpointError] = []
     for name in checkpoint.metadata:
         with _kept(errors):
             _ = checkpoint.metadata[name]

@@ -76,9 +76,8 @@ def make_config(kind: str, vocab_size: int = 384, end: int = 2) -> Any:
         pytest.skip(f"this transformers has no {kind}")
     text, vision, own = WRAPPERS[kind]
     written = {**TEXT, "vocab_size": vocab_size, "eos_token_id": end, **text}
-    return CONFIG_MAPPING[kind](
-        text_config=written, vision_config=vision, tie_word_embeddings=False, **own
-    )
+    made: Any = CONFIG_MAPPING[kind]
+    return made(text_config=written, vision_config=vision, tie_word_embeddings=False, **own)
 
 
 def make_wrapper(kind: str, directory: Path, dtype: str = "float32") -> Path:

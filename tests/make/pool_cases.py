@@ -25,5 +25,6 @@ def case(num_threads: int) -> tuple[Runner, tuple[np.ndarray, ...]]:
 
 def run(runner: Runner, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
     out = np.empty_like(inputs[0])
-    runner.forward(*inputs, None, out, None)
+    hidden, ids, weights = inputs
+    runner.forward(hidden, ids, weights, None, out, None)
     return out

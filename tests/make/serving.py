@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 SEED = 7
 TEXT = [
@@ -55,8 +55,8 @@ def make_model(directory: Path, longest: int = 32768) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    fast = make_tokenizer()
-    config = Qwen3MoeConfig(
+    fast, make_config = make_tokenizer(), cast("Any", Qwen3MoeConfig)
+    config = make_config(
         vocab_size=len(fast), hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,
         num_experts_per_tok=2, max_position_embeddings=longest, eos_token_id=fast.eos_token_id, pad_token_id=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from transformers import (
     DeepseekV3Config,
     GptOssConfig,
     MixtralConfig,
-    PreTrainedModel,
     Qwen3MoeConfig,
 )
 from transformers.integrations.moe import use_experts_implementation
@@ -26,10 +26,20 @@ from ktk.reference.moe import ExactExperts
 
 SEED = 7
 
-SHAPE = {"hidden_size": 64, "vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOKENS = {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-FAMILIES = {
-    "qwen3_moe": Qwen3MoeConfig(
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "vocab_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TOKENS: dict[str, Any] = {
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, Any] = {
+    "qwen3_moe": Qwen3MoeConfig(  # type: ignore[call-arg]
         **SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=96,
         moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2,
     ),
@@ -49,9 +59,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make_model(
-    family: str, dtype: torch.dtype = torch.float32, **changes: object
-) -> PreTrainedModel:
+def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Any:
     """A random two-layer model whose weights are wide enough for experts and router to matter."""
     config = copy.deepcopy(FAMILIES[family])
     for name, value in changes.items():
@@ -74,9 +82,7 @@ def prompt() -> torch.Tensor:
 
 
 @torch.no_grad()
-def run(
-    model: PreTrainedModel, implementation: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def run(model: Any, implementation: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 logits of the prompt, and twelve greedy tokens."""
     if implementation is not None:
         model.set_experts_implementation(implementation)
@@ -89,13 +95,11 @@ def run(
     return logits, tokens
 
 
-def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+def experts_of(model: torch.nn.Module) -> list[Any]:
     return [module for _, module in find_experts(model)]
 
 
-def routing(
-    module: torch.nn.Module, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def routing(module: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random hidden states, ids and weights for an experts module; two slots per token."""
     generator = torch.Generator().manual_seed(SEED)
     if module.down_proj.numel():
@@ -104,7 +108,9 @@ def routing(
             module.down_proj.shape[2 if module.is_transposed else 1],
         )
     else:
-        spec = handle_of(module).moe.spec
+        handle = handle_of(module)
+        assert handle is not None
+        spec = handle.moe.spec
         num_experts, width = spec.num_experts, spec.hidden_size
     x = torch.randn(tokens, width, generator=generator)
     ids = torch.stack([torch.randperm(num_experts, generator=generator)[:2] for _ in range(tokens)])
@@ -112,11 +118,12 @@ def routing(
     return x, ids, weights
 
 
-def put_weights(module: torch.nn.Module, expert: int, weights: ExpertWeights) -> None:
+def put_weights(module: Any, expert: int, weights: ExpertWeights) -> None:
     """Give a float experts module one expert's matrices."""
     turn = np.transpose if module.is_transposed else np.asarray
     first = weights.up
     if module.has_gate:
+        assert weights.gate is not None
         both = [weights.gate, weights.up]
         first = (
             np.concatenate(both)
@@ -139,7 +146,7 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_local_experts": 4, "num_experts": 4,
     "n_routed_experts": 4, "moe_hidden_size": 32, "moe_latent_size": None, "post_norm_eps": 1e-6,
 }  # fmt: skip
-MODULES = {
+MODULES: dict[str, tuple[dict[str, Any], Activation | None]] = {
     "mixtral.MixtralExperts": ({"hidden_act": "silu"}, Activation.silu()),
     "lfm2_moe.Lfm2MoeExperts": ({}, Activation.silu()),
     "beam.BeamExperts": ({"hidden_act": "silu"}, Activation.silu()),

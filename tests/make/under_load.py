@@ -45,7 +45,7 @@ class Work:
         assert kind != "tiles" or self.moe.backend == "AMXINT8", self.moe.backend
         generator = torch.Generator().manual_seed(2)
         self.x = torch.randn(48, 256, generator=generator)
-        self.ids = torch.arange(48)[:, None] % 4 * torch.ones(1, 2, dtype=int)
+        self.ids = torch.arange(48)[:, None] % 4 * torch.ones(1, 2, dtype=torch.int64)
         self.ids[:, 1] = (self.ids[:, 0] + 1) % 4
         self.weights = torch.full((48, 2), 0.5)
         self.want = self.moe.forward(self.x, self.ids, self.weights).clone()
@@ -79,7 +79,8 @@ def handler(kind: str, counter: np.ndarray, keep: list[np.ndarray]) -> tc.Progra
 
 
 def signals(kind: str) -> tuple[int, int]:
-    work, counter, keep = Work(kind), np.zeros(1, np.int64), []
+    keep: list[np.ndarray] = []
+    work, counter = Work(kind), np.zeros(1, np.int64)
     program = handler(kind, counter, keep)
     action = Action(program.address, (ctypes.c_byte * 128)(), SA_SIGINFO | SA_RESTART, None)
     libc = ctypes.CDLL(None, use_errno=True)

@@ -13,6 +13,8 @@ from ktk._cy import native_module
 from ktk.machine import cpu
 from make import ROOT, TESTS
 
+pytestmark = pytest.mark.slow
+
 NUM_CASES = 100  # of test_tiles.py, at least
 # oneDNN would ask for tiles at torch's first matrix product, and they would trap no more.
 WITHOUT_TILES = {"KTK_TILE": "emulated", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}

@@ -57,6 +57,7 @@ def textbook(w: np.ndarray, h: np.ndarray, scales: np.ndarray, low: int, high: i
     return codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "group"), [(96, 32), (320, 32), (320, 320)])
 def test_codes_are_those_of_a_textbook_gptq(columns: int, group: int) -> None:
     rng = np.random.default_rng(3)

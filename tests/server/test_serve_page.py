@@ -11,6 +11,8 @@ import pytest
 
 from make.serving import Server, make_model, serving
 
+pytestmark = pytest.mark.browser
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

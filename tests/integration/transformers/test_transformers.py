@@ -45,6 +45,8 @@ from make.transformers_cases import (
     run,
 )
 
+pytestmark = pytest.mark.slow
+
 # --- whole models -------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ from ktk.integration.transformers.packing import pack_module
 from ktk.machine import threads as engine
 from make.fused_layers import FUSED, decode, fused, make, small_matrices_too
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["small_matrices_too"]  # a fixture for every test
 
 PERCENT = 1.01

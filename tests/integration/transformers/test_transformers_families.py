@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +19,6 @@ from ktk.integration.transformers import KtkConfig, recognise, use_ktk
 from ktk.integration.transformers.experts import find_experts, handle_of, is_experts, left_eager
 from make.families import CLASSES, MODELS, NOT_BUILT, causal_families, small_config
 from make.transformers_cases import SEED, SIZES, routing
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only make torch's threads wait for each other: 59 s of CPU time with two, 15 s with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # class -> what its constructor wants besides SIZES
 ACTIVATIONS = {
