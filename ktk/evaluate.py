@@ -45,7 +45,7 @@ from ktk.quantise.feedback import (
     Factor,
     LayerCalibration,
     LayerInputs,
-    calibrated_rows,
+    calibrated,
     lay_expert,
     packed_encoder,
     rows_alike,
@@ -280,7 +280,7 @@ class Quantiser:
     def encode(self, name: str, w: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
         """Blocks of a GGUF type and their values; as ``ktk.quantise.feedback.Encode``."""
         if self.variant.by == "ktk":
-            return calibrated_rows(w, self.variant.format, factor)
+            return calibrated(w, BLOCKS[self.variant.format], factor)
         assert self._ggml is not None
         # the diagonal of (I + U) D (I + U)^T: the mean squares an importance matrix holds
         importance = factor.weight + np.square(factor.upper) @ factor.weight

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
-from ktk.backends.numpy_ref import store_rows
 from ktk.experts.activation import ACTIVATION_KINDS
 from ktk.experts.formats.floats import bf16_to_f32, to_f32
 from ktk.experts.layout import PANEL
+from ktk.experts.rows import poison_rows, quantise_activations, store_rows
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
-from ktk.reference.linear import quantise_activations
-from ktk.reference.moe import ExactExperts, poison_rows
 
 F = np.float32
 
@@ -29,20 +27,20 @@ class NumbaRunner(Runner):
         from ktk.backends import _numba_kernels
 
         self.kernels: Any = _numba_kernels
-        self.view = ExactExperts(packed)
+        self.stored = packed
         self.spec = packed.spec
         self.num_threads = num_threads
 
     def packed(self) -> StoredExperts:
-        return StoredExperts.of_panels(self.spec, self.view.data)
+        return self.stored
 
     def weights(self) -> list[np.ndarray]:
-        return [self.view.data]
+        return [self.stored.data]
 
     def _linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         """float32 (rows, in_features) to (rows, out_features), bias added."""
-        matrix, fmt = self.view.matrix(projection), self.view.format
-        panels = np.ascontiguousarray(self.view.panels(expert, projection))
+        matrix, fmt = self.spec.layout.matrix(projection), self.spec.format
+        panels = np.ascontiguousarray(self.stored.matrices[projection].data[expert])
         out = np.empty((len(x), matrix.num_panels, PANEL), F)
         if fmt.is_integer:
             act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
@@ -71,8 +69,8 @@ class NumbaRunner(Runner):
 
     def _biased(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         y = self._linear(expert, projection, x)
-        bias = self.view.bias(expert, projection)
-        return np.ascontiguousarray(y if bias is None else y + bias)
+        bias = self.stored.biases.get(projection)
+        return np.ascontiguousarray(y if bias is None else y + bias[expert])
 
     def _expert(self, expert: int, x: np.ndarray) -> np.ndarray:
         a = self.spec.activation
@@ -117,7 +115,7 @@ class NumbaRunner(Runner):
             ("down",) if projection == "down" else ("gate", "up") if self.spec.has_gate else ("up",)
         )
         x = poison_rows(x)
-        y = np.empty((len(x), sum(self.view.matrix(n).out_features for n in names)), F)
+        y = np.empty((len(x), sum(self.stored.matrices[n].out_features for n in names)), F)
 
         def work(expert: int) -> None:
             rows = np.nonzero(expert_ids == expert)[0]

@@ -5,17 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
-from ktk.experts.formats.floats import f32_to_bf16, to_f32
+from ktk.experts.formats.floats import to_f32
+from ktk.experts.rows import poison_rows, store_rows
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
-from ktk.reference.moe import ExactExperts, poison_rows
-
-
-def store_rows(y: np.ndarray, out: np.ndarray) -> None:
-    """float32 (rows, n) into float32, float16 or bf16 bits, rounded once."""
-    with np.errstate(over="ignore"):
-        out[:] = f32_to_bf16(y) if out.dtype == np.uint16 else y.astype(out.dtype)
+from ktk.reference.moe import ExactExperts
 
 
 class NumpyRunner(Runner):
@@ -23,10 +18,10 @@ class NumpyRunner(Runner):
         self.experts = ExactExperts(packed)
 
     def packed(self) -> StoredExperts:
-        return StoredExperts.of_panels(self.experts.spec, self.experts.data)
+        return self.experts.stored
 
     def weights(self) -> list[np.ndarray]:
-        return [self.experts.data]
+        return [self.experts.stored.data]
 
     def forward(
         self,

@@ -90,6 +90,30 @@ class Activation:
         """max(x, 0) ** 2."""
         return cls(kind="relu2")
 
+    def apply(self, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
+        """The function itself, float32 or float64 (...) as gate and up are; gate None without a gate projection.
+
+        By its definition: kernels compute their own exponential, see ``ktk.reference.activation``.
+        """
+        x, one = up if gate is None else gate, up.dtype.type(1)
+        with np.errstate(all="ignore"):
+            if self.kind == "sigmoid_glu":
+                if gate is not None:
+                    x = _clipped(gate, self.gate_min, self.gate_max)
+                h = x / (one + np.exp(up.dtype.type(-self.alpha) * x))
+            elif self.kind == "gelu_tanh":
+                root = up.dtype.type(math.sqrt(2.0 / math.pi))
+                inner = root * (x + up.dtype.type(0.044715) * x * x * x)
+                h = up.dtype.type(0.5) * x * (one + np.tanh(inner))
+            else:
+                positive = np.maximum(x, up.dtype.type(0))
+                h = positive * positive
+        if gate is None:
+            return np.asarray(h)
+        return np.asarray(
+            h * (_clipped(up, self.up_min, self.up_max) + up.dtype.type(self.up_offset))
+        )
+
     def to_json(self) -> dict[str, Any]:
         """JSON-able dict; infinities become None (JSON has none)."""
         fields = dataclasses.asdict(self)
@@ -104,3 +128,7 @@ class Activation:
                 f"activation has unknown fields {sorted(unknown)}; known: {sorted(known)}"
             )
         return cls(**{k: v for k, v in fields.items() if v is not None})
+
+
+def _clipped(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.clip(x, x.dtype.type(low), x.dtype.type(high))

@@ -14,8 +14,8 @@ import numpy as np
 from ktk.experts.formats import BLOCKS, Format
 from ktk.experts.formats.base import TINY_PEAK
 from ktk.experts.formats.floats import to_f32
+from ktk.quantise import block_search
 from ktk.quantise.pack import NOT_FINITE
-from ktk.reference import blocks as oracle
 
 LARGEST = (
     2.0**18
@@ -83,7 +83,7 @@ def quantise_rows(w: np.ndarray, type: str, out: np.ndarray | None = None) -> np
 def _quantiser(name: str) -> Callable[[np.ndarray, np.ndarray], None]:
     """The fastest one present."""
     try:
-        twins = importlib.import_module("ktk.quantise._blocks_numba")
+        twins = importlib.import_module("ktk.quantise._block_search_numba")
     except ImportError:
         return lambda w, out: with_numpy(name, w, out)
     compiled, search = getattr(twins, name.lower()), BLOCK_TYPES[name].search
@@ -97,8 +97,8 @@ def _quantiser(name: str) -> Callable[[np.ndarray, np.ndarray], None]:
 
 
 def with_numpy(name: str, w: np.ndarray, out: np.ndarray) -> None:
-    """The oracle: w float32 (blocks, weights of a block), finite, into uint8 (blocks, bytes of a block)."""
+    """Without Numba: w float32 (blocks, weights of a block), finite, into uint8 (blocks, bytes of a block)."""
     x = np.ascontiguousarray(w.T)
     x[:, np.abs(x).max(axis=0) < TINY_PEAK] = 0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
-        out[:] = getattr(oracle, name.lower())(x)
+        out[:] = getattr(block_search, name.lower())(x)

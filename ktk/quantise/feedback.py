@@ -19,19 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from ktk.experts.activation import Activation
-from ktk.experts.formats import BLOCKS
+from ktk.experts.formats import BLOCKS, Format
 from ktk.experts.formats.base import NOT_ROUNDED, TO_BF16, Grid
-from ktk.experts.formats.blocks import E2M1_LEVELS
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.layout import PANEL, MatrixLayout
+from ktk.experts.layout import PANEL, MatrixLayout, matrix_layout
 from ktk.experts.panels import lay_panels
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
+from ktk.quantise import block_bytes
 from ktk.quantise.blocks import BLOCK_TYPES, LARGEST, quantise_rows
 from ktk.quantise.pack import NOT_FINITE, check_expert
-from ktk.reference import blocks as oracle
-from ktk.reference.activation import activate
 
 F = np.float32
 # Of H's mean diagonal, added to the diagonal: the text is a sample.
@@ -181,86 +178,71 @@ def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
     return best.astype(F)
 
 
-def calibrated_panels(
-    w: np.ndarray, layout: MatrixLayout, factor: Factor
+def calibrated(
+    w: np.ndarray, fmt: Format, factor: Factor, group_size: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 or bf16 bits (out, in) as panels, uint8 (num_panels, panel_bytes), of a packed integer format.
+    """float32 or bf16 bits (out, in) as they are stored in ``fmt``: panels, uint8 (num_panels, panel_bytes), or blocks,
+    uint8 (out, row bytes). group_size : of panels, as in MoESpec.
 
-    And the values they hold, float32 (out, in). Raises ValueError on NaN or inf.
+    And the values they hold, float32 (out, in). Raises ValueError on NaN, inf, a format without a grid; of blocks also on a
+    weight above LARGEST, or in_features that are not whole blocks.
     """
-    fmt = layout.format
-    columns = layout.num_groups * layout.group_size
-    given = np.zeros((layout.num_panels * PANEL, columns), F)
-    given[: w.shape[0], : w.shape[1]] = _finite(w)
-    rounded = round_matrix(given, padded(factor, columns), packed_grid(layout))
-    codes = (rounded.codes.T + fmt.zero_point).astype(np.uint8)
-    codes, scales = codes[:, : layout.padded_in], rounded.scales.T
-    panels = lay_panels(np.ascontiguousarray(codes), np.ascontiguousarray(scales), layout)
-    return panels, (given - rounded.error.T)[: w.shape[0], : w.shape[1]]
-
-
-def calibrated_rows(w: np.ndarray, type: str, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
-    """float32 or bf16 bits (rows, in_features) as ggml blocks, uint8 (rows, row bytes). type : one with a grid.
-
-    And the values they hold, float32 (rows, in_features). Raises ValueError on NaN, inf, a weight above LARGEST, or in_features that are not whole blocks.
-    """
-    grid = BLOCKS[type].grid if type in BLOCKS else None
-    if grid is None:
-        known = ", ".join(row.name for row in BLOCKS.values() if row.grid)
-        raise ValueError(f"type={type!r}: must be one of {known} to be calibrated")
     given = _finite(w)
+    rows, columns = given.shape
+    if fmt.is_packed:
+        layout = matrix_layout(fmt, columns, rows, group_size, 0)
+        wide = layout.num_groups * layout.group_size
+        whole = np.zeros((layout.num_panels * PANEL, wide), F)
+        whole[:rows, :columns] = given
+        rounded = round_matrix(whole, padded(factor, wide), packed_grid(layout))
+        return _panels(rounded, layout), (whole - rounded.error.T)[:rows, :columns]
+    if fmt.grid is None:
+        known = ", ".join(row.name for row in BLOCKS.values() if row.grid)
+        raise ValueError(f"type={fmt.name!r}: must be one of {known} to be calibrated")
     peak = np.abs(given).max(initial=0)
     if peak > LARGEST:
         raise ValueError(
-            f"weights reach {peak:.3g}: {type} takes at most {LARGEST:.0f}, its scales are half precision; "
+            f"weights reach {peak:.3g}: {fmt.name} takes at most {LARGEST:.0f}, its scales are half precision; "
             "mend the checkpoint"
         )
-    rows, columns = given.shape
-    if columns % grid.block:
-        raise ValueError(f"in_features={columns}: {type} needs a multiple of {grid.block}")
-    r = round_matrix(given, factor, grid)
+    fmt.row_bytes(columns)  # refuses rows that are not whole blocks
+    rounded = round_matrix(given, factor, fmt.grid)
+    return _blocks(rounded, fmt), given - rounded.error.T
+
+
+def _panels(rounded: Rounded, layout: MatrixLayout) -> np.ndarray:
+    codes = (rounded.codes.T + layout.format.zero_point).astype(np.uint8)
+    codes, scales = codes[:, : layout.padded_in], rounded.scales.T
+    return lay_panels(np.ascontiguousarray(codes), np.ascontiguousarray(scales), layout)
+
+
+def _blocks(rounded: Rounded, fmt: Format) -> np.ndarray:
+    columns, rows = rounded.codes.shape
+    grid, lay = fmt.grid, getattr(block_bytes, f"lay_{fmt.name.lower()}")
+    assert grid is not None
 
     def by_block(values: np.ndarray) -> np.ndarray:
         """(parts of all blocks, rows) to (parts of a block, rows * blocks of a row): blocks in a row's order."""
         parts = values.reshape(columns // grid.block, -1, rows)
         return np.ascontiguousarray(parts.transpose(1, 2, 0)).reshape(parts.shape[1], -1)
 
-    values = given - r.error.T
-    codes = by_block(r.codes)
+    codes = by_block(rounded.codes)
     if not grid.int_max:
-        lay = {
-            "Q4_0": oracle.lay_q4_0,
-            "Q8_0": oracle.lay_q8_0,
-            "IQ4_NL": oracle.lay_iq4_nl,
-            "MXFP4": _lay_mxfp4,
-        }[type]
-        return lay(codes, by_block(r.scales)[0]).reshape(rows, -1), values
-    d, dmin = by_block(r.supers[0])[0], by_block(r.supers[1])[0]
-    codes, ints = (codes - grid.code_min).astype(np.uint8), by_block(r.ints[0])
-    if grid.is_affine:
-        lay_affine = {"Q2_K": oracle.lay_q2_k, "Q4_K": oracle.lay_q4_k, "Q5_K": oracle.lay_q5_k}
-        blocks = lay_affine[type](codes, ints, by_block(r.ints[1]), d, dmin)
-    else:
-        lay_signed = {"Q3_K": oracle.lay_q3_k, "Q6_K": oracle.lay_q6_k, "IQ4_XS": oracle.lay_iq4_xs}
-        blocks = lay_signed[type](codes, ints, d)
-    return blocks.reshape(rows, -1), values
+        blocks = lay(codes, by_block(rounded.scales)[0])
+        return np.asarray(blocks.reshape(rows, -1))
+    codes = (codes - grid.code_min).astype(np.uint8)
+    parts = range(1 + grid.is_affine)  # scales, and minima
+    ints = [by_block(rounded.ints[part]) for part in parts]
+    supers = [by_block(rounded.supers[part])[0] for part in parts]
+    return np.asarray(lay(codes, *ints, *supers).reshape(rows, -1))
 
 
 def rows_alike(w: np.ndarray, type: str) -> np.ndarray:
-    """The blocks of ``calibrated_rows`` without inputs to calibrate on: every weight of a row counts alike."""
+    """The blocks of ``calibrated`` without inputs to calibrate on: every weight of a row counts alike."""
     if type in BLOCK_TYPES:
         return quantise_rows(w, type)
     size = w.shape[1]
-    return calibrated_rows(w, type, Factor(np.zeros((size, size), F), np.ones(size, F)))[0]
-
-
-def _lay_mxfp4(levels: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Indices of E2M1_LEVELS and scales of doubled values, powers of two."""
-    magnitudes = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7])
-    values = np.array(E2M1_LEVELS)[levels]
-    codes = magnitudes[np.abs(values)] + np.where(values < 0, 8, 0)
-    exponent = scales.view(np.uint32) >> np.uint32(23)  # 2 ** (exponent - 127) doubled values
-    return oracle.lay_mxfp4(codes, np.where(scales == 0, 0, exponent + 1))
+    return calibrated(w, BLOCKS[type], Factor(np.zeros((size, size), F), np.ones(size, F)))[0]
 
 
 def _finite(w: np.ndarray) -> np.ndarray:
@@ -276,8 +258,8 @@ Encode = Callable[[str, np.ndarray, Factor], tuple[np.ndarray, np.ndarray]]
 
 def packed_encoder(spec: MoESpec) -> Encode:
     """Panels of a packed integer format."""
-    layout = spec.layout
-    return lambda name, w, factor: calibrated_panels(w, layout.matrix(name), factor)
+    group = spec.group_size or 0
+    return lambda name, w, factor: calibrated(w, spec.format, factor, group)
 
 
 def lay_expert(
@@ -342,7 +324,7 @@ class LayerCalibration:
             bias = getattr(weights, f"{name}_bias")
             if bias is not None:
                 first[name] += bias
-        h = _activated(first.get("gate"), first["up"], self.spec.activation)
+        h = self.spec.activation.apply(first.get("gate"), first["up"])
         moments = _moments(h, routing)
         down = factorise(_mix(moments, routing, np.diag(np.diag(moments))))
         stored["down"], values = encode("down", weights.down, down)
@@ -392,14 +374,3 @@ def _mix(moments: np.ndarray, routing: np.ndarray, prior: np.ndarray) -> np.ndar
     share = F(tokens / (tokens + PRIOR * len(moments)))
     mixed: np.ndarray = share * moments + (1 - share) * prior
     return mixed
-
-
-def _activated(gate: np.ndarray | None, up: np.ndarray, activation: Activation) -> np.ndarray:
-    """The activation without the reference's bit-exact exponential, which takes most of a calibration's time."""
-    if gate is None or activation.kind != "sigmoid_glu":
-        return activate(gate, up, activation)
-    a = activation
-    g = np.clip(gate, F(a.gate_min), F(a.gate_max))
-    with np.errstate(over="ignore"):
-        h: np.ndarray = g / (1 + np.exp(-F(a.alpha) * g))
-    return h * (np.clip(up, F(a.up_min), F(a.up_max)) + F(a.up_offset))

@@ -13,45 +13,11 @@ per output channel, whatever its vector width, so outputs agree bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from ktk.experts.layout import MatrixLayout
+from ktk.experts.rows import QuantisedActivations
 from ktk.reference.fma import fma
-
-TINY_AMAX = np.float32(1.5e-36)  # below it 127 / amax overflows: the group counts as zero
-
-
-@dataclass(frozen=True)
-class QuantisedActivations:
-    """codes int8 (rows, padded_in); scales float32 (rows, groups of activation_group)."""
-
-    codes: np.ndarray
-    scales: np.ndarray
-
-
-def quantise_activations(x: np.ndarray, padded_in: int, group: int) -> QuantisedActivations:
-    """float32 (rows, in_features) to int8 codes in groups along in_features.
-
-    scale = amax / 127; code = round-half-even(x * (127 / amax)). A group holding NaN or inf gets scale NaN,
-    so its row's outputs are NaN; an all-zero group gets scale 0.
-    """
-    rows, in_features = x.shape
-    padded = np.zeros((rows, padded_in), np.float32)
-    padded[:, :in_features] = x
-    starts = np.arange(0, padded_in, group)
-    magnitude = np.maximum.reduceat(padded.view(np.uint32) & np.uint32(0x7FFFFFFF), starts, axis=1)
-    is_finite = magnitude < np.uint32(0x7F800000)
-    amax = magnitude.view(np.float32)
-    usable = is_finite & (amax >= TINY_AMAX)
-    with np.errstate(all="ignore"):
-        inverse = np.where(usable, np.float32(127.0) / amax, np.float32(0.0))
-        scales = np.where(usable, amax / np.float32(127.0), np.float32(0.0))
-        scales = np.where(is_finite, scales, np.float32(np.nan))
-        spread = np.repeat(inverse, group, axis=1)[:, :padded_in]
-        codes = np.where(spread == 0, np.float32(0.0), np.rint(padded * spread)).astype(np.int8)
-    return QuantisedActivations(codes, scales)
 
 
 def linear_integer(

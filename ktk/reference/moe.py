@@ -1,39 +1,43 @@
-"""The operator in NumPy: once exactly as the kernels compute it, once in float64 as an oracle."""
+"""The operator in NumPy: once exactly as the kernels compute it, once in float64 as an oracle.
+
+Shared with what runs, because it says where bytes lie and what they mean, and tests of its own compare it: the geometry of
+panels (``ktk.experts.layout``, ``panels``), decoding, and the rounding of activations (``ktk.experts.rows``), which the NUMBA
+backend takes too and the C kernels do not. All sums, products and activation functions are this package's own.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ktk.experts.activation import Activation
-from ktk.experts.formats import get_format
+from ktk.experts.dequantise import expert_weights
 from ktk.experts.layout import MatrixLayout
 from ktk.experts.panels import read_panels
+from ktk.experts.rows import poison_rows, quantise_activations
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.reference.activation import activate
 from ktk.reference.fma import fma
-from ktk.reference.linear import linear_float, linear_integer, quantise_activations
+from ktk.reference.linear import linear_float, linear_integer
 
 F = np.float32
 
 
 class ExactExperts:
-    """Exact integer model of one layer's experts: what every kernel's output is compared with."""
+    """Exact model of one layer's packed experts: what every kernel's output is compared with."""
 
     def __init__(self, packed: StoredExperts) -> None:
-        self.spec = packed.spec
-        self.data = packed.data
+        self.stored, self.spec = packed, packed.spec
         self.layout = packed.spec.layout
-        self.format = get_format(packed.spec.weight_format)
 
     def panels(self, expert: int, projection: str) -> np.ndarray:
         """One projection's panels, uint8 (num_panels, panel_bytes); a view. gate, up or down."""
-        return self.layout.panels(self.data[expert], projection)
+        return self.stored.matrices[projection].data[expert]
 
     def bias(self, expert: int, projection: str) -> np.ndarray | None:
         """float32 (out_features,) or None."""
-        raw = self.layout.bias(self.data[expert], projection)
-        return None if raw is None else raw.view(F)[: self.matrix(projection).out_features]
+        bias = self.stored.biases.get(projection)
+        return None if bias is None else bias[expert]
 
     def matrix(self, projection: str) -> MatrixLayout:
         return self.layout.matrix(projection)
@@ -42,33 +46,16 @@ class ExactExperts:
         """float32 (rows, in_features) to float32 (rows, out_features), bias not added."""
         matrix = self.matrix(projection)
         codes, scales = read_panels(self.panels(expert, projection), matrix)
-        if self.format.is_integer:
+        if matrix.format.is_integer:
             act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
-            y = linear_integer(codes, scales, act, matrix, self.format.zero_point)
+            y = linear_integer(codes, scales, act, matrix, matrix.format.zero_point)
         else:
             y = linear_float(codes[:, : x.shape[1]], x)
         return y[:, : matrix.out_features]
 
     def dequantised(self, expert: int) -> ExpertWeights:
-        """The expert's weights as the codes say, float32, unpadded."""
-        matrices: list[np.ndarray | None] = []
-        for projection in ("gate", "up", "down"):
-            if projection == "gate" and not self.spec.has_gate:
-                matrices.append(None)
-                continue
-            matrix = self.matrix(projection)
-            w, scales = read_panels(self.panels(expert, projection), matrix)
-            if self.format.is_integer:
-                spread = np.repeat(scales, matrix.group_size, axis=1)[:, : matrix.padded_in]
-                w = (w.astype(F) - F(self.format.zero_point)) * spread
-            matrices.append(w[: matrix.out_features, : matrix.in_features])
-        gate, up, down = matrices
-        assert up is not None and down is not None
-        biases = (
-            self.bias(expert, p) if p != "gate" or self.spec.has_gate else None
-            for p in ("gate", "up", "down")
-        )
-        return ExpertWeights(gate, up, down, *biases)
+        """The expert's weights as the codes say, float32."""
+        return expert_weights(self.stored, expert)
 
     def expert(self, expert: int, x: np.ndarray) -> np.ndarray:
         """One expert on float32 (rows, hidden_size): float32 (rows, hidden_size), down bias added."""
@@ -101,12 +88,6 @@ class ExactExperts:
         for j in range(top_k):
             out = np.where(live[:, j, None], fma(topk_weights[:, j, None], y[:, j], out), out)
         return out if add is None else out + add
-
-
-def poison_rows(x: np.ndarray) -> np.ndarray:
-    """Rows of float32 (rows, n) that hold NaN or inf become NaN throughout: inf must not be clamped to a number."""
-    finite = np.isfinite(x).all(axis=1, keepdims=True)
-    return x if finite.all() else np.where(finite, x, np.float32(np.nan))
 
 
 def _add(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

@@ -7,9 +7,10 @@ import numpy as np
 from ktk._cy import native_module
 from ktk.backends.llamafile import formats
 from ktk.experts.layout import PANEL
+from ktk.experts.rows import quantise_activations
 from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.reference.fma import fma
-from ktk.reference.linear import linear_float, quantise_activations
+from ktk.reference.linear import linear_float
 from ktk.reference.moe import ExactExperts
 
 

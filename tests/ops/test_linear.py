@@ -17,6 +17,7 @@ import torch
 from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError, EngineError
 from ktk.experts.dequantise import dequantise
+from ktk.experts.rows import poison_rows
 from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.integration.transformers.linear import (
     KtkLinear,
@@ -28,7 +29,7 @@ from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 from ktk.ops import linear
 from ktk.ops.linear import Linear
-from ktk.reference.moe import ExactExperts, poison_rows
+from ktk.reference.moe import ExactExperts
 from make import block_cases
 
 if linear.why_not() is not None:

@@ -20,8 +20,7 @@ from ktk.quantise.blocks import BLOCK_TYPES, quantise_rows
 from ktk.quantise.feedback import (
     LayerCalibration,
     LayerInputs,
-    calibrated_panels,
-    calibrated_rows,
+    calibrated,
     factorise,
     packed_encoder,
     round_matrix,
@@ -99,11 +98,13 @@ def test_feedback_lowers_the_loss_of_ggml_blocks(kind: str) -> None:
     rng = np.random.default_rng(0)
     x, w = correlated_inputs(rng, 2048, 512), weights(rng, 70, 512)
     h = (x.T @ x / len(x)).astype(np.float64)
-    blocks, values = calibrated_rows(w, kind, factorise(h))
+    blocks, values = calibrated(w, BLOCKS[kind], factorise(h))
     decoded = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     np.testing.assert_allclose(decoded, values, atol=1e-6)
     nothing = factorise(np.zeros((512, 512)))
-    alike = gguf.dequantize(calibrated_rows(w, kind, nothing)[0], gguf.GGMLQuantizationType[kind])
+    alike = gguf.dequantize(
+        calibrated(w, BLOCKS[kind], nothing)[0], gguf.GGMLQuantizationType[kind]
+    )
     assert h_loss(w - decoded, h) < 0.4 * h_loss(w - alike, h)
     if kind in BLOCK_TYPES:  # without inputs as good as the plain quantiser
         plain = gguf.dequantize(quantise_rows(w, kind), gguf.GGMLQuantizationType[kind])
@@ -118,7 +119,7 @@ def test_feedback_lowers_the_loss_of_packed_formats(name: str, group: int) -> No
     h = (x.T @ x / len(x)).astype(np.float64)
     spec = MoESpec(1, columns, rows, name, group)
     layout, fmt = spec.layout.gate_up, spec.format
-    panels, values = calibrated_panels(w, layout, factorise(h))
+    panels, values = calibrated(w, fmt, factorise(h), group)
     decoded = decoded_packed(panels, spec, rows, columns)
     np.testing.assert_allclose(decoded, values, atol=1e-6)
     codes, scales = quantise_weights(w, layout)
@@ -135,7 +136,7 @@ def test_channels_that_never_fire_and_single_tokens_leave_finite_blocks() -> Non
         x[:, ::3] = 0
         h = x.T @ x / max(tokens, 1)
         for kind in GRIDS:
-            values = calibrated_rows(w, kind, factorise(h))[1]
+            values = calibrated(w, BLOCKS[kind], factorise(h))[1]
             assert np.isfinite(values).all()
             assert np.abs(w - values).max() < 0.05, kind
 
@@ -144,7 +145,7 @@ def test_a_zero_row_stays_zero() -> None:
     w = weights(np.random.default_rng(4), 3, 256)
     w[1] = 0
     for kind in GRIDS:
-        values = calibrated_rows(w, kind, factorise(np.eye(256) + 0.5))[1]
+        values = calibrated(w, BLOCKS[kind], factorise(np.eye(256) + 0.5))[1]
         assert not values[1].any(), kind
 
 
@@ -164,7 +165,7 @@ def test_nan_is_refused() -> None:
         factorise(h)
     w[0, 0] = np.inf
     with pytest.raises(ValueError, match="NaN or inf"):
-        calibrated_rows(w, "Q8_0", factorise(np.eye(256)))
+        calibrated(w, BLOCKS["Q8_0"], factorise(np.eye(256)))
     inputs = LayerInputs(
         np.full((2, 32), np.nan, F), np.zeros((2, 1), np.int64), np.ones((2, 1), F)
     )
@@ -260,8 +261,8 @@ def test_an_expert_without_tokens_takes_the_layers_moments() -> None:
     stored = LayerCalibration(spec, inputs).expert(2, experts[2], packed_encoder(spec))
     x = inputs.hidden
     pooled = factorise(x.T @ x / len(x))
-    expected = calibrated_panels(experts[2].gate, spec.layout.matrix("gate"), pooled)[0]
+    expected = calibrated(experts[2].gate, spec.format, pooled, spec.group_size or 0)[0]
     np.testing.assert_array_equal(stored["gate"], expected)
     plain = factorise(np.zeros((64, 64)))
-    expected = calibrated_panels(experts[2].down, spec.layout.matrix("down"), plain)[0]
+    expected = calibrated(experts[2].down, spec.format, plain, spec.group_size or 0)[0]
     np.testing.assert_array_equal(stored["down"], expected)

@@ -36,9 +36,10 @@ from ktk.convert.sinks.gguf_header import (
 )
 from ktk.convert.sinks.gguf_rows import FALLBACK, encode_rows, is_whole, row_bytes
 from ktk.convert.sources import HuggingFaceSource
+from ktk.experts.formats import BLOCKS
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts, StoredMatrix
-from ktk.quantise.feedback import Encode, calibrated_rows
+from ktk.quantise.feedback import Encode, calibrated
 
 EXPERTS_ONLY = (
     "holds the experts only: the other tensors and the tokenizer stay with the Hugging Face "
@@ -131,7 +132,7 @@ class GgufSink(Sink):
 
     def encoder(self, layer: int) -> Encode:
         types = {t.projection: t.type for t in self.tensors[layer]}
-        return lambda name, w, factor: calibrated_rows(w, types[name], factor)
+        return lambda name, w, factor: calibrated(w, BLOCKS[types[name]], factor)
 
     def encode(self, layer: int, weights: ExpertWeights | CodedExpert) -> Pieces:
         if isinstance(weights, CodedExpert):

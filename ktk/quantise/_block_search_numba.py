@@ -1,4 +1,4 @@
-"""Numba twins of ``ktk.quantise.blocks``'s NumPy functions: same operations in the same order, 16 blocks in lockstep so LLVM
+"""Numba twins of ``ktk.quantise.block_search``: same operations in the same order, 16 blocks in lockstep so LLVM
 turns each loop over lanes into vector code. Run without the GIL. w float32 (blocks, weights of a block); out uint8
 (blocks, bytes of a block) is written.
 """
