@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ktk.checkpoint import Checkpoint
 from ktk.experts.formats.floats import bf16_to_f32, e4m3_table, f32_to_bf16
+from ktk.models import Experts, find_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS = 64, 32, 3, 2
 NUMPY_NAMES = {
@@ -231,3 +233,25 @@ def _fused(
             else:
                 expert["down"] = w[e]
     return tensors
+
+
+def open_experts(path: Path) -> Experts:
+    return find_experts(Checkpoint.open(path))
+
+
+def assert_holds(experts: Experts, expected: Expected) -> None:
+    assert experts.layers == tuple(expected.experts)
+    for layer, wanted in expected.experts.items():
+        for expert, weights in enumerate(wanted):
+            got = experts.read(layer, expert)
+            for role in got._fields:
+                array = getattr(got, role)
+                if role not in weights:
+                    assert array is None, role
+                    continue
+                assert array.flags.c_contiguous
+                values = bf16_to_f32(array) if array.dtype == np.uint16 else array
+                assert values.dtype == np.float32
+                np.testing.assert_array_equal(
+                    values, weights[role], err_msg=f"{layer} {expert} {role}"
+                )

@@ -16,6 +16,7 @@ from ktk.models.codings.scaled import (
     SCALE_DTYPES,
     Coding,
     ScaledCoding,
+    Shapes,
     apply_scale,
 )
 
@@ -69,16 +70,17 @@ def infer_coding(
         raise CheckpointError(f"{what}: scales must be one of {', '.join(SCALE_DTYPES)}")
     # A stacked scale of one number per expert is (experts,), (experts, 1) or (experts, 1, 1).
     scales = _unstacked(scale.shape, experts, what)
+    shapes = Shapes(stored, scales, scale.dtype in E8M0_DTYPES, block)
     rows = [row for row in SCALED if weight.dtype in row.weight_dtypes]
     for row in rows:
-        coding = row.fit(stored, scales, scale.dtype in E8M0_DTYPES, block)
+        coding = row.fit(shapes)
         if coding is not None:
             return coding
     if not rows:
         raise CheckpointError(
             f"{what}: only F8_E4M3 and mxfp4 take a scale; ktk reads {', '.join(SOURCE_DTYPES)}"
         )
-    wanted = [row.wanted(stored, block) for row in reversed(rows)]
+    wanted = [row.wanted(shapes) for row in reversed(rows)]
     raise CheckpointError(f"{what}: {', or '.join(wanted)}")
 
 

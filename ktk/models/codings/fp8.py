@@ -16,7 +16,7 @@ import numpy as np
 
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import e4m3_table
-from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, look_up
+from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, Shapes, look_up
 from ktk.models.config import Config
 
 DEFAULT_BLOCK = (128, 128)
@@ -50,50 +50,33 @@ class _E4m3(ScaledCoding):
 class _Fp8(_E4m3):
     name = "fp8"
 
-    def fit(
-        self,
-        stored: tuple[int, int],
-        scales: tuple[int, ...],
-        is_e8m0: bool,
-        block: tuple[int, int],
-    ) -> Coding | None:
-        rows, columns = stored
-        if scales in ((), (1,), (1, 1)):
-            return Coding(self.name, stored, stored)
-        if scales in ((rows,), (rows, 1)):
-            return Coding(self.name, stored, (1, columns))
-        if scales == _blocks(stored, block):
-            return Coding(self.name, stored, (min(block[0], rows), min(block[1], columns)))
+    def fit(self, found: Shapes) -> Coding | None:
+        (rows, columns), block = found.stored, found.block
+        if found.scales in ((), (1,), (1, 1)):
+            return Coding(self.name, found.stored, found.stored)
+        if found.scales in ((rows,), (rows, 1)):
+            return Coding(self.name, found.stored, (1, columns))
+        if found.scales == found.blocks(*block):
+            return Coding(self.name, found.stored, (min(block[0], rows), min(block[1], columns)))
         return None
 
-    def wanted(self, stored: tuple[int, int], block: tuple[int, int]) -> str:
+    def wanted(self, found: Shapes) -> str:
         return (
-            f"a scale must be () for the tensor, ({stored[0]}, 1) per channel, "
-            f"{_blocks(stored, block)} for blocks of {block}"
+            f"a scale must be () for the tensor, ({found.stored[0]}, 1) per channel, "
+            f"{found.blocks(*found.block)} for blocks of {found.block}"
         )
 
 
 class _Mxfp8(_E4m3):
     name = "mxfp8"
 
-    def fit(
-        self,
-        stored: tuple[int, int],
-        scales: tuple[int, ...],
-        is_e8m0: bool,
-        block: tuple[int, int],
-    ) -> Coding | None:
-        if is_e8m0 and scales == _blocks(stored, (1, MX_GROUP)):
-            return Coding(self.name, stored, (1, MX_GROUP))
+    def fit(self, found: Shapes) -> Coding | None:
+        if found.is_e8m0 and found.scales == found.blocks(1, MX_GROUP):
+            return Coding(self.name, found.stored, (1, MX_GROUP))
         return None
 
-    def wanted(self, stored: tuple[int, int], block: tuple[int, int]) -> str:
-        return f"e8m0 {_blocks(stored, (1, MX_GROUP))}"
-
-
-def _blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks a matrix has, begun ones counted."""
-    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+    def wanted(self, found: Shapes) -> str:
+        return f"e8m0 {found.blocks(1, MX_GROUP)}"
 
 
 @cache

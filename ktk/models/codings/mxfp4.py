@@ -12,29 +12,24 @@ from functools import cache
 
 import numpy as np
 
-from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, look_up
+from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, Shapes, look_up
 
 
 class _Mxfp4(ScaledCoding):
     name = "mxfp4"
     weight_dtypes = ("U8", "I8")
 
-    def fit(
-        self,
-        stored: tuple[int, int],
-        scales: tuple[int, ...],
-        is_e8m0: bool,
-        block: tuple[int, int],
-    ) -> Coding | None:
-        rows, columns = stored[0], stored[1] * 2
-        if is_e8m0 and columns % MX_GROUP == 0 and scales == (rows, columns // MX_GROUP):
+    def fit(self, found: Shapes) -> Coding | None:
+        rows, columns = found.stored[0], found.stored[1] * 2
+        is_whole = found.is_e8m0 and columns % MX_GROUP == 0
+        if is_whole and found.scales == (rows, columns // MX_GROUP):
             return Coding(self.name, (rows, columns), (1, MX_GROUP))
         return None
 
-    def wanted(self, stored: tuple[int, int], block: tuple[int, int]) -> str:
+    def wanted(self, found: Shapes) -> str:
         return (
             "8-bit integers are read as mxfp4 only, whose scale is e8m0 "
-            f"({stored[0]}, {stored[1] * 2 // MX_GROUP})"
+            f"({found.stored[0]}, {found.stored[1] * 2 // MX_GROUP})"
         )
 
     def values(self, raw: np.ndarray) -> np.ndarray:

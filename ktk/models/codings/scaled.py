@@ -39,6 +39,20 @@ class Coding:
         return start // self.block[0], -(-stop // self.block[0])
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What a coding is told from. stored : (rows, columns) of the codes. block : rows and columns, by the config, of fp8."""
+
+    stored: tuple[int, int]
+    scales: tuple[int, ...]
+    is_e8m0: bool
+    block: tuple[int, int]
+
+    def blocks(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many blocks of that size the codes have, begun ones counted."""
+        return -(-self.stored[0] // rows), -(-self.stored[1] // columns)
+
+
 class ScaledCoding(ABC):
     """One way to code. name : of SOURCE_DTYPES. weight_dtypes : what safetensors calls its codes."""
 
@@ -46,17 +60,11 @@ class ScaledCoding(ABC):
     weight_dtypes: tuple[str, ...]
 
     @abstractmethod
-    def fit(
-        self,
-        stored: tuple[int, int],
-        scales: tuple[int, ...],
-        is_e8m0: bool,
-        block: tuple[int, int],
-    ) -> Coding | None:
-        """The coding of codes and scales of these shapes, None if it is not this one. block : the config's, of fp8."""
+    def fit(self, found: Shapes) -> Coding | None:
+        """The coding of codes and scales of these shapes, None if it is not this one."""
 
     @abstractmethod
-    def wanted(self, stored: tuple[int, int], block: tuple[int, int]) -> str:
+    def wanted(self, found: Shapes) -> str:
         """Which scales would fit, for an error."""
 
     @abstractmethod

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +12,13 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 import ktk
-from ktk.backends import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.errors import CheckpointError
-from ktk.experts.activation import Activation
-from ktk.experts.stored import StoredExperts
 from ktk.models.arch import BY_GGUF_NAME
 from ktk.models.find import find_gguf_experts
 from ktk.models.gguf.experts import GgufExperts
 from ktk.models.gguf.routing import Routing
+from make.gguf_families import FAMILIES, FUSED, SILU, family_file, singles
 from make.gguf_files import (
     EXPERTS,
     HIDDEN,
@@ -36,78 +31,9 @@ from make.gguf_files import (
     write_gguf,
 )
 
-SILU, FUSED = Activation.silu(), ("gate_up", "down")
-# id -> (architecture, projections as written, further metadata, activation, routing)
-FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, Any], Activation, Routing]] = {
-    "mixtral": ("llama", ("gate", "up", "down"), {}, SILU, Routing("softmax", True)),
-    "qwen2moe": ("qwen2moe", ("gate", "up", "down"), {}, SILU, Routing("softmax", False)),
-    "qwen3moe": ("qwen3moe", ("gate", "up", "down"), {}, SILU, Routing("softmax", True)),
-    "qwen3next": ("qwen3next", FUSED, {}, SILU, Routing("softmax", True)),
-    "kimi-k2": (
-        "deepseek2",
-        ("gate", "up", "down"),
-        {
-            "expert_gating_func": 2,
-            "expert_weights_norm": True,
-            "expert_weights_scale": 2.5,
-            "expert_group_count": 1,
-            "expert_group_used_count": 1,
-            "leading_dense_block_count": 1,
-        },
-        SILU,
-        Routing("sigmoid", True, 2.5, 1, 1),
-    ),
-    "deepseek-v2": ("deepseek2", ("gate", "up", "down"), {}, SILU, Routing("softmax", False)),
-    "glm4moe": ("glm4moe", ("gate", "up", "down"), {}, SILU, Routing("sigmoid", None)),
-    "gpt-oss": (
-        "gpt-oss",
-        ("gate", "up", "down"),
-        {},
-        Activation.swigluoai(),
-        Routing("softmax_of_top_k", False),
-    ),
-    "minimax-m2": (
-        "minimax-m2",
-        ("gate", "up", "down"),
-        {"expert_gating_func": 2},
-        SILU,
-        Routing("sigmoid", True),
-    ),
-    "llama4": (
-        "llama4",
-        ("gate", "up", "down"),
-        {},
-        SILU,
-        Routing("sigmoid", False, weighs_input=True),
-    ),
-    "olmoe": ("olmoe", ("gate", "up", "down"), {}, SILU, Routing("softmax", False)),
-    "granitemoe": ("granitemoe", ("gate", "up", "down"), {}, SILU, Routing("softmax", True)),
-    "grok": ("grok", ("gate", "up", "down"), {}, Activation.gelu_tanh(), Routing("softmax", True)),
-    "gemma4": ("gemma4", FUSED, {}, Activation.gelu_tanh(), Routing("softmax", True)),
-    "nemotron-h": ("nemotron_h_moe", ("up", "down"), {}, Activation.relu2(), Routing(None)),
-    "deepseek4": (
-        "deepseek4",
-        ("gate", "up", "down"),
-        {"swiglu_clamp_exp": [0.0, 10.0, 10.0]},
-        Activation.silu(10.0),
-        Routing(None),
-    ),
-}
-
 
 def opened(path: Path) -> GgufExperts:
     return find_gguf_experts(GgufCheckpoint.open(path))
-
-
-def family_file(path: Path, family: str, layers: tuple[int, ...] = (1, 2)) -> tuple[Path, dict]:
-    """A tiny model of a family, its first layer dense; and the tensors in it."""
-    architecture, parts, more, _, _ = FAMILIES[family]
-    rng = np.random.default_rng(3)
-    tensors: dict[str, Any] = stacked(rng, layers, parts)
-    tensors["blk.0.ffn_gate.weight"] = rng.standard_normal((INTERMEDIATE, HIDDEN), np.float32)
-    tensors["blk.1.ffn_gate_inp.weight"] = rng.standard_normal((EXPERTS, HIDDEN), np.float32)
-    tensors["blk.1.ffn_gate_shexp.weight"] = rng.standard_normal((INTERMEDIATE, HIDDEN), np.float32)
-    return write_gguf(path, architecture, tensors, sizes(architecture, **more)), tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -200,21 +126,6 @@ def test_each_projection_has_its_type_and_the_finest_decides_the_activation_grou
 
 
 # One tensor per expert
-
-
-def singles(rng: np.random.Generator, order: str) -> dict[str, Any]:
-    """Mixtral's old names; ``order`` tells how the tensors lie."""
-    names = [
-        f"blk.0.ffn_{part}.{e}.weight" for e in range(EXPERTS) for part in ("gate", "up", "down")
-    ]
-    if order == "uneven":
-        names = [names[i] for i in np.random.default_rng(5).permutation(len(names))]
-    elif order == "descending":
-        names.reverse()
-    return {
-        name: quantised(rng, Type.Q8_0, *expert_shapes(name.split("_")[1].split(".")[0])[1:])
-        for name in names
-    }
 
 
 @pytest.mark.parametrize("order", ["even", "uneven", "descending"])
@@ -384,146 +295,3 @@ def test_tensors_that_do_not_fit_are_named(
             tensors[name] = quantised(rng, Type.Q8_0, *shape)
     with pytest.raises(CheckpointError, match=text):
         opened(write_gguf(tmp_path / "a.gguf", "qwen3moe", tensors))
-
-
-# The model
-
-
-def test_a_model_is_a_mapping_of_its_layers(tmp_path: Path) -> None:
-    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
-    model = ktk.load_gguf(path)
-    assert model.layers == (1, 2) == tuple(model) and len(model) == 2 and 1 in model
-    assert model.spec(1).num_experts == EXPERTS and model.num_experts_per_tok == 2
-    assert model.metadata["general.architecture"] == "deepseek2"
-    assert model.routing.expert_weights_scale == 2.5
-    assert model.experts(1).up.format.name == "Q8_0" and "deepseek2, 2 MoE layers" in repr(model)
-    with pytest.raises(KeyError):
-        model[0]
-    with pytest.raises(CheckpointError, match="layer 0 has no experts"):
-        model.moe(0)
-
-
-def test_a_method_or_repack_that_is_none_is_refused(tmp_path: Path) -> None:
-    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
-    with pytest.raises(ValueError, match="method='Q4_K' is unknown"):
-        ktk.load_gguf(path, method="Q4_K")
-    model = ktk.load_gguf(path, repack="no")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="repack='no': must be True, False or None"):
-        model[1]
-
-
-def test_a_model_equals_itself_alone_and_comparing_makes_no_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
-    model = ktk.load_gguf(path)
-    monkeypatch.setattr(GgufExperts, "experts", None)
-    assert model == model and model != ktk.load_gguf(path) and model != {}
-    assert model in {model}
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_child_forked_while_a_layer_is_made_makes_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, _ = family_file(tmp_path / "a.gguf", "kimi-k2")
-    model, experts = ktk.load_gguf(path), GgufExperts.experts
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slow(self: GgufExperts, layer: int) -> StoredExperts:
-        if layer == 1:
-            begun.set()
-            go_on.wait(60)
-        return experts(self, layer)
-
-    monkeypatch.setattr(GgufExperts, "experts", slow)
-    maker = threading.Thread(target=model.moe, args=(1,))
-    maker.start()
-    try:
-        assert begun.wait(60)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(30)  # a child that waits for the lock is killed
-            made = model[2].spec == model.spec(2)
-            os._exit(0 if made else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    finally:
-        go_on.set()
-        maker.join()
-
-
-def test_the_next_layer_is_read_ahead_only_if_it_is_not_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, _ = family_file(tmp_path / "a.gguf", "qwen3moe")
-    made: list[Any] = []
-    monkeypatch.setattr(
-        "ktk.ops.gguf_model.MoE", lambda blocks, **kw: made.append((blocks, kw)) or kw
-    )
-    model = ktk.load_gguf(path, method="LLAMAFILE", num_threads=2, repack=False)
-    asked: list[int] = []
-    monkeypatch.setattr(GgufExperts, "prefetch", lambda self, layer: asked.append(layer))
-    monkeypatch.setattr(GgufExperts, "is_resident", lambda self, layer: layer == 1)
-    for layer in (1, 2, 1):
-        model.moe(layer)
-        if model._reader is not None:
-            model._reader.join()
-    assert asked == [2, 2]  # the layer after 2 is 1, which is there
-    assert [kw for _, kw in made] == [
-        {"method": "LLAMAFILE", "num_threads": 2, "repack": False}
-    ] * 2
-
-
-@pytest.mark.parametrize("is_copied", [False, True])
-def test_a_layer_whose_moe_has_its_own_weights_is_not_read_ahead_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_copied: bool
-) -> None:
-    path, _ = family_file(tmp_path / "a.gguf", "qwen3moe")
-    monkeypatch.setattr("ktk.ops.gguf_model.MoE", lambda blocks, **_: None if is_copied else blocks)
-    monkeypatch.setattr(GgufExperts, "is_resident", lambda self, layer: False)
-    asked: list[int] = []
-    monkeypatch.setattr(GgufExperts, "prefetch", lambda self, layer: asked.append(layer))
-    model = ktk.load_gguf(path)
-    for layer in (1, 2, 1):
-        model.moe(layer)
-        if model._reader is not None:
-            model._reader.join()
-    assert asked == ([2] if is_copied else [2, 1, 2])
-
-
-@pytest.mark.parametrize("repack", [False, True])
-@pytest.mark.parametrize("style", ["stacked", "fused", "even", "uneven"])
-def test_a_layer_of_a_model_runs(tmp_path: Path, style: str, repack: bool) -> None:
-    if "LLAMAFILE" not in backends():
-        pytest.skip("LLAMAFILE: no such backend")
-    if reason := backends()["LLAMAFILE"].why_not():
-        pytest.skip(f"LLAMAFILE: {reason}")
-    rng = np.random.default_rng(2)
-    tensors: dict[str, Any] = (
-        stacked(rng, (0,), FUSED if style == "fused" else ("gate", "up", "down"))
-        if style in ("stacked", "fused")
-        else singles(rng, style)
-    )
-    path = write_gguf(tmp_path / "a.gguf", "llama", tensors, sizes("llama"))
-    model = ktk.load_gguf(path, method="LLAMAFILE", repack=repack)
-    hidden = rng.standard_normal((3, HIDDEN), np.float32)
-    ids = np.array([[0, 1], [2, 3], [1, 1]])
-    weights = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.5]], np.float32)
-    got = model.moe(0)(hidden, ids, weights)
-    assert model.moe(0) is model[0] and model._copied == ({0} if repack else set())
-    values = {name: quants.dequantize(*given) for name, given in tensors.items()}
-    w: dict[str, np.ndarray] = {}
-    for part in ("gate", "up", "down"):
-        if style == "fused" and part != "down":
-            rows = slice(0, INTERMEDIATE) if part == "gate" else slice(INTERMEDIATE, None)
-            w[part] = values["blk.0.ffn_gate_up_exps.weight"][:, rows]
-        elif style in ("even", "uneven"):
-            w[part] = np.stack([values[f"blk.0.ffn_{part}.{e}.weight"] for e in range(EXPERTS)])
-        else:
-            w[part] = values[f"blk.0.ffn_{part}_exps.weight"]
-    want = np.zeros_like(got)
-    for t, slot in np.ndindex(ids.shape):
-        e = ids[t, slot]
-        g, u = w["gate"][e] @ hidden[t], w["up"][e] @ hidden[t]
-        want[t] += weights[t, slot] * (w["down"][e] @ (g / (1 + np.exp(-g)) * u))
-    assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
