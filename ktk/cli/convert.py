@@ -1,4 +1,4 @@
-"""``ktk convert``: a checkpoint's experts into a packed directory that loads alone, or a GGUF file."""
+"""``ktk convert``: a checkpoint's experts into a packed directory that loads, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def command(
     quant_method: Annotated[
         str,
         typer.Option(
-            help="int4, int8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
+            help="int4, int8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, "
+            "iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
         ),
     ] = "int4",
     input_type: Annotated[
@@ -43,19 +44,22 @@ def command(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale: 32, 64 or 128 for int4, 0 = per channel; default: the format's."
+            help="Weights that share a scale: 32, 64 or 128 for int4, 0 = per channel; "
+            "default: the format's."
         ),
     ] = None,
     activation_group: Annotated[
         int | None,
         typer.Option(
-            help="Activations that share a scale: 32, 64 or 128; default: 128 for int4, 64 for int8."
+            help="Activations that share a scale: 32, 64 or 128; "
+            "default: 128 for int4, 64 for int8."
         ),
     ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="A UTF-8 text like what the model will read: rounds with error feedback on what it gives the experts."
+            help="A UTF-8 text like what the model will read: "
+            "rounds with error feedback on what it gives the experts."
         ),
     ] = None,
     calibrate_tokens: Annotated[
@@ -70,15 +74,16 @@ def command(
     whole: Annotated[
         str | None,
         typer.Option(
-            help="For a .gguf output: write the whole model, not the experts alone, its other weights in this type "
-            "(q8_0, q4_0, ..., f32)."
+            help="For a .gguf output: write the whole model, not the experts alone, its other "
+            "weights in this type (q8_0, q4_0, ..., f32)."
         ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON summary, and no progress.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied; or to a GGUF file."""
+    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied;
+    or to a GGUF file."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
@@ -151,8 +156,9 @@ def _report(s: Summary) -> str:
 
 def _figures(s: Summary, reused: str) -> str:
     return (
-        f"{s.output}: {s.num_layers} layers of {s.num_experts} experts{reused}, {s.family} {s.source_dtype} -> "
-        f"{s.weight_format}, {s.bits_per_weight:.2f} bits per weight\n"
+        f"{s.output}: {s.num_layers} layers of {s.num_experts} experts{reused}, "
+        f"{s.family} {s.source_dtype} -> {s.weight_format}, "
+        f"{s.bits_per_weight:.2f} bits per weight\n"
         f"experts {s.expert_bytes / 1e6:.1f} MB, other tensors {s.other_bytes / 1e6:.1f} MB, "
         f"{s.seconds:.1f} s, {s.mb_per_second:.0f} MB/s of input"
     )

@@ -29,7 +29,7 @@ WHOLE_TYPES = tuple(row.name.lower() for row in written_types() if row.search or
 
 @dataclass(frozen=True)
 class Request:
-    """What ``convert`` was asked for; ValueError / FileExistsError for what cannot be, or not so."""
+    """What ``convert`` was asked for; ValueError / FileExistsError for what cannot be done."""
 
     input_path: Path
     output: Path

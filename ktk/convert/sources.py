@@ -109,7 +109,7 @@ class Source(ABC):
         raise ValueError(f"calibration: {self.path} is no model that runs")
 
     def plain_tensors(self) -> list[PlainTensor] | None:
-        """The tensors that are not experts', in the files' order; None if they stay where they are."""
+        """The tensors that are not experts', in the files' order; None if they stay behind."""
         return None
 
     def pieces(self, tensor: PlainTensor) -> Iterator[memoryview]:

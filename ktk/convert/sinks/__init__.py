@@ -1,1 +1,1 @@
-"""Where a conversion writes: one file here for each kind of output, all of the interface ``base.Sink``."""
+"""Where a conversion writes: a file for each kind of output, all of ``base.Sink``'s interface."""

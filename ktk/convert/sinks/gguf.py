@@ -62,8 +62,9 @@ class GgufSink(Sink):
     """A file that ``ktk.load_gguf`` and ``KTMoEWrapper`` read.
 
     type : of the experts, a name of ``written_types``. provenance : of a calibration, or None.
-    others : tensors that a subclass writes behind the experts'. metadata : more of it, by key after the architecture.
-    keys : more of it, by whole key. Raises ValueError for rows that are not whole blocks.
+    others : tensors that a subclass writes behind the experts'. metadata : more key-values, by key
+    after the architecture. keys : more of them, by whole key. Raises ValueError for rows that are
+    not whole blocks.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class GgufSink(Sink):
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Temporary files of killed runs for the same output; FileExistsError if one is a live run's."""
+    """Killed runs' temporary files of this output; FileExistsError if one is a live run's."""
     for path in leftovers(output):
         with open(path, "rb") as file:
             try:

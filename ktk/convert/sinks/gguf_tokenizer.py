@@ -1,4 +1,4 @@
-"""A directory's tokenizer as the key-values of a GGUF file; ``ktk.models.whole`` reads them back."""
+"""A directory's tokenizer as the key-values of a GGUF file; the plug-in reads them back."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
-    """``tokenizer.*`` of a directory's tokenizer.json, tokenizer_config.json and templates; CheckpointError if GGUF cannot say it.
+    """``tokenizer.*`` of a directory's tokenizer.json, tokenizer_config.json and templates.
 
-    vocab_size : rows of the embedding; tokens beyond the tokenizer's are filled up.
+    vocab_size : rows of the embedding; tokens beyond the tokenizer's are filled up. Raises
+    CheckpointError for what GGUF cannot say.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{directory}: no tokenizer.json: a whole GGUF file needs it; leave --whole out for the experts alone"
+            f"{directory}: no tokenizer.json: a whole GGUF file needs it; "
+            "leave --whole out for the experts alone"
         )
     described = read_json_object(path)
     config = directory / "tokenizer_config.json"
@@ -83,9 +85,11 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     found.update(keys)
     if unsaid:
         logger.warning(
-            "%s: %s end an answer: a GGUF file can name three such tokens, so only ktk will end there",
-            directory, ", ".join(repr(tokens[i]) for i in unsaid),
-        )  # fmt: skip
+            "%s: %s end an answer: a GGUF file can name three such tokens, "
+            "so only ktk will end there",
+            directory,
+            ", ".join(repr(tokens[i]) for i in unsaid),
+        )
     found["tokenizer.ggml.add_bos_token"] = _begins_with(described, settings.get("bos_token"))
     template = directory / "chat_template.jinja"
     text = (
@@ -131,7 +135,7 @@ def _begins_with(described: dict[str, Any], bos: Any) -> bool:
 
 
 def _pre_name(path: Path, described: Any) -> str:
-    """``tokenizer.ggml.pre`` of a tokenizer.json's pre_tokenizer; CheckpointError if its expressions are not known."""
+    """``tokenizer.ggml.pre`` of a tokenizer.json's pre_tokenizer; CheckpointError if not known."""
     steps = (described or {}).get("pretokenizers", [described])
     patterns = []
     for step in steps:

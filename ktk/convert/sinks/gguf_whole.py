@@ -36,7 +36,10 @@ Rows = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class OtherTensor(FileTensor):
-    """A tensor that is no expert's. source : its name in the directory. piece : which of split's."""
+    """A tensor that is no expert's.
+
+    source : its name in the directory. piece : which of those that ``row`` splits it into.
+    """
 
     source: str
     row: Tensor

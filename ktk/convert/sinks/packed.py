@@ -1,4 +1,4 @@
-"""A packed directory: a file for each layer's experts, shards of all other tensors, the small files.
+"""A packed directory: a file for each layer's experts, shards of other tensors, the small files.
 
 Order of writing: the state file, the layers' files, the shards, their index, the small files,
 config.json. Each appears under its final name complete (temporary name, fsync, rename), so a file
@@ -236,7 +236,7 @@ def _cut(tensors: list[PlainTensor]) -> list[list[PlainTensor]]:
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    # Widest items first, as the official writer orders them: all tensors are aligned to their dtype.
+    # Widest items first, as the official writer orders them: all are aligned to their dtype.
     return [sorted(shard, key=lambda t: -t.itemsize) for shard in shards]
 
 
