@@ -1,7 +1,8 @@
-"""Conversion to GGUF files and from them: what other programs read, errors, that nothing half-written looks complete."""
+"""GGUF files of experts: what other programs read, errors, nothing half-written."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,11 +18,11 @@ import pytest
 import torch
 
 import ktk
+from ktk.checkpoint import Checkpoint
 from ktk.checkpoint.gguf import GgufCheckpoint
-from ktk.checkpoint.packed import TEMPORARY_PREFIX, list_layers, read_config, read_layer
-from ktk.checkpoint.safetensors import Checkpoint
+from ktk.checkpoint.packed import TEMPORARY_PREFIX
 from ktk.convert.plan import GGUF_METHODS
-from ktk.convert.run import Progress, Summary, convert
+from ktk.convert.run import Progress, convert
 from ktk.errors import CheckpointError
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats import BLOCKS
@@ -29,9 +30,14 @@ from ktk.models import find_experts
 from ktk.models.arch import BY_MODEL_TYPE
 from ktk.models.find import find_gguf_experts
 from ktk.quantise.feedback import rows_alike
-from ktk.quantise.pack import pack_experts
 from make import gguf_files
-from make.checkpoints import STYLES, Expected, base_config, make, write_directory
+from make.checkpoints import (
+    STYLES,
+    Expected,
+    base_config,
+    make,
+    write_directory,
+)
 
 F = np.float32
 BIG = (2, 3, 256, 512)  # rows of whole K blocks
@@ -222,11 +228,15 @@ def test_architectures_are_gguf_s() -> None:
         ({"quant_method": "q4_k"}, "out", "writes a GGUF file; give a name that ends in .gguf"),
         ({"quant_method": "int4"}, "m.gguf", "int4 writes a directory"),
         ({"quant_method": "q9_k"}, "m.gguf", "for a GGUF file q8_0, q6_k, q5_k, q4_k, q4_0"),
-        ({"quant_method": "q4_k", "group_size": 32}, "m.gguf", "group_size=32: q4_k has groups of its own"),
+        (
+            {"quant_method": "q4_k", "group_size": 32},
+            "m.gguf",
+            "group_size=32: q4_k has groups of its own",
+        ),
         ({"quant_method": "q4_k", "resume": True}, "m.gguf", "written in one go"),
         ({"quant_method": "q4_k", "input_type": "fp16"}, "m.gguf", "are bf16; leave it out"),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_do_not_fit(
     tmp_path: Path, options: dict[str, Any], output: str, text: str
 ) -> None:
@@ -254,7 +264,11 @@ def test_a_packed_directory_is_refused(tmp_path: Path) -> None:
 def test_nan_names_the_expert_and_leaves_nothing(tmp_path: Path) -> None:
     tensors = {}
     for expert in range(3):
-        for part, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32))):  # fmt: skip
+        for part, shape in (
+            ("gate_proj", (32, 64)),
+            ("up_proj", (32, 64)),
+            ("down_proj", (64, 32)),
+        ):
             tensors[f"model.layers.0.mlp.experts.{expert}.{part}.weight"] = np.ones(shape, F)
     tensors["model.layers.0.mlp.experts.2.up_proj.weight"][5, 5] = np.nan
     config = base_config("deepseek") | {"num_hidden_layers": 1}
@@ -301,13 +315,34 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert os.listdir(tmp_path) == ["in"]
 
 
+@pytest.mark.parametrize("failing", ["pwrite", "ftruncate", "fsync"])
+def test_a_disk_that_fills_up_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    make(tmp_path / "in", "deepseek")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match=r"m.gguf: the disk is full \(.*make room and run again$"):
+        convert(tmp_path / "in", tmp_path / "new" / "m.gguf", quant_method="q8_0")
+    assert os.listdir(tmp_path) == ["in"]
+
+
 def test_a_killed_run_leaves_no_gguf_and_the_next_removes_its_rest(tmp_path: Path) -> None:
     make(tmp_path / "in", "deepseek", sizes=BIG)
     code = (
         "import sys, time; from ktk.convert import convert\n"
-        "convert('in', 'm.gguf', quant_method='q8_0', progress=lambda p: (print(p.what, flush=True), time.sleep(60)))"
+        "stop = lambda p: (print(p.what, flush=True), time.sleep(60))\n"
+        "convert('in', 'm.gguf', quant_method='q8_0', progress=stop)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}) as run:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    ) as run:
         assert run.stdout is not None and run.stdout.readline() == b"layer 0\n"
         with pytest.raises(FileExistsError, match="another conversion is writing it"):
             convert(tmp_path / "in", tmp_path / "m.gguf", quant_method="q8_0")
@@ -320,23 +355,6 @@ def test_a_killed_run_leaves_no_gguf_and_the_next_removes_its_rest(tmp_path: Pat
     convert(tmp_path / "in", tmp_path / "m.gguf", quant_method="q8_0")
     assert sorted(os.listdir(tmp_path)) == ["in", "m.gguf", "other"]
     assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "other" / "m.gguf").read_bytes()
-
-
-def test_the_command_writes_a_file_and_says_so(tmp_path: Path) -> None:
-    make(tmp_path / "in", "mixtral")
-    arguments = ["convert", "-i", "in", "-o", "m.gguf", "--quant-method", "q8_0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ktk", *arguments, "--json"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert Summary(**{**said, "notes": tuple(said["notes"])}).weight_format == "Q8_0"
-    again = subprocess.run(
-        [sys.executable, "-m", "ktk", *arguments],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert again.returncode == 1 and "exists; give another output" in again.stderr
 
 
 def test_no_more_experts_are_held_than_twice_the_threads(
@@ -394,168 +412,14 @@ def test_an_activation_that_is_none_is_refused(tmp_path: Path, text: str) -> Non
         find_gguf_experts(GgufCheckpoint.open(path)).spec(0)
 
 
-def tiny_gguf(path: Path, **more: Any) -> Path:
-    """Layers 0 and 2 in different types, with routing metadata."""
-    rng = np.random.default_rng(1)
-    tensors = gguf_files.stacked(rng, (0, 2)) | gguf_files.stacked(
-        rng, (2,), ("down",), gguf.GGMLQuantizationType.Q4_0
-    )
-    metadata = gguf_files.sizes("qwen3moe", expert_weights_norm=True, **more)
-    return gguf_files.write_gguf(path, "qwen3moe", tensors, metadata)
-
-
-@pytest.mark.parametrize("method", ["int4", "int8", "bf16"])
-def test_a_gguf_becomes_a_packed_directory(tmp_path: Path, method: str) -> None:
-    source = find_gguf_experts(GgufCheckpoint.open(tiny_gguf(tmp_path / "m.gguf")))
-    summary = convert(tmp_path / "m.gguf", tmp_path / "out", quant_method=method, threads=2)
-    packed = read_config(tmp_path / "out")
-    assert packed.layers == (0, 2)
-    assert (packed.family, packed.source_dtype) == ("qwen3moe", "gguf Q8_0")
-    config = packed.config
-    assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("qwen3moe", 3, 64)  # fmt: skip
-    assert (config["num_experts"], config["num_experts_per_tok"], config["norm_topk_prob"]) == (4, 2, True)  # fmt: skip
-    for layer, spec in packed.specs.items():
-        blocks = source.experts(layer)
-        want = pack_experts(spec, lambda e, blocks=blocks: expert_weights(blocks, e))
-        np.testing.assert_array_equal(read_layer(tmp_path / "out", layer).data, want.data)
-    assert "experts only" in summary.notes[0]
-    assert summary.weight_format == method and summary.num_layers == 2
-    assert not list((tmp_path / "out").glob("*.index.json"))
-
-
-def test_a_packed_gguf_runs(tmp_path: Path) -> None:
-    tiny_gguf(tmp_path / "m.gguf")
-    convert(tmp_path / "m.gguf", tmp_path / "out", quant_method="int8")
-    rng = np.random.default_rng(2)
-    x = rng.standard_normal((5, 64)).astype(F)
-    ids, weights = rng.integers(0, 4, (5, 2)), rng.random((5, 2)).astype(F)
-    got = ktk.MoE.load(tmp_path / "out", 2).forward(x, ids, weights)
-    blocks = find_gguf_experts(GgufCheckpoint.open(tmp_path / "m.gguf")).experts(2)
-    want = np.zeros_like(x)
-    for token in range(5):
-        for slot in range(2):
-            e = expert_weights(blocks, int(ids[token, slot]))
-            assert e.gate is not None
-            g, u = e.gate @ x[token], e.up @ x[token]
-            want[token] += weights[token, slot] * (e.down @ (g / (1 + np.exp(-g)) * u))
-    assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
-
-
-def test_output_scales_go_into_the_down_projections(tmp_path: Path) -> None:
-    rng = np.random.default_rng(4)
-    tensors: dict[str, Any] = dict(gguf_files.stacked(rng, (0,), ("gate_up", "down")))
-    scale = np.array([0.5, 1, 2, 4], F)
-    tensors["blk.0.ffn_down_exps.scale"] = scale
-    metadata = gguf_files.sizes("gemma4", block_count=1)
-    path = gguf_files.write_gguf(tmp_path / "m.gguf", "gemma4", tensors, metadata)
-    summary = convert(path, tmp_path / "out", quant_method="bf16")
-    assert any("output scales" in note for note in summary.notes)
-    blocks = find_gguf_experts(GgufCheckpoint.open(path)).experts(0)
-
-    def read_expert(expert: int) -> ktk.experts.stored.ExpertWeights:
-        weights = expert_weights(blocks, expert)
-        return weights._replace(down=weights.down * scale[expert])
-
-    spec = read_config(tmp_path / "out").specs[0]
-    assert spec.activation == ktk.Activation.gelu_tanh()
-    want = pack_experts(spec, read_expert)
-    np.testing.assert_array_equal(read_layer(tmp_path / "out", 0).data, want.data)
-
-
-def test_bad_metadata_is_met_before_anything_is_written(tmp_path: Path) -> None:
-    tensors = gguf_files.stacked(np.random.default_rng(0), (0,))
-    metadata = gguf_files.sizes("qwen3moe", block_count=1, expert_used_count=9)
-    path = gguf_files.write_gguf(tmp_path / "m.gguf", "qwen3moe", tensors, metadata)
-    with pytest.raises(CheckpointError, match="expert_used_count=9: must be at most 4"):
-        convert(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_weighed_inputs_are_noted(tmp_path: Path) -> None:
-    tensors = gguf_files.stacked(np.random.default_rng(0), (0,))
-    metadata = gguf_files.sizes("llama4", block_count=1)
-    path = gguf_files.write_gguf(tmp_path / "m.gguf", "llama4", tensors, metadata)
-    assert any("input" in n for n in convert(path, tmp_path / "out").notes)
-
-
-def test_a_gguf_conversion_resumes(tmp_path: Path) -> None:
-    tiny_gguf(tmp_path / "m.gguf")
-    convert(tmp_path / "m.gguf", tmp_path / "whole", threads=1)
-
-    def stop(progress: Progress) -> None:
-        if progress.what == "layer 2":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(tmp_path / "m.gguf", tmp_path / "out", threads=1, progress=stop)
-    assert list_layers(tmp_path / "out") == (0,)
-    with pytest.raises(CheckpointError, match="did not finish"):
-        read_config(tmp_path / "out")
-    summary = convert(tmp_path / "m.gguf", tmp_path / "out", resume=True)
-    assert summary.reused_layers == 1
-    names = sorted(os.listdir(tmp_path / "whole"))
-    assert sorted(os.listdir(tmp_path / "out")) == names
-    for name in names:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    tiny_gguf(tmp_path / "m.gguf", some_key=1)
-    with pytest.raises(ValueError, match="source file m.gguf changed since the conversion began"):
-        convert(tmp_path / "m.gguf", tmp_path / "out", resume=True)
-
-
-def test_a_directory_of_a_split_gguf_converts(tmp_path: Path) -> None:
-    tensors = gguf_files.stacked(np.random.default_rng(0), (0, 1, 2))
-    (tmp_path / "in").mkdir()
-    gguf_files.write_gguf(tmp_path / "in" / "m.gguf", "qwen3moe", tensors, gguf_files.sizes("qwen3moe"), split_max_tensors=4)  # fmt: skip
-    convert(tmp_path / "in", tmp_path / "out", quant_method="int8")
-    assert list_layers(tmp_path / "out") == (0, 1, 2)
-    with pytest.raises(ValueError, match="lies in the input"):
-        convert(tmp_path / "in", tmp_path / "in" / "out", quant_method="int8")
-
-
-@pytest.mark.parametrize(
-    ("options", "output", "text"),
-    [
-        ({"input_type": "bf16"}, "out", "a GGUF file says its types"),
-        ({"quant_method": "q4_0"}, "n.gguf", "GGUF to GGUF adds one error to another"),
-    ],
-)
-def test_options_a_gguf_input_does_not_take(
-    tmp_path: Path, options: dict[str, Any], output: str, text: str
-) -> None:
-    tiny_gguf(tmp_path / "m.gguf")
-    with pytest.raises(ValueError, match=text):
-        convert(tmp_path / "m.gguf", tmp_path / output, **options)
-    assert os.listdir(tmp_path) == ["m.gguf"]
-
-
-def test_a_gguf_that_holds_nan_names_the_expert(tmp_path: Path) -> None:
-    tensors = gguf_files.stacked(np.random.default_rng(0), (0,))
-    blocks, _ = tensors["blk.0.ffn_up_exps.weight"]
-    blocks[3, 0, :2] = 255  # the first block's scale
-    metadata = gguf_files.sizes("qwen3moe", block_count=1)
-    path = gguf_files.write_gguf(tmp_path / "m.gguf", "qwen3moe", tensors, metadata)
-    with pytest.raises(CheckpointError, match="layer 0 expert 3: .*NaN or inf"):
-        convert(path, tmp_path / "out")
-
-
-def test_the_wrapper_takes_a_packed_gguf(tmp_path: Path) -> None:
-    tiny_gguf(tmp_path / "m.gguf")
-    convert(tmp_path / "m.gguf", tmp_path / "out", quant_method="int8")
-    wrapper = ktk.KTMoEWrapper(
-        2, num_experts=4, num_experts_per_tok=2, hidden_size=64, moe_intermediate_size=32,
-        method="NUMPY", weight_format="int8", weight_path=str(tmp_path / "out"),
-    )  # fmt: skip
-    wrapper.load_weights()
-    x = np.random.default_rng(2).standard_normal((5, 64)).astype(F)
-    ids, weights = np.tile([1, 3], (5, 1)), np.full((5, 2), 0.5, F)
-    moe = ktk.MoE.load(tmp_path / "out", 2, method="NUMPY")
-    got = wrapper.forward(torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(weights))
-    np.testing.assert_array_equal(got.numpy(), moe.forward(x, ids, weights))
-
-
-# Root of mean squared error of the output, relative to it; measured 0.018, 0.032, 0.121, 0.151, 0.185; 0.065, 0.130, 0.135, 0.254, 0.459.
+# Root of mean squared error of the output, relative to it; measured 0.018, 0.032, 0.121, 0.151,
+# 0.185; 0.065, 0.130, 0.135, 0.254, 0.459.
 OUTPUT_ERROR = {"q8_0": 0.025, "q6_k": 0.04, "q4_k": 0.15, "q4_0": 0.18, "mxfp4": 0.22}
+
+
 OUTPUT_ERROR |= {"q5_k": 0.08, "iq4_nl": 0.16, "iq4_xs": 0.16, "q3_k": 0.3, "q2_k": 0.55}
+
+
 OUTPUT_ERROR |= {"bf16": 0.004, "f16": 0.0005, "f32": 1e-6}
 
 

@@ -1,0 +1,75 @@
+"""``ktk convert``: what it prints, and its errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ktk.checkpoint import read_config
+from ktk.convert.run import Summary
+from make.checkpoints import (
+    make,
+)
+from make.conversions import run_convert
+
+
+def test_command_converts_and_reports(tmp_path: Path) -> None:
+    make(tmp_path / "in", "deepseek")
+    arguments = ("-i", tmp_path / "in", "-o", tmp_path / "out", "--group-size", 64)
+    done = run_convert(*arguments, "--quant-method", "int4")
+    assert done.returncode == 0, done.stderr
+    assert "2 layers of 3 experts, deepseek bf16 -> int4" in done.stdout
+    assert done.stderr == ""
+    assert read_config(tmp_path / "out").specs[0].group_size == 64
+    done = run_convert(*arguments, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reused_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--quant-method", "int3"), "quant_method='int3'"),
+        (("--input-type", "fp8"), "input_type='fp8'"),
+        (("-i", "/nothing/here"), "no such file or directory"),
+    ],
+)
+def test_command_says_errors_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], match: str
+) -> None:
+    make(tmp_path / "in", "deepseek")
+    done = run_convert("-i", tmp_path / "in", "-o", tmp_path / "out", *arguments)
+    assert done.returncode == 1
+    assert match in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_the_command_writes_a_file_and_says_so(tmp_path: Path) -> None:
+    make(tmp_path / "in", "mixtral")
+    arguments = ["convert", "-i", "in", "-o", "m.gguf", "--quant-method", "q8_0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ktk", *arguments, "--json"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert Summary(**{**said, "notes": tuple(said["notes"])}).weight_format == "Q8_0"
+    again = subprocess.run(
+        [sys.executable, "-m", "ktk", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert again.returncode == 1 and "exists; give another output" in again.stderr
