@@ -21,7 +21,8 @@ from ktk.cli.chat import Chat
 from ktk.convert.run import convert
 from ktk.demo.run import Options
 from ktk.evaluate import Variant
-from ktk.generate.open import describe_model, open_model
+from ktk.generate.describe import describe_model
+from ktk.generate.open import open_model
 from ktk.integration.transformers import KtkConfig
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer

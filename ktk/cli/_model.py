@@ -16,7 +16,8 @@ from ktk import env
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ktk.generate.open import ModelDescription, OpenModel
+    from ktk.generate.describe import ModelDescription
+    from ktk.generate.open import OpenModel
 
 SLOW = 2.0  # seconds after which a progress bar is shown
 
@@ -38,10 +39,10 @@ WeightFormat = Annotated[
     ),
 ]
 Linear = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--linear",
-        help="Dense linear layers: file (the default) runs them as they are, int8 or int4 packs them, none leaves them to torch.",
+        help="Dense linear layers: file runs them as they are, int8 or int4 packs them, none leaves them to torch.",
     ),
 ]
 Dtype = Annotated[
@@ -124,14 +125,15 @@ def load(
     path: str,
     method: str,
     weight_format: str,
-    linear: str | None,
+    linear: str,
     dtype: str | None,
     force: bool,
     context: int | None = None,
 ) -> OpenModel:
     """The model of a command line; its warning, if any, goes to stderr."""
     quiet_transformers()
-    from ktk.generate.open import describe_model, open_model
+    from ktk.generate.describe import describe_model
+    from ktk.generate.open import open_model
 
     description = describe_model(path, method, weight_format, dtype, context, linear)
     if description.warning:
@@ -154,7 +156,7 @@ def description_table(found: ModelDescription) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from ktk.generate.open import OVERHEAD, size
+    from ktk.generate.describe import OVERHEAD, size
 
     kinds = {
         "packed": "packed by ktk convert",

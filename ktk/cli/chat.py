@@ -46,7 +46,7 @@ def command(
     system: _model.System = None,
     method: _model.Method = "auto",
     weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = None,
+    linear: _model.Linear = "file",
     dtype: _model.Dtype = None,
     force: _model.Force = False,
 ) -> None:

@@ -90,7 +90,7 @@ def command(
     ] = None,
     method: _model.Method = "auto",
     weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = None,
+    linear: _model.Linear = "file",
     dtype: _model.Dtype = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of KV cache to reckon with.")
@@ -163,7 +163,7 @@ def command(
     console.print(types)
 
 
-Options = tuple[str, str, str, str | None, str | None]  # path, method, weight format, linear, dtype
+Options = tuple[str, str, str, str, str | None]  # path, method, weight format, linear, dtype
 
 
 def _diagnose_model(options: Options, context: int | None, headers: bool, as_json: bool) -> None:
@@ -172,7 +172,7 @@ def _diagnose_model(options: Options, context: int | None, headers: bool, as_jso
     from rich.markup import escape
     from rich.table import Table
 
-    from ktk.generate.open import describe_model
+    from ktk.generate.describe import describe_model
 
     path, method, weight_format, linear, dtype = options
     found = describe_model(path, method, weight_format, dtype, context, linear)

@@ -38,7 +38,7 @@ def command(
     ] = False,
     method: _model.Method = "auto",
     weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = None,
+    linear: _model.Linear = "file",
     dtype: _model.Dtype = None,
     force: _model.Force = False,
     as_json: Annotated[

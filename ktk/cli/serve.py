@@ -11,6 +11,7 @@ import typer
 from ktk import env
 from ktk.cli import _model
 from ktk.kv.sizes import server_cache
+from ktk.machine import cpu
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 EPILOG = """Examples:
@@ -65,7 +66,7 @@ def command(
     ] = 512,
     method: _model.Method = "auto",
     weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = None,
+    linear: _model.Linear = "file",
     dtype: _model.Dtype = None,
     force: _model.Force = False,
 ) -> None:
@@ -138,8 +139,7 @@ def cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int:
 
     Raises MemoryError if more is wanted than is free.
     """
-    from ktk.generate.open import size
-    from ktk.machine import cpu
+    from ktk.generate.describe import size
 
     _, free = cpu.memory()
     if wanted_gib is None:

@@ -12,9 +12,10 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 
 from ktk.errors import KtkError
 from ktk.generate.attention import NAME, BatchHook, Span, paged_attention
+from ktk.generate.describe import size
 from ktk.generate.engine import Engine, Generation, Limits, Progress, RequestError, ServerBusy
 from ktk.generate.invariance import InvariantModel
-from ktk.generate.open import OpenModel, size
+from ktk.generate.open import OpenModel
 from ktk.generate.paged_cache import cache_geometry, cached_shapes
 from ktk.generate.sampling import only
 from ktk.integration.transformers import names as hf

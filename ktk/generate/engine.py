@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from ktk.errors import KtkError
-from ktk.generate.open import DTYPE_BYTES, OpenModel
+from ktk.generate.describe import DTYPE_BYTES
+from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.session import end_tokens
 from ktk.kv.sizes import SERVER_CACHE, TokenShape

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ktk import backends
 from ktk.checkpoint.gguf import GgufCheckpoint
 from ktk.convert.run import convert
-from ktk.generate.open import describe_model
+from ktk.generate.describe import describe_model
 from ktk.integration.transformers import names
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.loading import load_model

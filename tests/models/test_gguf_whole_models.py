@@ -19,7 +19,8 @@ from ktk.cli import main
 from ktk.convert.run import convert
 from ktk.errors import CheckpointError
 from ktk.experts.dequantise import expert_weights
-from ktk.generate.open import describe_model, open_model
+from ktk.generate.describe import describe_model
+from ktk.generate.open import open_model
 from ktk.integration.transformers import linear
 from ktk.integration.transformers.experts import find_experts
 from ktk.integration.transformers.gguf import load_gguf_model, load_gguf_tokenizer
@@ -245,7 +246,7 @@ def test_the_linear_layers_of_a_file_can_be_packed_or_left_alone(made: Made, sma
     _, file = made("qwen3moe", "q8_0", "q8_0")
     packed = linears(load_gguf_model(file, linear="int4"))
     assert packed and all("int4" in module.kernel for module in packed.values())
-    assert not linears(load_gguf_model(file, linear=None))
+    assert not linears(load_gguf_model(file, linear="none"))
     assert not linears(load_gguf_model(made("qwen3moe")[1]))  # of F32
     with pytest.raises(ValueError, match="linear='int3': must be one of file, int8, int4, none"):
         load_gguf_model(file, linear="int3")

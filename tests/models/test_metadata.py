@@ -15,7 +15,8 @@ import torch
 from ktk.cli import main
 from ktk.convert.run import convert
 from ktk.errors import CheckpointError
-from ktk.generate.open import describe_model, open_model
+from ktk.generate.describe import describe_model
+from ktk.generate.open import open_model
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.loading import load_model
 from ktk.models import Config, check_directory

@@ -33,14 +33,13 @@ from ktk.integration.transformers.experts import NAME
 from ktk.integration.transformers.forward import ktk_experts_forward
 from ktk.integration.transformers.linear import replace_linears, share_linears
 from ktk.integration.transformers.loading import (
-    KtkConfig,
-    KtkHfQuantizer,
     PackedModule,
     load_model,
     packed_modules,
     use_ktk,
 )
 from ktk.integration.transformers.names import ALL_EXPERTS_FUNCTIONS
+from ktk.integration.transformers.quantizer import KtkConfig, KtkHfQuantizer
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, ktk_experts_forward)
 

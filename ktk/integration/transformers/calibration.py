@@ -23,8 +23,8 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import find_experts
-from ktk.integration.transformers.loading import KtkConfig, KtkHfQuantizer
-from ktk.integration.transformers.multimodal import auto_class, only_text
+from ktk.integration.transformers.multimodal import auto_class
+from ktk.integration.transformers.quantizer import KtkConfig, KtkHfQuantizer, Request
 from ktk.integration.transformers.sources import ExpertsSource, layer_of
 from ktk.machine import cpu
 from ktk.models import Experts
@@ -141,10 +141,10 @@ class Calibration:
             raise ValueError(f"num_tokens={self.num_tokens}: must be at least {WINDOW}")
         parts = torch.tensor(windows(ids, self.num_tokens // WINDOW, WINDOW))
         self._check_memory(source, experts, parts.numel())
-        with only_text():
-            model = auto_class(config).from_pretrained(
-                source, dtype=torch.float32, quantization_config=_WithoutExpertsConfig()
-            )
+        wanted = _WithoutExpertsConfig().asking(Request(only_text=True))
+        model = auto_class(config).from_pretrained(
+            source, dtype=torch.float32, quantization_config=wanted
+        )
         model.eval()
         run_layers(model, parts, on_layer)
 

@@ -23,12 +23,13 @@ from ktk.backends.llamafile import repack as repack_blocks
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.errors import CheckpointError
 from ktk.experts.stored import StoredMatrix
+from ktk.integration.choices import PACKED_LINEAR, check_linear
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import drop_weights, find_experts
 from ktk.integration.transformers.gguf_tokenizer import gguf_ends, load_gguf_tokenizer
 from ktk.integration.transformers.linear import KtkLinear, is_dense, replace_linears
-from ktk.integration.transformers.loading import LINEAR_FORMATS, KtkConfig, KtkHfQuantizer
 from ktk.integration.transformers.packing import attach
+from ktk.integration.transformers.quantizer import KtkConfig, KtkHfQuantizer
 from ktk.integration.transformers.saving import SavePretrained
 from ktk.integration.transformers.sources import layer_of
 from ktk.log import logger
@@ -70,7 +71,7 @@ def load_gguf_model(
     dtype: Any = None,
     repack: bool | None = None,
     *,
-    linear: str | None = "file",
+    linear: str = "file",
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
@@ -80,7 +81,7 @@ def load_gguf_model(
     method, num_threads : of the experts, as ``ktk.MoE`` takes them. repack : True copies their blocks into memory in
     the order kernels read them; otherwise KTK_REPACK decides.
     linear : of the dense linear layers (attention projections, shared experts, dense layers, lm_head). "file": as the file's blocks,
-    where ``file_linears`` finds some; "int8", "int4": dequantised, and packed by ``replace_linears``; "none" or None: dequantised, and
+    where ``file_linears`` finds some; "int8", "int4": dequantised, and packed by ``replace_linears``; "none": dequantised, and
     run by torch, which gradients (else parameters are frozen) and ``save_pretrained`` need. Without the compiled extension all are
     "none", with a warning.
     dtype : of everything else, which is dequantised: a torch dtype or its name; None: bfloat16.
@@ -119,7 +120,7 @@ def load_gguf_model(
     model.tie_weights()
     for name, plan in linears.items():
         model.set_submodule(name, _linear(experts.checkpoint, plan, fields, num_threads))
-    if linears or (linear in LINEAR_FORMATS and replace_linears(model, linear)):
+    if linears or (linear in PACKED_LINEAR and replace_linears(model, linear)):
         model.requires_grad_(
             False
         )  # nothing would get through; plain calls need no torch.no_grad()
@@ -136,13 +137,6 @@ def load_gguf_model(
     model.save_pretrained = SavePretrained(model)
     model.config._name_or_path = os.fspath(path)
     return model.eval()
-
-
-def check_linear(given: str | None) -> None:
-    """ValueError for what ``linear`` of a GGUF model cannot be."""
-    choices = ("file", *LINEAR_FORMATS, "none")
-    if given is not None and given not in choices:
-        raise ValueError(f"linear={given!r}: must be one of {', '.join(choices)}")
 
 
 def _dtype(given: Any) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ktk.experts.stored import StoredMatrix
+from ktk.integration.choices import check_linear
 from ktk.ops import linear
 from ktk.ops.linear import Linear
 
@@ -127,6 +128,14 @@ def share_linears(model: torch.nn.Module) -> list[str]:
         if linear_of(module) is not None:
             shared.append(name)
     return shared
+
+
+def run_linears(model: torch.nn.Module, choice: str) -> list[str]:
+    """Have a model's linear layers run as a choice of ``ktk.integration.choices.LINEAR`` says; the names of those that ktk runs."""
+    check_linear(choice)
+    if choice == "none":
+        return []
+    return share_linears(model) if choice == "file" else replace_linears(model, choice)
 
 
 def linear_of(module: Any) -> Linear | None:

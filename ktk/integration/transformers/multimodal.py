@@ -6,11 +6,9 @@ model alone (``AutoModelForCausalLM`` takes it), others the class of the whole o
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,9 +25,6 @@ from transformers import (
 
 from ktk.integration.transformers import names as hf
 
-# Of the only_text() block in progress; from_pretrained has no way to pass it.
-_only_text: contextvars.ContextVar[bool] = contextvars.ContextVar("ktk_only_text", default=False)
-
 
 class LeftOut(torch.nn.Module):
     """In place of a tower of a model that was opened for text."""
@@ -38,16 +33,6 @@ class LeftOut(torch.nn.Module):
         raise ValueError(
             "this model was opened for text, without its towers: ktk.integration.transformers.load_model loads all of it"
         )
-
-
-@contextlib.contextmanager
-def only_text() -> Iterator[None]:
-    """Models loaded meanwhile by ktk's quantizer get no towers."""
-    token = _only_text.set(True)
-    try:
-        yield
-    finally:
-        _only_text.reset(token)
 
 
 def model_class(config_class: type) -> Any:
@@ -80,9 +65,7 @@ def towers(model: Any) -> dict[str, Any]:
 
 
 def leave_out_towers(model: Any) -> None:
-    """Inside ``only_text``: before weights are read, so that a tower's stay in the checkpoint."""
-    if not _only_text.get():
-        return
+    """Before weights are read, so that a tower's stay in the checkpoint."""
     for name in towers(model):
         model.set_submodule(name, LeftOut())
         hf.ignore_unread(model, {rf"^{re.escape(name)}\."})

@@ -6,8 +6,8 @@ save_pretrained, so that what it does with new files, such as ``push_to_hub``, h
 
 from __future__ import annotations
 
-import contextvars
 import os
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,12 @@ from typing import Any
 from ktk.checkpoint.packed import layer_path, list_layers, write_layer
 from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.stored import StoredExperts
+from ktk.integration.choices import PACKED_LINEAR
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.multimodal import LeftOut
 from ktk.integration.transformers.sources import layer_of
 from ktk.paths import user_path
-
-# Of the save_pretrained() call in progress, on the process that writes.
-_directory: contextvars.ContextVar[Path | None] = contextvars.ContextVar(
-    "ktk_save_directory", default=None
-)
 
 
 class SavePretrained:
@@ -35,6 +31,7 @@ class SavePretrained:
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
+        self._lock = threading.Lock()
 
     def __call__(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
@@ -45,27 +42,26 @@ class SavePretrained:
                 "the model is gone already: keep it in a variable, then call its save_pretrained"
             )
         save_directory = user_path(save_directory)  # transformers would make a directory called ~
-        token = _directory.set(save_directory if is_main_process else None)
-        try:
-            type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
-        finally:
-            _directory.reset(token)
+        quantizer = model.hf_quantizer
+        with self._lock:
+            quantizer.save_directory = save_directory if is_main_process else None
+            try:
+                type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
+            finally:
+                quantizer.save_directory = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
         return SavePretrained(memo[id(self._model())])
 
 
-def write_experts(model: Any) -> None:
-    """Write the experts' files into the directory in work and tell the model's config of them.
+def write_experts(model: Any, directory: Path) -> None:
+    """Write the experts' files into a directory and tell the model's config of them.
 
     Raises ValueError for linear layers or experts that have no packed form or are not packed, for towers that were left out, and for two
     modules of one layer number.
     """
-    directory = _directory.get()
-    if directory is None:
-        return
     said = model.hf_quantizer.quantization_config
-    if said.linear is not None:
+    if said.linear in PACKED_LINEAR:
         raise ValueError(
             f"its linear layers are packed as {said.linear}, which a packed directory does not hold: load the model without "
             "linear=, save that, and ask for linear= when the saved one is loaded"

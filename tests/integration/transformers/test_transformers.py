@@ -410,7 +410,7 @@ def test_a_checkpoint_whose_experts_are_spoiled_says_which(tmp_path: Path) -> No
 
 def test_config_refuses_what_it_does_not_know() -> None:
     for arguments, match in (
-        ({"linear": "int3"}, "linear='int3': must be one of int8, int4"),
+        ({"linear": "int3"}, "linear='int3': must be one of file, int8, int4, none"),
         ({"weight_format": "int3"}, "int3"),
         ({"method": "FAST"}, "is unknown"),
     ):

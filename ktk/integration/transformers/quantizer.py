@@ -1,0 +1,336 @@
+"""``KtkConfig`` and what from_pretrained calls by it: experts packed while they are read, or hung on from where they lie packed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktk import backends
+from ktk.errors import CheckpointError
+from ktk.experts.spec import MoESpec
+from ktk.integration.choices import check_linear
+from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
+from ktk.integration.transformers.experts import (
+    drop_weights,
+    find_experts,
+    left_eager,
+    select_ktk,
+    weight_names,
+)
+from ktk.integration.transformers.linear import run_linears
+from ktk.integration.transformers.multimodal import leave_out_towers
+from ktk.integration.transformers.packing import ModulePacker, attach, module_spec
+from ktk.integration.transformers.saving import SavePretrained, write_experts
+from ktk.integration.transformers.sources import ExpertsSource, layer_of, packed_directory
+from ktk.log import logger
+from ktk.ops.gguf_model import open_experts
+from ktk.paths import user_path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call asks for while a model is loaded; it is never saved.
+
+    method, linear : in place of the KtkConfig's own, unless None. source : of the experts, instead of the checkpoint that
+    from_pretrained reads. only_text : towers are left out.
+    """
+
+    method: str | None = None
+    linear: str | None = None
+    source: ExpertsSource | None = None
+    only_text: bool = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Request:
+        return self
+
+
+class SavedConfig(dict[str, Any]):
+    """A packed directory's own KtkConfig as its config.json has it, and what a call asks for besides."""
+
+    def __init__(self, said: dict[str, Any], request: Request) -> None:
+        super().__init__(said)
+        self.request = request
+
+
+class KtkConfig(hf.QuantizationConfigMixin):
+    """``quantization_config`` of a packed directory; given to from_pretrained, packs a float model on load.
+
+    weight_format, group_size, activation_group, method : as in ``use_ktk``. A packed directory's own values
+    win over given ones; its method is KTK_BACKEND, ``load_model(method=...)`` or "method" in its config.json.
+    gguf : as in ``load_model``; weight_format and the groups do not count then.
+    linear : how the dense linear layers run, one of ``ktk.integration.choices.LINEAR``; None, in directories of before, is "none".
+    Raises ValueError for a weight_format, method or linear that is unknown and for groups that the format has not, TypeError
+    for other options.
+    """
+
+    __slots__ = ("request",)  # beside the attributes, all of which are saved
+
+    def __init__(
+        self,
+        weight_format: str | None = "int8",
+        group_size: int | None = None,
+        activation_group: int | None = None,
+        method: str = "auto",
+        gguf: str | os.PathLike[str] | None = None,
+        linear: str | None = "none",
+        **others: Any,
+    ) -> None:
+        others.pop("quant_method", None)
+        if others and "layout_version" not in others:  # which every packed directory has
+            raise TypeError(
+                f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, group_size, "
+                f"activation_group, method, gguf and linear"
+            )
+        if weight_format is not None:  # for its checks; 128 is a multiple of every group
+            MoESpec(1, 128, 128, weight_format=weight_format, group_size=group_size, activation_group=activation_group)  # fmt: skip
+        backends.check_method(method, weight_format if gguf is None else None)
+        linear = "none" if linear is None else linear
+        check_linear(linear)
+        self.request = Request()
+        self.quant_method = "ktk"  # type: ignore[assignment]  # plug-ins have no row in transformers' enum
+        self.weight_format = weight_format
+        self.group_size = group_size
+        self.activation_group = activation_group
+        self.method = method
+        self.gguf = None if gguf is None else str(user_path(gguf))
+        self.linear = linear
+        for name, value in others.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *options: Any, **named: Any) -> Any:
+        """What transformers makes of a config.json; keeps the request of a ``SavedConfig``."""
+        if isinstance(config_dict, SavedConfig):
+            return cls(**config_dict).asking(config_dict.request)
+        return super().from_dict(config_dict, *options, **named)
+
+    def asking(self, request: Request) -> KtkConfig:
+        """The same for a call that asks for something besides."""
+        made = copy.copy(self)
+        made.request = request
+        return made
+
+
+class KtkHfQuantizer(hf.HfQuantizer):
+    """Hangs packed experts on a model while from_pretrained loads the rest."""
+
+    requires_calibration = False
+
+    quantization_config: KtkConfig
+
+    def __init__(self, quantization_config: KtkConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.source: ExpertsSource | None = (
+            None  # of experts that are not in the model's own float tensors
+        )
+        self.unread: set[str] = set()  # names of experts' parameters, if a source has them
+        self.dtypes: dict[str, torch.dtype] = {}  # of the tensors of a packed directory's model
+        self.packers: dict[str, ModulePacker] = {}  # by module, while float experts are read
+        self.error: Exception | None = None  # transformers swallows what is raised in its loop
+        self.save_directory: Path | None = None  # of the save_pretrained() call in progress
+
+    @property
+    def _method(self) -> str:
+        return self.quantization_config.request.method or self.quantization_config.method
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters beside the experts train; the packed weights do not."""
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """What save_pretrained calls before it writes the rest: the moment to write the experts."""
+        if self.save_directory is not None and not hf.saves_adapters_only(model):
+            write_experts(model, self.save_directory)
+        return None, {}
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Without the experts' converters nothing looks for float experts, which come from elsewhere.
+
+        model : not given by transformers 5.20.
+        """
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not any(name.rpartition(".")[2] in self.unread for name in hf.targets_of(conversion))
+        ]
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """On the device that a device_map gives a parameter: those of experts take nothing there."""
+        is_expert = self.param_needs_quantization(model, param_name)
+        return 0 if is_expert else float(super().param_element_size(model, param_name, param))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, _, name = param_name.rpartition(".")
+        return module in self.packers and name in weight_names(model.get_submodule(module))
+
+    def get_quantize_ops(self) -> hf.ConversionOps:
+        return _PackParameter(self)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if config.request.only_text:
+            leave_out_towers(model)
+        modules: dict[str, Any] = dict(find_experts(model))
+        log_left_eager(model)
+        self.source = self._open(checkpoint_files)
+        if self.pre_quantized:
+            self.dtypes = hf.dtypes(model)
+        if self.source is not None:
+            _check_layers(model, modules, self.source)
+            for module in modules.values():
+                self.unread.update(weight_names(module))
+                drop_weights(module)
+                hf.mark_initialised(module)
+            if self.source.is_beside:  # the directory's own experts stay unread: that is no mistake
+                hf.ignore_unread(model, {rf"(^|\.){re.escape(name)}\." for name in modules})
+        elif modules:
+            for name, module in modules.items():
+                try:
+                    spec, _ = module_spec(
+                        module, config.weight_format, config.group_size, config.activation_group
+                    )
+                    backends.select(self._method, spec)
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"{name}: {error}") from None
+                self.packers[name] = ModulePacker(module, spec)
+        elif not left_eager(model) and config.linear == "none":
+            raise ValueError(
+                f"{type(model).__name__} has no experts that ktk can run: load it without quantization_config"
+            )
+        select_ktk(model, modules.values())
+
+    def _open(self, checkpoint_files: list[str] | None) -> ExpertsSource | None:
+        """Where packed or quantised experts lie; None if the checkpoint's float ones are to be packed."""
+        if (given := self.quantization_config.request.source) is not None:
+            return given
+        if self.pre_quantized:
+            if not checkpoint_files:
+                raise CheckpointError(
+                    "a packed ktk model loads from its directory: no state_dict can be given instead"
+                )
+            return packed_directory(Path(checkpoint_files[0]).parent)
+        if self.quantization_config.gguf is None:
+            return None
+        gguf = open_experts(Path(self.quantization_config.gguf))
+        specs = {layer: gguf.spec(layer) for layer in gguf.layers}
+        return ExpertsSource(self.quantization_config.gguf, specs, gguf.experts, is_beside=True)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        hf.restore_dtypes(model, self.dtypes)
+        config = self.quantization_config
+        for name, module in find_experts(model):
+            if self.source is not None:
+                attach(module, self.source.read(layer_of(name)), self._method)
+                continue
+            try:
+                packed = self.packers.pop(name).packed()
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+            drop_weights(module)
+            attach(module, packed, self._method)
+        config.linear, config.request = config.request.linear or config.linear, Request()
+        if config.linear != "none":
+            run_linears(model, config.linear)
+            fuse_decoder_layers(model)
+        model.save_pretrained = SavePretrained(model)
+
+
+class _PackParameter(hf.ConversionOps):
+    """Takes a parameter of float experts, as the model would have it, packs it, and leaves an empty one."""
+
+    def __init__(self, quantizer: KtkHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        left: dict[str, torch.Tensor] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
+            weight: torch.Tensor = value[0] if isinstance(value, list) else value
+            del value
+            module, _, parameter = name.rpartition(".")
+            packer = self.quantizer.packers.get(module)
+            if packer is None or parameter not in packer.missing:
+                left[name] = weight
+                continue
+            if self.quantizer.error is None:
+                try:
+                    packer.add(parameter, weight)
+                except Exception as error:
+                    self.quantizer.error = CheckpointError(f"{module}: {error}")
+            left[name] = torch.empty(0, dtype=weight.dtype)
+        return left
+
+    @property
+    def reverse_op(self) -> hf.ConversionOps:
+        raise NotImplementedError("packed experts do not become float tensors again")
+
+
+def _check_layers(model: Any, modules: dict[str, Any], source: ExpertsSource) -> None:
+    """CheckpointError unless source and model have experts in the same layers and of the same shapes."""
+    for name, module in modules.items():
+        layer = layer_of(name)
+        if layer not in source.specs:
+            raise CheckpointError(
+                f"{source.where}: no packed experts for {name}; it has layers {sorted(source.specs)}"
+            )
+        _check_shapes(name, module, source.specs[layer])
+    unused = sorted(set(source.specs) - {layer_of(name) for name in modules})
+    if unused:
+        raise CheckpointError(
+            f"{source.where}: packed experts of layers {unused} have no module in {type(model).__name__}"
+        )
+
+
+def _check_shapes(name: str, module: Any, spec: MoESpec) -> None:
+    """CheckpointError unless the packed spec is that of the module, whose parameters are still there (on meta)."""
+    down = module.down_proj.shape
+    inner, outer = (1, 2) if module.is_transposed else (2, 1)
+    wanted = (down[0], down[outer], down[inner], module.has_gate, module.has_bias)
+    given = (
+        spec.num_experts,
+        spec.hidden_size,
+        spec.intermediate_size,
+        spec.has_gate,
+        spec.has_bias,
+    )
+    if tuple(wanted) != given:
+        fields = "num_experts, hidden_size, intermediate_size, has_gate, has_bias"
+        raise CheckpointError(
+            f"{name}: the packed experts have ({fields}) = {given}, the model's config says {wanted}"
+        )
+
+
+def log_left_eager(model: torch.nn.Module) -> None:
+    found = left_eager(model)
+    if found:
+        logger.warning(
+            "%s: experts stay as transformers runs them: %s",
+            type(model).__name__,
+            "; ".join(
+                f"{kind} is not decorated with use_experts_implementation: {reason}"
+                for kind, reason in found.items()
+            ),
+        )
+
+
+hf.register_quantization_config("ktk")(KtkConfig)
+hf.register_quantizer("ktk")(KtkHfQuantizer)
