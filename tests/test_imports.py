@@ -50,7 +50,6 @@ LAZY = (
     ("ktk.cli", "ktk", 37, "torch, numba, transformers: a mistyped option is told at once"),
     ("ktk.demo", "ktk", 10, "the same; the demo's first line comes before them"),
     ("ktk.generate", "ktk.integration", 8, "transformers: headers tell what a path holds"),
-    ("ktk.integration.transformers", "ktk.integration.transformers", 3, "only models that need it"),
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),
     ("ktk.quantise", "ktk.quantise", 3, "the same"),
     ("ktk", "transformers", 9, "1 s and torch; quiet() must come first"),

@@ -1,31 +1,14 @@
-"""Generating for many requests at once: transformers' continuous batching, with sampling and cancellation of each request's own."""
+"""Generating for many requests at once, in batches, with sampling and cancellation of each request's own."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 
-from ktk.errors import KtkError
-from ktk.generate.attention import NAME, BatchHook, Span, paged_attention
 from ktk.generate.describe import size
 from ktk.generate.engine import Engine, Generation, Limits, Progress, RequestError, ServerBusy
-from ktk.generate.invariance import InvariantModel
 from ktk.generate.open import OpenModel
-from ktk.generate.paged_cache import cache_geometry, cached_shapes
-from ktk.generate.sampling import only
-from ktk.integration.transformers import names as hf
-from ktk.integration.transformers.attention_names import decides_by_name
-from ktk.kv.pages import PAGE, Pages
-from ktk.kv.sizes import TokenShape
-
-
-class CannotBatch(KtkError, RuntimeError):
-    """A model that transformers' continuous batching does not run."""
+from ktk.integration.transformers.batches import Batches
+from ktk.kv.pages import Pages
 
 
 class BatchingEngine(Engine):
@@ -34,89 +17,34 @@ class BatchingEngine(Engine):
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
         self._largest_batch = 0
-        AttentionInterface.register(NAME, paged_attention)
-        self._attention = hf.attention_implementation(self.model.config)
-        if kind := decides_by_name(self.model, self._attention, NAME):
-            raise CannotBatch(f"{kind} computes by its attention implementation's name")
-        with self._own_attention():
-            self._shapes = cached_shapes(self.model)
-        token_bytes = self._token_bytes()
-        pages = Pages.within(limits.cache_bytes, token_bytes, limits.context, limits.running)
+        self._batches = Batches(self.model, self._prompt_length, self._choose, self._report)
+        pages = Pages.within(
+            limits.cache_bytes, self._batches.token_bytes, limits.context, limits.running
+        )
         if pages.num_tokens < limits.context:
             raise RequestError(
                 f"a KV cache of {size(limits.cache_bytes)} holds {pages.num_tokens} tokens, and one sequence may have "
                 f"{limits.context}: give a larger --kv-cache or a smaller --context"
             )
         self.cache_bytes = pages.num_bytes
-        self._batch = BatchHook()
-        self._manager = self._make_manager(pages.count)
-        self._hook = self.model.register_forward_pre_hook(self._batch, with_kwargs=True)
-        self._invariant = InvariantModel(self.model)
+        self._batches.prepare(pages.count, limits.batch_tokens, limits.running)
 
-    def _token_bytes(self) -> int:
-        if not self._shapes:
-            return super()._token_bytes()
-        layers = self.model.config.get_text_config().num_hidden_layers
-        heads, width = self._geometry()
-        return TokenShape(layers, heads, width, width).num_bytes(self.model.dtype.itemsize)
+    # The generation thread calls these three; the event loop fills ``_generations``.
 
-    def _geometry(self) -> tuple[int, int]:
-        """Heads and width of the KV cache. Raises CannotBatch where layers differ in the number of heads."""
-        heads = {heads for heads, _ in self._shapes}
-        if len(heads) > 1:
-            numbers = ", ".join(map(str, sorted(heads)))
-            raise CannotBatch(f"its layers cache different numbers of heads: {numbers}")
-        return max(self._shapes)
+    def _prompt_length(self, request_id: str) -> int | None:
+        own = self._generations.get(request_id)
+        return None if own is None else len(own.ids)
 
-    @contextlib.contextmanager
-    def _own_attention(self) -> Iterator[None]:
-        hf.set_attention_implementation(self.model.config, NAME)
-        try:
-            yield
-        finally:
-            hf.set_attention_implementation(self.model.config, self._attention)
-
-    def _make_manager(self, pages: int) -> Any:
-        hf.set_attention_implementation(self.model.config, NAME)
-        try:
-            manager = self.model.init_continuous_batching(
-                generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-                continuous_batching_config=ContinuousBatchingConfig(
-                    page_size=PAGE,
-                    num_blocks=pages,
-                    max_batch_tokens=self.limits.batch_tokens,
-                    max_requests_per_batch=self.limits.running,
-                    use_async_batching=False,
-                    use_cuda_graph=False,
-                    auto_switch_to_flash=False,
-                ),
-            )
-        except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-            hf.set_attention_implementation(self.model.config, self._attention)
-            raise CannotBatch(str(error)) from error
-        sampler = hf.BatchSampler(self._prepare, self._choose)
-        hf.take_over(manager, sampler, hf.BatchRouter(self._report))
-        return manager
-
-    def _prepare(self, parts: list[hf.BatchPart]) -> None:
-        """Tell attention of a batch, and keep pages from other sequences whose bits would not be theirs. In the generation thread."""
-        self._batch.spans = []
-        for part in parts:
-            own = self._generations.get(part.id)
-            prompt = part.num_initial if own is None else len(own.ids)
-            part.share(prompt)
-            self._batch.spans.append(Span(part.first, prompt))
-
-    def _choose(self, requests: list[str], scores: torch.Tensor) -> torch.Tensor:
-        """Each request's own sampler chooses; the event loop fills ``_generations``. scores : float32 (rows, vocab_size)."""
+    def _choose(self, requests: list[str], scores: torch.Tensor) -> list[int]:
+        """Each request's own sampler chooses. scores : float32 (rows, vocab_size), at least one for each request."""
         self._largest_batch = max(self._largest_batch, len(requests))
-        return only(scores, [self._choose_one(*row) for row in zip(requests, scores, strict=False)])
+        return [self._choose_one(*row) for row in zip(requests, scores, strict=False)]
 
     def _choose_one(self, request_id: str, scores: torch.Tensor) -> int:
         own = self._generations.get(request_id)
         if own is None:
             # Cancelled since the batch was made; or before the manager knew it, which has forgotten that by now.
-            self._manager.cancel_request(request_id)
+            self._batches.cancel(request_id)
         elif not own.has_failed:
             try:
                 return own.sampler.choose(scores)
@@ -131,27 +59,14 @@ class BatchingEngine(Engine):
 
     def start(self) -> None:
         """Start the generation thread, and wait until it has its KV cache. Raises CannotBatch if it cannot."""
-        with contextlib.ExitStack() as stack:
-            if self._shapes:
-                config = self.model.config.get_text_config()
-                stack.enter_context(cache_geometry(config, *self._geometry()))
-            self._manager.start()
-            while not hf.has_cache(self._manager) and self._manager.is_running():
-                time.sleep(0.01)
-        if not self.is_alive:
-            error = hf.fatal_error(self._manager)
-            self.stop()
-            raise CannotBatch(str(error))
+        self._batches.start()
 
     def stop(self) -> None:
-        self._hook.remove()
-        self._manager.stop(block=True, timeout=30, hard_stop=True)
-        self._invariant.undo()
-        hf.set_attention_implementation(self.model.config, self._attention)
+        self._batches.stop()
 
     @property
     def is_alive(self) -> bool:
-        return bool(self._manager.is_running() and hf.fatal_error(self._manager) is None)
+        return self._batches.is_alive
 
     @property
     def largest_batch(self) -> int:
@@ -159,22 +74,16 @@ class BatchingEngine(Engine):
 
     @property
     def running(self) -> int:
-        return hf.running_requests(self._manager)
+        return self._batches.running
 
     @property
     def cache_pages(self) -> tuple[int, int]:
-        return hf.cache_pages(self._manager)
+        return self._batches.cache_pages
 
     def _submit(self, generation: Generation) -> None:
-        taken = self._manager.add_request(
-            generation.ids,
-            generation.id,
-            generation.max_tokens,
-            streaming=True,
-            eos_token_id=sorted(generation.ends),
-        )
-        if taken is None:
+        ends = sorted(generation.ends)
+        if not self._batches.add(generation.id, generation.ids, generation.max_tokens, ends):
             raise ServerBusy("the server is shutting down")
 
     def _cancel(self, generation: Generation) -> None:
-        self._manager.cancel_request(generation.id)
+        self._batches.cancel(generation.id)

@@ -16,11 +16,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from ktk.errors import KtkError
-from ktk.generate.describe import DTYPE_BYTES
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
-from ktk.generate.session import end_tokens
-from ktk.kv.sizes import SERVER_CACHE, TokenShape
+from ktk.integration.transformers.tokens import end_tokens
+from ktk.kv.sizes import SERVER_CACHE
 
 SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
 
@@ -139,12 +138,6 @@ class Engine(ABC):
     @abstractmethod
     def _cancel(self, generation: Generation) -> None:
         """End a request that nobody waits for any more."""
-
-    def _token_bytes(self) -> int:
-        """Of the keys and values of one token."""
-        text = self.model.config.get_text_config().to_dict()
-        element = DTYPE_BYTES[str(self.model.dtype).removeprefix("torch.")]
-        return max(1, TokenShape.of_config(text).num_bytes(element))
 
     @property
     def unfinished(self) -> int:

@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ktk.errors import CheckpointError
 from ktk.generate.describe import ModelDescription, describe_model
+from ktk.integration.transformers.attention import use_attention
+from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
+from ktk.integration.transformers.gguf import load_gguf_model
+from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
+from ktk.integration.transformers.linear import run_linears
+from ktk.integration.transformers.loading import load_model
+from ktk.integration.transformers.quantizer import KtkConfig
+from ktk.integration.transformers.tokens import load_tokenizer
 from ktk.paths import user_path
 
 
@@ -44,10 +54,6 @@ def open_model(
     force : load it even if it does not fit.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not fit.
     """
-    from ktk.integration.transformers.attention import use_attention
-    from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
-    from ktk.integration.transformers.linear import run_linears
-
     description = describe_model(path, method, weight_format, dtype, context, linear)
     path = user_path(path)
     if description.reason is not None:
@@ -68,9 +74,6 @@ def open_model(
 def _open_gguf(
     path: str | os.PathLike[str], method: str, dtype: str, linear: str
 ) -> tuple[Any, Any]:
-    from ktk.integration.transformers.gguf import load_gguf_model
-    from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
-
     model = load_gguf_model(path, method=method, dtype=dtype, linear=linear)
     return model, load_gguf_tokenizer(path)
 
@@ -81,23 +84,10 @@ def _open_directory(
     method: str,
     dtype: str | None,
 ) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoTokenizer
-
-    from ktk.integration.transformers import KtkConfig, load_model
-
     options: dict[str, Any] = {}
     if description.kind == "float":
         options["quantization_config"] = KtkConfig(description.weight_format, method=method)
-    try:  # before the model, which may take minutes
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # whatever the files make of it
-        raise CheckpointError(
-            f"{path}: its tokenizer cannot be read: {type(error).__name__}: {error}"
-        ) from error
-    # Of a directory without one, transformers makes a tokenizer with no more than special tokens.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise CheckpointError(f"{path}: has no tokenizer: copy its tokenizer.json there")
+    tokenizer = load_tokenizer(path)  # before the model, which may take minutes
     own_dtype = None if dtype is None else getattr(torch, dtype)
     model = load_model(path, method, own_dtype, only_text=True, **options)
     return model, tokenizer

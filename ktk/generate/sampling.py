@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+
+from ktk.integration.transformers.tokens import own_sampling
 
 # A smaller temperature is greedy: it is no normal float32, so arithmetic may take it for 0. Larger ones divide how far logits
 # lie below the largest, 0 or less, so nothing overflows but to minus infinity, whose probability is 0: the limit.
@@ -37,14 +33,11 @@ class Sampling:
     @classmethod
     def of(cls, config: Any, **given: Any) -> Sampling:
         """The defaults of a model's generation_config, given values (not None) over them."""
-        greedy = not getattr(config, "do_sample", False)
-        defaults = {
-            "temperature": 0.0 if greedy else getattr(config, "temperature", None),
-            "top_p": getattr(config, "top_p", None),
-            "top_k": None if greedy else getattr(config, "top_k", None),
-        }
-        chosen = {**defaults, **{name: value for name, value in given.items() if value is not None}}
-        return cls(**{name: value for name, value in chosen.items() if value is not None})
+        samples, own = own_sampling(config)
+        if not samples:
+            own = {"temperature": 0.0, **{k: v for k, v in own.items() if k == "top_p"}}
+        chosen: dict[str, Any] = {**own, **{k: v for k, v in given.items() if v is not None}}
+        return cls(**chosen)
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,6 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.tokens: list[Token] = []
-        self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         if sampling.temperature >= SMALLEST_TEMPERATURE:
             self._generator = torch.Generator()
@@ -70,10 +62,6 @@ class Sampler:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(sampling.seed % 2**63)
-            if sampling.top_k:
-                self._warpers.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token's id. logits : float32 (vocab_size,)."""
@@ -81,9 +69,12 @@ class Sampler:
         if self._generator is None:
             chosen = int(allowed.argmax())
         else:
-            no_ids = torch.LongTensor(1, 0)  # no warper reads them
-            scores = (allowed - allowed.max()) / self.sampling.temperature
-            probabilities = self._warpers(no_ids, scores[None])[0].softmax(-1)  # (vocab_size,)
+            scores = (allowed - allowed.max()) / self.sampling.temperature  # (vocab_size,)
+            if self.sampling.top_k:
+                scores = _of_largest(scores, self.sampling.top_k)
+            if self.sampling.top_p < 1:
+                scores = _of_likeliest(scores, self.sampling.top_p)
+            probabilities = scores.softmax(-1)
             chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self.tokens.append(self._token(chosen, logits))
         return chosen
@@ -104,20 +95,15 @@ class Sampler:
         return Token(chosen, float(logprobs[chosen]), top)
 
 
-class ChosenBySampler(LogitsProcessor):
-    """For generate(): leaves only the token that a Sampler chose."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids : (1, length). scores : (1, vocab_size)."""
-        return only(scores, [self.sampler.choose(scores[0].float())])
+def _of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """scores (vocab_size,), minus infinity except the top_k largest and those equal to the least of them."""
+    least = scores.topk(min(top_k, len(scores))).values[-1]
+    return scores.masked_fill(scores < least, float("-inf"))
 
 
-def only(scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
-    """scores (rows, vocab_size) in which each of the first rows has only its chosen token left, overwritten in place."""
-    rows = torch.arange(len(chosen))
-    scores[rows] = float("-inf")
-    scores[rows, torch.tensor(chosen, dtype=torch.long)] = 0.0
-    return scores
+def _of_likeliest(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """scores (vocab_size,), minus infinity except the likeliest tokens that have a probability of top_p together."""
+    ascending, ids = scores.sort()
+    is_rest = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    is_rest[-1] = False
+    return scores.index_fill(0, ids[is_rest], float("-inf"))

@@ -12,6 +12,7 @@ from ktk.generate.engine import Engine, Generation, Limits, Progress
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Token
 from ktk.generate.session import Session
+from ktk.integration.transformers.cache import token_bytes
 
 
 class SequentialEngine(Engine):
@@ -19,7 +20,7 @@ class SequentialEngine(Engine):
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
-        self.cache_bytes = limits.context * self._token_bytes()
+        self.cache_bytes = limits.context * token_bytes(self.model)
         self._session = Session(self.model, self.tokenizer)
         self._queue: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
         self._current: Generation | None = None

@@ -7,15 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import DynamicCache, LogitsProcessorList
-
-from ktk.generate.sampling import ChosenBySampler, Sampler, Sampling, Token
+from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.text import Detokenizer, StopStrings, stop_tokens
-from ktk.integration.transformers import names as hf
-from ktk.integration.transformers.cache import growing_layer
-
-PREFILL_CHUNK = 512  # tokens of a prompt run at once: a stop is noticed between chunks
+from ktk.integration.transformers.sequence import CachedSequence
+from ktk.integration.transformers.tokens import encode, encode_chat, end_tokens
 
 
 @dataclass(frozen=True)
@@ -43,40 +38,18 @@ class Generated:
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
-class _Stop(Exception):
-    """Ends generate() between two forward passes."""
-
-
-class _Tokens(hf.BaseStreamer):
-    """Hands each generated token on; generate() gives it the prompt first."""
-
-    def __init__(self, receive: Callable[[int], None]) -> None:
-        self._receive = receive
-        self._is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._is_prompt:
-            self._receive(int(value.reshape(-1)[0]))
-        self._is_prompt = False
-
-    def end(self) -> None:
-        return None
-
-
 class Session:
     """A model, its tokenizer, and the KV cache of the last sequence, of which a following prompt reuses what it shares."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stopped = False
-        self._cache: Any = None
-        self._cached: list[int] = []  # the tokens whose keys and values are in the cache
+        self._sequence = CachedSequence(model)
 
     @property
     def max_context(self) -> int | None:
         """The longest sequence in tokens that the model's config allows, or None."""
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(longest) if longest else None
+        return self._sequence.longest
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The chat template's tokens, up to where the answer begins. Raises ValueError if it refuses the messages."""
@@ -92,7 +65,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget the KV cache."""
-        self._cache, self._cached = None, []
+        self._sequence.reset()
 
     def generate(
         self,
@@ -161,45 +134,10 @@ class Session:
         Returns the number of the prompt's tokens that were not in the KV cache.
         """
 
-        def take(_: int) -> None:
-            if receive(sampler.tokens[-1]):
-                raise _Stop
+        def take(_: int) -> bool:
+            return receive(sampler.tokens[-1])
 
-        self._keep_common(ids)
-        prefilled = len(ids) - len(self._cached)
-        hook = self.model.register_forward_pre_hook(self._check_stopped)
-        try:
-            self._prefill(ids)
-            self.model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                **{hf.CACHE: self._cache},
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                logits_processor=LogitsProcessorList([ChosenBySampler(sampler)]),
-                streamer=_Tokens(take),
-                use_cache=True,
-            )
-        except _Stop:
-            pass
-        finally:
-            hook.remove()
-            if self._cache is not None:
-                sequence = ids + [token.id for token in sampler.tokens]
-                self._cached = sequence[: self._cache.get_seq_length()]
-        return prefilled
-
-    @torch.no_grad()
-    def _prefill(self, ids: list[int]) -> None:
-        """Run a prompt but for its last chunk. generate() with prefill_chunk_size reads all again in transformers 5.20, cached or not."""
-        if self._cache is None:
-            return
-        for start in range(len(self._cached), len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
-            chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]])
-            named = {**hf.last_logits(self.model), hf.CACHE: self._cache}
-            self.model(input_ids=chunk, use_cache=True, **named)
+        return self._sequence.generate(ids, max_tokens, sampler.choose, take, lambda: self.stopped)
 
     def _room(self, ids: list[int], max_tokens: int | None) -> int:
         longest = self.max_context
@@ -211,71 +149,3 @@ class Session:
             )
         room = longest - len(ids) if longest is not None else 2**31
         return min(room, max_tokens) if max_tokens is not None else room
-
-    def _check_stopped(self, *_: object) -> None:
-        if self.stopped:
-            raise _Stop
-
-    def _keep_common(self, ids: list[int]) -> None:
-        """Crop the cache to the tokens it shares with a prompt, all but its last one at most: that one gives the logits."""
-        if hf.keeps_own_cache(self.model):  # MiniMax-Text-01
-            return
-        common = 0
-        for cached, wanted in zip(self._cached, ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
-        if self._cache is not None and common and common < len(self._cached):
-            try:
-                self._cache.crop(common - len(self._cached))
-            except (ValueError, RuntimeError, AttributeError):
-                common = 0  # recurrent states and sliding windows cannot be taken back
-            if self._cache.get_seq_length() != common:
-                common = 0
-        if self._cache is None or not common:
-            self._cache = DynamicCache(config=self.model.config)
-            for index in range(len(self._cache.layers)):
-                growing_layer(self._cache, index)
-        self._cached = self._cached[:common]
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens. Raises ValueError if it is not Unicode."""
-    _check_unicode(text)
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
-
-
-def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation up to where the answer begins.
-
-    Raises ValueError if the template refuses the messages, or one is not Unicode.
-    """
-    from jinja2 import TemplateError
-
-    for message in messages:
-        _check_unicode(message["content"])
-    try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses these messages: {error}") from error
-    ids: list[int] = encoded["input_ids"]
-    return ids
-
-
-def _check_unicode(text: str) -> None:
-    """Tokenizers take no halves of surrogate pairs: JSON's "\\ud800" is one, and a byte of a command line that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}: "
-            f"it must be whole Unicode characters"
-        ) from error
-
-
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end a text: those of the generation config, and the tokenizer's own."""
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return {int(t) for t in (*listed, tokenizer.eos_token_id) if t is not None and t >= 0}

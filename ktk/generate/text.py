@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from typing import Any
+
+from ktk.integration.transformers.tokens import decode, special_tokens
 
 REPLACEMENT = "�"  # what a decoder gives for bytes that are no whole character (yet)
 
@@ -23,10 +23,6 @@ class Detokenizer:
         self._start = 0
         self._given = 0  # of _ids, how many are in the text given out
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
     def add(self, token: int) -> str:
         """The text that became certain with one more token; "" while a character is unfinished."""
         self._ids.append(token)
@@ -37,8 +33,8 @@ class Detokenizer:
         return self._text(final=True)
 
     def _text(self, final: bool) -> str:
-        before = self._decode(self._ids[self._start : self._given])
-        now = self._decode(self._ids[self._start :])
+        before = decode(self._tokenizer, self._ids[self._start : self._given])
+        now = decode(self._tokenizer, self._ids[self._start :])
         if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not final):
             return ""
         self._start, self._given = self._given, len(self._ids)
@@ -99,59 +95,3 @@ def stop_tokens(tokenizer: Any, strings: Sequence[str]) -> tuple[frozenset[int],
             )
         others.append(string)
     return frozenset(tokens), others
-
-
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Text -> id of the tokens that texts leave out."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {str(token): index for index, token in added.items() if token.special}
-
-
-class Spelling:
-    """The bytes that each token stands for. One after another they are those of the text, as far as it has all tokens."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self._added = {index: str(token) for index, token in added.items()}
-        self._decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-        kinds = _kinds(json.loads(self._decoder.__getstate__())) if self._decoder else set()
-        self._has_bytes = "ByteFallback" in kinds
-        self._alphabet = _byte_alphabet() if "ByteLevel" in kinds else {}
-
-    def bytes_of(self, token: int, is_first: bool) -> bytes:
-        """is_first : whether a text begins with it, where some tokenizers leave out the space that a word begins with."""
-        if self._decoder is None:
-            text: str = self._tokenizer.decode([token])
-            return text.encode()
-        spelled = self._added.get(token) or self._tokenizer.convert_ids_to_tokens(token)
-        if spelled is None:  # models have more rows than tokens
-            return b""
-        if self._has_bytes and (byte := _BYTE.fullmatch(spelled)):
-            return bytes.fromhex(byte[1])
-        if self._alphabet:
-            letters = {} if token in self._added else self._alphabet
-            return b"".join(letters.get(c) or c.encode() for c in spelled)
-        if is_first:
-            return self._decoder.decode([spelled]).encode()
-        after = self._decoder.decode([_LETTER, spelled])
-        return after.removeprefix(self._decoder.decode([_LETTER])).encode()
-
-
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's, where no token has a character
-_LETTER = "a"
-
-
-def _kinds(decoder: dict[str, Any]) -> set[str]:
-    """The types of a decoder of the tokenizers library and of those it is made of."""
-    inner = (_kinds(one) for one in decoder.get("decoders", ()))
-    return {decoder["type"]}.union(*inner)
-
-
-def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's letters for bytes: printable ones of Latin-1 stand for themselves, the others follow from 256 on, in order."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(own))
-    letters = {byte: chr(byte) for byte in own}
-    letters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-    return {letter: bytes([byte]) for byte, letter in letters.items()}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from ktk.generate.batching import BatchingEngine, CannotBatch
+from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Engine, Limits
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.sequential import SequentialEngine
 from ktk.generate.session import Session
+from ktk.integration.transformers.batches import CannotBatch
+from ktk.integration.transformers.tokens import encode
 
 TEXT = (
     "The cat sat on the mat, and the dog lay at the door. In 1969 two people walked on the moon; a third waited in orbit. "
@@ -66,7 +68,7 @@ def difference(expected: list[Token], got: list[Token]) -> str | None:
 
 
 def _prompt(opened: OpenModel, length: int) -> list[int]:
-    once: list[int] = opened.tokenizer(TEXT)["input_ids"]
+    once = encode(opened.tokenizer, TEXT)
     return (once * (length // len(once) + 1))[:length]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ktk.generate.engine import Engine
 from ktk.generate.sampling import Sampling, Token
-from ktk.generate.text import Detokenizer, Spelling, StopStrings
+from ktk.generate.text import Detokenizer, StopStrings
+from ktk.integration.transformers.tokens import Spelling
 from ktk.server.metrics import Metrics
 
 

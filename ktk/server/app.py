@@ -24,9 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ktk import __version__
 from ktk.generate.engine import Engine, RequestError, ServerBusy
 from ktk.generate.open import OpenModel
-from ktk.generate.session import encode, encode_chat
-from ktk.generate.text import Spelling, stop_tokens
+from ktk.generate.text import stop_tokens
 from ktk.integration.transformers.fast_paths import memory_paths, run_paths
+from ktk.integration.transformers.tokens import Spelling, encode, encode_chat, vocabulary_size
 from ktk.machine import cpu
 from ktk.server.answer import Answer, Stop
 from ktk.server.forms import Chat, Completion, Form, error_body
@@ -261,7 +261,7 @@ class _Service:
         return Stop(strings, tokens | set(asked), bool(request.include_stop_str_in_output))
 
     def _check_tokens(self, name: str, tokens: list[int]) -> None:
-        vocabulary = self.engine.model.get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_size(self.engine.model)
         wrong = [token for token in tokens if not 0 <= token < vocabulary]
         if wrong:
             raise RequestError(

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from ktk.generate.text import Spelling
+from ktk.integration.transformers.tokens import Spelling
 from ktk.server.answer import Answer, CompletionLogprobs, Piece, chat_logprobs
 from ktk.server.protocol import ChatRequest, CompletionRequest
 

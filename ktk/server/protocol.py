@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from ktk.generate.sampling import Sampling
+from ktk.integration.transformers.tokens import own_sampling
 from ktk.server.fields import FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, Known, refusal
 
 MAX_STOP = 16
@@ -97,10 +98,12 @@ class _Request(BaseModel):
         ends : the tokens that end the answer.
         """
 
+        samples, defaults = own_sampling(generation_config)
+
         def own(name: str, otherwise: float) -> Any:
             given = getattr(self, name)
-            if given is None and generation_config.do_sample:
-                given = getattr(generation_config, name, None)
+            if given is None and samples:
+                given = defaults.get(name)
             return otherwise if given is None else given
 
         return Sampling(

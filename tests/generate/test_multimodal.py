@@ -22,12 +22,13 @@ from ktk.generate.engine import Limits
 from ktk.generate.open import open_model
 from ktk.generate.sampling import Sampler, Sampling
 from ktk.generate.sequential import SequentialEngine
-from ktk.generate.session import PREFILL_CHUNK, Session
+from ktk.generate.session import Session
 from ktk.generate.trial import start_engine
 from ktk.integration.transformers import linear, load_model
 from ktk.integration.transformers.calibration import Calibration
 from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
 from ktk.integration.transformers.multimodal import LeftOut, run_on_text, towers
+from ktk.integration.transformers.sequence import PREFILL_CHUNK
 from make.fp8_directory import to_fp8
 from make.multimodal_cases import WRAPPERS, make_wrapper
 

@@ -137,7 +137,7 @@ def test_a_second_turn_prefills_only_what_is_new(opened: Any) -> None:
         first = session.generate(prompt, Sampling(0.0), 6)
     assert lengths == [40, 1, 1, 1, 1, 1]
     assert (first.prefilled_tokens, first.generated_tokens) == (40, 6)
-    answer = session._cached[40:]
+    answer = session._sequence.cached[40:]
     assert len(answer) == 5  # the last token has not been run
     longer = prompt + answer + [50, 51, 52]
     with forwarded(opened.model) as lengths:
@@ -155,14 +155,14 @@ def test_a_second_turn_prefills_only_what_is_new(opened: Any) -> None:
 def test_a_long_prompt_is_read_in_chunks_behind_what_is_cached(
     opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ktk.generate import session as generation
     from ktk.generate.sampling import Sampling
     from ktk.generate.session import Session
+    from ktk.integration.transformers import sequence
 
     prompt = list(range(5, 45))
     longer = [*prompt, *range(50, 90)]
     whole = [Session(opened.model, opened.tokenizer).generate(ids, Sampling(0.0), 4) for ids in (prompt, longer)]  # fmt: skip
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(sequence, "PREFILL_CHUNK", 16)
     session = Session(opened.model, opened.tokenizer)
     for ids, want, expected in zip((prompt, longer), whole, ([16, 16, 8], [16, 16, 8]), strict=True):  # fmt: skip
         with forwarded(opened.model) as lengths:
@@ -279,7 +279,6 @@ def test_mistakes_are_one_line(model: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_directory_is_said_before_the_model_is_loaded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ktk.integration.transformers import loading
 
     def says(change: Any) -> str:
         broken = tmp_path / "broken"
@@ -298,7 +297,7 @@ def test_what_is_wrong_with_a_directory_is_said_before_the_model_is_loaded(
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps({**config, "model_type": "frobnicate"}))
 
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("ktk.generate.open.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert "has no tokenizer" in says(without_tokenizer)
     assert "tokenizer cannot be read" in says(lambda d: (d / "tokenizer.json").write_text("{}"))
     assert "has no config.json" in says(lambda d: (d / "config.json").unlink())

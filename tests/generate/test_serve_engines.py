@@ -20,12 +20,13 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from ktk.generate import batching, trial
+from ktk.generate import trial
 from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Engine, Limits, ServerBusy
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampling, Token
 from ktk.generate.sequential import SequentialEngine
+from ktk.integration.transformers import batches
 from make import transformers_cases as cases
 
 LIMITS = Limits(context=320, running=4, batch_tokens=96, cache_bytes=64 << 20)
@@ -158,7 +159,7 @@ def test_an_edited_conversation_is_read_again_where_states_cannot_be_taken_back(
 def test_a_wrong_batch_is_noticed_before_anybody_is_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = batching.paged_attention
+    right = batches.paged_attention
 
     def blind(module: Any, query: Any, key: Any, value: Any, *more: Any, **kwargs: Any) -> Any:
         """Every other layer sees nothing."""
@@ -171,7 +172,7 @@ def test_a_wrong_batch_is_noticed_before_anybody_is_answered(
     model = cases.make_model("qwen3_moe", max_position_embeddings=512)
     want = alone(model, PROMPTS[1])
     for attention, says in ((blind, "not that of generate()"), (broken, "softcap")):
-        monkeypatch.setattr(batching, "paged_attention", attention)
+        monkeypatch.setattr(batches, "paged_attention", attention)
         engine = trial.start_engine(opened(model), LIMITS)
         try:
             assert isinstance(engine, SequentialEngine)

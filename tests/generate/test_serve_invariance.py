@@ -17,12 +17,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwen2MoeMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from ktk.generate.attention import BLOCK, Span, paged_attention
 from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Limits
-from ktk.generate.invariance import InvariantModel
 from ktk.generate.open import OpenModel, open_model
 from ktk.generate.sampling import Sampling, Token
+from ktk.integration.transformers.invariance import InvariantModel
+from ktk.integration.transformers.paged_attention import BLOCK, Span, paged_attention
 from ktk.kv.pages import PAGE
 from make import transformers_cases as cases
 from make.serving import make_model
@@ -219,7 +219,7 @@ def test_a_conversation_that_goes_on_is_answered_as_a_new_one(
         made = asyncio.run(answer(engine, prompt, 60))
         longer = [*prompt, *(token.id for token in made), 7, 8, 9]
         assert asyncio.run(answer(engine, longer, 12)) == alone(longer, 12)
-        cache = engine._manager.batch_processor.cache
+        cache = engine._batches._manager.batch_processor.cache
         kept = sum(len(a.ledger.hash_to_block) for a in cache.cache_allocators.values())
         assert kept == len(longer) // PAGE  # of the first one's, what holds its prompt only
     finally:
@@ -233,7 +233,7 @@ def test_answers_put_off_for_want_of_pages_go_on_with_the_same_bits(
     engine = engine_of(opened, cache_pages=11)
     prompts = prompts_of((60, 61, 62, 63, 64, 65))
     put_off = []
-    scheduler = engine._manager.batch_processor.scheduler
+    scheduler = engine._batches._manager.batch_processor.scheduler
     add = scheduler.add_waiting_request
     scheduler.add_waiting_request = lambda state: (put_off.append(state._true_initial_tokens), add(state))  # fmt: skip
 
@@ -251,7 +251,7 @@ def test_a_request_that_nobody_waits_for_is_taken_out(opened: OpenModel) -> None
     """Its cancellation may come before the manager knows it, and is then forgotten."""
     engine = engine_of(opened)
     try:
-        engine._manager.add_request([5] * 70, "nobody's", 10**6, streaming=True)
+        engine._batches._manager.add_request([5] * 70, "nobody's", 10**6, streaming=True)
         end = time.monotonic() + 5
         while engine.cache_pages[0] == engine.cache_pages[1] and time.monotonic() < end - 4:
             time.sleep(0.001)

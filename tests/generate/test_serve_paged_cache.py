@@ -13,13 +13,14 @@ pytest.importorskip("fastapi")
 import torch
 from transformers import AttentionInterface
 
-from ktk.generate import batching
-from ktk.generate.attention import NAME, paged_attention
-from ktk.generate.batching import BatchingEngine, CannotBatch
+from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Limits
 from ktk.generate.open import OpenModel
-from ktk.generate.paged_cache import AnyWidth, cache_geometry, cached_shapes
+from ktk.integration.transformers import batches
 from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.batches import CannotBatch
+from ktk.integration.transformers.paged_attention import NAME, paged_attention
+from ktk.integration.transformers.paged_cache import AnyWidth, cache_geometry, cached_shapes
 from make import transformers_cases as cases
 
 LIMITS = Limits(context=128, running=2, batch_tokens=64, cache_bytes=16 << 20)
@@ -79,7 +80,7 @@ def test_layers_with_different_numbers_of_heads_are_not_batched(
 ) -> None:
     model = cases.make_model("qwen3_moe")
     before = hf.attention_implementation(model.config)
-    monkeypatch.setattr(batching, "cached_shapes", lambda _: {(2, 16), (4, 16)})
+    monkeypatch.setattr(batches, "cached_shapes", lambda _: {(2, 16), (4, 16)})
     with pytest.raises(CannotBatch, match="different numbers of heads: 2, 4"):
         BatchingEngine(opened(model), LIMITS)
     assert hf.attention_implementation(model.config) == before

@@ -18,8 +18,9 @@ from ktk.convert.run import convert
 from ktk.convert.sinks.gguf_tokenizer import tokenizer_metadata
 from ktk.generate.open import open_model
 from ktk.generate.sampling import Sampling
-from ktk.generate.session import Session, end_tokens
+from ktk.generate.session import Session
 from ktk.integration.transformers.gguf_tokenizer import gguf_ends, load_gguf_tokenizer
+from ktk.integration.transformers.tokens import end_tokens
 from ktk.models.whole.ends import end_ids, end_keys
 from make import gguf_files, whole_models
 

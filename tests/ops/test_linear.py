@@ -287,7 +287,7 @@ def test_shared_linears_have_gradients_and_leave_float32_alone() -> None:
 
 @torch.no_grad()
 def test_shared_linears_leave_many_bf16_rows_to_torch_unless_bits_must_be_kept() -> None:
-    from ktk.generate.invariance import InvariantModel
+    from ktk.integration.transformers.invariance import InvariantModel
 
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(256, 192)}).bfloat16()
     share_linears(model)

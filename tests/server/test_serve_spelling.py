@@ -21,7 +21,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from ktk.generate.sampling import Token
-from ktk.generate.text import Detokenizer, Spelling
+from ktk.generate.text import Detokenizer
+from ktk.integration.transformers.tokens import Spelling
 from ktk.server.answer import CompletionLogprobs, chat_logprobs
 from make.serving import TEXT
 

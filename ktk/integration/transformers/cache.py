@@ -9,6 +9,7 @@ import torch
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.names import DynamicLayer, DynamicSlidingWindowLayer
 from ktk.kv.layers import GrowingRows
+from ktk.kv.sizes import TokenShape
 
 
 class _Grows:
@@ -92,3 +93,9 @@ def growing_layer(cache: Any, index: int) -> Any:
     grown.take_over(layer)
     layers[index] = grown
     return grown
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of the keys and values of one token; 1 for a model that keeps none."""
+    text = model.config.get_text_config().to_dict()
+    return max(1, TokenShape.of_config(text).num_bytes(model.dtype.itemsize))

@@ -73,6 +73,7 @@ __all__ = [
     "key_bounds",
     "last_logits",
     "mark_initialised",
+    "only",
     "query_bounds",
     "records_past",
     "register_quantization_config",
@@ -282,17 +283,25 @@ class BatchPart:
         self._request.complete_blocks = {kind: max(0, n - others) for kind, n in filled.items()}
 
 
+def only(scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+    """scores (rows, vocab_size) in which each of the first rows has only its chosen token left, overwritten in place."""
+    rows = torch.arange(len(chosen))
+    scores[rows] = float("-inf")
+    scores[rows, torch.tensor(chosen, dtype=torch.long)] = 0.0
+    return scores
+
+
 class BatchSampler(ContinuousBatchingLogitsProcessorList):
     """Stands where the manager has processors that all requests share; called by the generation thread.
 
     prepare : is told what each batch has of its requests, in its order, before it is run. choose : (ids of requests, scores float32
-    (rows, vocab_size)) -> scores in which each request's token is the largest.
+    (rows, vocab_size)) -> their tokens.
     """
 
     def __init__(
         self,
         prepare: Callable[[list[BatchPart]], None],
-        choose: Callable[[list[str], torch.Tensor], torch.Tensor],
+        choose: Callable[[list[str], torch.Tensor], list[int]],
     ) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
@@ -312,7 +321,7 @@ class BatchSampler(ContinuousBatchingLogitsProcessorList):
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
     ) -> torch.Tensor:
-        return self._choose(self._rows, scores)
+        return only(scores, self._choose(self._rows, scores))
 
 
 class BatchRouter(OutputRouter):

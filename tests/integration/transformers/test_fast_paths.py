@@ -67,9 +67,8 @@ def test_what_is_lost_has_its_reason_and_one_warning(
 
 
 def test_headers_alone_try_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ktk.integration.transformers import loading
 
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("ktk.generate.open.load_model", lambda *_, **__: pytest.fail("loaded"))
     done = ktk("doctor", str(model), "--json", "--headers")
     assert done.returncode == 0 and json.loads(done.stdout)["fast_paths"] is None
     assert "fused decode" not in ktk("doctor", str(model), "--headers").stdout

@@ -12,14 +12,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 from transformers import AutoModelForCausalLM
 
-from ktk.generate.attention import NAME as SERVED
-from ktk.generate.attention import paged_attention
-from ktk.generate.batching import BatchingEngine, CannotBatch
+from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Limits
 from ktk.generate.open import OpenModel
 from ktk.integration.transformers import attention, use_attention
 from ktk.integration.transformers.attention import one_row
 from ktk.integration.transformers.attention_names import decides_by_name
+from ktk.integration.transformers.batches import CannotBatch
+from ktk.integration.transformers.paged_attention import NAME as SERVED
+from ktk.integration.transformers.paged_attention import paged_attention
 from make.families import NOT_BUILT, causal_families, small_config
 from make.serving import make_model
 from make.transformers_cases import SEED

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ktk.generate.paged_cache import AnyWidth
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.attention import one_row
+from ktk.integration.transformers.paged_cache import AnyWidth
 
 NAME = "ktk_flash_paged"
 BLOCK = 64
