@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +23,7 @@ from ktk.convert.run import convert
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
-from ktk.integration.transformers import KtkConfig, load_model, recognise, use_ktk
+from ktk.integration.transformers import KtkConfig, load_model, quantizer, recognise, use_ktk
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.loading import packed_modules
 from ktk.integration.transformers.packing import ModulePacker
@@ -428,9 +426,7 @@ def test_config_packs_linear_layers_if_asked(
 ) -> None:
     make_model("mixtral").save_pretrained(tmp_path)
     asked: list[tuple[torch.nn.Module, str]] = []
-    name = "ktk.integration.transformers.linear"
-    fake = SimpleNamespace(replace_linears=lambda model, fmt: asked.append((model, fmt)))
-    monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setattr(quantizer, "run_linears", lambda *given: asked.append(given))
     config = KtkConfig("int8", linear="int4")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert asked == [(loaded, "int4")]
