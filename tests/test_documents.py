@@ -118,6 +118,32 @@ def test_the_tree_names_every_folder_once() -> None:
     assert sorted(names) == sorted(folders)
 
 
+def walks() -> dict[str, list[list[str]]]:
+    """ARCHITECTURE's walks: title -> the files that each step names."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    found = {}
+    for section in re.split(r"^## ", text, flags=re.MULTILINE):
+        title, _, body = section.partition("\n")
+        if title.startswith("Walk: "):
+            steps = re.split(r"^\d+\. ", body, flags=re.MULTILINE)[1:]
+            found[title.removeprefix("Walk: ")] = [PATH.findall(step) for step in steps]
+    return found
+
+
+def test_a_walk_enters_a_file_once() -> None:
+    for title, steps in walks().items():
+        files = [step[0] for step in steps]
+        assert len(files) == len(set(files)) and all((ROOT / file).is_file() for file in files), (
+            title
+        )
+
+
+def test_walks_are_short() -> None:
+    lengths = {title: len(steps) for title, steps in walks().items()}
+    assert lengths["wrapper.forward to the microkernel"] <= 14
+    assert lengths["convert"] <= 9
+
+
 def test_the_figure_is_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     figure = importlib.import_module("figure")
