@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ktk import MoE
-from ktk.backends.llamafile import formats
 from ktk.bench.blocks import (
     error_bound,
     has_quantiser,
@@ -47,6 +46,7 @@ from ktk.experts.formats import GGUF
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.machine import cpu
+from ktk.placement.blocks import kernel_types
 from ktk.quantise.ggml_library import GgmlLibrary
 from ktk.reference.moe import oracle_forward
 
@@ -210,7 +210,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ggml", type=Path, help="the folder of llama.cpp's libraries")
-    parser.add_argument("--types", default=",".join(formats()))
+    parser.add_argument("--types", default=",".join(kernel_types()))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()

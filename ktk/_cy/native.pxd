@@ -10,6 +10,7 @@ cdef extern from "ktk_probe.h" nogil:
 
 
 cdef extern from "ktk.h" nogil:
+    enum: KTK_ABSENT
     enum: KTK_NUM_FORMATS
     enum: KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16
     enum: KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2
@@ -58,6 +59,11 @@ cdef extern from "ktk.h" nogil:
         int32_t first_down_panel
         int32_t num_down_panels
 
+    struct ktk_lock:
+        pass
+    ktk_lock *ktk_lock_new()
+    void ktk_lock_free(ktk_lock *lock)
+
     ctypedef struct ktk_layer:
         int32_t num_experts
         int32_t hidden_size
@@ -68,6 +74,10 @@ cdef extern from "ktk.h" nogil:
         ktk_activation activation
         int32_t num_parts
         ktk_part *parts
+        int64_t num_absent
+        ktk_lock *lock
+
+    void ktk_set_address(ktk_layer *layer, const void **entry, const void *address)
 
     ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *, int, int, float *,
                                   uint8_t *) noexcept nogil

@@ -9,6 +9,8 @@ import weakref
 
 import numpy as np
 
+from ktk.errors import BackendError
+
 from ktk.fork import process
 
 include "bind/arguments.pxi"

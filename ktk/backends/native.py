@@ -1,7 +1,8 @@
-"""What the compiled backends share: one runner over the C operator, told apart by ISA row."""
+"""What the compiled backends share: one runner over the C operator, told apart by ISA level."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
 from ktk.machine.openmp import borrow
 from ktk.machine.threads import EngineLayout
-from ktk.placement.parts import join, parts_of
+from ktk.placement.blocks import whole_panels
+from ktk.placement.parts import join, layout_of, parts_of
 
 
 def kernel_isa(weight_format: str) -> str | None:
@@ -25,11 +27,23 @@ def kernel_isa(weight_format: str) -> str | None:
     return None if isa is None else str(native_module().kernel_isa(isa, weight_format))
 
 
-class OperatorRunner(Runner):
-    """Experts behind the C operator; what they are made of is the subclass's."""
+class NativeRunner(Runner):
+    """Experts of any format behind the C operator, with the kernels of ISA level ``isa``."""
 
-    native: Any
-    experts: Any
+    def __init__(self, experts: StoredExperts, isa: str, engine: EngineLayout) -> None:
+        self.native: Any = native_module()
+        self.spec = experts.spec
+        whole = {name: whole_panels(matrix) for name, matrix in experts.matrices.items()}
+        runs = dataclasses.replace(
+            experts, gate=whole.get("gate"), up=whole["up"], down=whole["down"]
+        )
+        self.parts = parts_of(runs, engine)
+        group = self.spec.activation_group or 0
+        matrices = {name: (layout_of(m, group), m.is_repacked) for name, m in whole.items()}
+        order = None if experts.order is None else np.ascontiguousarray(experts.order)
+        self.experts = self.native.Experts(self.spec, matrices, self.parts, order, isa, engine)
+        # Panels were copied to the nodes and may go, and come back from there.
+        self.stored = None if engine.is_bound and experts.is_packed else experts
 
     def forward(
         self,
@@ -48,25 +62,14 @@ class OperatorRunner(Runner):
         result: np.ndarray = self.experts.linear(projection, x, expert_ids)
         return result
 
-
-class NativeRunner(OperatorRunner):
-    """Packed experts."""
-
-    def __init__(self, packed: StoredExperts, isa: str, engine: EngineLayout) -> None:
-        self.native = native_module()
-        self.spec = packed.spec
-        self.parts = parts_of(packed, engine)
-        self.experts = self.native.Experts.of_panels(
-            packed.spec, packed.spec.layout, self.parts, isa, engine
-        )
+    def packed(self) -> StoredExperts:
+        return self.stored or join(self.spec, self.parts)
 
     def weights(self) -> list[np.ndarray]:
-        return [part.data for part in self.parts]
-
-    def packed(self) -> StoredExperts:
-        if len(self.parts) == 1:
-            return StoredExperts.of_panels(self.spec, self.parts[0].data)
-        return join(self.spec, self.parts)
+        if self.stored is not None and self.stored.spans is not None:
+            return [self.stored.spans]
+        found = [(part.gate, part.up, part.down) for part in self.parts]
+        return [matrix for part in found for matrix in part if matrix is not None]
 
 
 class NativeBackend(Backend):

@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 
-from ktk.backends.llamafile import formats
 from ktk.experts.formats import BLOCKS, Format
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.machine.memory import aligned_buffer
+from ktk.placement.blocks import kernel_types
 from ktk.quantise.blocks import quantise_rows
 
 SCALE = 0.01
@@ -29,7 +29,7 @@ def error_bound(kind: str, activation_group: int) -> float:
 
 def row_bytes(kind: str, in_features: int) -> int:
     """Bytes of one row. ValueError unless ``kind`` is a type the kernels read and the row whole blocks of it."""
-    if not formats():
+    if not kernel_types():
         raise ValueError(
             f"GGUF type {kind!r}: must be one of none: the compiled extension is not built"
         )

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends
-from ktk.backends.llamafile import repack
 from ktk.backends.native import kernel_isa
 from ktk.bench.blocks import (
     error_bound,
@@ -34,6 +33,7 @@ from ktk.experts.stored import ExpertWeights, StoredExperts, StoredMatrix
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 from ktk.ops.moe import MoE
+from ktk.placement.blocks import repack
 from ktk.quantise.pack import pack_experts
 from ktk.reference.moe import ExactExperts, oracle_forward
 

@@ -19,7 +19,7 @@ class StoredMatrix:
     data : uint8 views of the memory that kernels read, experts at any distance: (num_experts, panels, panel bytes), panels at
         any distance, or, in blocks, (num_experts, rows, row bytes), each expert's rows one behind the other.
     group_size : of panels, as in MoESpec. is_repacked : blocks in the order the kernels read them, see
-        ``ktk.backends.llamafile.repack``. Rows may then be padded to whole panels, and float ones to a multiple of 32 weights.
+        ``ktk.placement.blocks.repack``. Rows may then be padded to whole panels, and float ones to a multiple of 32 weights.
     Raises ValueError unless the data is what the format and the sizes say.
     """
 

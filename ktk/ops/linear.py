@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from ktk._cy import native_module
-from ktk.backends import llamafile
 from ktk.backends.native import kernel_isa
 from ktk.errors import BackendError
 from ktk.experts.formats import GGUF, activation_group_of, get_format
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.layout import K_ALIGN, PANEL, round_up
+from ktk.experts.layout import PANEL, round_up
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredMatrix
 from ktk.machine import cpu
@@ -21,6 +20,8 @@ from ktk.machine.memory import aligned_buffer
 from ktk.machine.openmp import borrow
 from ktk.machine.threads import EngineLayout
 from ktk.ops.inputs import as_hidden, as_weights, new_like
+from ktk.placement.blocks import whole_panels
+from ktk.placement.parts import layout_of
 from ktk.quantise.pack import pack_matrix
 
 
@@ -86,8 +87,8 @@ class Linear:
         self.kernel = f"{kernel_isa(weight_format)} {weight_format}" + (
             f" g{self.spec.group_size}" if self.spec.group_size else ""
         )
-        self.matrix = self.native.Matrix.of_panels(
-            layout, weight_format, self.panels, self.bias, cpu.best_isa(), threads
+        self.matrix = self.native.Matrix(
+            layout, False, self.panels, self.bias, cpu.best_isa(), threads
         )
 
     @classmethod
@@ -123,15 +124,14 @@ class Linear:
             activation_group=activation_group,
             has_gate=False,
         )
-        whole = llamafile.whole_panels(matrix)
+        whole = whole_panels(matrix)
         self.panels = whole.data[0]
         threads = self._begin(bias, num_threads)
-        row = llamafile.formats()[whole.format.name].table_index
         self.kernel = f"{kernel_isa('BF16')} {GGUF.name} {whole.format.name}"
-        self.matrix = self.native.Matrix.of_blocks(
-            (row, round_up(whole.in_features, K_ALIGN), len(self.panels) // PANEL, False), self.panels, self.bias, matrix.in_features,
-            out_features, activation_group, cpu.best_isa(), threads,
-        )  # fmt: skip
+        layout = layout_of(whole, activation_group)
+        self.matrix = self.native.Matrix(
+            layout, False, self.panels, self.bias, cpu.best_isa(), threads
+        )
         return self
 
     def _begin(self, bias: Any, num_threads: int | None) -> EngineLayout:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 from ktk import backends, env
-from ktk.backends.llamafile import repack
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
+from ktk.placement.blocks import repack
 from ktk.quantise.pack import pack_experts
 
 # GGUF types of at least so many bits become int8 where blocks cannot run, others int4.

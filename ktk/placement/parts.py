@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ktk.experts.layout import PANEL
+from ktk.experts.layout import K_ALIGN, PANEL, MatrixLayout, matrix_layout, round_up
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import StoredExperts
+from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.log import warn_once
 from ktk.machine import numa
 from ktk.machine.memory import aligned_buffer
@@ -22,80 +22,116 @@ BLOCK = 128  # channels a cut falls between: a multiple of every activation grou
 
 
 class Part(NamedTuple):
-    """One part of every expert, as ktk_part in ktk.h has it. data : uint8 (num_experts, bytes)."""
+    """One part of every expert, as ktk_part in ktk.h has it, whatever the format.
 
-    data: np.ndarray
-    down_offset: int
-    gate_bias_offset: int
-    up_bias_offset: int
-    down_bias_offset: int
+    gate, up, down : uint8 (num_experts, panels or rows, bytes), experts at any distance; gate None without one. In panels those
+    of gate and up alternate. Biases : float32 (num_experts, padded to panels), whole, or None.
+    """
+
+    gate: np.ndarray | None
+    up: np.ndarray
+    down: np.ndarray
+    gate_bias: np.ndarray | None
+    up_bias: np.ndarray | None
+    down_bias: np.ndarray | None
     first_up_panel: int
     num_up_panels: int
     first_down_panel: int
     num_down_panels: int
 
 
-def whole(packed: StoredExperts) -> Part:
-    """All of it, as it lies."""
-    layout = packed.spec.layout
-    return Part(
-        packed.data,
-        layout.down_offset,
-        layout.gate_bias_offset,
-        layout.up_bias_offset,
-        layout.down_bias_offset,
-        0,
-        layout.gate_up.num_panels,
-        0,
-        layout.down.num_panels,
+def layout_of(matrix: StoredMatrix, activation_group: int) -> MatrixLayout:
+    """Of one expert's matrix, in panels or in whole panels of rows of blocks, as kernels take it."""
+    if matrix.format.is_packed:
+        sizes = matrix.in_features, matrix.out_features
+        return matrix_layout(matrix.format, *sizes, matrix.group_size, activation_group)
+    return MatrixLayout(
+        format=matrix.format,
+        in_features=matrix.in_features,
+        out_features=matrix.out_features,
+        padded_in=round_up(matrix.in_features, K_ALIGN),
+        num_panels=-(-matrix.out_features // PANEL),
+        group_size=0,
+        num_groups=0,
+        activation_group=activation_group,
+        code_bytes=PANEL * matrix.data.shape[2],
+        scale_bytes=0,
+        scales_are_bf16=False,
     )
 
 
-def parts_of(packed: StoredExperts, engine: EngineLayout) -> list[Part]:
-    """``packed`` itself on a machine of one node, else a copy of each part in its node's memory."""
+def parts_of(experts: StoredExperts, engine: EngineLayout) -> list[Part]:
+    """The experts themselves on a machine of one node, else a part for each; in that node's memory, but for mapped files.
+
+    experts : in panels, or in whole panels of rows (``ktk.placement.blocks.whole_panels``).
+    """
     if not engine.is_bound:
-        return [whole(packed)]
+        return [_part(experts, 0, 1, None)]
     count = engine.threadpool_count
-    return [_copy(packed, i, count, node) for i, node in enumerate(engine.numa_nodes)]
+    return [_part(experts, i, count, node) for i, node in enumerate(engine.numa_nodes)]
 
 
-def cut(num_panels: int, index: int, count: int) -> tuple[int, int]:
+def cut(out_features: int, index: int, count: int) -> tuple[int, int]:
     """First panel and number of panels of part ``index``."""
-    step = BLOCK // PANEL
+    num_panels, step = -(-out_features // PANEL), BLOCK // PANEL
     blocks = -(-num_panels // step)
     first, end = (min(i * blocks // count * step, num_panels) for i in (index, index + 1))
     return first, end - first
 
 
-def _copy(packed: StoredExperts, index: int, count: int, node: int) -> Part:
-    layout = packed.spec.layout
-    projections = 2 if layout.has_gate else 1
-    first_up, num_up = cut(layout.gate_up.num_panels, index, count)
-    first_down, num_down = cut(layout.down.num_panels, index, count)
-    up_bytes = projections * layout.gate_up.panel_bytes
-    spans = (
-        (first_up * up_bytes, num_up * up_bytes),
-        (
-            layout.down_offset + first_down * layout.down.panel_bytes,
-            num_down * layout.down.panel_bytes,
-        ),
-        (layout.down_end, layout.expert_bytes - layout.down_end),  # biases
-    )
-    size = sum(length for _, length in spans)
-    data = bound_buffer(packed.spec.num_experts * size, node).reshape(packed.spec.num_experts, size)
-    at = 0
-    for start, length in spans:
-        data[:, at : at + length] = packed.data[:, start : start + length]
-        at += length
-    down_offset = spans[0][1]
-    moved = down_offset + spans[1][1] - layout.down_end
-    gate_bias, up_bias, down_bias = (
-        offset if offset < 0 else offset + moved
-        for offset in (layout.gate_bias_offset, layout.up_bias_offset, layout.down_bias_offset)
-    )
-    return Part(
-        data, down_offset, gate_bias, up_bias, down_bias, first_up, num_up, first_down, num_down
-    )
+def _part(
+    experts: StoredExperts,
+    index: int,
+    count: int,
+    node: int | None,
+) -> Part:
+    up = cut(experts.spec.intermediate_size, index, count)
+    down = cut(experts.spec.hidden_size, index, count)
+    views = {
+        name: _panels(matrix, *(down if name == "down" else up))
+        for name, matrix in experts.matrices.items()
+    }
+    if node is not None:
+        own = {
+            n: views[n] for n, m in experts.matrices.items() if m.format.is_packed or m.is_repacked
+        }
+        views |= _copies(own, node, experts.is_packed)
+    gate, up_bias, down_bias = (_padded_bias(experts, name) for name in ("gate", "up", "down"))
+    return Part(views.get("gate"), views["up"], views["down"], gate, up_bias, down_bias, *up, *down)
+
+
+def _panels(matrix: StoredMatrix, first: int, many: int) -> np.ndarray:
+    """Panels [first, first + many) of every expert, a view."""
+    rows = 1 if matrix.format.is_packed else PANEL
+    return matrix.data[:, first * rows : (first + many) * rows]
+
+
+def _copies(views: dict[str, np.ndarray], node: int, are_packed: bool) -> dict[str, np.ndarray]:
+    """The same in the node's memory. are_packed : panels of gate and up alternate there, too."""
+    copies = {}
+    if are_packed and "gate" in views:
+        experts, many, size = views["up"].shape
+        both = bound_buffer(experts * 2 * many * size, node).reshape(experts, 2 * many, size)
+        copies = {"gate": both[:, 0::2], "up": both[:, 1::2]}
+    for name, view in views.items():
+        if name not in copies:
+            copies[name] = bound_buffer(view.size, node).reshape(view.shape)
+        copies[name][:] = view
+    return copies
+
+
+def _padded_bias(experts: StoredExperts, name: str) -> np.ndarray | None:
+    """A projection's bias, zeros behind it up to whole panels: as it lies in packed experts, else a copy."""
+    bias = experts.biases.get(name)
+    if bias is None:
+        return None
+    if experts.spans is not None:
+        raw = experts.spec.layout.bias(experts.spans, name)
+        assert raw is not None
+        return raw.view(np.float32)
+    padded = np.zeros((len(bias), round_up(bias.shape[1], PANEL)), np.float32)
+    padded[:, : bias.shape[1]] = bias
+    return padded
 
 
 def bound_buffer(num_bytes: int, node: int) -> np.ndarray:
@@ -110,15 +146,16 @@ def bound_buffer(num_bytes: int, node: int) -> np.ndarray:
 
 
 def join(spec: MoESpec, parts: list[Part]) -> StoredExperts:
-    """The experts in one piece again."""
+    """Packed experts in one piece again."""
     layout = spec.layout
-    projections = 2 if layout.has_gate else 1
     data = aligned_buffer(spec.num_experts * layout.expert_bytes).reshape(spec.num_experts, -1)
     for part in parts:
-        start = part.first_up_panel * projections * layout.gate_up.panel_bytes
-        data[:, start : start + part.down_offset] = part.data[:, : part.down_offset]
-        size = part.num_down_panels * layout.down.panel_bytes
-        start = layout.down_offset + part.first_down_panel * layout.down.panel_bytes
-        data[:, start : start + size] = part.data[:, part.down_offset : part.down_offset + size]
-        data[:, layout.down_end :] = part.data[:, part.down_offset + size :]
+        for name in layout.projections:
+            first = part.first_down_panel if name == "down" else part.first_up_panel
+            panels = getattr(part, name)
+            layout.panels(data, name)[:, first : first + panels.shape[1]] = panels
+    for name in layout.projections:
+        bias, place = getattr(parts[0], f"{name}_bias"), layout.bias(data, name)
+        if place is not None:
+            place.view(np.float32)[:] = bias
     return StoredExperts.of_panels(spec, data)

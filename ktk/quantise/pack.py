@@ -105,8 +105,7 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
     if native is None or isa is None:
         _pack_numba(w, layout, panels)
     else:
-        name = layout.format.name
-        native.pack_matrix(w, layout, name, isa, layout.ladder, search.refits, panels)
+        native.pack_matrix(w, layout, isa, layout.ladder, search.refits, panels)
 
 
 def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:

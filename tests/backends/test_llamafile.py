@@ -14,15 +14,16 @@ import ktk
 from ktk import backends
 from ktk._cy import native_module
 from ktk._cy.isa import ISA_ROWS
-from ktk.backends.llamafile import LlamafileRunner, formats, repack
+from ktk.backends.native import NativeRunner
 from ktk.bench.blocks import error_bound, random_blocks, random_matrix
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import dequantise, expert_weights
-from ktk.experts.formats import GGUF
+from ktk.experts.formats import BLOCKS, GGUF
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.machine import cpu
 from ktk.machine.threads import EngineLayout
+from ktk.placement.blocks import kernel_types, repack
 from ktk.reference.moe import ExactExperts, oracle_forward
 from make.block_cases import ExactBlocks, unpack
 from make.cases import assert_exact, random_hidden, random_routing
@@ -30,18 +31,18 @@ from make.cases import assert_exact, random_hidden, random_routing
 if native_module() is None:
     pytest.skip("the compiled extension is not built", allow_module_level=True)
 
-TYPES = tuple(formats())
+TYPES = kernel_types()
 ISAS = tuple(row.name for row in ISA_ROWS)
 FLOATS = ("F32", "F16", "BF16")
 
 
-def load(experts: StoredExperts, isa: str, num_threads: int = 2) -> LlamafileRunner:
+def load(experts: StoredExperts, isa: str, num_threads: int = 2) -> NativeRunner:
     if lacking := cpu.missing(isa, cpu.detect()):
         pytest.skip(f"{isa}: CPU lacks {', '.join(lacking)}")
-    return LlamafileRunner(experts, isa, EngineLayout(num_threads))
+    return NativeRunner(experts, isa, EngineLayout(num_threads))
 
 
-def run(runner: LlamafileRunner, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def run(runner: NativeRunner, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
     out = np.full_like(x, 7)
     runner.forward(x, ids, weights, None, out, None)
     return out
@@ -49,7 +50,7 @@ def run(runner: LlamafileRunner, x: np.ndarray, ids: np.ndarray, weights: np.nda
 
 def width(kind: str) -> int:
     """The least in_features that has every tail: blocks of 256 once, else no multiple of any activation group."""
-    return 256 if formats()[kind].block_weights == 256 else 96
+    return 256 if BLOCKS[kind].block == 256 else 96
 
 
 def spec_for(*kinds: str, num_experts: int = 3, group: int = 64, **fields: Any) -> MoESpec:
@@ -121,7 +122,7 @@ def test_error_against_float64_is_that_of_activations(kind: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_types_may_differ_and_sizes_be_odd(data: st.DataObject) -> None:
-    blocks_of_32 = [k for k in TYPES if formats()[k].block_weights == 32] + list(FLOATS)
+    blocks_of_32 = [k for k in TYPES if BLOCKS[k].block == 32] + list(FLOATS)
     kinds = tuple(data.draw(st.sampled_from(blocks_of_32)) for _ in range(3))
     is_float = all(kind in FLOATS for kind in kinds)
     step = 1 if is_float else 32
@@ -222,7 +223,7 @@ def test_parts_change_no_bit(num_parts: int) -> None:
     want = run(load(experts, "avx2", 1), x, ids, weights)
     layout = EngineLayout(num_parts, num_parts, (0,) * num_parts, (), is_bound=True)
     for blocks in (experts, repack(experts, 2)):
-        assert_exact(want, run(LlamafileRunner(blocks, "avx2", layout), x, ids, weights))
+        assert_exact(want, run(NativeRunner(blocks, "avx2", layout), x, ids, weights))
 
 
 def test_linear_is_one_projection() -> None:

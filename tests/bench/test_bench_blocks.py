@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from ktk._cy import native_module
-from ktk.backends.llamafile import formats
 from ktk.backends.native import kernel_isa
 from ktk.bench import layer as bench_layer
 from ktk.bench.blocks import has_quantiser, in_turns, random_matrix, row_bytes
@@ -18,6 +17,8 @@ from ktk.bench.layer import BlocksLayer, build, check_memory, hidden_states, par
 from ktk.bench.roofline import peak_of_blocks, peaks
 from ktk.bench.shapes import SHAPES, Shape, routings
 from ktk.experts.dequantise import dequantise
+from ktk.experts.formats import BLOCKS
+from ktk.placement.blocks import kernel_types
 
 if native_module() is None:
     pytest.skip("the compiled extension is not built", allow_module_level=True)
@@ -62,11 +63,10 @@ def test_methods_that_are_none_say_what_is_allowed(text: str, message: str) -> N
 
 
 @pytest.mark.parametrize("repack", ["", ":repack"])
-@pytest.mark.parametrize("kind", tuple(formats()))
+@pytest.mark.parametrize("kind", tuple(BLOCKS))
 def test_a_layer_of_any_type_agrees_with_its_reference(kind: str, repack: str) -> None:
     made = layer(f"LLAMAFILE:{kind}{repack}")
-    fmt = formats()[kind]
-    bits = fmt.block_bytes * 8 / fmt.block_weights
+    bits = BLOCKS[kind].bits_per_weight
     assert made.bits_per_weight == bits
     assert made.expert_bytes == TINY.num_weights * bits / 8
     assert made.layer_bytes == 5 * made.expert_bytes
@@ -96,7 +96,7 @@ def test_floats_are_held_to_their_own_bound() -> None:
         made.check(hidden_states(TINY, 4), routings(TINY, 4, 1, seed=0)[0])
 
 
-@pytest.mark.parametrize("kind", tuple(formats()))
+@pytest.mark.parametrize("kind", tuple(BLOCKS))
 def test_random_blocks_sum_to_nothing(kind: str) -> None:
     matrix = random_matrix(kind, 1, 64, 2048, seed=0)
     weights = dequantise(matrix, 0).astype(np.float64)
@@ -122,7 +122,7 @@ def test_two_experts_take_turns_each_in_memory_of_its_own() -> None:
 
 
 def test_types_ktk_quantises_to_hold_normal_weights() -> None:
-    assert [k for k in formats() if has_quantiser(k)] == [
+    assert [k for k in kernel_types() if has_quantiser(k)] == [
         "F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "MXFP4",
     ]  # fmt: skip
     weights = bench_layer.expert_weights(layer("LLAMAFILE:Q4_K").two, 1)
@@ -163,7 +163,7 @@ def test_every_peak_a_kernel_over_blocks_asks_for_exists() -> None:
     known = {p.name for p in peaks()}
     rows = set(native_module().isa_rows()) - {"amx"}
     assert kernel_isa("BF16") in rows
-    assert {peak_of_blocks(isa, kind) for isa in rows for kind in formats()} <= known
+    assert {peak_of_blocks(isa, kind) for isa in rows for kind in BLOCKS} <= known
 
 
 def test_the_command_measures_blocks() -> None:

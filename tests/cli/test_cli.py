@@ -11,9 +11,9 @@ import pytest
 
 from ktk import __version__, backends
 from ktk._cy import native_module
-from ktk.backends.llamafile import formats
 from ktk.cli import COMMANDS
 from ktk.experts.formats import PANELS
+from ktk.placement.blocks import kernel_types
 
 
 def ktk(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -72,7 +72,7 @@ def test_doctor_tells_how_each_gguf_type_runs() -> None:
     found = json.loads(ktk("doctor", "--json").stdout)["gguf_types"]
     if backends.backends()["LLAMAFILE"].why_not() is not None:
         pytest.skip("LLAMAFILE does not run")
-    assert sorted(found["kernel"]) == sorted(formats())
+    assert sorted(found["kernel"]) == sorted(kernel_types())
     assert "NVFP4" in found["float_copies"]
     assert found["packed_anew"] == []
     table = ktk("doctor").stdout

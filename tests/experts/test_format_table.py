@@ -30,7 +30,7 @@ def test_the_kernels_read_every_block_row_and_no_other() -> None:
         pytest.skip("the extension is not built")
     kernels = native.block_formats()
     assert set(kernels) == set(BLOCKS)
-    for name, (_, block, block_bytes, fine) in kernels.items():
+    for name, (block, block_bytes, fine) in kernels.items():
         row = BLOCKS[name]
         assert (row.block, row.block_bytes, row.is_integer) == (block, block_bytes, fine > 0), name
 

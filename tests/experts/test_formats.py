@@ -41,7 +41,7 @@ def test_every_quantiser_finds_the_reference_codes(
         if pack.cpu.missing(isa, pack.cpu.detect()):
             continue
         got[:] = 0
-        native.pack_matrix(w, layout, name, isa, layout.ladder, layout.format.search.refits, got)
+        native.pack_matrix(w, layout, isa, layout.ladder, layout.format.search.refits, got)
         assert_exact(want, got)
 
 

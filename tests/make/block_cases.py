@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ktk._cy import native_module
-from ktk.backends.llamafile import formats
 from ktk.experts.layout import PANEL
 from ktk.experts.rows import quantise_activations
 from ktk.experts.stored import StoredExperts, StoredMatrix
+from ktk.placement.parts import layout_of
 from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float
 from ktk.reference.moe import ExactExperts
@@ -53,10 +53,10 @@ def unpack(
     matrix: StoredMatrix, expert: int, isa: str
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Codes (out, in), scales and minima (out, groups) of one expert; out_features a multiple of 16."""
-    native, index = native_module(), formats()[matrix.format.name].table_index
+    native, layout = native_module(), layout_of(matrix, 0)
     panels = [
         native.unpack_blocks(
-            np.ascontiguousarray(matrix.data[expert, p : p + PANEL]), index, matrix.in_features, isa, matrix.is_repacked
+            np.ascontiguousarray(matrix.data[expert, p : p + PANEL]), layout, isa, matrix.is_repacked
         )
         for p in range(0, matrix.data.shape[1], PANEL)
     ]  # fmt: skip

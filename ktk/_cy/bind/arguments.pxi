@@ -25,24 +25,17 @@ cdef const float *_floats(array) except? NULL:
     return <const float *>_address(array)
 
 
-cdef void _fill_panels(ktk_matrix *m, layout, str weight_format):
-    m.format = _FORMATS[weight_format]
+cdef void _fill_matrix(ktk_matrix *m, layout, bint is_repacked) except *:
+    """layout : ktk.experts.layout.MatrixLayout, of panels or of blocks."""
+    m.format = _FORMATS[layout.format.name]
     m.padded_in = layout.padded_in
     m.num_panels = layout.num_panels
     m.group_size = layout.group_size
     m.activation_group = layout.activation_group
     m.scales_are_bf16 = layout.scales_are_bf16
+    m.is_repacked = is_repacked
     m.code_offset = layout.scale_bytes
     m.panel_bytes = layout.panel_bytes
-
-
-cdef void _fill_blocks(ktk_matrix *m, int format, int in_features, int num_panels, int activation_group, bint is_repacked):
-    m.format = format
-    m.padded_in = in_features
-    m.num_panels = num_panels
-    m.activation_group = activation_group
-    m.is_repacked = is_repacked
-    m.panel_bytes = 16 * (in_features // ktk_formats[format].block_weights) * <int64_t>ktk_formats[format].block_bytes
 
 
 cdef void _fill_activation(ktk_activation *a, act, bint has_gate) except *:

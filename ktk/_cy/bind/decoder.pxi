@@ -10,30 +10,14 @@ cdef class Matrix(_OnPool):
     cdef object panels, bias
     cdef int in_features, out_features
 
-    cdef void _begin(self, panels, bias, int in_features, int out_features, str isa, engine) except *:
+    def __init__(self, layout, bint is_repacked, panels, bias, str isa, engine):
+        """layout : MatrixLayout, of panels or of blocks. panels : uint8 (num_panels, panel_bytes), or rows of blocks, contiguous.
+        bias : float32 (16 * num_panels,) or None."""
         self._take_pool(isa, engine)
         self.panels, self.bias = panels, bias
-        self.in_features, self.out_features = in_features, out_features
-
-    @staticmethod
-    def of_panels(layout, str weight_format, panels, bias, str isa, engine):
-        """layout : MatrixLayout. panels : uint8 (num_panels, panel_bytes), contiguous. bias : float32 (16 * num_panels,) or None."""
-        cdef Matrix self = Matrix()
-        self._begin(panels, bias, layout.in_features, layout.out_features, isa, engine)
-        _fill_panels(&self.matrix, layout, weight_format)
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        _fill_matrix(&self.matrix, layout, is_repacked)
         ktk_use_kernels(&self.matrix, self.kernels)
-        return self
-
-    @staticmethod
-    def of_blocks(given, rows, bias, int in_features, int out_features, int activation_group, str isa,
-                  engine):
-        """A matrix in GGUF blocks. given : as a matrix of Experts.of_blocks. rows : uint8 (16 * panels, row bytes), contiguous.
-        bias : float32 (16 * panels,) or None."""
-        cdef Matrix self = Matrix()
-        self._begin(rows, bias, in_features, out_features, isa, engine)
-        _fill_blocks(&self.matrix, given[0], given[1], given[2], activation_group, given[3])
-        ktk_use_kernels(&self.matrix, self.kernels)
-        return self
 
     def forward(self, x, out):
         """out = x W^T + bias. x, out : C-contiguous (rows, features), both float32, float16 or bf16 bits as uint16."""

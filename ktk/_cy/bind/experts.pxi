@@ -1,19 +1,23 @@
-# A layer's experts.
+# A layer's experts: matrices of any format, and tables of where each expert's are.
 
 
 cdef class Experts(_OnPool):
-    """One layer's experts with the kernels of one ISA row. The caller has checked shapes and dtypes."""
+    """One layer's experts with the kernels of one ISA level. The caller has checked shapes and dtypes."""
 
     cdef ktk_layer layer
-    cdef object parts
-    cdef const void **tables  # every part's pointers, one behind the other
-    cdef int64_t num_tables
+    cdef object parts, names
+    cdef const void **entries  # [part][table][expert]
 
     def __dealloc__(self):
-        free(self.tables)
+        free(self.entries)
+        ktk_lock_free(self.layer.lock)
 
-    cdef void _begin(self, spec, str isa, engine, parts) except *:
+    def __init__(self, spec, matrices, parts, order, str isa, engine):
+        """matrices : {"gate", "up", "down": (MatrixLayout, is_repacked)}, no gate without one.
+        parts : list of ktk.placement.parts.Part. order : as StoredExperts has it. engine : ktk.machine.threads.EngineLayout.
+        """
         self._take_pool(isa, engine)
+        self._take_lock()
         self.parts = parts
         cdef ktk_layer *layer = &self.layer
         layer.num_experts = spec.num_experts
@@ -22,90 +26,105 @@ cdef class Experts(_OnPool):
         _fill_activation(&layer.activation, spec.activation, spec.has_gate)
         assert len(parts) <= KTK_MAX_PARTS
         layer.num_parts = len(parts)
-        # Six tables a part at most.
-        self.tables = <const void **>malloc(<size_t>(6 * len(parts) * spec.num_experts) * sizeof(void *))
-        if self.tables == NULL:
+        # Panels of gate and up alternate: one matrix, whose table holds the gate's addresses.
+        cdef bint is_one = spec.has_gate and spec.is_packed
+        first = "gate" if spec.has_gate else "up"
+        self._use(&layer.gate_up, matrices[first])
+        if spec.has_gate and not is_one:
+            self._use(&layer.up, matrices["up"])
+        self._use(&layer.down, matrices["down"])
+        tables = [first, *(["up"] if spec.has_gate and not is_one else []), "down"]
+        tables += [f"{name}_bias" for name in matrices if getattr(parts[0], f"{name}_bias") is not None]
+        self.names = tuple(tables)
+        self.entries = <const void **>malloc(<size_t>(len(parts) * len(tables) * spec.num_experts) * sizeof(void *))
+        if self.entries == NULL:
             raise MemoryError("no memory for the experts' addresses")
         cdef ktk_part *part
         for i, given in enumerate(parts):
+            for name in tables:
+                self._fill(self._table(i, name), getattr(given, name), order)
             part = &layer.parts[i]
+            part.gate_up = <const uint8_t **>self._table(i, first)
+            part.up = <const uint8_t **>self._table(i, "up") if "up" in tables and first != "up" else NULL
+            part.down = <const uint8_t **>self._table(i, "down")
+            part.gate_bias = <const float **>self._table(i, "gate_bias")
+            part.up_bias = <const float **>self._table(i, "up_bias")
+            part.down_bias = <const float **>self._table(i, "down_bias")
             part.first_up_panel = given.first_up_panel
             part.num_up_panels = given.num_up_panels
             part.first_down_panel = given.first_down_panel
             part.num_down_panels = given.num_down_panels
 
-    cdef const void **_table(self, array, int64_t offset, order=None) except? NULL:
-        """Addresses of each expert's bytes, `offset` bytes into array[expert]; NULL without an array.
+    cdef void _take_lock(self) except *:
+        self.layer.lock = ktk_lock_new()
+        if self.layer.lock == NULL:
+            raise MemoryError("no memory for a lock")
 
-        order : int64 (num_experts,): expert e stands at array[order[e]].
-        """
-        cdef int64_t e, n = self.layer.num_experts
-        if array is None or offset < 0:
+    cdef _Pool _pool(self):
+        """After a fork a new lock, too: who held the old one may be gone, so that one is left alone."""
+        if self.made_in != process():
+            self._take_lock()
+        return _OnPool._pool(self)
+
+    cdef void _use(self, ktk_matrix *m, matrix) except *:
+        layout, is_repacked = matrix
+        _fill_matrix(m, layout, is_repacked)
+        ktk_use_kernels(m, self.kernels)
+
+    cdef const void **_table(self, int part, str name) except? NULL:
+        """A part's table, NULL if the experts have none of this name."""
+        if name not in self.names:
             return NULL
-        cdef const uint8_t *first = <const uint8_t *>_address(array) + offset
-        cdef int64_t stride = array.strides[0]
-        cdef const void **table = self.tables + self.num_tables * n
+        cdef int64_t index = part * len(self.names) + self.names.index(name)
+        return self.entries + index * self.layer.num_experts
+
+    cdef void _fill(self, const void **table, array, order) except *:
+        """Addresses of array[e], or array[order[e]]."""
+        cdef int64_t e, stride = array.strides[0]
+        cdef const uint8_t *first = <const uint8_t *>_address(array)
         cdef const int64_t[::1] places
-        self.num_tables += 1
         if order is None:
-            for e in range(n):
+            for e in range(self.layer.num_experts):
                 table[e] = first + e * stride
-        else:
-            places = order
-            for e in range(n):
-                table[e] = first + places[e] * stride
-        return table
+            return
+        places = order
+        for e in range(self.layer.num_experts):
+            table[e] = first + places[e] * stride
 
-    @staticmethod
-    def of_panels(spec, layout, parts, str isa, engine):
-        """Packed experts. parts : list of ktk.placement.parts.Part. engine : ktk.machine.threads.EngineLayout."""
-        cdef Experts self = Experts()
-        self._begin(spec, isa, engine, parts)
-        _fill_panels(&self.layer.gate_up, layout.gate_up, spec.weight_format)
-        _fill_panels(&self.layer.down, layout.down, spec.weight_format)
-        ktk_use_kernels(&self.layer.gate_up, self.kernels)
-        ktk_use_kernels(&self.layer.down, self.kernels)
-        cdef ktk_part *part
-        for i, given in enumerate(parts):
-            part = &self.layer.parts[i]
-            part.gate_up = <const uint8_t **>self._table(given.data, 0)
-            part.up = NULL
-            part.down = <const uint8_t **>self._table(given.data, given.down_offset)
-            part.gate_bias = <const float **>self._table(given.data, given.gate_bias_offset)
-            part.up_bias = <const float **>self._table(given.data, given.up_bias_offset)
-            part.down_bias = <const float **>self._table(given.data, given.down_bias_offset)
-        return self
+    cdef const void **_entry(self, int part, str table, int64_t expert) except NULL:
+        if table not in self.names or not 0 <= part < self.layer.num_parts or not 0 <= expert < self.layer.num_experts:
+            raise ValueError(
+                f"part={part}, table={table!r}, expert={expert}: there are {self.layer.num_parts} parts, tables "
+                f"{', '.join(self.names)} and {self.layer.num_experts} experts"
+            )
+        return self._table(part, table) + expert
 
-    @staticmethod
-    def of_blocks(spec, matrices, parts, str isa, engine):
-        """Experts in GGUF blocks.
+    @property
+    def tables(self):
+        """Names of the tables of addresses: of packed experts "gate" stands for gate and up, whose panels alternate."""
+        return self.names
 
-        matrices : {"gate", "up", "down": (index of the format, in_features, panels, is_repacked)}, no gate without one.
-        parts : list of ktk.backends.llamafile.Part.
+    def address(self, int part, str table, int64_t expert):
+        """Where an expert's bytes of a table are, int; 0 = elsewhere. ValueError for what there is not."""
+        return <uintptr_t>self._entry(part, table, expert)[0]
+
+    def set_address(self, int part, str table, int64_t expert, uintptr_t address):
+        """Move an expert; 0 = it is elsewhere now. Returns when no call reads the old address any more.
+
+        The memory is the caller's to keep. ValueError for what there is not.
         """
-        cdef Experts self = Experts()
-        self._begin(spec, isa, engine, parts)
-        cdef int group = spec.activation_group
-        cdef bint has_gate = "gate" in matrices
-        cdef ktk_matrix *m
-        for name, given in matrices.items():
-            m = &self.layer.down if name == "down" else &self.layer.gate_up
-            if name == "up" and has_gate:
-                m = &self.layer.up
-            _fill_blocks(m, given[0], given[1], given[2], group, given[3])
-            ktk_use_kernels(m, self.kernels)
-        cdef ktk_part *part
-        for i, part_given in enumerate(parts):
-            part = &self.layer.parts[i]
-            order = part_given.order
-            up = <const uint8_t **>self._table(part_given.up, 0, order)
-            part.gate_up = <const uint8_t **>self._table(part_given.gate, 0, order) if has_gate else up
-            part.up = up if has_gate else NULL
-            part.down = <const uint8_t **>self._table(part_given.down, 0, order)
-            part.gate_bias = <const float **>self._table(part_given.gate_bias, 0, order)
-            part.up_bias = <const float **>self._table(part_given.up_bias, 0, order)
-            part.down_bias = <const float **>self._table(part_given.down_bias, 0, order)
-        return self
+        cdef const void **entry = self._entry(part, table, expert)
+        cdef const void *to = <const void *>address
+        self._pool()
+        with nogil:
+            ktk_set_address(&self.layer, entry, to)
+
+    def _absent(self, ids, skip):
+        """The error for a call whose tokens go to experts that are elsewhere."""
+        found = [e for e in np.unique(ids).tolist() if 0 <= e < self.layer.num_experts and not (skip is not None and skip[e])]
+        found = [e for e in found if any(
+            not self.address(part, table, e) for part in range(self.layer.num_parts) for table in self.names)]
+        return BackendError(f"experts {', '.join(map(str, found))} are not in memory: bring them back first")
 
     def forward(self, hidden, topk_ids, topk_weights, skip, out, add):
         """See ktk.backends.base.Runner.forward."""
@@ -127,6 +146,8 @@ cdef class Experts(_OnPool):
         with nogil:
             status = ktk_moe_forward(&self.layer, self.kernels, pool.pool, num_tokens, top_k, dtype, x, ids,
                                      weights, mask, partial, y)
+        if status == KTK_ABSENT:
+            raise self._absent(topk_ids, skip)
         if status:
             raise MemoryError(f"no scratch memory for {num_tokens} tokens x top_k {top_k}: pass fewer tokens a call")
 
@@ -145,6 +166,8 @@ cdef class Experts(_OnPool):
         cdef int status
         with nogil:
             status = ktk_moe_linear(&self.layer, self.kernels, pool.pool, is_down, num_rows, rows, ids, y)
+        if status == KTK_ABSENT:
+            raise self._absent(expert_ids, None)
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
         return result

@@ -1,13 +1,13 @@
 # Quantising into panels.
 
 
-def pack_matrix(w, layout, str weight_format, str isa, ladder, int refits, panels):
+def pack_matrix(w, layout, str isa, ladder, int refits, panels):
     """Quantise float32 or bf16-bit rows (out, in) into panels, uint8 (num_panels, panel_bytes) with any row stride.
 
     ValueError if a weight is NaN or inf.
     """
     cdef ktk_matrix m
-    _fill_panels(&m, layout, weight_format)
+    _fill_matrix(&m, layout, False)
     cdef const ktk_kernels *kernels = _kernels(isa)
     w = np.ascontiguousarray(w)
     cdef int is_bf16 = w.dtype == np.uint16

@@ -13,8 +13,8 @@ enum { KTK_MAX_PARTS = 16 }; /* NUMA parts of a layer */
 #endif
 
 /* A part of every expert: some panels of gate|up and of down, and all biases. One part: the expert as it is. The tables
- * hold a pointer for each expert. up: NULL where the panels of gate and up alternate behind gate_up (or there is no
- * gate). Biases: NULL without. */
+ * hold a pointer for each expert, NULL for one that is elsewhere. up: NULL where the panels of gate and up alternate
+ * behind gate_up (or there is no gate). Biases: NULL without. */
 typedef struct {
     const uint8_t *const *gate_up, *const *up, *const *down;
     const float *const *gate_bias, *const *up_bias, *const *down_bias; /* whole, padded to panels */
@@ -27,7 +27,19 @@ typedef struct {
     ktk_activation activation;
     int32_t num_parts;
     ktk_part parts[KTK_MAX_PARTS];
+    int64_t num_absent;    /* pointers of the tables that are NULL */
+    struct ktk_lock *lock; /* of the tables: operators read, ktk_set_address writes */
 } ktk_layer;
+
+struct ktk_lock *ktk_lock_new(void); /* NULL: no memory */
+void ktk_lock_free(struct ktk_lock *lock);
+
+/* What an operator says: done; scratch memory cannot be had; a token goes to an expert that is elsewhere, and nothing was
+ * computed. */
+enum ktk_status { KTK_DONE, KTK_NO_MEMORY, KTK_ABSENT };
+
+/* An entry of the layer's tables; waits until no operator reads them. address NULL: the expert is elsewhere. */
+void ktk_set_address(ktk_layer *layer, const void **entry, const void *address);
 
 /* The levels of this build, slowest first (ktk/_cy/isa.py); NULL past the last. */
 const ktk_kernels *ktk_kernels_row(int index);
@@ -57,7 +69,7 @@ void ktk_pool_own_threads_only(void);
 /* Fill in what callers need to know of a matrix's kernel: format to panel_bytes are set. */
 void ktk_use_kernels(ktk_matrix *m, const ktk_kernels *kernels);
 
-/* The operator (see moe.c). 0, or 1 when scratch memory cannot be had.
+/* The operator (see moe.c). Returns a ktk_status.
  * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip
  * (num_experts) or NULL; add float (num_tokens, hidden_size) or NULL. */
 int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
@@ -65,7 +77,7 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
                     const uint8_t *skip, const float *add, void *out);
 
 /* One projection of given experts, no bias: x float (rows, in) -> y float (rows, out); gate_up
- * gives gate, then up. */
+ * gives gate, then up. Returns a ktk_status. */
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                    int64_t num_rows, const float *x, const int64_t *ids, float *y);
 

@@ -13,8 +13,11 @@
  *
  * Every output element is computed by the same chain of operations whatever the batch, the tasks and
  * the threads. */
+#define _GNU_SOURCE /* pthread_rwlock_t */
+#include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "ktk.h"
@@ -432,7 +435,7 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
         take_thread_buffers(&a, op);
         if (pass == 0) {
             void *base = ktk_pool_scratch(pool, a.used);
-            if (!base) return 1;
+            if (!base) return KTK_NO_MEMORY;
             a = (arena){base, 0};
         }
     }
@@ -448,14 +451,56 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
     return 0;
 }
 
+struct ktk_lock {
+    pthread_rwlock_t rw;
+};
+
+struct ktk_lock *ktk_lock_new(void) {
+    struct ktk_lock *lock = malloc(sizeof *lock);
+    if (lock) pthread_rwlock_init(&lock->rw, NULL);
+    return lock;
+}
+
+void ktk_lock_free(struct ktk_lock *lock) {
+    if (lock) pthread_rwlock_destroy(&lock->rw);
+    free(lock);
+}
+
+void ktk_set_address(ktk_layer *layer, const void **entry, const void *address) {
+    pthread_rwlock_wrlock(&layer->lock->rw);
+    layer->num_absent += (address == NULL) - (*entry == NULL);
+    *entry = address;
+    pthread_rwlock_unlock(&layer->lock->rw);
+}
+
+static int is_absent(const ktk_layer *layer, int64_t e) {
+    for (int p = 0; p < layer->num_parts; p++) {
+        const ktk_part *part = &layer->parts[p];
+        if (!part->gate_up[e] || !part->down[e] || (part->up && !part->up[e])) return 1;
+        if ((part->gate_bias && !part->gate_bias[e]) || (part->up_bias && !part->up_bias[e]) ||
+            (part->down_bias && !part->down_bias[e]))
+            return 1;
+    }
+    return 0;
+}
+
+static int has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, const uint8_t *skip) {
+    for (int64_t i = 0; layer->num_absent && i < num_ids; i++) {
+        const int64_t e = ids[i];
+        if (e >= 0 && e < layer->num_experts && !(skip && skip[e]) && is_absent(layer, e)) return 0;
+    }
+    return 1;
+}
+
 int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
                     int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                     const uint8_t *skip, const float *add, void *out) {
     int64_t chunk = MAX_PAIRS / top_k;
     if (chunk < 1) chunk = 1;
     int64_t row_bytes = layer->hidden_size * dtype_bytes(dtype);
-    int status = 0;
     ktk_pool_lock(pool);
+    pthread_rwlock_rdlock(&layer->lock->rw);
+    int status = has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
     for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
         operation op = {
             .layer = layer,
@@ -473,6 +518,7 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
         };
         status = forward_chunk(&op, pool, skip);
     }
+    pthread_rwlock_unlock(&layer->lock->rw);
     ktk_pool_unlock(pool);
     return status;
 }
@@ -524,9 +570,10 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
                     .is_down = is_down,
                     .linear_out = y};
     int64_t most = most_row_blocks(&op, num_rows) * (w->num_panels * KTK_PANEL / UP_STEP + layer->num_parts);
-    int status = 0;
     arena a = {0};
     ktk_pool_lock(pool);
+    pthread_rwlock_rdlock(&layer->lock->rw);
+    int status = has_all(layer, num_rows, ids, NULL) ? KTK_DONE : KTK_ABSENT;
     for (int pass = 0; pass < 2 && !status; pass++) {
         take_groups(&a, &op, num_rows);
         take_tasks(&a, &op, most + num_rows, FIRST_EXPERT + layer->num_experts);
@@ -534,7 +581,7 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
         take_thread_buffers(&a, &op);
         if (pass == 0) {
             void *base = ktk_pool_scratch(pool, a.used);
-            status = base == NULL;
+            status = base ? KTK_DONE : KTK_NO_MEMORY;
             a = (arena){base, 0};
         }
     }
@@ -550,6 +597,7 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
         op.list_begin[layer->num_parts] = op.num_tasks;
         run_tasks(&op, pool);
     }
+    pthread_rwlock_unlock(&layer->lock->rw);
     ktk_pool_unlock(pool);
     return status;
 }

@@ -18,8 +18,6 @@ import torch
 
 import ktk.ops.linear
 from ktk import backends
-from ktk.backends.llamafile import formats
-from ktk.backends.llamafile import repack as repack_blocks
 from ktk.checkpoint.gguf import GgufCheckpoint, GgufTensor
 from ktk.errors import CheckpointError
 from ktk.experts.stored import StoredMatrix
@@ -44,6 +42,8 @@ from ktk.models.whole.source import Source
 from ktk.ops.linear import Linear
 from ktk.ops.requantise import packed_format
 from ktk.paths import user_path
+from ktk.placement.blocks import kernel_types
+from ktk.placement.blocks import repack as repack_blocks
 
 # Dequantised at a time: 1 MB as float32, which NumPy's temporaries pass through the caches with. One call for a tensor of
 # 4096 x 4096: 110 (Q5_K) to 280 (Q4_0) million weights a second; in chunks of this size 290 to 1170.
@@ -251,7 +251,7 @@ def _runs_as_blocks(name: str, tensor: GgufTensor) -> bool:
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or len(tensor.shape) != 2 or not is_dense(module, tensor.shape):
         return False
-    return tensor.type != "F32" and tensor.type in formats()
+    return tensor.type != "F32" and tensor.type in kernel_types()
 
 
 @dataclass(frozen=True)
