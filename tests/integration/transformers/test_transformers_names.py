@@ -110,12 +110,29 @@ def of_transformers() -> set[str]:
     return words(NAMES) - own - python - local - COMMON
 
 
-def submodules(path: Path) -> set[str]:
-    """Modules inside transformers that a file imports from."""
+def taken_from(path: Path, packages: tuple[str, ...]) -> set[str]:
+    """Modules of some packages that a file imports from."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     found = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level and n.module}
     found |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
-    return {name for name in found if name.startswith("transformers.")}
+    return {name for name in found if name.split(".")[0] in packages}
+
+
+def attributes(path: Path) -> set[str]:
+    """Attributes read or called, and keywords given, that are no names of the file's own."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    used |= {n.arg for n in nodes if isinstance(n, ast.keyword) and n.arg}
+    own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    own |= {n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}  # fmt: skip
+    return {name for name in used - own if not name.startswith("__")}
+
+
+def submodules(path: Path) -> set[str]:
+    """Modules inside transformers that a file imports from."""
+    return {name for name in taken_from(path, ("transformers",)) if "." in name}
 
 
 def test_the_names_are_found() -> None:
@@ -130,4 +147,35 @@ def test_no_other_module_knows_transformers_inside() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if path != NAMES]
     known = of_transformers()
     found = {str(p.relative_to(PACKAGE)): submodules(p) | (words(p) & known) for p in files}
+    assert {file: sorted(names) for file, names in found.items() if names} == {}
+
+
+# Of the models, tokenizers, caches and managers of transformers: what the adapters of generate/ read, call and give there.
+ADAPTERS = ("batches", "cache", "paged_attention", "paged_cache", "sequence", "tokens")
+OF_TRANSFORMERS = {
+    "add_request", "add_special_tokens", "added_tokens_decoder", "apply_chat_template", "attention_mask", "backend_tokenizer",
+    "cancel_request", "config", "convert_ids_to_tokens", "crop", "do_sample", "eos_token_id", "from_pretrained", "generate",
+    "get_input_embeddings", "get_seq_length", "get_text_config", "init_continuous_batching", "is_running", "logits_processor",
+    "max_new_tokens", "max_position_embeddings", "pad_token_id", "skip_special_tokens", "streamer",
+}  # fmt: skip
+# generate() is also ktk's own, of sessions and engines.
+OWN = {"generate"}
+
+
+def above_the_adapters() -> list[Path]:
+    return [*PACKAGE.glob("generate/**/*.py"), *PACKAGE.glob("kv/**/*.py"), PACKAGE / "ops" / "decoder.py"]  # fmt: skip
+
+
+def test_the_adapters_are_where_transformers_is_read() -> None:
+    folder = NAMES.parent
+    read = set().union(*(attributes(folder / f"{name}.py") | words(folder / f"{name}.py") for name in ADAPTERS))  # fmt: skip
+    assert OF_TRANSFORMERS - read == set(), "no adapter reads it any more: take it out"
+
+
+def test_generating_and_caching_know_nothing_of_transformers() -> None:
+    """They ask the adapters in integration/transformers, and so need no change for a release or another library."""
+    files = above_the_adapters()
+    assert len(files) > 10
+    known = (of_transformers() | OF_TRANSFORMERS) - OWN
+    found = {str(p.relative_to(PACKAGE)): taken_from(p, ("transformers", "tokenizers")) | (attributes(p) & known) for p in files}  # fmt: skip
     assert {file: sorted(names) for file, names in found.items() if names} == {}
