@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ktk.cli import _model
+from ktk.cli import opening
 from ktk.cli.run import interrupting, speeds
 from ktk.paths import user_path
 
@@ -36,22 +36,22 @@ EPILOG = """Examples:
 
 
 def command(
-    model: _model.Model,
-    max_tokens: _model.MaxTokens = _model.ANSWER_TOKENS,
-    temperature: _model.Temperature = None,
-    top_p: _model.TopP = None,
-    top_k: _model.TopK = None,
-    seed: _model.Seed = None,
-    stop: _model.Stop = None,
-    system: _model.System = None,
-    method: _model.Method = "auto",
-    weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = "file",
-    dtype: _model.Dtype = None,
-    force: _model.Force = False,
+    model: opening.Model,
+    max_tokens: opening.MaxTokens = opening.ANSWER_TOKENS,
+    temperature: opening.Temperature = None,
+    top_p: opening.TopP = None,
+    top_k: opening.TopK = None,
+    seed: opening.Seed = None,
+    stop: opening.Stop = None,
+    system: opening.System = None,
+    method: opening.Method = "auto",
+    weight_format: opening.WeightFormat = "auto",
+    linear: opening.Linear = "file",
+    dtype: opening.Dtype = None,
+    force: opening.Force = False,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    opened = _model.load(model, method, weight_format, linear, dtype, force)
+    opened = opening.load(model, method, weight_format, linear, dtype, force)
     if not opened.tokenizer.chat_template:
         raise ValueError(
             f"{model} has no chat template, so it was made to continue text: use ktk run {model} PROMPT"
@@ -60,7 +60,7 @@ def command(
 
     chat = Chat(opened, Session(opened.model, opened.tokenizer), system)
     chat.options = {
-        "sampling": _model.sampling_of(opened.model, temperature, top_p, top_k, seed),
+        "sampling": opening.sampling_of(opened.model, temperature, top_p, top_k, seed),
         "max_tokens": max_tokens or None,
         "stop": stop or (),
     }
@@ -172,7 +172,7 @@ class Chat:
     def _info(self, _: str) -> None:
         from rich.console import Console
 
-        Console(highlight=False).print(_model.description_table(self.opened.description))
+        Console(highlight=False).print(opening.description_table(self.opened.description))
 
     def _retry(self, _: str) -> None:
         while self.messages and self.messages[-1]["role"] == "assistant":

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ktk.cli import _model
+from ktk.cli import opening
 
 # Paths of ktk.backends.llamafile.types_by_path, and what they mean.
 GGUF_PATHS = {
@@ -88,10 +88,10 @@ def command(
             metavar="[MODEL]", help="A model's path: what it is, what runs it, does it fit."
         ),
     ] = None,
-    method: _model.Method = "auto",
-    weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = "file",
-    dtype: _model.Dtype = None,
+    method: opening.Method = "auto",
+    weight_format: opening.WeightFormat = "auto",
+    linear: opening.Linear = "file",
+    dtype: opening.Dtype = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of KV cache to reckon with.")
     ] = None,
@@ -179,7 +179,7 @@ def _diagnose_model(options: Options, context: int | None, headers: bool, as_jso
     runs = not found.reason and found.fits
     console = Console(highlight=False)
     if not as_json:
-        console.print(_model.description_table(found))
+        console.print(opening.description_table(found))
     paths = [] if headers or not runs else _fast_paths(options)
     if as_json:
         tried = [path.to_json() for path in paths] if paths else None
@@ -201,7 +201,7 @@ def _fast_paths(options: Options) -> list[Any]:
     from ktk.generate.trial import start_engine
     from ktk.integration.transformers.fast_paths import memory_paths, run_paths
 
-    opened = _model.load(*options, force=False)
+    opened = opening.load(*options, force=False)
     context = min(TRIED_CONTEXT, opened.description.max_context or TRIED_CONTEXT)
     limits = Limits(context, 2, 2, context, 1 << 62)
     engine = start_engine(opened, limits)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ktk.cli import _model
+from ktk.cli import opening
 
 EPILOG = """Examples:
 
@@ -24,23 +24,23 @@ EPILOG = """Examples:
 
 
 def command(
-    model: _model.Model,
+    model: opening.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The prompt; "-" reads stdin.')],
-    max_tokens: _model.MaxTokens = _model.ANSWER_TOKENS,
-    temperature: _model.Temperature = None,
-    top_p: _model.TopP = None,
-    top_k: _model.TopK = None,
-    seed: _model.Seed = None,
-    stop: _model.Stop = None,
-    system: _model.System = None,
+    max_tokens: opening.MaxTokens = opening.ANSWER_TOKENS,
+    temperature: opening.Temperature = None,
+    top_p: opening.TopP = None,
+    top_k: opening.TopK = None,
+    seed: opening.Seed = None,
+    stop: opening.Stop = None,
+    system: opening.System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")
     ] = False,
-    method: _model.Method = "auto",
-    weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = "file",
-    dtype: _model.Dtype = None,
-    force: _model.Force = False,
+    method: opening.Method = "auto",
+    weight_format: opening.WeightFormat = "auto",
+    linear: opening.Linear = "file",
+    dtype: opening.Dtype = None,
+    force: opening.Force = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
     ] = False,
@@ -49,7 +49,7 @@ def command(
     if raw and system is not None:
         raise typer.BadParameter("--raw takes no --system: it adds nothing to the prompt")
     text = sys.stdin.read() if prompt == "-" else prompt
-    opened = _model.load(model, method, weight_format, linear, dtype, force)
+    opened = opening.load(model, method, weight_format, linear, dtype, force)
     from ktk.generate.session import Session
 
     session = Session(opened.model, opened.tokenizer)
@@ -72,7 +72,7 @@ def command(
     try:
         made = session.generate(
             ids,
-            _model.sampling_of(opened.model, temperature, top_p, top_k, seed),
+            opening.sampling_of(opened.model, temperature, top_p, top_k, seed),
             max_tokens or None,
             stop or (),
             show,

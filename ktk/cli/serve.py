@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ktk import env
-from ktk.cli import _model
+from ktk.cli import opening
 from ktk.kv.sizes import server_cache
 from ktk.machine import cpu
 
@@ -27,7 +27,7 @@ EPILOG = """Examples:
 
 
 def command(
-    model: _model.Model,
+    model: opening.Model,
     host: Annotated[
         str, typer.Option(help="Address to bind; others than this machine's own need a key.")
     ] = "127.0.0.1",
@@ -64,11 +64,11 @@ def command(
     batch_tokens: Annotated[
         int, typer.Option(min=16, help="Tokens of one forward pass: how prompts are cut up.")
     ] = 512,
-    method: _model.Method = "auto",
-    weight_format: _model.WeightFormat = "auto",
-    linear: _model.Linear = "file",
-    dtype: _model.Dtype = None,
-    force: _model.Force = False,
+    method: opening.Method = "auto",
+    weight_format: opening.WeightFormat = "auto",
+    linear: opening.Linear = "file",
+    dtype: opening.Dtype = None,
+    force: opening.Force = False,
 ) -> None:
     """Serve a model to OpenAI's clients, and a chat page, until Ctrl-C."""
     api_key = api_key or env.api_key()
@@ -97,13 +97,13 @@ def command(
     except ImportError as error:
         raise ImportError(f"ktk serve needs {error.name}: pip install 'ktk[serve]'") from error
     del fastapi, prometheus_client, uvicorn
-    _model.quiet_transformers()
+    opening.quiet_transformers()
     from ktk.generate.engine import Limits
     from ktk.generate.trial import start_engine
     from ktk.server.app import Access
     from ktk.server.serve import serve
 
-    opened = _model.load(model, method, weight_format, linear, dtype, force, context)
+    opened = opening.load(model, method, weight_format, linear, dtype, force, context)
     found = opened.description
     size = cache_bytes(kv_cache, found.kv_bytes, force)
     limits = Limits(found.context, max_requests, 256, batch_tokens, size)

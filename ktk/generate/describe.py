@@ -321,7 +321,7 @@ def _gguf_linears(experts: GgufExperts) -> set[str]:
     row = WHOLE_MODELS.get(experts.architecture)
     if row is None or TOKEN_EMBEDDING not in checkpoint.tensors:
         return set()
-    from ktk.integration.transformers.gguf import file_linears
+    from ktk.integration.transformers.gguf_linears import file_linears
 
     found = file_linears(checkpoint, row, Source(experts).num_layers)
     return {name for _, name in found.values()}
