@@ -130,7 +130,6 @@ def _check_experts(path: Any, name: str, module: Any, spec: Any) -> None:
         )
 
 
-from ktk.checkpoint.gguf import GgufCheckpoint
 def _make_rotary(checkpoint: GgufCheckpoint, model: Any) -> None:
     """Compute what the modules compute when they are made, which on the meta device came to nothing."""
     factors = checkpoint.read(ROPE_FACTORS) if ROPE_FACTORS in checkpoint.tensors else None
