@@ -32,7 +32,7 @@ _AVX512 = (
 _VNNI = (*_AVX512, "-mavx512vnni")
 _OF_BLOCKS = f"{BLOCKS}/kernels.c"
 _ALL = (
-    *(f"{KERNELS}/{name}.c" for name in ("attention", "gemm", "quantise", "rows")),
+    *(f"{KERNELS}/{name}.c" for name in ("attend", "gemm", "quantise", "rows")),
     _OF_BLOCKS,
 )
 
@@ -55,6 +55,8 @@ BASE_SOURCES = (
             "moe",
             "linear",
             "decoder",
+            "attention",
+            "latent",
             "routing",
             "pool",
             "probe",

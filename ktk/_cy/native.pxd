@@ -109,13 +109,6 @@ cdef extern from "ktk.h" nogil:
                         const uint8_t *skip, const float *add, void *out)
     int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                        int64_t num_rows, const float *x, const int64_t *ids, float *y)
-    int ktk_linear_forward(const ktk_matrix *w, const uint8_t *panels, const float *bias, int in_features,
-                           int out_features, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
-                           int dtype, const void *x, void *y)
-
-
-cdef extern from "ktk_decoder.h" nogil:
-    enum: KTK_SOFTMAX, KTK_SIGMOID
 
     ctypedef struct ktk_dense:
         ktk_matrix w
@@ -123,6 +116,81 @@ cdef extern from "ktk_decoder.h" nogil:
         const float *bias
         int32_t in_features
         int32_t out_features
+
+    int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows, int dtype,
+                           const void *x, void *y)
+
+
+cdef extern from "ktk_decoder.h" nogil:
+    enum: KTK_SOFTMAX, KTK_SIGMOID
+    enum: KTK_ROTARY_HALVES, KTK_ROTARY_PAIRS, KTK_ROTARY_PAIRS_TO_HALVES
+    enum: KTK_ATTENTION, KTK_LATENT_ATTENTION, KTK_MLP, KTK_ROUTED
+    enum: KTK_MAX_COMPONENTS
+
+    ctypedef struct ktk_paged:
+        void **pages
+        int64_t head_stride
+        int64_t row_stride
+
+    ctypedef struct ktk_sequence:
+        ktk_paged keys
+        ktk_paged values
+        int64_t page_tokens
+
+    ctypedef struct ktk_decoder_rows:
+        int32_t num_rows
+        const ktk_sequence *sequences
+        const int32_t *sequence
+        const int64_t *position
+        const float *cosines
+        const float *sines
+
+    ctypedef struct ktk_norm:
+        const float *weight
+        int32_t size
+        float epsilon
+
+    ctypedef struct ktk_rotary:
+        int32_t dim
+        int32_t order
+
+    ctypedef struct ktk_attention:
+        int32_t num_heads
+        int32_t num_kv_heads
+        int32_t head_dim
+        int32_t window
+        float scaling
+        ktk_rotary rotary
+        ktk_norm q_norm
+        ktk_norm k_norm
+        const float *sinks
+        ktk_dense q
+        ktk_dense k
+        ktk_dense v
+        ktk_dense o
+
+    ctypedef struct ktk_latent_attention:
+        int32_t num_heads
+        int32_t nope_dim
+        int32_t latent_dim
+        int32_t value_dim
+        float scaling
+        ktk_rotary rotary
+        ktk_dense q_a
+        ktk_norm q_norm
+        ktk_dense q
+        ktk_dense latent
+        ktk_norm latent_norm
+        ktk_dense absorb
+        ktk_dense expand
+        ktk_dense o
+
+    ctypedef struct ktk_mlp:
+        ktk_dense gate
+        ktk_dense up
+        ktk_dense down
+        ktk_activation activation
+        const float *scale
 
     ctypedef struct ktk_router:
         int32_t num_experts
@@ -135,50 +203,31 @@ cdef extern from "ktk_decoder.h" nogil:
         float scale
         const float *correction
 
-    ctypedef struct ktk_mlp:
-        ktk_dense gate
-        ktk_dense up
-        ktk_dense down
-        ktk_activation activation
-        const float *scale
+    ctypedef struct ktk_routed:
+        ktk_dense logits
+        ktk_router router
+        const ktk_layer *experts
+
+    ctypedef struct ktk_component:
+        int32_t kind
+        const void *part
+
+    ctypedef struct ktk_branch:
+        ktk_norm norm
+        ktk_norm output_norm
+        float multiplier
+        int32_t num_components
+        ktk_component components[3]
 
     ctypedef struct ktk_decoder_layer:
         int32_t hidden_size
-        int32_t num_heads
-        int32_t num_kv_heads
-        int32_t head_dim
-        int32_t rotary_dim
-        int32_t is_interleaved
-        int32_t norm_is_whole
-        float epsilon
-        float head_epsilon
-        float scaling
-        const float *input_norm
-        const float *output_norm
-        const float *q_norm
-        const float *k_norm
-        const float *sinks
-        ktk_dense q
-        ktk_dense k
-        ktk_dense v
-        ktk_dense o
-        ktk_layer *experts
-        ktk_dense logits
-        ktk_router router
-        ktk_mlp *mlp
-
-    ctypedef struct ktk_kv_rows:
-        void *keys
-        void *values
-        int64_t keys_head_stride
-        int64_t values_head_stride
-        int64_t num_cached
+        int32_t num_branches
+        const ktk_branch *branches
 
     void ktk_route(const ktk_router *router, const float *logits, float *scores, int64_t *ids,
                    float *weights)
     int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
-                                  int dtype, const void *hidden, const float *cos, const float *sin,
-                                  const ktk_kv_rows *kv, void *out)
+                                  int dtype, const void *hidden, const ktk_decoder_rows *rows, void *out)
 
 
 cdef extern from "sched.h" nogil:

@@ -1,142 +1,133 @@
-"""``DecoderLayer``: one new token through a whole decoder layer in one native call (``_cy/kernels/decoder.c``)."""
+"""``DecoderLayer``: rows of new tokens through a whole decoder layer in one native call (``_cy/kernels/decoder.c``)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ktk._cy import native_module
 from ktk.errors import BackendError
-from ktk.experts.activation import Activation
 from ktk.machine import cpu
 from ktk.machine import threads as engine
 from ktk.machine.openmp import borrow
-from ktk.ops.linear import Linear
+from ktk.ops.components import Attention, Component, LatentAttention, Norm, RoutedExperts
 from ktk.ops.linear import why_not as linear_why_not
-from ktk.ops.moe import MoE
-from ktk.ops.router import Router
 
-HEAD_STEP = 16  # head_dim is a multiple of it
+MAX_COMPONENTS = 3  # of a branch
+PAGE_STEP = 16  # tokens of a page are a multiple of it, where there are several
 
 
 @dataclass(frozen=True, eq=False)
-class Mlp:
-    """Dense or shared experts: down(act(gate(x)) * up(x)), times sigmoid(x . scale) if there is a scale, float32 (hidden_size,)."""
+class Branch:
+    """residual += multiplier * output_norm(sum of what the components make of norm(residual)), added in their order."""
 
-    gate: Linear
-    up: Linear
-    down: Linear
-    activation: Activation
-    scale: np.ndarray | None = None
+    components: tuple[Component, ...]
+    norm: Norm | None = None
+    output_norm: Norm | None = None
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.components) <= MAX_COMPONENTS:
+            raise ValueError(
+                f"a branch of {len(self.components)} components: must have 1..{MAX_COMPONENTS}"
+            )
+        hidden = self.hidden_size
+        for component in self.components:
+            if component.hidden_size != hidden:
+                raise ValueError(
+                    f"a {component.kind} of hidden size {component.hidden_size} beside one of {hidden}"
+                )
+        for name in ("norm", "output_norm"):
+            if (norm := getattr(self, name)) is not None:
+                norm.check(name, hidden)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.components[0].hidden_size
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderSpec:
-    """A decoder layer: RMSNorm, attention over cached keys, RMSNorm, experts and an MLP, residuals added.
+    """A decoder layer: branches of a residual stream, one of which attends. Raises ValueError if shapes do not fit."""
 
-    q, k, v, o : projections. input_norm, output_norm : float32 (hidden_size,), before attention and before the experts. q_norm,
-    k_norm : float32 (head_dim,), or (heads * head_dim,) where the norm goes over all heads, or None; the first rotary_dim of
-    each head are then rotated, pairs half of rotary_dim apart or, is_interleaved, next to each other. scaling : of
-    scores. sinks : float32 (num_heads,), a score without a value, or None. experts with logits (hidden_size ->
-    num_experts) and router, or None; mlp or None, but not neither. Raises ValueError if shapes do not fit.
-    """
+    branches: tuple[Branch, ...]
 
-    head_dim: int
-    rotary_dim: int
-    scaling: float
-    epsilon: float
-    input_norm: np.ndarray
-    output_norm: np.ndarray
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    is_interleaved: bool = False
-    q_norm: np.ndarray | None = None
-    k_norm: np.ndarray | None = None
-    head_epsilon: float = 0.0
-    sinks: np.ndarray | None = None
-    experts: MoE | None = None
-    logits: Linear | None = None
-    router: Router | None = None
-    mlp: Mlp | None = None
+    def __post_init__(self) -> None:
+        sizes = {branch.hidden_size for branch in self.branches}
+        if len(sizes) != 1:
+            raise ValueError(f"branches of hidden sizes {sorted(sizes)}: must be one size")
+        if sum(isinstance(c, Attention | LatentAttention) for c in self.components) != 1:
+            raise ValueError("a layer must have one component that attends")
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return tuple(c for branch in self.branches for c in branch.components)
 
     @property
     def hidden_size(self) -> int:
-        return self.q.in_features
+        return self.branches[0].hidden_size
 
     @property
-    def num_heads(self) -> int:
-        return self.q.out_features // self.head_dim
+    def attention(self) -> Attention | LatentAttention:
+        return next(c for c in self.components if isinstance(c, Attention | LatentAttention))
 
-    @property
-    def num_kv_heads(self) -> int:
-        return self.k.out_features // self.head_dim
-
-    @property
-    def norm_is_whole(self) -> bool:
-        return self.q_norm is not None and len(self.q_norm) != self.head_dim
+    def mapped(self, change: Callable[[Component], Component | None]) -> DecoderSpec:
+        """With each component changed, or left out where ``change`` gives None; a branch without any is left out, too."""
+        branches = []
+        for branch in self.branches:
+            changed = [change(c) for c in branch.components]
+            if left := tuple(c for c in changed if c is not None):
+                branches.append(replace(branch, components=left))
+        return replace(self, branches=tuple(branches))
 
     def __deepcopy__(self, memo: dict[int, object]) -> DecoderSpec:
         return self  # nothing of it changes
 
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if isinstance(value := getattr(self, f.name), np.ndarray):
-                object.__setattr__(self, f.name, np.ascontiguousarray(value, np.float32))
-        hidden, head = self.hidden_size, self.head_dim
-        if head <= 0 or head % HEAD_STEP:
-            raise ValueError(f"head_dim={head}: must be a multiple of {HEAD_STEP}")
-        if not 0 <= self.rotary_dim <= head or self.rotary_dim % 2:
-            raise ValueError(f"rotary_dim={self.rotary_dim}: must be even, 0..{head}")
-        width, kv_width = self.q.out_features, self.k.out_features
-        if width % head or kv_width % head or not kv_width or width % kv_width:
+
+class Pages:
+    """Where the keys and values of one sequence lie in a layer, in pages of equally many tokens.
+
+    keys, values : a page each, arrays (heads, page_tokens, width) of one dtype and of the same strides, each row
+    contiguous; page_tokens a multiple of 16 where there is more than one. Raises ValueError. The arrays must outlive this.
+    """
+
+    def __init__(self, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> None:
+        if not keys or len(keys) != len(values):
             raise ValueError(
-                f"q has {width} and k {kv_width} outputs: must be whole heads of {head}, those of q a multiple of those of k"
+                f"{len(keys)} pages of keys, {len(values)} of values: must be as many, at least one"
             )
-        shapes = {"k": (hidden, kv_width), "v": (hidden, kv_width), "o": (width, hidden)}
-        if self.mlp is not None:
-            inner = self.mlp.gate.out_features
-            shapes |= {
-                "mlp.gate": (hidden, inner),
-                "mlp.up": (hidden, inner),
-                "mlp.down": (inner, hidden),
-            }
-        if self.experts is not None:
-            if self.logits is None or self.router is None:
-                raise ValueError("experts need logits and a router")
-            shapes["logits"] = (hidden, self.router.num_experts)
-            if (
-                self.experts.spec.hidden_size != hidden
-                or self.experts.spec.num_experts != self.router.num_experts
-            ):
+        self.page_tokens = keys[0].shape[1]
+        if len(keys) > 1 and self.page_tokens % PAGE_STEP:
+            raise ValueError(
+                f"pages of {self.page_tokens} tokens: must be a multiple of {PAGE_STEP}"
+            )
+        self.dtype, self.num_tokens = keys[0].dtype, self.page_tokens * len(keys)
+        self.shapes = tuple((p[0].shape[0], p[0].shape[2]) for p in (keys, values))
+        row: list[Any] = []
+        self._tables = []
+        for name, pages in (("keys", keys), ("values", values)):
+            first = pages[0]
+            for page in pages:
+                if (page.shape, page.dtype, page.strides) != (
+                    first.shape,
+                    self.dtype,
+                    first.strides,
+                ):
+                    raise ValueError(f"{name}: pages must have one shape, dtype and strides")
+                if page.strides[2] != page.itemsize or not page.flags.writeable:
+                    raise ValueError(f"{name}: each row must be contiguous and writeable")
+            if first.shape[1] != self.page_tokens:
                 raise ValueError(
-                    f"{self.experts.spec.num_experts} experts of hidden size {self.experts.spec.hidden_size}: "
-                    f"must be {self.router.num_experts} of {hidden}"
+                    f"{name}: pages of {first.shape[1]} tokens, those of keys have {self.page_tokens}"
                 )
-        elif self.mlp is None:
-            raise ValueError("experts and mlp are None: one of them must be given")
-        for name, shape in shapes.items():
-            owner = self.mlp if name.startswith("mlp.") else self
-            linear = getattr(owner, name.removeprefix("mlp."))
-            if (linear.in_features, linear.out_features) != shape:
-                raise ValueError(
-                    f"{name} is {linear.in_features} -> {linear.out_features}: must be {shape[0]} -> {shape[1]}"
-                )
-        whole = self.norm_is_whole
-        lengths: dict[str, tuple[np.ndarray | None, int]] = {
-            "input_norm": (self.input_norm, hidden),
-            "output_norm": (self.output_norm, hidden),
-            "q_norm": (self.q_norm, width if whole else head),
-            "k_norm": (self.k_norm, kv_width if whole else head),
-            "sinks": (self.sinks, self.num_heads),
-            "mlp.scale": (None if self.mlp is None else self.mlp.scale, hidden),
-        }  # fmt: skip
-        for name, (array, length) in lengths.items():
-            if array is not None and array.shape != (length,):
-                raise ValueError(f"{name} has shape {array.shape}: must be ({length},)")
+            table = np.array([page.ctypes.data for page in pages], np.uintp)
+            self._tables.append(table)
+            strides = (stride // first.itemsize for stride in first.strides[:2])
+            row += [table.ctypes.data, *strides]
+        self.native = (*row, self.page_tokens)  # as native.DecoderLayer.forward takes it
 
 
 class DecoderLayer:
@@ -146,10 +137,11 @@ class DecoderLayer:
         if reason := linear_why_not():
             raise BackendError(f"ktk.ops.decoder.DecoderLayer cannot run here: {reason}")
         native: Any = native_module()
-        runner = None if spec.experts is None else spec.experts.runner
-        if runner is not None and not isinstance(getattr(runner, "experts", None), native.Experts):
-            assert spec.experts is not None
-            raise BackendError(f"{spec.experts.backend} has no native experts to call")
+        for component in spec.components:
+            if isinstance(component, RoutedExperts):
+                moe = component.experts
+                if not isinstance(getattr(moe.runner, "experts", None), native.Experts):
+                    raise BackendError(f"{moe.backend} has no native experts to call")
         self.spec = spec
         threads = engine.acquire(self, num_threads)
         borrow(native)
@@ -160,41 +152,53 @@ class DecoderLayer:
         hidden: np.ndarray,
         cosines: np.ndarray,
         sines: np.ndarray,
-        keys: np.ndarray,
-        values: np.ndarray,
-        num_cached: int,
+        pages: Sequence[Pages],
+        sequence: Sequence[int],
+        position: Sequence[int],
     ) -> np.ndarray:
-        """Append the token's keys and values at row ``num_cached`` and attend to all rows up to it.
+        """Write each row's key and value at its position in its sequence, and attend to those up to it.
 
-        hidden : (hidden_size,), float32, float16 or bf16 bits as uint16, as are keys and values: (num_kv_heads, rows, head_dim),
-        each head's rows contiguous. cosines, sines : float32 (rotary_dim / 2,). Returns (hidden_size,) in hidden's dtype.
-        Raises ValueError for shapes and dtypes that do not fit.
+        hidden : (rows, hidden_size), float32, float16 or bf16 bits as uint16, as are keys and values. cosines, sines : float32
+        (rows, rotary.dim / 2). pages : of each sequence. sequence, position : of each row, an index of pages and a place
+        among its tokens, no two rows the same. Returns (rows, hidden_size) in hidden's dtype. A row has the same bits whatever
+        other rows, pages and threads there are. Raises ValueError for what does not fit.
         """
-        spec = self.spec
+        attention, rows = self.spec.attention, len(hidden)
         wanted: dict[str, tuple[np.ndarray, tuple[int, ...], Any]] = {
-            "hidden": (hidden, (spec.hidden_size,), hidden.dtype),
-            "cosines": (cosines, (spec.rotary_dim // 2,), np.float32),
-            "sines": (sines, (spec.rotary_dim // 2,), np.float32),
-            "keys": (keys[:, 0], (spec.num_kv_heads, spec.head_dim), hidden.dtype),
-            "values": (values[:, 0], (spec.num_kv_heads, spec.head_dim), hidden.dtype),
-        }  # fmt: skip
+            "hidden": (hidden, (rows, self.spec.hidden_size), hidden.dtype),
+            "cosines": (cosines, (rows, attention.rotary.dim // 2), np.float32),
+            "sines": (sines, (rows, attention.rotary.dim // 2), np.float32),
+        }
         for name, (array, shape, dtype) in wanted.items():
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(
                     f"{name} is {array.dtype} {array.shape}: must be {np.dtype(dtype)} {shape}"
                 )
-        size = hidden.dtype.itemsize
-        for name, array in (("keys", keys), ("values", values)):
-            if array.strides[1:] != (spec.head_dim * size, size) or not array.flags.writeable:
-                raise ValueError(f"{name}: each head's rows must be contiguous and writeable")
-            if not 0 <= num_cached < array.shape[1]:
-                raise ValueError(f"num_cached={num_cached}: {name} has {array.shape[1]} rows")
+        for table in pages:
+            if table.shapes != attention.cached_shapes or table.dtype != hidden.dtype:
+                raise ValueError(
+                    f"keys and values are {table.dtype} (heads, width) {table.shapes}: "
+                    f"must be {hidden.dtype} {attention.cached_shapes}"
+                )
+        places = set(zip(sequence, position, strict=True))
+        if not rows == len(sequence) == len(places):
+            raise ValueError(f"{rows} rows at {len(places)} places: must be as many, at least one")
+        for index, place in places:
+            if not 0 <= index < len(pages) or not 0 <= place < pages[index].num_tokens:
+                raise ValueError(f"sequence={index}, position={place}: has no place in the pages")
         out = np.empty_like(hidden)
         hidden, cosines, sines = (np.ascontiguousarray(a) for a in (hidden, cosines, sines))
         self.native.forward(
-            hidden.dtype.char, hidden.ctypes.data, cosines.ctypes.data, sines.ctypes.data, keys.ctypes.data,
-            keys.strides[0] // size, values.ctypes.data, values.strides[0] // size, num_cached, out.ctypes.data,
-        )  # fmt: skip
+            hidden.dtype.char,
+            rows,
+            hidden.ctypes.data,
+            cosines.ctypes.data,
+            sines.ctypes.data,
+            [table.native for table in pages],
+            sequence,
+            position,
+            out.ctypes.data,
+        )
         return out
 
     __call__ = forward

@@ -37,13 +37,17 @@ FUSED = {
     "ernie4_5_moe": "neighbours rotated, a correction in a module of its own",
     "granitemoe": "its router's own kind of softmax",
     "hy_v3": "sigmoid scores",
+    "flex_olmo": "norms after attention and experts",
+    "deepseek_v2": "latent attention, angles as complex numbers",
+    "deepseek_v3": "latent attention, neighbours rotated and put apart, groups",
 }
 
 
 @pytest.fixture(autouse=True)
 def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_layers, "SMALLEST", 1)
-    for name, value in {"head_dim": 16, "hidden_size": 64}.items():
+    sizes = {"head_dim": 16, "hidden_size": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "qk_head_dim": 32, "v_head_dim": 16}  # fmt: skip
+    for name, value in sizes.items():
         monkeypatch.setitem(SMALL, name, value)
 
 

@@ -6,18 +6,18 @@ _SCORES = {"softmax": KTK_SOFTMAX, "sigmoid": KTK_SIGMOID}
 cdef class Matrix(_OnPool):
     """One dense matrix with the kernels of one ISA row. The caller has checked shapes and dtypes."""
 
-    cdef ktk_matrix matrix
+    cdef ktk_dense dense
     cdef object panels, bias
-    cdef int in_features, out_features
 
     def __init__(self, layout, bint is_repacked, panels, bias, str isa, engine):
         """layout : MatrixLayout, of panels or of blocks. panels : uint8 (num_panels, panel_bytes), or rows of blocks, contiguous.
         bias : float32 (16 * num_panels,) or None."""
         self._take_pool(isa, engine)
-        self.panels, self.bias = panels, bias
-        self.in_features, self.out_features = layout.in_features, layout.out_features
-        _fill_matrix(&self.matrix, layout, is_repacked)
-        ktk_use_kernels(&self.matrix, self.kernels)
+        self.panels, self.bias = panels, bias  # they outlive dense
+        self.dense.panels, self.dense.bias = <const uint8_t *>_address(panels), _floats(bias)
+        self.dense.in_features, self.dense.out_features = layout.in_features, layout.out_features
+        _fill_matrix(&self.dense.w, layout, is_repacked)
+        ktk_use_kernels(&self.dense.w, self.kernels)
 
     def forward(self, x, out):
         """out = x W^T + bias. x, out : C-contiguous (rows, features), both float32, float16 or bf16 bits as uint16."""
@@ -25,15 +25,10 @@ cdef class Matrix(_OnPool):
         cdef int64_t num_rows = x.shape[0]
         cdef int dtype = _DTYPES[x.dtype.char]
         cdef const void *rows = <const void *>_address(x)
-        cdef const uint8_t *panels = <const uint8_t *>_address(self.panels)
-        cdef const float *bias = NULL
-        if self.bias is not None:
-            bias = <const float *>_address(self.bias)
         cdef void *y = <void *>_address(out)
         cdef int status
         with nogil:
-            status = ktk_linear_forward(&self.matrix, panels, bias, self.in_features, self.out_features, self.kernels,
-                                        pool.pool, num_rows, dtype, rows, y)
+            status = ktk_linear_forward(&self.dense, self.kernels, pool.pool, num_rows, dtype, rows, y)
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
 
@@ -68,81 +63,135 @@ def route(router, logits):
     return ids, weights
 
 
-cdef void _fill_dense(ktk_dense *dense, linear) except *:
-    """linear : ktk.ops.linear.Linear or None; it must outlive dense."""
-    dense.panels = NULL
-    if linear is None:
-        return
-    cdef Matrix matrix = linear.matrix
-    dense.w = matrix.matrix
-    dense.panels = <const uint8_t *>_address(matrix.panels)
-    dense.bias = _floats(matrix.bias)
-    dense.in_features = matrix.in_features
-    dense.out_features = matrix.out_features
+cdef ktk_dense _no_matrix
+cdef ktk_norm _no_norm
+
+
+cdef ktk_dense _dense(linear) except *:
+    """linear : ktk.ops.linear.Linear or None; it must outlive the result."""
+    return _no_matrix if linear is None else (<Matrix>linear.matrix).dense
+
+
+cdef ktk_norm _norm(norm) except *:
+    """norm : ktk.ops.components.Norm or None; it must outlive the result."""
+    cdef ktk_norm n = _no_norm
+    if norm is not None:
+        n.weight, n.size, n.epsilon = _floats(norm.weight), len(norm.weight), norm.epsilon
+    return n
+
+
+_ROTARY_ORDERS = {"halves": KTK_ROTARY_HALVES, "pairs": KTK_ROTARY_PAIRS, "pairs to halves": KTK_ROTARY_PAIRS_TO_HALVES}
+
+
+cdef ktk_rotary _rotary(rotary) except *:
+    cdef ktk_rotary r
+    r.dim, r.order = rotary.dim, _ROTARY_ORDERS[rotary.order]
+    return r
 
 
 cdef class DecoderLayer(_OnPool):
-    """One new token through a decoder layer, in one call. The caller has checked that shapes fit."""
+    """Rows through a decoder layer, in one call. The caller has checked that shapes fit."""
 
     cdef ktk_decoder_layer layer
-    cdef ktk_mlp mlp
     cdef object spec
-    cdef Experts experts
+    cdef list memory  # of the C structs
 
     def __init__(self, spec, str isa, engine):
         """spec : ktk.ops.decoder.DecoderSpec. engine : ktk.machine.threads.EngineLayout."""
         self._take_pool(isa, engine)
-        self.spec = spec
-        cdef ktk_decoder_layer *layer = &self.layer
-        layer.hidden_size = spec.hidden_size
-        layer.num_heads = spec.num_heads
-        layer.num_kv_heads = spec.num_kv_heads
-        layer.head_dim = spec.head_dim
-        layer.rotary_dim = spec.rotary_dim
-        layer.is_interleaved = spec.is_interleaved
-        layer.norm_is_whole = spec.norm_is_whole
-        layer.epsilon = spec.epsilon
-        layer.head_epsilon = spec.head_epsilon
-        layer.scaling = spec.scaling
-        layer.input_norm = _floats(spec.input_norm)
-        layer.output_norm = _floats(spec.output_norm)
-        layer.q_norm = _floats(spec.q_norm)
-        layer.k_norm = _floats(spec.k_norm)
-        layer.sinks = _floats(spec.sinks)
-        _fill_dense(&layer.q, spec.q)
-        _fill_dense(&layer.k, spec.k)
-        _fill_dense(&layer.v, spec.v)
-        _fill_dense(&layer.o, spec.o)
-        _fill_dense(&layer.logits, spec.logits)
-        layer.experts = NULL
-        if spec.experts is not None:
-            self.experts = spec.experts.runner.experts
-            layer.experts = &self.experts.layer
-            _fill_router(&layer.router, spec.router)
-        layer.mlp = NULL
-        if spec.mlp is not None:
-            layer.mlp = &self.mlp
-            _fill_dense(&self.mlp.gate, spec.mlp.gate)
-            _fill_dense(&self.mlp.up, spec.mlp.up)
-            _fill_dense(&self.mlp.down, spec.mlp.down)
-            _fill_activation(&self.mlp.activation, spec.mlp.activation, True)
-            self.mlp.scale = _floats(spec.mlp.scale)
+        self.spec, self.memory = spec, []
+        cdef ktk_branch *branches = <ktk_branch *>self._room(len(spec.branches) * sizeof(ktk_branch))
+        cdef ktk_branch *b = branches
+        self.layer.hidden_size, self.layer.num_branches = spec.hidden_size, len(spec.branches)
+        self.layer.branches = branches
+        for branch in spec.branches:
+            b.norm, b.output_norm = _norm(branch.norm), _norm(branch.output_norm)
+            b.multiplier, b.num_components = branch.multiplier, len(branch.components)
+            for i, component in enumerate(branch.components):
+                self._fill(&b.components[<int>i], component)
+            b += 1
 
-    def forward(self, str dtype, uintptr_t hidden, uintptr_t cosines, uintptr_t sines, uintptr_t keys,
-                int64_t keys_head_stride, uintptr_t values, int64_t values_head_stride, int64_t num_cached,
-                uintptr_t out):
-        """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). The rest: addresses, strides in elements."""
+    cdef void *_room(self, size_t size) except NULL:
+        """Zeros as long as this lives."""
+        self.memory.append(bytearray(size))
+        return _address(self.memory[len(self.memory) - 1])
+
+    cdef void _fill(self, ktk_component *c, component) except *:
+        kind = component.kind
+        if kind == "attention":
+            c.kind, c.part = KTK_ATTENTION, self._attention(component)
+        elif kind == "latent_attention":
+            c.kind, c.part = KTK_LATENT_ATTENTION, self._latent_attention(component)
+        elif kind == "mlp":
+            c.kind, c.part = KTK_MLP, self._mlp(component)
+        else:
+            c.kind, c.part = KTK_ROUTED, self._routed(component)
+
+    cdef const void *_attention(self, a) except NULL:
+        cdef ktk_attention *c = <ktk_attention *>self._room(sizeof(ktk_attention))
+        c.num_heads, c.num_kv_heads, c.head_dim = a.num_heads, a.num_kv_heads, a.head_dim
+        c.window, c.scaling, c.rotary = a.window or 0, a.scaling, _rotary(a.rotary)
+        c.q_norm, c.k_norm, c.sinks = _norm(a.q_norm), _norm(a.k_norm), _floats(a.sinks)
+        c.q, c.k, c.v, c.o = _dense(a.q), _dense(a.k), _dense(a.v), _dense(a.o)
+        return c
+
+    cdef const void *_latent_attention(self, a) except NULL:
+        cdef ktk_latent_attention *c = <ktk_latent_attention *>self._room(sizeof(ktk_latent_attention))
+        c.num_heads, c.nope_dim, c.latent_dim, c.value_dim = a.num_heads, a.nope_dim, a.latent_dim, a.value_dim
+        c.scaling, c.rotary = a.scaling, _rotary(a.rotary)
+        c.q_a, c.q_norm, c.q = _dense(a.q_a), _norm(a.q_norm), _dense(a.q)
+        c.latent, c.latent_norm = _dense(a.latent), _norm(a.latent_norm)
+        c.absorb, c.expand, c.o = _dense(a.absorb), _dense(a.expand), _dense(a.o)
+        return c
+
+    cdef const void *_mlp(self, m) except NULL:
+        cdef ktk_mlp *c = <ktk_mlp *>self._room(sizeof(ktk_mlp))
+        c.gate, c.up, c.down, c.scale = _dense(m.gate), _dense(m.up), _dense(m.down), _floats(m.scale)
+        _fill_activation(&c.activation, m.activation, True)
+        return c
+
+    cdef const void *_routed(self, r) except NULL:
+        cdef ktk_routed *c = <ktk_routed *>self._room(sizeof(ktk_routed))
+        c.logits, c.experts = _dense(r.logits), &(<Experts>r.experts.runner.experts).layer
+        _fill_router(&c.router, r.router)
+        return c
+
+    def forward(self, str dtype, int num_rows, uintptr_t hidden, uintptr_t cosines, uintptr_t sines, pages, sequence,
+                position, uintptr_t out):
+        """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). pages : for each sequence (address of the keys' table, head and row
+        stride, of the values' likewise, page_tokens). sequence, position : num_rows of each. The rest: addresses."""
         cdef _Pool pool = self._pool()
-        cdef int kind = _DTYPES[dtype]
-        cdef ktk_kv_rows kv
-        kv.keys = <void *>keys
-        kv.values = <void *>values
-        kv.keys_head_stride = keys_head_stride
-        kv.values_head_stride = values_head_stride
-        kv.num_cached = num_cached
-        cdef int status
+        cdef int kind = _DTYPES[dtype], status
+        cdef ktk_decoder_rows rows
+        cdef int i = 0
+        # One sequence, one row: no memory but the stack's.
+        cdef ktk_sequence one_sequence
+        cdef int32_t one_index = 0
+        cdef int64_t one_position = 0
+        cdef ktk_sequence *sequences = &one_sequence
+        cdef int32_t *index = &one_index
+        cdef int64_t *place = &one_position
+        if len(pages) > 1:
+            of_sequences = bytearray(len(pages) * sizeof(ktk_sequence))
+            sequences = <ktk_sequence *>_address(of_sequences)
+        if num_rows > 1:
+            of_indices, of_places = bytearray(num_rows * sizeof(int32_t)), bytearray(num_rows * sizeof(int64_t))
+            index, place = <int32_t *>_address(of_indices), <int64_t *>_address(of_places)
+        for i in range(<int>len(pages)):
+            _fill_sequence(&sequences[i], pages[i])
+        for i in range(num_rows):
+            index[i], place[i] = sequence[i], position[i]
+        rows.num_rows, rows.sequences, rows.sequence, rows.position = num_rows, sequences, index, place
+        rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
         with nogil:
-            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, kind, <const void *>hidden,
-                                               <const float *>cosines, <const float *>sines, &kv, <void *>out)
+            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, kind, <const void *>hidden, &rows,
+                                               <void *>out)
+        if status == KTK_ABSENT:
+            raise BackendError("experts that the rows are routed to are not in memory: bring them back first")
         if status:
-            raise MemoryError(f"no memory for a token with {num_cached} cached ones")
+            raise MemoryError(f"no memory for {num_rows} rows at {max(position)} tokens")
+
+
+cdef void _fill_sequence(ktk_sequence *s, given) except *:
+    keys, s.keys.head_stride, s.keys.row_stride, values, s.values.head_stride, s.values.row_stride, s.page_tokens = given
+    s.keys.pages, s.values.pages = <void **><uintptr_t>keys, <void **><uintptr_t>values

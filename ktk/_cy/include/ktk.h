@@ -76,15 +76,30 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
                     int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                     const uint8_t *skip, const float *add, void *out);
 
+/* The same for who holds the pool's lock already. scratch: bytes for so many tokens, 64-byte
+ * aligned. out may be add. */
+int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
+                              int64_t num_tokens, int top_k);
+int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
+                int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
+                const uint8_t *skip, const float *add, void *out, void *scratch);
+
 /* One projection of given experts, no bias: x float (rows, in) -> y float (rows, out); gate_up
  * gives gate, then up. Returns a ktk_status. */
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                    int64_t num_rows, const float *x, const int64_t *ids, float *y);
 
-/* y = x W^T + bias (see linear.c). 0, or 1 when scratch memory cannot be had. x (num_rows, in_features), y (num_rows,
- * out_features) of dtype; panels: w->num_panels, one behind the other; bias float (16 * num_panels) or NULL. */
-int ktk_linear_forward(const ktk_matrix *w, const uint8_t *panels, const float *bias, int in_features,
-                       int out_features, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
+/* A dense matrix: w.num_panels panels, one behind the other. panels NULL: there is none. */
+typedef struct {
+    ktk_matrix w;
+    const uint8_t *panels;
+    const float *bias; /* (16 * w.num_panels) or NULL */
+    int32_t in_features, out_features;
+} ktk_dense;
+
+/* y = x W^T + bias (see linear.c). 0, or 1 when scratch memory cannot be had. x (num_rows, in_features),
+ * y (num_rows, out_features) of dtype. */
+int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
                        int dtype, const void *x, void *y);
 
 #endif

@@ -116,10 +116,28 @@ typedef struct {
     float alpha, gate_min, gate_max, up_min, up_max, up_offset;
 } ktk_activation;
 
-/* Keys of a call of attend, and of those the ones that are converted at a time. */
-enum { KTK_ATTEND_KEYS = 256, KTK_ATTEND_TILE = 16 };
-#define KTK_ATTEND_WORK(group, head_dim)                                                           \
-    (KTK_ATTEND_TILE * (head_dim) + (group) * KTK_ATTEND_KEYS)
+/* Keys of a call of attend, and of those the ones that are converted at a time; query heads of a
+ * task. */
+enum { KTK_ATTEND_KEYS = 256, KTK_ATTEND_TILE = 16, KTK_ATTEND_HEADS = 16 };
+
+/* Rows of cached tokens: a pointer for each KTK_ATTEND_TILE of them. */
+typedef struct {
+    const void *const *tiles;
+    int64_t row_stride; /* elements */
+    int32_t dim;        /* a multiple of 16 */
+} ktk_tiles;
+
+/* Query rows of one token over `count` <= KTK_ATTEND_KEYS tokens from `first` < KTK_ATTEND_TILE on. */
+typedef struct {
+    int32_t dtype, group, first, count;
+    const float *q;               /* (group, keys.dim + more.dim), already scaled */
+    ktk_tiles keys, more, values; /* a key is keys' row, then more's, whose dim may be 0 */
+} ktk_attend;
+
+static inline int64_t ktk_attend_width(int keys, int more, int values) {
+    const int wide = keys > more ? keys : more;
+    return wide > values ? wide : values;
+}
 
 /* One ISA level's kernels, or what one source gives a level: NULL where it gives nothing. */
 typedef struct {
@@ -140,12 +158,10 @@ typedef struct {
     void (*combine)(const float *y, int64_t stride, const int32_t *place, const float *weights,
                     int top_k, int n, float *acc);
     void (*add)(float *acc, const float *y, int64_t n);
-    /* Attention of `group` rows of q (group, head_dim; already scaled) over `count` <=
-     * KTK_ATTEND_KEYS keys and values (count, head_dim) of dtype: out (group, head_dim) = sum over
-     * keys of exp(score - most[0]) * value; most (group, 2): the largest score, and the sum of these
-     * exponentials. head_dim: a multiple of 16. work: KTK_ATTEND_WORK(group, head_dim) floats. */
-    void (*attend)(int dtype, int head_dim, int group, const float *q, const void *keys,
-                   const void *values, int count, float *work, float *out, float *most);
+    /* out (group, values.dim) = sum over tokens of exp(score - most[0]) * value; most (group, 2): the
+     * largest score, and the sum of these exponentials. work: KTK_ATTEND_TILE * ktk_attend_width +
+     * group * KTK_ATTEND_KEYS floats. */
+    void (*attend)(const ktk_attend *a, float *work, float *out, float *most);
     /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
      * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
     int (*pack_panel)(const ktk_matrix *w, int in_features, const void *const *src, int src_is_bf16,

@@ -65,6 +65,7 @@ struct operation {
     ktk_rows x, x_up, h; /* x_up: x, or where up wants other activations than gate */
     float *y;            /* (buffers, pairs, down_columns) */
     int num_buffers;     /* of a part */
+    int64_t y_columns;   /* of all buffers */
     uint8_t *thread_buffers;
     int64_t thread_bytes, work_offset;
     int is_down;       /* ktk_moe_linear */
@@ -409,7 +410,8 @@ static void run_tasks(operation *op, ktk_pool *pool) {
     ktk_pool_run(pool, run_task, op, op->list_begin, op->layer->num_parts);
 }
 
-static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
+/* All that a chunk of tokens takes. */
+static void lay_out_chunk(operation *op, arena *a) {
     const ktk_layer *layer = op->layer;
     int64_t pairs = op->num_tokens * op->top_k;
     const int least_columns = op->kernels->tasks.least_down_panels * KTK_PANEL;
@@ -425,30 +427,28 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip) {
     int64_t most_tasks =
         most_row_blocks(op, pairs) * (most_blocks + layer->down.padded_in / UP_STEP + layer->num_parts);
     most_tasks += op->num_tokens + (op->num_tokens / COMBINE_TOKENS + 1) * most_blocks;
-    arena a = {0};
-    for (int pass = 0; pass < 2; pass++) { /* count, then hand out */
-        take_groups(&a, op, pairs);
-        take_tasks(&a, op, most_tasks, FIRST_EXPERT + layer->num_experts + 2 * most_blocks);
-        take_x(&a, op, op->num_tokens);
-        op->h = take_rows(&a, &layer->down, pairs);
-        op->y = take(&a, 4 * pairs * y_columns * layer->num_parts);
-        take_thread_buffers(&a, op);
-        if (pass == 0) {
-            void *base = ktk_pool_scratch(pool, a.used);
-            if (!base) return KTK_NO_MEMORY;
-            a = (arena){base, 0};
-        }
-    }
+    op->y_columns = y_columns;
+    take_groups(a, op, pairs);
+    take_tasks(a, op, most_tasks, FIRST_EXPERT + layer->num_experts + 2 * most_blocks);
+    take_x(a, op, op->num_tokens);
+    op->h = take_rows(a, &layer->down, pairs);
+    op->y = take(a, 4 * pairs * y_columns * layer->num_parts);
+    take_thread_buffers(a, op);
+}
+
+static void forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip, void *scratch) {
+    const ktk_layer *layer = op->layer;
+    arena a = {scratch, 0};
+    lay_out_chunk(op, &a);
     group_pairs(op, skip);
     choose_columns(op);
-    op->num_buffers = (int)(y_columns / op->down_columns);
+    op->num_buffers = (int)(op->y_columns / op->down_columns);
     for (int p = 0; p < layer->num_parts; p++) {
         op->list_begin[p] = op->num_tasks;
         put_part(op, p);
     }
     op->list_begin[layer->num_parts] = op->num_tasks;
     run_tasks(op, pool);
-    return 0;
 }
 
 struct ktk_lock {
@@ -492,15 +492,28 @@ static int has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, 
     return 1;
 }
 
-int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
-                    int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
-                    const uint8_t *skip, const float *add, void *out) {
-    int64_t chunk = MAX_PAIRS / top_k;
-    if (chunk < 1) chunk = 1;
-    int64_t row_bytes = layer->hidden_size * dtype_bytes(dtype);
-    ktk_pool_lock(pool);
+static int64_t tokens_of_chunk(int top_k) { return MAX_PAIRS / top_k < 1 ? 1 : MAX_PAIRS / top_k; }
+
+int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
+                              int64_t num_tokens, int top_k) {
+    const int64_t chunk = tokens_of_chunk(top_k);
+    operation op = {.layer = layer,
+                    .kernels = kernels,
+                    .num_threads = num_threads,
+                    .max_rows = max_rows_of(layer),
+                    .num_tokens = num_tokens < chunk ? num_tokens : chunk,
+                    .top_k = top_k};
+    arena counted = {0};
+    lay_out_chunk(&op, &counted);
+    return counted.used;
+}
+
+int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
+                int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
+                const uint8_t *skip, const float *add, void *out, void *scratch) {
+    const int64_t chunk = tokens_of_chunk(top_k), row_bytes = layer->hidden_size * dtype_bytes(dtype);
     pthread_rwlock_rdlock(&layer->lock->rw);
-    int status = has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
+    const int status = has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
     for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
         operation op = {
             .layer = layer,
@@ -516,9 +529,22 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
             .add = add ? add + t * layer->hidden_size : NULL,
             .out = (uint8_t *)out + t * row_bytes,
         };
-        status = forward_chunk(&op, pool, skip);
+        forward_chunk(&op, pool, skip, scratch);
     }
     pthread_rwlock_unlock(&layer->lock->rw);
+    return status;
+}
+
+int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
+                    int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
+                    const uint8_t *skip, const float *add, void *out) {
+    int status = KTK_NO_MEMORY;
+    ktk_pool_lock(pool);
+    void *scratch = ktk_pool_scratch(
+        pool, ktk_moe_scratch_bytes(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k));
+    if (scratch)
+        status = ktk_moe_run(layer, kernels, pool, num_tokens, top_k, dtype, hidden, ids, weights, skip, add,
+                             out, scratch);
     ktk_pool_unlock(pool);
     return status;
 }

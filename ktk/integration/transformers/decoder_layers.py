@@ -9,7 +9,6 @@ without a mask.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -165,24 +164,27 @@ class FusedForward:
             if not is_known and argument is not None and argument is not False:
                 return f"the layer is given {name}"
         positions = named.get(hf.POSITIONS)
-        if not isinstance(positions, tuple) or len(positions) != 2:
+        if not torch.is_tensor(positions) and not (
+            isinstance(positions, tuple) and len(positions) == 2
+        ):
             return f"the layer is given no {hf.POSITIONS}"
         cache = growing_layer(given, self.index)
         if cache is None:
             return f"its keys are in a {type(given).__name__} that does not grow in place"
         if not cache.is_initialized or not cache.get_seq_length():
             return None
-        spec, keys = self.layer.spec, cache.keys
-        shape = (1, spec.num_kv_heads, keys.shape[-2], spec.head_dim)
-        if keys.shape != shape or cache.values.shape != shape or not keys.shape[-2]:
-            return f"the KV cache holds keys {tuple(keys.shape)} and values {tuple(cache.values.shape)}, not {shape}"
+        attention, keys = self.layer.spec.attention, cache.keys
+        shapes = tuple((1, heads, keys.shape[-2], n) for heads, n in attention.cached_shapes)
+        found = tuple(keys.shape), tuple(cache.values.shape)
+        if found != shapes or not keys.shape[-2]:
+            return f"the KV cache holds keys and values {found}, not {shapes}"
         if keys.dtype is not x.dtype or keys.device.type != "cpu":
             return (
                 f"the KV cache is {keys.dtype} on {keys.device.type}, hidden states are {x.dtype}"
             )
         if not _sees_all(named.get("attention_mask"), keys.shape[-2] + 1):
             return "a mask hides some of the keys"
-        turns = _turns_of(positions, spec.rotary_dim)
+        turns = _turns_of(positions, attention.rotary.dim)
         return "its position embeddings have an unknown shape" if turns is None else (cache, turns)
 
     def _lost(self, reason: str) -> None:
@@ -204,8 +206,8 @@ class FusedForward:
             trial = Trial(self.described, self.module, self.own_forward, named, self.index)
             reason = trial.differs(is_thorough=kind not in self.verdicts)
             self.verdicts.setdefault(kind, reason)
-            if reason is None and trial.is_interleaved:
-                self.layer = DecoderLayer(replace(self.described.spec, is_interleaved=True))
+            if reason is None and trial.spec is not self.described.spec:
+                self.layer = DecoderLayer(trial.spec)
         self.is_unlike = reason is not None
         return reason
 
@@ -247,22 +249,20 @@ def _sees_all(mask: Any, num_keys: int) -> bool:
     return sees
 
 
-def _turns_of(positions: tuple[Any, ...], rotary_dim: int) -> torch.Tensor | None:
-    """float32 (2, rotary_dim / 2): cosines and sines of one position."""
-    cosines, sines = positions
+def _turns_of(positions: Any, rotary_dim: int) -> torch.Tensor | None:
+    """float32 (2, rotary_dim / 2): cosines and sines of one position, given as these two or as complex numbers of them."""
+    first = positions if torch.is_tensor(positions) else positions[0]
     last, last_dim, turns = _last_turns[0]
-    if last is cosines and last_dim == rotary_dim:
+    if last is first and last_dim == rotary_dim:
         return turns
     half = rotary_dim // 2
-    if (
-        cosines.ndim != 3
-        or cosines.shape[:2] != (1, 1)
-        or cosines.shape[-1] not in (half, 2 * half)
-    ):
+    both = [positions.real, positions.imag] if first.is_complex() else list(positions)
+    width = first.shape[-1]
+    if len(both) != 2 or first.shape != (1, 1, width) or width not in (half, 2 * half):
         return None
-    both = torch.stack([cosines[0, 0], sines[0, 0]]).detach().float().cpu()
-    turns = both[:, :half].contiguous()
-    if both.shape[1] == rotary_dim and not torch.equal(turns, both[:, half:]):
-        turns = both[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
-    _last_turns[0] = (cosines, rotary_dim, turns)
+    of_all = torch.stack([of[0, 0] for of in both]).detach().float().cpu()
+    turns = of_all[:, :half].contiguous()
+    if width == rotary_dim and not torch.equal(turns, of_all[:, half:]):
+        turns = of_all[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
+    _last_turns[0] = (first, rotary_dim, turns)
     return turns

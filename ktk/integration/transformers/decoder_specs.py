@@ -19,7 +19,17 @@ from ktk.integration.transformers.activations import recognise_gate
 from ktk.integration.transformers.experts import handle_of, is_experts
 from ktk.integration.transformers.forward import run_experts
 from ktk.integration.transformers.linear import KtkLinear, linear_of
-from ktk.ops.decoder import HEAD_STEP, DecoderSpec, Mlp
+from ktk.ops.components import (
+    DIM_STEP,
+    Attention,
+    Component,
+    LatentAttention,
+    Mlp,
+    Norm,
+    Rotary,
+    RoutedExperts,
+)
+from ktk.ops.decoder import Branch, DecoderSpec
 from ktk.ops.linear import Linear
 from ktk.ops.router import MAX_GROUPS, SCORES, Router, route
 
@@ -32,6 +42,23 @@ NORM_SCALES = (1e-4, 1e-3, 1.0, 100.0)  # of inputs: the smallest show an epsilo
 SAME_NORM = 1e-5
 
 
+# What models call a layer's norms: of attention's branch and of the feed-forward one the norm before it and the one after.
+NORMS: tuple[tuple[tuple[str | None, str | None], tuple[str | None, str | None]], ...] = (
+    (("input_layernorm", None), ("post_attention_layernorm", None)),
+    ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
+    (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    (("input_layernorm", "post_attention_layernorm"), ("pre_mlp_layernorm", "post_mlp_layernorm")),
+    (
+        ("input_layernorm", "post_self_attn_layernorm"),
+        ("post_attention_layernorm", "post_mlp_layernorm"),
+    ),
+    (("input_layernorm", None), ("post_attention_layernorm", "post_mlp_layernorm")),
+)
+
+
 class UnlikeError(Exception):
     """Why a module is not what a DecoderSpec describes."""
 
@@ -42,8 +69,8 @@ class DescribedLayer:
 
     spec: DecoderSpec
     attention: Any
-    input_norm: Any
-    output_norm: Any
+    norms: tuple[tuple[Any, Any], ...]  # before and after each branch, or None
+    feed_forward: Any
     experts: Any = None
     shared: Any = None  # the MLP beside the experts, or the only one
     router: Any = None  # holds the matrix of the logits
@@ -56,20 +83,26 @@ def describe_layer(module: Any) -> DescribedLayer:
         raise UnlikeError(f"a {type(module).__name__} without a self_attn")
     children = _children(module)
     attention = children.pop("self_attn")
-    norms = [children.pop(name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-    weight, epsilon = _norm(norms[0], "input_layernorm")
-    output_norm, output_epsilon = _norm(norms[1], "post_attention_layernorm")
-    if epsilon != output_epsilon:
-        raise UnlikeError(f"its norms' epsilons differ: {epsilon}, {output_epsilon}")
+    norms = {name: children.pop(name) for name in list(children) if "norm" in name}
+    places = next((p for p in NORMS if {n for pair in p for n in pair if n} == set(norms)), None)
+    if places is None:
+        raise UnlikeError(f"its norms are {', '.join(norms) or 'none'}")
     if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
         raise UnlikeError(
-            f"it has more parts than attention, two norms and an MLP: {', '.join(children)}"
+            f"it has more parts than attention, norms and an MLP: {', '.join(children)}"
         )
-    (mlp,) = children.values()
-    attends = _attention(attention)
-    fields, parts = _feed_forward(mlp, attention.q_proj.in_features)
-    spec = DecoderSpec(epsilon=epsilon, input_norm=weight, output_norm=output_norm, **attends, **fields)  # fmt: skip
-    return DescribedLayer(spec, attention, *norms, **parts)
+    (feed_forward,) = children.values()
+    described = {name: describe_norm(norm, name) for name, norm in norms.items()}
+    attends = _latent_attention if hasattr(attention, "kv_lora_rank") else _attention
+    first = (attends(attention),)
+    second, parts = _feed_forward(feed_forward)
+    multiplier = _number("residual_multiplier", module) or 1.0
+    branches = [
+        Branch(components, described.get(before or ""), described.get(after or ""), multiplier)
+        for components, (before, after) in zip((first, second), places, strict=True)
+    ]
+    modules = tuple((norms.get(before or ""), norms.get(after or "")) for before, after in places)
+    return DescribedLayer(DecoderSpec(tuple(branches)), attention, modules, feed_forward, **parts)
 
 
 @contextlib.contextmanager
@@ -129,8 +162,8 @@ def _linear(module: Any, name: str) -> Linear:
     return found
 
 
-def _norm(module: Any, name: str) -> tuple[np.ndarray, float]:
-    """An RMSNorm's weight, float32, and epsilon."""
+def describe_norm(module: Any, name: str) -> Norm:
+    """Raises UnlikeError if it is no RMSNorm."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 1 or getattr(module, "bias", None) is not None:
         raise UnlikeError(f"{name} is no RMSNorm")
@@ -146,7 +179,7 @@ def _norm(module: Any, name: str) -> tuple[np.ndarray, float]:
     normal = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + epsilon)
     for w in (weight.detach().float().cpu(), weight.detach().float().cpu() + 1):
         if ((normal * w - own).norm(dim=-1) <= SAME_NORM * own.norm(dim=-1)).all():
-            return w.numpy(), epsilon
+            return Norm(w.numpy(), epsilon)
     raise UnlikeError(f"{name} is no RMSNorm: it computes something else")
 
 
@@ -154,45 +187,93 @@ def _probe(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
 
 
-def _attention(module: Any) -> dict[str, Any]:
-    """The fields of a DecoderSpec that say how a layer attends."""
+def _attention(module: Any) -> Attention:
     children = _children(module)
-    found: dict[str, Any] = {}
-    for field in ("q", "k", "v", "o"):
-        found[field] = _linear(children.pop(f"{field}_proj", None), f"{field}_proj")
-    found["head_dim"], found["scaling"] = int(module.head_dim), float(module.scaling)
-    if found["head_dim"] % HEAD_STEP:
-        raise UnlikeError(
-            f"its heads are {found['head_dim']} wide: must be a multiple of {HEAD_STEP}"
-        )
-    epsilons = []
-    for field in ("q_norm", "k_norm"):
-        if field in children:
-            found[field], epsilon = _norm(children.pop(field), field)
-            epsilons.append(epsilon)
-    if epsilons:
-        found["head_epsilon"] = epsilons[0]
+    q, k, v, o = (_linear(children.pop(f"{n}_proj", None), f"{n}_proj") for n in "qkvo")
+    head_dim = int(module.head_dim)
+    if head_dim % DIM_STEP:
+        raise UnlikeError(f"its heads are {head_dim} wide: must be a multiple of {DIM_STEP}")
+    q_norm, k_norm = (
+        describe_norm(children.pop(n), n) if n in children else None for n in ("q_norm", "k_norm")
+    )
     own = dict(module.named_parameters(recurse=False))
     sinks = own.pop("sinks", None)
-    if sinks is not None:
-        found["sinks"] = sinks.detach().float().cpu().numpy()
-    if children or own or len(epsilons) == 1 or len(set(epsilons)) > 1:
+    if children or own or (q_norm is None) != (k_norm is None):
         raise UnlikeError(
             f"its attention has other parts: {', '.join([*children, *own]) or 'norms'}"
         )
     config = module.config
     rope = getattr(config, "rope_parameters", None) or {}
     partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    found["rotary_dim"] = int(found["head_dim"] * (partial or 1.0))
-    return found
+    return Attention(
+        q,
+        k,
+        v,
+        o,
+        head_dim,
+        Rotary(int(head_dim * (partial or 1.0))),
+        float(module.scaling),
+        q_norm,
+        k_norm,
+        None if sinks is None else sinks.detach().float().cpu().numpy(),
+    )
 
 
-def _feed_forward(module: Any, hidden_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a DecoderSpec that say what follows attention, and those of a DescribedLayer."""
+def _latent_attention(module: Any) -> LatentAttention:
+    children = _children(module)
+    q_a, q_norm = None, None
+    if "q_a_proj" in children:
+        q_a = _linear(children.pop("q_a_proj"), "q_a_proj")
+        q_norm = describe_norm(children.pop("q_a_layernorm", None), "q_a_layernorm")
+    name = "q_proj" if q_a is None else "q_b_proj"
+    q = _linear(children.pop(name, None), name)
+    latent = _linear(children.pop("kv_a_proj_with_mqa", None), "kv_a_proj_with_mqa")
+    latent_norm = describe_norm(children.pop("kv_a_layernorm", None), "kv_a_layernorm")
+    expand = _linear(children.pop("kv_b_proj", None), "kv_b_proj")
+    o = _linear(children.pop("o_proj", None), "o_proj")
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if children or own or expand.bias is not None:
+        others = ", ".join([*children, *own]) or "a bias of kv_b_proj"
+        raise UnlikeError(f"its attention has other parts: {others}")
+    nope, turned, value = (
+        int(getattr(module, f"{n}_head_dim")) for n in ("qk_nope", "qk_rope", "v")
+    )
+    for width in (nope, turned, value, int(module.kv_lora_rank)):
+        if width % DIM_STEP:
+            raise UnlikeError(
+                f"its heads have parts {width} wide: must be a multiple of {DIM_STEP}"
+            )
+    heads = int(module.num_heads)
+    matrix = matrix_of(expand).view(heads, nope + value, expand.in_features)
+    weight_format = "fp32" if expand.spec.weight_format == "fp32" else "bf16"
+    keys, values = matrix.split([nope, value], 1)
+    return LatentAttention(
+        heads,
+        q,
+        latent,
+        latent_norm,
+        Linear(keys.mT.reshape(-1, nope), weight_format=weight_format),
+        Linear(values.reshape(-1, expand.in_features), weight_format=weight_format),
+        o,
+        Rotary(turned),
+        float(module.scaling),
+        q_a,
+        q_norm,
+    )
+
+
+def matrix_of(linear: Linear) -> torch.Tensor:
+    """Its weights as float32 (out_features, in_features), by the rows of a unit matrix: exact in any code of activations."""
+    rows: torch.Tensor = linear(torch.eye(linear.in_features))
+    return rows.mT
+
+
+def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
+    """The components that follow attention, in order, and the fields of a DescribedLayer."""
     children = _children(module)
     experts_name = next((name for name, child in children.items() if is_experts(child)), None)
     if experts_name is None:
-        return {"mlp": _mlp(module)}, {"shared": module}
+        return (_mlp(module),), {"shared": module}
     experts = children.pop(experts_name)
     handle = handle_of(experts)
     if handle is None or handle.activation is None:
@@ -207,25 +288,20 @@ def _feed_forward(module: Any, hidden_size: int) -> tuple[dict[str, Any], dict[s
     matrix = _matrix_of(gate, handle.moe.spec.num_experts)
     assert matrix is not None
     router, bias = _router(module, experts, gate, matrix)
-    found: dict[str, Any] = {
-        "experts": handle.moe,
-        "router": router,
-        "logits": Linear(
-            matrix, bias, weight_format="bf16" if matrix.dtype is torch.bfloat16 else "fp32"
-        ),
-    }
+    weight_format = "bf16" if matrix.dtype is torch.bfloat16 else "fp32"
+    routed = RoutedExperts(handle.moe, Linear(matrix, bias, weight_format=weight_format), router)
     parts = {"experts": experts, "router": gate}
-    scale = None
+    scale, hidden_size = None, handle.moe.spec.hidden_size
     for name, child in list(children.items()):
         if isinstance(child, torch.nn.Linear) and tuple(child.weight.shape) == (1, hidden_size):
             parts["shared_gate"] = children.pop(name)
             scale = child.weight.detach()[0].float().cpu().numpy()
     if len(children) > 1 or (scale is not None and not children):
         raise UnlikeError(f"its experts have other parts beside them: {', '.join(children)}")
-    if children:
-        (parts["shared"],) = children.values()
-        found["mlp"] = replace(_mlp(parts["shared"]), scale=scale)
-    return found, parts
+    if not children:
+        return (routed,), parts
+    (parts["shared"],) = children.values()
+    return (replace(_mlp(parts["shared"]), scale=scale), routed), parts
 
 
 def _mlp(module: Any) -> Mlp:

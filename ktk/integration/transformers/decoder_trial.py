@@ -8,9 +8,11 @@ caps; inputs as large as only a clip would notice; so small that epsilons count;
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,14 +21,23 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from ktk.experts.activation import Activation
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.decoder_specs import (
     DescribedLayer,
     in_float32,
+    matrix_of,
     replace_forward,
 )
-from ktk.ops.decoder import DecoderLayer, DecoderSpec, Mlp
+from ktk.ops.components import (
+    ROTARY_ORDERS,
+    Attention,
+    Component,
+    LatentAttention,
+    Mlp,
+    Norm,
+    RoutedExperts,
+)
+from ktk.ops.decoder import Branch, DecoderLayer, DecoderSpec
 from ktk.ops.linear import Linear
 
 # Of a part's size, root mean square. See the commit that set it for what honest layers and those 1 % off come to.
@@ -51,10 +62,13 @@ def run_native(
     """A token through the layer, its key and value written to the last rows. x : (1, 1, hidden_size), of a dtype in ``_DTYPES``."""
     x = x.detach().contiguous()
     out = torch.empty_like(x)
-    at = turns.data_ptr()
+    at, places = turns.data_ptr(), array("Q", [keys.data_ptr(), values.data_ptr()])
+    page, _ = places.buffer_info()
+    tokens = keys.shape[-2]
+    strides = keys.stride(), values.stride()
+    one_page = (page, *strides[0][1:3], page + places.itemsize, *strides[1][1:3], tokens)
     layer.native.forward(
-        _DTYPES[x.dtype], x.data_ptr(), at, at + turns.stride(0) * 4, keys.data_ptr(), keys.stride(1),
-        values.data_ptr(), values.stride(1), keys.shape[-2] - 1, out.data_ptr(),
+        _DTYPES[x.dtype], 1, x.data_ptr(), at, at + turns.stride(0) * 4, (one_page,), (0,), (tokens - 1,), out.data_ptr()
     )  # fmt: skip
     return out
 
@@ -87,20 +101,25 @@ class Trial:
         self.described, self.module, self.own_forward = described, module, own_forward
         self.named, self.index = named, index
         self.spec = described.spec
+        self._of_latents: torch.Tensor | None = None
 
     def differs(self, is_thorough: bool) -> str | None:
-        """What comes out otherwise; None if nothing does. Sets ``is_interleaved``."""
-        spec = self.described.spec
+        """What comes out otherwise; None if nothing does. ``spec`` is then the one that computes the same."""
+        attention = self.described.spec.attention
         probes = list(self._probes())[: None if is_thorough else 1]
+        orders = ROTARY_ORDERS if isinstance(attention, LatentAttention) else ROTARY_ORDERS[:2]
         reasons = []
-        for self.is_interleaved in (False, True):
-            self.spec = replace(spec, is_interleaved=self.is_interleaved)
+        for order in orders if attention.rotary.dim else orders[:1]:
+            if order != attention.rotary.order:
+                rotary = replace(attention.rotary, order=order)
+                turned = replace(attention, rotary=rotary)
+                self.spec = self.described.spec.mapped(
+                    lambda c, turned=turned: turned if c is attention else c  # type: ignore[misc]
+                )
             reason = next((r for probe in probes if (r := self._try(probe)) is not None), None)
             if reason is None:
                 return None
             reasons.append(reason)
-            if not spec.rotary_dim:
-                break
         return reasons[0]
 
     def _probes(self) -> Iterator[_Probe]:
@@ -137,17 +156,24 @@ class Trial:
     def _errors(self, probe: _Probe, seed: int) -> Iterator[tuple[float, str]]:
         """(error over what is allowed, of which part)."""
         g = torch.Generator().manual_seed(seed)
-        spec, hidden = self.spec, self.spec.hidden_size
-        x = torch.randn(1, 1, hidden, generator=g) * probe.size
-        angles = torch.rand(spec.rotary_dim // 2, generator=g) * 2 * math.pi
+        attention = self.spec.attention
+        x = torch.randn(1, 1, self.spec.hidden_size, generator=g) * probe.size
+        if self.spec.branches[0].norm is None:
+            x *= probe.norms
+        angles = torch.rand(attention.rotary.dim // 2, generator=g) * 2 * math.pi
         turns = torch.stack([angles.cos(), angles.sin()])
-        shape = (2, 1, spec.num_kv_heads, probe.num_keys, spec.head_dim)
-        keys, values = torch.randn(shape, generator=g)
+        keys, values = (
+            torch.randn(1, heads, probe.num_keys, width, generator=g)
+            for heads, width in attention.cached_shapes
+        )
         run = functools.partial(self._own, x, turns, probe)
-        with torch.no_grad(), in_float32(self.module):
-            keys = keys * self._key_size(x)
+        with torch.no_grad(), in_float32(self.module), self._exact_latents():
+            size = self._key_size(x)
+            keys = keys * size
+            if isinstance(attention, LatentAttention):
+                values = values * size
             own: dict[str | None, Any] = {None: run(keys, values, None)}
-            if spec.experts is not None and spec.mlp is not None and probe.has_parts:
+            if len(self.spec.branches[1].components) > 1 and probe.has_parts:
                 own |= {part: run(keys, values, part) for part in ("experts", "mlp")}
         natives = {part: self._native(x, turns, keys, values, probe, part) for part in own}
         h, out, *rows = own[None]
@@ -164,15 +190,43 @@ class Trial:
             part, wanted = natives[left_out][0] - h_native, own_out - h
             yield _error(part, wanted, wanted, own_out), what
 
+    @contextlib.contextmanager
+    def _exact_latents(self) -> Iterator[None]:
+        """What makes keys and values of latents in float32, by the weights that are absorbed: its rounding is no formula."""
+        attention = self.spec.attention
+        if not isinstance(attention, LatentAttention):
+            yield
+            return
+        if self._of_latents is None:
+            heads, latent = attention.num_heads, attention.latent_dim
+            of_keys = matrix_of(attention.absorb).view(heads, latent, attention.nope_dim).mT
+            of_values = matrix_of(attention.expand).view(heads, attention.value_dim, latent)
+            self._of_latents = torch.cat([of_keys, of_values], 1).reshape(-1, latent)
+        matrix = self._of_latents.T
+        undo = replace_forward(self.described.attention.kv_b_proj, lambda rows: rows @ matrix)
+        try:
+            yield
+        finally:
+            undo()
+
     def _key_size(self, x: torch.Tensor) -> float:
         """What random keys must be multiplied by for scores of SCORES."""
-        spec = self.spec
-        if spec.q_norm is not None:
-            size = float(np.sqrt(np.square(spec.q_norm).mean()))
+        attention, module = self.spec.attention, self.described.attention
+        before = self.described.norms[0][0]
+        rows = x if before is None else before(x)
+        if isinstance(attention, LatentAttention):
+            q = module.q_proj(rows) if attention.q_a is None else module.q_b_proj(module.q_a_layernorm(module.q_a_proj(rows)))  # fmt: skip
+            q = q.view(attention.num_heads, -1)
+            absorbed = attention.absorb(q[:, : attention.nope_dim].contiguous())
+            every = torch.arange(attention.num_heads)
+            latent = absorbed.view(attention.num_heads, attention.num_heads, -1)[every, every]
+            norm = float(latent.pow(2).sum(1).add(q[:, attention.nope_dim :].pow(2).sum(1)).mean().sqrt())  # fmt: skip
+        elif attention.q_norm is not None:
+            weight = attention.q_norm.weight
+            norm = float(np.sqrt(np.square(weight).mean() * attention.head_dim))
         else:
-            q = self.described.attention.q_proj(self.described.input_norm(x))
-            size = float(q.pow(2).mean().sqrt())
-        return SCORES / max(size * abs(spec.scaling) * math.sqrt(spec.head_dim), 1e-20)
+            norm = float(module.q_proj(rows).pow(2).mean().mul(attention.head_dim).sqrt())
+        return SCORES / max(norm * abs(attention.scaling), 1e-20)
 
     def _own(
         self,
@@ -190,14 +244,12 @@ class Trial:
         cache.layers = [hf.DynamicLayer() for _ in range(self.index + 1)]
         layer: Any = cache.layers[self.index]
         layer.update(keys, values)
-        undo = [
-            replace_forward(
-                described.input_norm, _times(described.input_norm.forward, probe.norms)
-            ),
-            replace_forward(
-                described.output_norm, _times(described.output_norm.forward, probe.norms, seen)
-            ),
-        ]
+        undo = []
+        for before, after in described.norms:
+            scaled = after if before is None else before
+            undo.append(replace_forward(scaled, _times(scaled.forward, probe.norms)))
+        second = described.norms[1][0] or described.feed_forward
+        undo.append(replace_forward(second, _seeing(second.forward, seen)))
         for name in ("q_norm", "k_norm"):
             if (norm := getattr(described.attention, name, None)) is not None:
                 undo.append(replace_forward(norm, _times(norm.forward, math.sqrt(probe.norms))))
@@ -218,20 +270,22 @@ class Trial:
                 step()
         if not isinstance(out, torch.Tensor) or out.shape != x.shape:
             raise TypeError(f"it returns a {type(out).__name__}")
-        return seen[0], out, layer.keys[:, :, -1], layer.values[:, :, -1]
+        return seen[0].view_as(x), out, layer.keys[:, :, -1], layer.values[:, :, -1]
 
     def _arguments(self, turns: torch.Tensor, probe: _Probe, cache: Any) -> dict[str, Any]:
         named = {
             name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for name, value in self.named.items()
         }  # fmt: skip
-        cosines = named[hf.POSITIONS][0]
-        half = turns.shape[1]
-        if cosines.shape[-1] != half:
-            first = cosines[..., :half]
-            are_pairs = not torch.equal(first, cosines[..., half:])
-            turns = turns.repeat_interleave(2, -1) if are_pairs else torch.cat([turns, turns], -1)
-        named[hf.POSITIONS] = (turns[0].view(1, 1, -1), turns[1].view(1, 1, -1))
+        given = named[hf.POSITIONS]
+        if torch.is_tensor(given):
+            named[hf.POSITIONS] = torch.complex(turns[0], turns[1]).view(1, 1, -1)
+        else:
+            cosines, half = given[0], turns.shape[1]
+            if cosines.shape[-1] != half:
+                are_pairs = not torch.equal(cosines[..., :half], cosines[..., half:])
+                turns = turns.repeat_interleave(2, -1) if are_pairs else torch.cat([turns, turns], -1)  # fmt: skip
+            named[hf.POSITIONS] = (turns[0].view(1, 1, -1), turns[1].view(1, 1, -1))
         named[str(hf.cache_name(named))] = cache
         if (mask := named.get("attention_mask")) is not None:
             make = torch.ones if mask.dtype == torch.bool else torch.zeros
@@ -251,46 +305,63 @@ class Trial:
         left_out: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The output, the new key and value. left_out : "attention" leaves all but attention out."""
-        spec = self._changed(probe.norms)
-        if left_out in ("experts", "attention"):
-            spec = replace(spec, experts=None, logits=None, router=None, mlp=spec.mlp if left_out == "experts" else _nothing(spec.hidden_size))  # fmt: skip
-        elif left_out == "mlp":
-            spec = replace(spec, mlp=None)
+        left = {
+            None: Component,
+            "experts": Attention | LatentAttention | Mlp,
+            "mlp": Attention | LatentAttention | RoutedExperts,
+            "attention": Attention | LatentAttention,
+        }[left_out]
+        spec = self._changed(probe.norms).mapped(lambda c: c if isinstance(c, left) else None)
         room = [torch.cat([rows, torch.zeros_like(rows[:, :, :1])], 2) for rows in (keys, values)]
         out = run_native(DecoderLayer(spec), x, turns.contiguous(), *room)
         return out, room[0][:, :, -1], room[1][:, :, -1]
 
     def _changed(self, norms: float) -> DecoderSpec:
         """The spec, with norms' outputs so many times as large and logits as they were."""
-        spec = self.spec
         if norms == 1.0:
-            return spec
-        changed: dict[str, Any] = {
-            "input_norm": spec.input_norm * norms,
-            "output_norm": spec.output_norm * norms,
-        }
-        for name in ("q_norm", "k_norm"):
-            if (weight := getattr(spec, name)) is not None:
-                changed[name] = weight * math.sqrt(norms)
-        if spec.logits is not None:
+            return self.spec
+        spec = self.spec.mapped(lambda c: self._with_norms(c, norms))
+        return replace(spec, branches=tuple(_with_norm(branch, norms) for branch in spec.branches))
+
+    def _with_norms(self, component: Component, norms: float) -> Component:
+        if isinstance(component, Attention) and component.q_norm and component.k_norm:
+            factor = math.sqrt(norms)
+            q_norm, k_norm = (_norm_times(n, factor) for n in (component.q_norm, component.k_norm))
+            return replace(component, q_norm=q_norm, k_norm=k_norm)
+        if isinstance(component, RoutedExperts):
             matrix = self.described.router.weight.detach().float() / norms
-            changed["logits"] = Linear(
-                matrix, spec.logits.bias[: len(matrix)] if spec.logits.bias is not None else None, weight_format="fp32"
-            )  # fmt: skip
-        if spec.mlp is not None and spec.mlp.scale is not None:
-            changed["mlp"] = replace(spec.mlp, scale=spec.mlp.scale / norms)
-        return replace(spec, **changed)
+            bias = component.logits.bias
+            bias = None if bias is None else bias[: len(matrix)]
+            return replace(component, logits=Linear(matrix, bias, weight_format="fp32"))
+        if isinstance(component, Mlp) and component.scale is not None:
+            return replace(component, scale=component.scale / norms)
+        return component
+
+
+def _norm_times(norm: Norm, factor: float) -> Norm:
+    return replace(norm, weight=norm.weight * factor)
+
+
+def _with_norm(branch: Branch, factor: float) -> Branch:
+    """Its first norm's output so many times as large."""
+    if branch.norm is not None:
+        return replace(branch, norm=_norm_times(branch.norm, factor))
+    assert branch.output_norm is not None
+    return replace(branch, output_norm=_norm_times(branch.output_norm, factor))
 
 
 def _times(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    factor: float,
-    seen: list[torch.Tensor] | None = None,
+    forward: Callable[[torch.Tensor], torch.Tensor], factor: float
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        if seen is not None:
-            seen.append(x.detach().clone())
-        return forward(x) * factor
+    return lambda x: forward(x) * factor
+
+
+def _seeing(forward: Callable[..., Any], seen: list[torch.Tensor]) -> Callable[..., Any]:
+    """``forward`` that keeps what it is given."""
+
+    def run(x: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        seen.append(x.detach().clone())
+        return forward(x, *arguments, **named)
 
     return run
 
@@ -302,10 +373,3 @@ def _error(
     allowed = LIMIT * float(part.norm()) + ROUNDING * float(total.norm())
     error = float((got - wanted).norm()) / max(allowed, 1e-30)
     return error if math.isfinite(error) else math.inf
-
-
-def _nothing(hidden_size: int) -> Mlp:
-    """An MLP that adds nothing. Not kept: a layer that is alive holds the engine's number of threads."""
-    wide = Linear(np.zeros((16, hidden_size), np.float32), weight_format="fp32")
-    down = Linear(np.zeros((hidden_size, 16), np.float32), weight_format="fp32")
-    return Mlp(wide, wide, down, Activation.silu())
