@@ -237,7 +237,11 @@ def test_shared_linears_run_on_the_modules_own_weights(dtype: torch.dtype) -> No
     ).to(dtype)  # fmt: skip
     assert share_linears(model) == ["a", "b"]
     x = torch.randn(3, 2, 256).to(dtype)
-    exact = lambda m, x: torch.nn.functional.linear(x.double(), m.weight.double(), None if m.bias is None else m.bias.double())  # noqa: E731  # fmt: skip
+
+    def exact(m: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        bias = None if m.bias is None else m.bias.double()
+        return torch.nn.functional.linear(x.double(), m.weight.double(), bias)
+
     bits = 2**-8 if dtype is torch.bfloat16 else 2**-10
 
     def check() -> None:
