@@ -71,9 +71,9 @@ class Sampler:
         else:
             scores = (allowed - allowed.max()) / self.sampling.temperature  # (vocab_size,)
             if self.sampling.top_k:
-                scores = _of_largest(scores, self.sampling.top_k)
+                scores = of_largest(scores, self.sampling.top_k)
             if self.sampling.top_p < 1:
-                scores = _of_likeliest(scores, self.sampling.top_p)
+                scores = of_likeliest(scores, self.sampling.top_p)
             probabilities = scores.softmax(-1)
             chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self.tokens.append(self._token(chosen, logits))
@@ -95,13 +95,13 @@ class Sampler:
         return Token(chosen, float(logprobs[chosen]), top)
 
 
-def _of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+def of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     """scores (vocab_size,), minus infinity except the top_k largest and those equal to the least of them."""
     least = scores.topk(min(top_k, len(scores))).values[-1]
     return scores.masked_fill(scores < least, float("-inf"))
 
 
-def _of_likeliest(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+def of_likeliest(scores: torch.Tensor, top_p: float) -> torch.Tensor:
     """scores (vocab_size,), minus infinity except the likeliest tokens that have a probability of top_p together."""
     ascending, ids = scores.sort()
     is_rest = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
