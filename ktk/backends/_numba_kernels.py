@@ -90,17 +90,25 @@ def gemm_integer(panels, bits, scales, codes, act_scales, correction, group, act
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
-def gemm_float(weights, x, out):
-    """weights float32 (panels, padded_in, 16), x float32 (rows, padded_in), out float32 (rows, panels, 16)."""
+def gemm_float(weights, scales, group, x, out):
+    """weights float32 (panels, padded_in, 16), scales (panels, groups of k, 16), x float32 (rows, padded_in), out float32
+    (rows, panels, 16). No groups: nothing is scaled."""
+    num_k = weights.shape[1]
+    inner = np.empty(16, np.float32)
     y = np.empty(16, np.float32)
     for p in range(weights.shape[0]):
         for row in range(x.shape[0]):
             y[:] = F(0)
-            for k in range(weights.shape[1]):
-                a = x[row, k]
-                for n in range(16):
-                    y[n] = fma(a, weights[p, k, n], y[n])
-            out[row, p, :] = y
+            for g in range(max(scales.shape[1], 1)):
+                inner[:] = F(0)
+                for k in range(g * group, min((g + 1) * group, num_k)):
+                    a = x[row, k]
+                    for n in range(16):
+                        inner[n] = fma(a, weights[p, k, n], inner[n])
+                if scales.shape[1]:
+                    for n in range(16):
+                        y[n] = fma(inner[n], scales[p, g, n], y[n])
+            out[row, p, :] = y if scales.shape[1] else inner
 
 
 @numba.njit(nogil=True, cache=True)

@@ -12,12 +12,19 @@ from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.experts.activation import ACTIVATION_KINDS
 from ktk.experts.formats.floats import bf16_to_f32, to_f32
 from ktk.experts.layout import PANEL
+from ktk.experts.panels import read_panels
 from ktk.experts.rows import poison_rows, quantise_activations, store_rows
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
 
 F = np.float32
+
+
+def _by_panel(rows: np.ndarray) -> np.ndarray:
+    """(padded_out, n) to (panels, n, 16)."""
+    panels = rows.reshape(len(rows) // PANEL, PANEL, rows.shape[1])
+    return np.ascontiguousarray(panels.transpose(0, 2, 1))
 
 
 class NumbaRunner(Runner):
@@ -56,15 +63,11 @@ class NumbaRunner(Runner):
         else:
             padded = np.zeros((len(x), matrix.padded_in), F)
             padded[:, : x.shape[1]] = x
-            raw = matrix.codes(panels)
-            if fmt.bits == 16:
-                pairs = bf16_to_f32(raw.view(np.uint16)).reshape(len(panels), -1, PANEL, 2)
-                weights = np.ascontiguousarray(pairs.transpose(0, 1, 3, 2)).reshape(
-                    len(panels), -1, PANEL
-                )
-            else:
-                weights = raw.view(F).reshape(len(panels), -1, PANEL)
-            self.kernels.gemm_float(weights, padded, out)
+            weights, scales = read_panels(panels, matrix)
+            group = matrix.group_size if scales.size else matrix.padded_in
+            if not scales.size:
+                scales = np.empty((len(weights), 0), F)
+            self.kernels.gemm_float(_by_panel(weights), _by_panel(scales), group, padded, out)
         return out.reshape(len(x), -1)[:, : matrix.out_features]
 
     def _biased(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:

@@ -51,16 +51,18 @@ class MatrixLayout:
     code_bytes: int  # of one panel
     scale_bytes: int  # of one panel, padded to 64
     scales_are_bf16: bool
+    scales_of_group: int  # of one panel: 16, or 1 where all its channels share it
 
     @property
     def panel_bytes(self) -> int:
         return self.code_bytes + self.scale_bytes
 
     def scales(self, panels: np.ndarray) -> np.ndarray:
-        """The stored scales of uint8 (panels, panel_bytes): uint16 bf16 bits or float32 (panels, groups * 16); a copy."""
-        width = self.num_groups * PANEL * (2 if self.scales_are_bf16 else 4)
+        """The stored scales of uint8 (panels, panel_bytes): uint16 bf16 bits or float32 (panels, groups, scales_of_group); a copy."""
+        width = self.num_groups * self.scales_of_group * (2 if self.scales_are_bf16 else 4)
         raw = np.ascontiguousarray(panels[:, :width])
-        return raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
+        stored = raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
+        return stored.reshape(len(panels), self.num_groups, self.scales_of_group)
 
     def codes(self, panels: np.ndarray) -> np.ndarray:
         """The stored codes of uint8 (panels, panel_bytes): uint8 (panels, code_bytes); a copy."""
@@ -135,9 +137,11 @@ def matrix_layout(
     padded_in = round_up(in_features, K_ALIGN)
     group = min(group_size or padded_in, padded_in)
     num_groups = -(-padded_in // group)
-    scale_bytes = 0
-    if fmt.is_integer:
-        scale_bytes = round_up(num_groups * PANEL * (2 if group_size else 4), 64)
+    are_bf16 = fmt.scales is not None and fmt.scales.dtype == "bf16" and group_size != 0
+    scales_of_group = 0
+    if fmt.scales is not None:
+        scales_of_group = PANEL if fmt.scales.rows < PANEL else 1
+    scale_bytes = round_up(num_groups * scales_of_group * (2 if are_bf16 else 4), 64)
     return MatrixLayout(
         format=fmt,
         in_features=in_features,
@@ -149,7 +153,8 @@ def matrix_layout(
         activation_group=activation_group or padded_in,
         code_bytes=padded_in * PANEL * fmt.bits // 8,
         scale_bytes=scale_bytes,
-        scales_are_bf16=fmt.is_integer and group_size != 0,
+        scales_are_bf16=are_bf16,
+        scales_of_group=scales_of_group,
     )
 
 

@@ -49,9 +49,18 @@ def linear_integer(
     return y
 
 
-def linear_float(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """float32 (rows, out) = x (rows, in) @ weights (out, in).T, one fma per k in order."""
+def linear_float(
+    weights: np.ndarray, x: np.ndarray, scales: np.ndarray | None = None, group: int = 0
+) -> np.ndarray:
+    """float32 (rows, out) = x (rows, in) @ weights (out, in).T, one fma per k in order.
+
+    scales : float32 (out, groups) of weights that have one for each ``group`` of k: one fma per group then multiplies its
+    sum, which began at +0.
+    """
     y = np.zeros((x.shape[0], weights.shape[0]), np.float32)
-    for k in range(weights.shape[1]):
-        y = fma(x[:, k, None], weights[None, :, k], y)
+    for start in range(0, weights.shape[1], group or weights.shape[1]):
+        inner = np.zeros_like(y)
+        for k in range(start, min(start + (group or x.shape[1]), weights.shape[1])):
+            inner = fma(x[:, k, None], weights[None, :, k], inner)
+        y = inner if scales is None else fma(inner, scales[None, :, start // group], y)
     return y

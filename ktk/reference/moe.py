@@ -50,7 +50,8 @@ class ExactExperts:
             act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
             y = linear_integer(codes, scales, act, matrix, matrix.format.zero_point)
         else:
-            y = linear_float(codes[:, : x.shape[1]], x)
+            grouped = (scales, matrix.group_size) if scales.size else ()
+            y = linear_float(codes[:, : x.shape[1]], x, *grouped)
         return y[:, : matrix.out_features]
 
     def dequantised(self, expert: int) -> ExpertWeights:

@@ -129,6 +129,11 @@ class Format:
         """The plane of codes."""
         return next(plane for plane in self.planes if plane.name == "codes")
 
+    @cached_property
+    def scales(self) -> Plane | None:
+        """The plane of scales, if there is one."""
+        return next((plane for plane in self.planes if plane.name == "scales"), None)
+
     @property
     def bits(self) -> int:
         """Of a code of a panel."""

@@ -10,13 +10,11 @@ Source: DeepSeek-V3 for the blocks; OCP Microscaling Formats specification 1.0.
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
 from ktk.errors import CheckpointError
-from ktk.experts.formats.floats import e4m3_table
-from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, Shapes, look_up
+from ktk.experts.formats.floats import e4m3_to_f32
+from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, Shapes
 from ktk.models.config import Config
 
 DEFAULT_BLOCK = (128, 128)
@@ -42,9 +40,7 @@ class _E4m3(ScaledCoding):
     weight_dtypes = ("F8_E4M3",)
 
     def values(self, raw: np.ndarray) -> np.ndarray:
-        if raw.shape[-1] % 2:
-            return look_up(e4m3_table(), raw)
-        return look_up(_e4m3_pairs(), raw.view("<u2")).view(np.float32)
+        return e4m3_to_f32(raw)
 
 
 class _Fp8(_E4m3):
@@ -77,18 +73,6 @@ class _Mxfp8(_E4m3):
 
     def wanted(self, found: Shapes) -> str:
         return f"e8m0 {found.blocks(1, MX_GROUP)}"
-
-
-@cache
-def _e4m3_pairs() -> np.ndarray:
-    """Two e4m3 codes at once, as the 8 bytes of their two float32: uint64 (65536,).
-
-    Twice the table's speed: 0.9 against 0.55 G weights/s on one Zen 4 core.
-    """
-    code = np.arange(65536)
-    table = e4m3_table()
-    pairs = np.stack([table[code & 255], table[code >> 8]], axis=1)  # (65536, 2)
-    return pairs.view(np.uint64).reshape(-1)
 
 
 FP8, MXFP8 = _Fp8(), _Mxfp8()

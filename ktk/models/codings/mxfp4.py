@@ -12,7 +12,8 @@ from functools import cache
 
 import numpy as np
 
-from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, Shapes, look_up
+from ktk.experts.formats.floats import look_up
+from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, Shapes
 
 
 class _Mxfp4(ScaledCoding):

@@ -20,7 +20,6 @@ MX_GROUP = 32  # weights that share an e8m0 scale
 E8M0_DTYPES = ("U8", "F8_E8M0")
 SCALE_DTYPES = ("F32", "BF16", "F16", *E8M0_DTYPES)
 SCALE_SUFFIXES = ("weight_scale_inv", "weight_scale", "scale")
-LOOK_UP_CODES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -98,16 +97,6 @@ def e8m0_to_f32(bits: np.ndarray) -> np.ndarray:
     power[bits == 0] = 0x00400000  # 2**-127 is subnormal
     power[bits == 255] = 0x7FC00000
     return power.view(np.float32)
-
-
-def look_up(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """table[codes], in bands of rows: np.take widens the codes to 8 bytes each."""
-    out = np.empty(codes.shape, table.dtype)
-    band = max(1, LOOK_UP_CODES // max(codes.shape[1], 1))
-    for i in range(0, codes.shape[0], band):
-        # clip: without it, take buffers its output; every code is in range
-        np.take(table, codes[i : i + band], out=out[i : i + band], mode="clip")
-    return out
 
 
 def apply_scale(w: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> None:
