@@ -16,13 +16,15 @@ from ktk.convert.sinks.gguf import GgufSink
 from ktk.convert.sinks.gguf_whole import WholeGgufSink
 from ktk.convert.sinks.packed import PackedSink
 from ktk.convert.sources import Calibration, HuggingFaceSource, Source
-from ktk.experts.formats import GGUF, written_types
+from ktk.experts.formats import GGUF, PANELS, written_types
 from ktk.experts.spec import MoESpec
 from ktk.machine.cpu import num_physical_cores
 from ktk.models import SOURCE_DTYPES
 
-QUANT_METHODS = ("int4", "int8", "bf16")
-FLOAT_METHODS = ("bf16", "f16", "f32")
+QUANT_METHODS = tuple(name for name in PANELS if name != "fp32")
+FLOAT_METHODS = tuple(
+    row.name.lower() for row in (*PANELS.values(), *written_types()) if not row.is_integer
+)
 GGUF_METHODS = tuple(row.name.lower() for row in written_types())
 WHOLE_TYPES = tuple(row.name.lower() for row in written_types() if row.search or row.block == 1)
 

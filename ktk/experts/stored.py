@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ktk.experts.formats import Format, block_format
+from ktk.experts.formats.floats import as_values
 from ktk.experts.layout import K_ALIGN, PANEL, round_up
 from ktk.experts.spec import MoESpec
 
@@ -207,22 +208,34 @@ class ExpertWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """One matrix as a checkpoint's symmetric 4-bit codes; int4 panels of fitting groups take them as they are.
+    """One matrix as a checkpoint codes it; panels of the same format take codes and fitting scales as they are.
 
-    codes : int8 (out_features, in_features), -8 to 7. scales : float32 (out_features, groups), groups of one size.
+    codes : (out_features, in_features), of int4 int8 -8 to 7, of float codes their bits. scales : float32 (blocks of rows,
+    groups), each for ``block`` rows and columns. format : the panels' that hold such codes.
     """
 
     codes: np.ndarray
     scales: np.ndarray
+    format: Format
+    block: tuple[int, int]
 
     @property
     def group_size(self) -> int:
         """Weights along in_features that share a scale."""
-        return int(self.codes.shape[1] // self.scales.shape[1])
+        return self.block[1]
+
+    def spread_scales(self) -> np.ndarray:
+        """float32 (out_features, groups)."""
+        return np.repeat(self.scales, self.block[0], axis=0)[: len(self.codes)]
 
     def dequantised(self) -> np.ndarray:
         """float32 (out_features, in_features)."""
-        return self.codes.astype(np.float32) * np.repeat(self.scales, self.group_size, axis=1)
+        if self.format.is_integer:
+            values = self.codes.astype(np.float32)
+        else:
+            values = as_values(self.codes, self.format.codes.dtype)
+        spread = np.repeat(self.spread_scales(), self.group_size, axis=1)
+        return values * spread[:, : self.codes.shape[1]]
 
 
 class CodedExpert(NamedTuple):

@@ -68,7 +68,7 @@ class Experts:
         return self._checked(layer, expert).read(expert)
 
     def read_stored(self, layer: int, expert: int) -> ExpertWeights | CodedExpert:
-        """The same, but symmetric 4-bit codes as they are."""
+        """The same, but codes that panels may take as they are."""
         found = self._checked(layer, expert)
         return found.read_coded(expert) or found.read(expert)
 

@@ -45,7 +45,7 @@ class Layer(ABC):
         """One expert, decoded."""
 
     def read_coded(self, expert: int) -> CodedExpert | None:
-        """One expert's symmetric 4-bit codes; None if it has others, or none."""
+        """One expert's codes that panels may take as they are; None if it has others, or none."""
         return None
 
     def read_mxfp4(self, expert: int) -> dict[str, np.ndarray]:

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ktk._cy import native_module
-from ktk.experts.formats.floats import to_f32
+from ktk.experts.formats.floats import as_values, to_f32
 from ktk.experts.layout import PANEL, MatrixLayout
-from ktk.experts.panels import lay_float_panels, lay_panels
+from ktk.experts.panels import lay_float_panels, lay_panels, padded
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, StoredExperts
 from ktk.machine import cpu
@@ -111,31 +111,41 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
 def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
     """Whether panels of this spec take the codes of an expert as they are.
 
-    Smaller groups than the codes have get the same scale again. Scales of groups are rounded to bf16: bf16 values
-    do not change, others by 2**-8 of themselves at most. Scales per channel stay float32.
+    Smaller groups than the codes have get the same scale again. Scales of groups are rounded to bf16 where the format has
+    bf16: bf16 values do not change, others by 2**-8 of themselves at most. Other scales stay float32.
     """
-    if spec.weight_format != "int4":
+    return all(_keeps(spec, m) for m in (coded.gate, coded.up, coded.down) if m is not None)
+
+
+def _keeps(spec: MoESpec, coded: CodedMatrix) -> bool:
+    plane = spec.format.scales
+    if coded.format is not spec.format or plane is None:
         return False
-    matrices = [m for m in (coded.gate, coded.up, coded.down) if m is not None]
+    rows, columns = coded.codes.shape
+    if plane.weights:  # blocks of their own
+        return coded.block == (min(plane.rows, rows), min(plane.weights, columns))
     if not spec.group_size:
-        return all(m.scales.shape[1] == 1 for m in matrices)
-    return all(m.group_size % spec.group_size == 0 for m in matrices)
+        return coded.scales.shape[1] == 1
+    return coded.group_size % spec.group_size == 0
 
 
 def lay_codes(coded: CodedMatrix, layout: MatrixLayout, panels: np.ndarray) -> None:
-    """4-bit codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view. ``keeps_codes`` must hold."""
+    """Codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view. ``keeps_codes`` must hold."""
     if not np.isfinite(coded.scales).all():
         raise ValueError("scales hold NaN or inf: mend the checkpoint")
     fmt, rows = layout.format, coded.codes.shape[0]
-    codes = np.full((layout.num_panels * PANEL, layout.padded_in), fmt.zero_point, np.uint8)
-    codes[:rows, : layout.in_features] = coded.codes + np.int8(fmt.zero_point)
-    scales = np.zeros((len(codes), layout.num_groups), F)
-    repeated = coded.scales
+    codes = coded.codes
+    if fmt.is_integer:
+        codes = (codes + np.int8(fmt.zero_point)).astype(np.uint8)
+    elif not np.isfinite(as_values(codes, fmt.codes.dtype)).all():
+        raise ValueError(NOT_FINITE)
+    scales = np.zeros((layout.num_panels * PANEL, layout.num_groups), F)
+    repeated = coded.spread_scales()
     if coded.group_size > layout.group_size:
         repeated = np.repeat(repeated, coded.group_size // layout.group_size, axis=1)
     width = min(layout.num_groups, repeated.shape[1])
     scales[:rows, :width] = repeated[:, :width]
-    panels[:] = lay_panels(codes, scales, layout)
+    panels[:] = lay_panels(padded(codes, layout, fmt.zero_point), scales, layout)
 
 
 def pack_expert(spec: MoESpec, weights: ExpertWeights | CodedExpert, out: np.ndarray) -> None:

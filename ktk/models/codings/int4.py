@@ -14,6 +14,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
+from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import bf16_to_f32
 from ktk.experts.stored import CodedMatrix
 from ktk.models.config import Config
@@ -84,7 +85,9 @@ class Int4Matrix(ABC):
         if zeros is not None and (zeros != SYMMETRIC_ZERO).any():
             return None
         codes = self.codes(checkpoint).astype(np.int8) - np.int8(SYMMETRIC_ZERO)
-        return CodedMatrix(codes, self.scales(checkpoint))
+        scales = self.scales(checkpoint)
+        block = (1, codes.shape[1] // scales.shape[1])
+        return CodedMatrix(codes, scales, PANELS["int4"], block)
 
     def read(self, checkpoint: Checkpoint) -> np.ndarray:
         """float32 (out_features, in_features)."""
