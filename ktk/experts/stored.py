@@ -230,12 +230,14 @@ class CodedMatrix:
 
     def dequantised(self) -> np.ndarray:
         """float32 (out_features, in_features)."""
+        group = self.group_size
         if self.format.is_integer:
-            values = self.codes.astype(np.float32)
-        else:
-            values = as_values(self.codes, self.format.codes.dtype)
-        spread = np.repeat(self.spread_scales(), self.group_size, axis=1)
-        return values * spread[:, : self.codes.shape[1]]
+            return self.codes.astype(np.float32) * np.repeat(self.spread_scales(), group, axis=1)
+        values = as_values(self.codes, self.format.codes.dtype)
+        for row, scales in enumerate(self.scales):  # in place: a matrix may be large
+            band = values[row * self.block[0] : (row + 1) * self.block[0]]
+            band *= np.repeat(scales, group)[: values.shape[1]]
+        return values
 
 
 class CodedExpert(NamedTuple):
