@@ -51,7 +51,7 @@ class MatrixLayout:
     code_bytes: int  # of one panel
     scale_bytes: int  # of one panel, padded to 64
     scales_are_bf16: bool
-    scales_of_group: int  # of one panel: 16, or 1 where all its channels share it
+    scales_of_group: int = 0  # of one panel: 16, or 1 where all its channels share it
 
     @property
     def panel_bytes(self) -> int:
