@@ -91,7 +91,7 @@ def convert(
     input_path : a Hugging Face directory, a .safetensors file, or a GGUF model (a file, a part of a
     split one, a directory), whose packed directory holds the experts only.
     output : a directory, new or empty, that loads alone; or a new .gguf file.
-    quant_method : int4, int8 or bf16 for a directory; one of GGUF_METHODS for an ``output`` that
+    quant_method : int4, int8, fp8 or bf16 for a directory; one of GGUF_METHODS for an ``output`` that
     ends in .gguf. whole : a GGUF file holds the experts only, unless this names the type of all
     other weights: then it is a model that GGUF programs load, of the architectures of
     ``ktk.models.whole``. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES

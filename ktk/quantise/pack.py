@@ -20,6 +20,7 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, StoredExperts
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
+from ktk.quantise.fp8 import quantise_blocks
 
 F = np.float32
 NOT_FINITE = "weights hold NaN or inf: mend the checkpoint"
@@ -99,7 +100,12 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
     if search is None:
         if not _is_finite(w):
             raise ValueError(NOT_FINITE)
-        panels[:] = lay_float_panels(w, layout)
+        scales = layout.format.scales
+        if scales is None:
+            panels[:] = lay_float_panels(w, layout)
+        else:
+            block = scales.rows, scales.weights
+            lay_codes(CodedMatrix(*quantise_blocks(w, block), layout.format, block), layout, panels)
         return
     native, isa = native_module(), cpu.best_isa()
     if native is None or isa is None:

@@ -52,7 +52,7 @@ def test_methods_over_blocks_are_read(text: str, kind: str, is_repacked: bool) -
         ("LLAMAFILE:INT4", "'INT4': must be one of IQ1_S, TQ1_0"),
         ("LLAMAFILE:Q4_K:64", "LLAMAFILE:TYPE:repack or torch; e.g. LLAMAFILE:Q4_K"),
         ("LLAMAFILE:Q4_K:repack:2", "e.g. LLAMAFILE:Q4_K"),
-        ("AVX2:Q4_K", "format 'Q4_K': must be one of INT4, INT8, BF16, FP32"),
+        ("AVX2:Q4_K", "format 'Q4_K': must be one of INT4, INT8, FP8, BF16, FP32"),
         ("AVX2:GGUF", "format 'GGUF': must be one of"),
     ],
 )

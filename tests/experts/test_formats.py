@@ -171,7 +171,7 @@ def test_wrong_shapes_and_dtypes_are_named() -> None:
         ({"num_experts": 0}, "num_experts=0"),
         ({"hidden_size": -1}, "hidden_size=-1"),
         ({"intermediate_size": 2.5}, "intermediate_size=2.5"),
-        ({"weight_format": "int5"}, "int4, int8, bf16, fp32"),
+        ({"weight_format": "int5"}, "int4, int8, fp8, bf16, fp32"),
         ({"group_size": 48}, "group_size=48"),
         ({"activation_group": 7}, "activation_group=7"),
         ({"group_size": 32.0}, "group_size=32.0"),

@@ -13,6 +13,7 @@ enum { KTK_PANEL = 16 }; /* output channels of a panel */
 #define KTK_PANEL_FORMATS(ROW)                                                                     \
     ROW(INT4, "int4", 8, 0)                                                                        \
     ROW(INT8, "int8", 128, 0)                                                                      \
+    ROW(FP8, "fp8", 0, 1)                                                                          \
     ROW(BF16, "bf16", 0, 1)                                                                        \
     ROW(FP32, "fp32", 0, 1)
 

@@ -12,7 +12,8 @@
  *
  * Symbols: ktk_gemm_int4_avx2 ktk_gemm_int4_avx512 ktk_gemm_int4_avx512vnni ktk_gemm_int8_avx2
  *   ktk_gemm_int8_avx512 ktk_gemm_int8_avx512vnni ktk_gemm_bf16_avx2 ktk_gemm_bf16_avx512
- *   ktk_gemm_bf16_avx512vnni ktk_gemm_fp32_avx2 ktk_gemm_fp32_avx512 ktk_gemm_fp32_avx512vnni. */
+ *   ktk_gemm_bf16_avx512vnni ktk_gemm_fp32_avx2 ktk_gemm_fp32_avx512 ktk_gemm_fp32_avx512vnni.
+ * Of gemm_fp8.h: ktk_gemm_fp8_avx2 ktk_gemm_fp8_avx512 ktk_gemm_fp8_avx512vnni. */
 #include <string.h>
 
 #include "interleave.h"
@@ -436,6 +437,8 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const ktk_m
 GEMM_FLOAT(CAT(ktk_gemm_bf16_, KTK_ISA), KTK_BF16)
 GEMM_FLOAT(CAT(ktk_gemm_fp32_, KTK_ISA), KTK_FP32)
 
+#include "gemm_fp8.h"
+
 #ifdef __AVX512VNNI__
 enum { INT8_CODES = KTK_CODES_I8 };
 #else
@@ -447,6 +450,7 @@ const ktk_kernels CAT(ktk_panels_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
     .gemm = {[KTK_INT4] = GEMM(int4, KTK_CODES_I8),
              [KTK_INT8] = GEMM(int8, INT8_CODES),
+             [KTK_FP8] = GEMM(fp8, KTK_CODES_F32),
              [KTK_BF16] = GEMM(bf16, KTK_CODES_F32),
              [KTK_FP32] = GEMM(fp32, KTK_CODES_F32)},
     .tasks = {.up_panels = 16, .down_panels = 64, .least_down_panels = 4},

@@ -33,6 +33,15 @@ PANELS = (
         default_activation_group=64,
         search=Search(refits=2, channel_ladder=tuple(127 * (1 + 0.02 * i) for i in range(16))),
     ),
+    # Of checkpoints like DeepSeek-V3: one scale for 128 rows by 128 columns, codes and scales as they are. Activations stay
+    # fp32: codes have 2**-9 to 448, no integers of eight bits, and rounding activations too would lose more than the codes do.
+    Format(
+        "fp8",
+        (Plane("scales", "f32", 128, 128), Plane("codes", "e4m3")),
+        "f32",
+        group_sizes=(128,),
+        default_group=128,
+    ),
     # The checkpoint's weights as they are; activations and sums stay fp32.
     Format("bf16", (Plane("codes", "bf16"),), "f32"),
     # The exact twin for fp32 and fp16 checkpoints, and for tests.

@@ -9,6 +9,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
+from ktk.experts.formats import PANELS
 from ktk.experts.stored import CodedMatrix
 from ktk.models.codings import decode
 from ktk.models.codings.mxfp4 import mxfp4_blocks
@@ -47,8 +48,12 @@ class Stored:
         return self._decode(checkpoint, raw.reshape(raw.shape[0], -1), scale)
 
     def read_coded(self, checkpoint: Checkpoint) -> CodedMatrix | None:
-        """Symmetric 4-bit codes, as ``Int4Matrix`` may have them."""
-        return None
+        """Codes that panels may take as they are: fp8 ones with a scale a block."""
+        fmt, (high, wide) = PANELS["fp8"], self.coding.block
+        if self.dtype != "fp8" or self.scale is None or high == 1:
+            return None  # none, or one a channel
+        scale = read_scale(checkpoint.read(self.scale), checkpoint.info(self.scale), self.scale)
+        return CodedMatrix(checkpoint.read(self.name), scale_matrix(scale), fmt, (high, wide))
 
     def bands(self, checkpoint: Checkpoint, weights: int) -> Iterator[np.ndarray]:
         """An unstacked matrix, decoded, about ``weights`` at a time: whole blocks of rows."""
