@@ -125,6 +125,7 @@ def walks() -> dict[str, list[list[str]]]:
     for section in re.split(r"^## ", text, flags=re.MULTILINE):
         title, _, body = section.partition("\n")
         if title.startswith("Walk: "):
+            assert title.removeprefix("Walk: ") not in found, f"{title} stands twice"
             steps = re.split(r"^\d+\. ", body, flags=re.MULTILINE)[1:]
             found[title.removeprefix("Walk: ")] = [PATH.findall(step) for step in steps]
     return found
