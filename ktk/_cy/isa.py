@@ -53,6 +53,8 @@ BASE_SOURCES = (
             "formats",
             "kernels",
             "moe",
+            "moe_tasks",
+            "addresses",
             "linear",
             "decoder",
             "attention",

@@ -13,229 +13,15 @@
  *
  * Every output element is computed by the same chain of operations whatever the batch, the tasks and
  * the threads. */
-#define _GNU_SOURCE /* pthread_rwlock_t */
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "ktk.h"
-#include "operand.h"
+#include "moe.h"
 
-/* Columns of a task, most, as the level's table says; tasks for each thread below which they get narrower. */
-enum { TASKS_PER_THREAD = 16, MAX_UP_COLUMNS = KTK_MAX_UP_PANELS * KTK_PANEL };
-enum { MAX_DOWN_COLUMNS = KTK_MAX_DOWN_PANELS * KTK_PANEL };
+/* Tasks for each thread below which they get narrower than the level's table says. */
+enum { TASKS_PER_THREAD = 16 };
 enum { COMBINE_TOKENS = 64, QUANTISE_TOKENS = 16, UP_STEP = 128 /* every activation group divides it */ };
 /* Pairs in one go: two blocks of y are then at most 64 MiB a part. MAX_WHOLE_Y: bytes up to which y is kept whole. */
 enum { MAX_PAIRS = 8192, MAX_WHOLE_Y = 4 << 20 };
-enum { SPINS = 2000 }; /* pauses before a waiting thread yields */
-
-typedef struct operation operation;
-typedef struct {
-    void (*run)(operation *op, int64_t index, int thread);
-    int32_t part, expert;
-    int32_t first, count;          /* rows, or tokens */
-    int32_t panel, panels;         /* of the part's projection */
-    int32_t wait, wait_too, lower; /* counters */
-    int32_t buffer;                /* of y */
-} task;
-
-/* Counters: nobody lowers NONE and nobody waits for LAST; one per expert and two per column block follow. */
-enum { NONE, LAST, TOKENS, FIRST_EXPERT };
-
-struct operation {
-    const ktk_layer *layer;
-    const ktk_kernels *kernels;
-    int num_threads, up_columns, down_columns;
-    int max_rows; /* of a task */
-    int64_t num_tokens;
-    int32_t top_k, dtype;
-    const void *hidden;
-    const int64_t *ids;
-    const float *weights, *add;
-    void *out;
-    int32_t *place;     /* (tokens, top_k): row of the pair, -1 = adds nothing */
-    int32_t *token_of;  /* token of each row */
-    int32_t *row_index; /* 0, 1, 2, ... */
-    int32_t *first_row; /* (experts + 1) */
-    _Atomic int32_t *counters;
-    task *tasks;
-    int64_t num_tasks, list_begin[KTK_MAX_PARTS + 1];
-    ktk_rows x, x_up, h; /* x_up: x, or where up wants other activations than gate */
-    float *y;            /* (buffers, pairs, down_columns) */
-    int num_buffers;     /* of a part */
-    int64_t y_columns;   /* of all buffers */
-    uint8_t *thread_buffers;
-    int64_t thread_bytes, work_offset;
-    int is_down;       /* ktk_moe_linear */
-    float *linear_out; /* ktk_moe_linear */
-};
-
-static int up_is_apart(const ktk_layer *layer) { return layer->parts[0].up != NULL; }
-static int up_has_own_rows(const ktk_layer *layer) {
-    return up_is_apart(layer) && layer->up.codes_kind != layer->gate_up.codes_kind;
-}
-static int num_projections(const ktk_layer *layer) { return layer->activation.has_gate ? 2 : 1; }
-static float *float_buffer(const operation *op, int thread) {
-    return (float *)(op->thread_buffers + thread * op->thread_bytes);
-}
-
-static uint8_t *work_buffer(const operation *op, int thread) {
-    return op->thread_buffers + thread * op->thread_bytes + op->work_offset;
-}
-
-static void quantise_task(operation *op, int64_t index, int thread) {
-    const task *t = &op->tasks[index];
-    const ktk_layer *layer = op->layer;
-    float *x = float_buffer(op, thread);
-    int n = op->is_down ? layer->intermediate_size : layer->hidden_size;
-    const ktk_matrix *w = op->is_down ? &layer->down : &layer->gate_up;
-    for (int64_t token = t->first; token < t->first + t->count; token++) {
-        op->kernels->load(op->dtype, (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
-        memset(x + n, 0, 4 * (size_t)(w->padded_in - n));
-        if (!op->is_down && up_has_own_rows(layer)) put_token(op->kernels, &layer->up, &op->x_up, token, x);
-        put_token(op->kernels, w, &op->x, token, x);
-    }
-}
-
-static void gate_up_task(operation *op, int64_t index, int thread);
-static void down_task(operation *op, int64_t index, int thread);
-
-/* Panels of a projection of a task's expert, from the task's first on. */
-static const uint8_t *up_panels(const operation *op, const task *t, int is_apart) {
-    const ktk_part *part = &op->layer->parts[t->part];
-    if (is_apart) return part->up[t->expert] + t->panel * op->layer->up.panel_bytes;
-    const int each = part->up ? 1 : num_projections(op->layer);
-    return part->gate_up[t->expert] + (int64_t)t->panel * each * op->layer->gate_up.panel_bytes;
-}
-
-static const uint8_t *down_panels(const operation *op, const task *t) {
-    return op->layer->parts[t->part].down[t->expert] + t->panel * op->layer->down.panel_bytes;
-}
-
-/* First panel a task reads, NULL if it reads none. */
-static const uint8_t *panels_of(const operation *op, int64_t index) {
-    if (index >= op->num_tasks) return NULL;
-    const task *t = &op->tasks[index];
-    if (t->run == gate_up_task) return up_panels(op, t, 0);
-    if (t->run == down_task) return down_panels(op, t);
-    return NULL;
-}
-
-/* Where gate and up columns lie: channel 16 * p + n of row i at i * stride + p * step + n. gate NULL: there is none. */
-typedef struct {
-    const float *gate, *up;
-    int stride, step;
-} columns;
-
-/* Gate and up of a task's rows, `panels` panels of each, into v. */
-static columns multiply_up(const operation *op, const task *t, int panels, int thread, float *v,
-                           const uint8_t *next) {
-    const ktk_layer *layer = op->layer;
-    const int32_t *rows = op->token_of + t->first;
-    uint8_t *work = work_buffer(op, thread);
-    const int n = num_projections(layer) * panels, stride = n * KTK_PANEL;
-    const uint8_t *first = up_panels(op, t, 0);
-    if (!up_is_apart(layer)) {
-        layer->gate_up.gemm(
-            &(ktk_gemm_args){&layer->gate_up, first, n, &op->x, rows, t->count, v, stride, next, work});
-        if (n == panels) return (columns){NULL, v, stride, KTK_PANEL};
-        return (columns){v, v + KTK_PANEL, stride, 2 * KTK_PANEL};
-    }
-    const uint8_t *second = up_panels(op, t, 1);
-    float *up = v + panels * KTK_PANEL;
-    layer->gate_up.gemm(
-        &(ktk_gemm_args){&layer->gate_up, first, panels, &op->x, rows, t->count, v, stride, second, work});
-    ktk_rows x = op->x_up;
-    x.are_packed = layer->up.gemm == layer->gate_up.gemm;
-    layer->up.gemm(&(ktk_gemm_args){&layer->up, second, panels, &x, rows, t->count, up, stride, next, work});
-    return (columns){v, up, stride, KTK_PANEL};
-}
-
-static const float *bias_of(const float *const *table, const task *t, int column) {
-    return table ? table[t->expert] + column : NULL;
-}
-
-static void gate_up_task(operation *op, int64_t index, int thread) {
-    const task *t = &op->tasks[index];
-    const ktk_layer *layer = op->layer;
-    const ktk_part *part = &layer->parts[t->part];
-    float h[MAX_UP_COLUMNS];
-    int column = (part->first_up_panel + t->panel) * KTK_PANEL;
-    int panels = max_int(min_int(t->panels, part->num_up_panels - t->panel), 0);
-    int n = min_int(t->panels * KTK_PANEL, layer->down.padded_in - column);
-    int real = min_int(panels * KTK_PANEL, layer->intermediate_size - column);
-    const float *gate_bias = bias_of(part->gate_bias, t, column),
-                *up_bias = bias_of(part->up_bias, t, column);
-    columns c =
-        multiply_up(op, t, panels, thread, float_buffer(op, thread), panels_of(op, index + op->num_threads));
-    for (int i = 0; i < t->count; i++) {
-        const int64_t at = (int64_t)i * c.stride;
-        op->kernels->activate(&layer->activation, c.gate ? c.gate + at : NULL, c.up + at, c.step, panels,
-                              gate_bias, up_bias, h);
-        /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must not spread. */
-        memset(h + real, 0, 4 * (size_t)(n - real));
-        put_row(op->kernels, &layer->down, &op->h, t->first + i, column, h, n);
-    }
-}
-
-static float *y_buffer(const operation *op, const task *t) {
-    return op->y + t->buffer * op->num_tokens * op->top_k * op->down_columns;
-}
-
-static void down_task(operation *op, int64_t index, int thread) {
-    const task *t = &op->tasks[index];
-    const ktk_layer *layer = op->layer;
-    const ktk_part *part = &layer->parts[t->part];
-    int64_t stride = t->panels * KTK_PANEL;
-    float *y = y_buffer(op, t) + t->first * stride;
-    layer->down.gemm(&(ktk_gemm_args){&layer->down, panels_of(op, index), t->panels, &op->h,
-                                      op->row_index + t->first, t->count, y, stride,
-                                      panels_of(op, index + op->num_threads), work_buffer(op, thread)});
-    const float *bias = bias_of(part->down_bias, t, (part->first_down_panel + t->panel) * KTK_PANEL);
-    for (int i = 0; bias && i < t->count; i++) op->kernels->add(y + i * stride, bias, stride);
-}
-
-static void combine_task(operation *op, int64_t index, int thread) {
-    (void)thread;
-    const task *t = &op->tasks[index];
-    int64_t hidden = op->layer->hidden_size, stride = t->panels * KTK_PANEL;
-    int64_t column = (op->layer->parts[t->part].first_down_panel + t->panel) * KTK_PANEL;
-    int64_t n = column + stride < hidden ? stride : hidden - column;
-    const float *y = y_buffer(op, t);
-    float acc[MAX_DOWN_COLUMNS];
-    for (int64_t token = t->first; token < t->first + t->count; token++) {
-        const int64_t pair = token * op->top_k;
-        op->kernels->combine(y, stride, op->place + pair, op->weights + pair, op->top_k, (int)stride, acc);
-        int64_t at = token * hidden + column;
-        if (op->add) op->kernels->add(acc, op->add + at, n);
-        op->kernels->store(op->dtype, acc, n, (uint8_t *)op->out + at * dtype_bytes(op->dtype));
-    }
-}
-
-static void wait_for(const operation *op, int counter, int64_t index) {
-    if (atomic_load_explicit(&op->counters[counter], memory_order_acquire) <= 0) return;
-    const uint8_t *panel = panels_of(op, index); /* time to fetch what the task will begin with */
-    for (int64_t i = 0; panel && i < op->layer->gate_up.panel_bytes; i += 64)
-        __builtin_prefetch(panel + i, 0, 2);
-    for (int spins = 0; atomic_load_explicit(&op->counters[counter], memory_order_acquire) > 0; spins++) {
-        if (spins < SPINS)
-            KTK_PAUSE();
-        else
-            sched_yield();
-    }
-}
-
-static void run_task(void *context, int64_t index, int thread) {
-    operation *op = context;
-    const task *t = &op->tasks[index];
-    wait_for(op, t->wait, index);
-    wait_for(op, t->wait_too, index);
-    t->run(op, index, thread);
-    atomic_fetch_sub_explicit(&op->counters[t->lower], 1, memory_order_release);
-}
-
 /* Rows of each expert, in token order. */
 static void group_pairs(operation *op, const uint8_t *skip) {
     int32_t num_experts = op->layer->num_experts;
@@ -272,7 +58,7 @@ static void put_quantise(operation *op, int part, int num_parts) {
     int size = n < 1 ? 1 : n < QUANTISE_TOKENS ? (int)n : QUANTISE_TOKENS;
     int64_t begin = op->num_tokens * part / num_parts, end = op->num_tokens * (part + 1) / num_parts;
     for (int64_t i = begin; i < end; i += size)
-        put_task(op, (task){.run = quantise_task,
+        put_task(op, (task){.run = ktk_quantise_task,
                             .first = (int32_t)i,
                             .count = (int32_t)(end - i < size ? end - i : size),
                             .lower = TOKENS});
@@ -284,8 +70,8 @@ static int row_blocks(const operation *op, int rows) { return (rows + op->max_ro
 /* The expert part of the list: t for every expert's rows and every `width` panels of [panel, end). */
 static void put_experts(operation *op, task t, int panel, int end, int width) {
     for (t.expert = 0; t.expert < op->layer->num_experts; t.expert++) {
-        if (t.run == down_task) t.wait = FIRST_EXPERT + t.expert;
-        if (t.run == gate_up_task) t.lower = FIRST_EXPERT + t.expert;
+        if (t.run == ktk_down_task) t.wait = FIRST_EXPERT + t.expert;
+        if (t.run == ktk_gate_up_task) t.lower = FIRST_EXPERT + t.expert;
         const int last = op->first_row[t.expert + 1];
         const int blocks = row_blocks(op, last - op->first_row[t.expert]);
         for (int b = 0; b < blocks; b++) { /* of nearly equal height */
@@ -321,11 +107,11 @@ static void put_part(operation *op, int p) {
     }
     const int down = FIRST_EXPERT + layer->num_experts + first_block, combine = down + all_blocks;
     put_quantise(op, p, layer->num_parts);
-    put_experts(op, (task){.run = gate_up_task, .part = p, .wait = TOKENS}, 0, num_up_panels(layer, part),
+    put_experts(op, (task){.run = ktk_gate_up_task, .part = p, .wait = TOKENS}, 0, num_up_panels(layer, part),
                 op->up_columns / KTK_PANEL);
     for (int b = 0; b <= blocks; b++) {
         if (b < blocks) {
-            task t = {.run = down_task,
+            task t = {.run = ktk_down_task,
                       .part = p,
                       .wait_too = b < op->num_buffers ? NONE : combine + b - op->num_buffers,
                       .lower = down + b,
@@ -334,7 +120,7 @@ static void put_part(operation *op, int p) {
         }
         for (int64_t token = 0; b > 0 && token < op->num_tokens; token += COMBINE_TOKENS) {
             int64_t left = op->num_tokens - token;
-            put_task(op, (task){.run = combine_task,
+            put_task(op, (task){.run = ktk_combine_task,
                                 .part = p,
                                 .first = (int32_t)token,
                                 .count = (int32_t)(left < COMBINE_TOKENS ? left : COMBINE_TOKENS),
@@ -407,7 +193,7 @@ static void take_x(arena *a, operation *op, int64_t num_rows) {
 }
 
 static void run_tasks(operation *op, ktk_pool *pool) {
-    ktk_pool_run(pool, run_task, op, op->list_begin, op->layer->num_parts);
+    ktk_pool_run(pool, ktk_run_task, op, op->list_begin, op->layer->num_parts);
 }
 
 /* All that a chunk of tokens takes. */
@@ -451,47 +237,6 @@ static void forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip, vo
     run_tasks(op, pool);
 }
 
-struct ktk_lock {
-    pthread_rwlock_t rw;
-};
-
-struct ktk_lock *ktk_lock_new(void) {
-    struct ktk_lock *lock = malloc(sizeof *lock);
-    if (lock) pthread_rwlock_init(&lock->rw, NULL);
-    return lock;
-}
-
-void ktk_lock_free(struct ktk_lock *lock) {
-    if (lock) pthread_rwlock_destroy(&lock->rw);
-    free(lock);
-}
-
-void ktk_set_address(ktk_layer *layer, const void **entry, const void *address) {
-    pthread_rwlock_wrlock(&layer->lock->rw);
-    layer->num_absent += (address == NULL) - (*entry == NULL);
-    *entry = address;
-    pthread_rwlock_unlock(&layer->lock->rw);
-}
-
-static int is_absent(const ktk_layer *layer, int64_t e) {
-    for (int p = 0; p < layer->num_parts; p++) {
-        const ktk_part *part = &layer->parts[p];
-        if (!part->gate_up[e] || !part->down[e] || (part->up && !part->up[e])) return 1;
-        if ((part->gate_bias && !part->gate_bias[e]) || (part->up_bias && !part->up_bias[e]) ||
-            (part->down_bias && !part->down_bias[e]))
-            return 1;
-    }
-    return 0;
-}
-
-static int has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, const uint8_t *skip) {
-    for (int64_t i = 0; layer->num_absent && i < num_ids; i++) {
-        const int64_t e = ids[i];
-        if (e >= 0 && e < layer->num_experts && !(skip && skip[e]) && is_absent(layer, e)) return 0;
-    }
-    return 1;
-}
-
 static int64_t tokens_of_chunk(int top_k) { return MAX_PAIRS / top_k < 1 ? 1 : MAX_PAIRS / top_k; }
 
 int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
@@ -512,8 +257,8 @@ int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *po
                 int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
                 const uint8_t *skip, const float *add, void *out, void *scratch) {
     const int64_t chunk = tokens_of_chunk(top_k), row_bytes = layer->hidden_size * dtype_bytes(dtype);
-    pthread_rwlock_rdlock(&layer->lock->rw);
-    const int status = has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
+    ktk_lock_to_read(layer);
+    const int status = ktk_has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
     for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
         operation op = {
             .layer = layer,
@@ -531,7 +276,7 @@ int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *po
         };
         forward_chunk(&op, pool, skip, scratch);
     }
-    pthread_rwlock_unlock(&layer->lock->rw);
+    ktk_unlock(layer);
     return status;
 }
 
@@ -547,38 +292,6 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
                              out, scratch);
     ktk_pool_unlock(pool);
     return status;
-}
-
-/* Panels of columns [column, ...) to the task's rows of the result, where they are the part-th of `width` columns. */
-static void put_linear(const operation *op, const task *t, const float *v, int stride, int step, int column,
-                       int part, int parts, int width) {
-    for (int i = 0; i < t->count; i++) {
-        float *row = op->linear_out + ((int64_t)op->token_of[t->first + i] * parts + part) * width;
-        for (int p = 0; p < t->panels; p++) {
-            int at = column + p * KTK_PANEL;
-            memcpy(row + at, v + (int64_t)i * stride + p * step, 4 * (size_t)min_int(KTK_PANEL, width - at));
-        }
-    }
-}
-
-static void linear_task(operation *op, int64_t index, int thread) {
-    const task *t = &op->tasks[index];
-    const ktk_layer *layer = op->layer;
-    const ktk_part *part = &layer->parts[t->part];
-    const int first = op->is_down ? part->first_down_panel : part->first_up_panel;
-    const int column = (first + t->panel) * KTK_PANEL, parts = num_projections(layer);
-    float *v = float_buffer(op, thread);
-    if (op->is_down) {
-        const int stride = t->panels * KTK_PANEL;
-        layer->down.gemm(&(ktk_gemm_args){&layer->down, down_panels(op, t), t->panels, &op->x,
-                                          op->token_of + t->first, t->count, v, stride, NULL,
-                                          work_buffer(op, thread)});
-        put_linear(op, t, v, stride, KTK_PANEL, column, 0, 1, layer->hidden_size);
-        return;
-    }
-    columns c = multiply_up(op, t, t->panels, thread, v, NULL);
-    if (c.gate) put_linear(op, t, c.gate, c.stride, c.step, column, 0, parts, layer->intermediate_size);
-    put_linear(op, t, c.up, c.stride, c.step, column, parts - 1, parts, layer->intermediate_size);
 }
 
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
@@ -598,8 +311,8 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
     int64_t most = most_row_blocks(&op, num_rows) * (w->num_panels * KTK_PANEL / UP_STEP + layer->num_parts);
     arena a = {0};
     ktk_pool_lock(pool);
-    pthread_rwlock_rdlock(&layer->lock->rw);
-    int status = has_all(layer, num_rows, ids, NULL) ? KTK_DONE : KTK_ABSENT;
+    ktk_lock_to_read(layer);
+    int status = ktk_has_all(layer, num_rows, ids, NULL) ? KTK_DONE : KTK_ABSENT;
     for (int pass = 0; pass < 2 && !status; pass++) {
         take_groups(&a, &op, num_rows);
         take_tasks(&a, &op, most + num_rows, FIRST_EXPERT + layer->num_experts);
@@ -617,13 +330,13 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
             const ktk_part *part = &layer->parts[p];
             op.list_begin[p] = op.num_tasks;
             put_quantise(&op, p, layer->num_parts);
-            put_experts(&op, (task){.run = linear_task, .part = p, .wait = TOKENS, .lower = LAST}, 0,
+            put_experts(&op, (task){.run = ktk_linear_task, .part = p, .wait = TOKENS, .lower = LAST}, 0,
                         is_down ? part->num_down_panels : part->num_up_panels, UP_STEP / KTK_PANEL);
         }
         op.list_begin[layer->num_parts] = op.num_tasks;
         run_tasks(&op, pool);
     }
-    pthread_rwlock_unlock(&layer->lock->rw);
+    ktk_unlock(layer);
     ktk_pool_unlock(pool);
     return status;
 }

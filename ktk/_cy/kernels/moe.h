@@ -1,0 +1,68 @@
+/* An operation of moe.c on its way: what its tasks (moe_tasks.c) read and write. */
+#ifndef KTK_MOE_H
+#define KTK_MOE_H
+
+#include <stdatomic.h>
+
+#include "ktk.h"
+#include "operand.h"
+
+typedef struct operation operation;
+typedef struct {
+    void (*run)(operation *op, int64_t index, int thread);
+    int32_t part, expert;
+    int32_t first, count;          /* rows, or tokens */
+    int32_t panel, panels;         /* of the part's projection */
+    int32_t wait, wait_too, lower; /* counters */
+    int32_t buffer;                /* of y */
+} task;
+
+/* Counters: nobody lowers NONE and nobody waits for LAST; one per expert and two per column block follow. */
+enum { NONE, LAST, TOKENS, FIRST_EXPERT };
+
+struct operation {
+    const ktk_layer *layer;
+    const ktk_kernels *kernels;
+    int num_threads, up_columns, down_columns;
+    int max_rows; /* of a task */
+    int64_t num_tokens;
+    int32_t top_k, dtype;
+    const void *hidden;
+    const int64_t *ids;
+    const float *weights, *add;
+    void *out;
+    int32_t *place;     /* (tokens, top_k): row of the pair, -1 = adds nothing */
+    int32_t *token_of;  /* token of each row */
+    int32_t *row_index; /* 0, 1, 2, ... */
+    int32_t *first_row; /* (experts + 1) */
+    _Atomic int32_t *counters;
+    task *tasks;
+    int64_t num_tasks, list_begin[KTK_MAX_PARTS + 1];
+    ktk_rows x, x_up, h; /* x_up: x, or where up wants other activations than gate */
+    float *y;            /* (buffers, pairs, down_columns) */
+    int num_buffers;     /* of a part */
+    int64_t y_columns;   /* of all buffers */
+    uint8_t *thread_buffers;
+    int64_t thread_bytes, work_offset;
+    int is_down;       /* ktk_moe_linear */
+    float *linear_out; /* ktk_moe_linear */
+};
+
+static inline int up_is_apart(const ktk_layer *layer) { return layer->parts[0].up != NULL; }
+static inline int up_has_own_rows(const ktk_layer *layer) {
+    return up_is_apart(layer) && layer->up.codes_kind != layer->gate_up.codes_kind;
+}
+static inline int num_projections(const ktk_layer *layer) { return layer->activation.has_gate ? 2 : 1; }
+
+/* Kinds of tasks; index: into op->tasks. */
+typedef void task_fn(operation *op, int64_t index, int thread);
+task_fn ktk_quantise_task, ktk_gate_up_task, ktk_down_task, ktk_combine_task, ktk_linear_task;
+/* A task of any kind, once what it waits for is done: what the pool runs. */
+void ktk_run_task(void *operation, int64_t index, int thread);
+
+/* Whether every expert that ids (num_ids) choose is there; call with the layer's lock (addresses.c). */
+int ktk_has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, const uint8_t *skip);
+void ktk_lock_to_read(const ktk_layer *layer);
+void ktk_unlock(const ktk_layer *layer);
+
+#endif
