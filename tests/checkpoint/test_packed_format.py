@@ -15,7 +15,13 @@ from make import checkpoints
 HIDDEN, INTERMEDIATE = 80, 40  # multiples of neither 32 nor 64; 40 not of 16
 ZERO = {"int4": 8, "int8": 128}
 # Mean squared error over mean square; random weights. A code in another place makes it 1 or more.
-LOSS = {"int4": 0.02, "int8": 2e-4, "bf16": 0.0}
+LOSS = {"int4": 0.02, "int8": 2e-4, "fp8": 2e-3, "bf16": 0.0}
+
+
+def e4m3(code: int) -> float:
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = 2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else mantissa * 2.0**-9
+    return -size if code & 128 else size
 
 
 def bf16(raw: bytes) -> np.ndarray:
@@ -49,6 +55,13 @@ class Page:
             return weights[:, :in_features], at + 32 * k
         group = min(self.spec["group_size"] or k, k)
         groups = math.ceil(k / group)
+        if kind == "fp8":
+            scales = np.frombuffer(self.raw[at : at + 4 * groups], "<f4")
+            at += 64 * math.ceil(4 * groups / 64)
+            for c in range(16):
+                for i in range(k):
+                    weights[c, i] = scales[i // group] * e4m3(self.raw[at + 16 * i + c])
+            return weights[:, :in_features], at + 16 * k
         if self.spec["group_size"]:
             size = 32 * groups
             scales = bf16(self.raw[at : at + size]).reshape(groups, 16)
@@ -92,7 +105,8 @@ class Page:
 
 @pytest.mark.parametrize("style", ["deepseek", "gpt_oss", "nemotron_h"])
 @pytest.mark.parametrize(
-    ("method", "group"), [("int4", 32), ("int4", 64), ("int4", 0), ("int8", None), ("bf16", None)]
+    ("method", "group"),
+    [("int4", 32), ("int4", 64), ("int4", 0), ("int8", None), ("fp8", None), ("bf16", None)],
 )
 def test_a_reader_written_from_the_page_finds_the_weights(
     tmp_path: Path, style: str, method: str, group: int | None
