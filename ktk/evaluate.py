@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ktk import backends
 from ktk.experts.dequantise import dequantise
-from ktk.experts.formats import BLOCKS, GGUF, PANELS, activation_group_of, get_format
+from ktk.experts.formats import BLOCKS, GGUF, PANELS, activation_group_of
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import round_up
 from ktk.experts.spec import MoESpec
@@ -172,31 +173,20 @@ class Variant:
             text = str(user_path(text))
         if Path(text).exists():
             return cls(text, by=text)
-        name, _, rest = text.partition(":")
-        known = {n.lower(): n for n in (*BLOCKS, *PANELS)}  # bf16 is ktk's own
-        if name.lower() not in known:
+        method = backends.parse_method(text)
+        fmt = method.format
+        if fmt is None or method.is_repacked:
+            raise ValueError(f"format {text!r}: must name a format, or be a path")
+        if fmt.is_packed:
+            group = method.group_size
+            if group is None and fmt.is_integer:
+                group = fmt.default_group
+            return cls(fmt.name, group)
+        if method.by == "ktk" and fmt.grid is None:
             raise ValueError(
-                f"format {text!r}: must be one of {', '.join(known.values())}, or a path"
+                f"format {text!r}: ktk quantises to {', '.join(OWN_TYPES)}; llama.cpp to the rest, as {fmt.name}:ggml"
             )
-        name = known[name.lower()]
-        if name in PANELS:
-            if not rest:
-                return cls(
-                    name, get_format(name).default_group if PANELS[name].is_integer else None
-                )
-            groups = ", ".join(map(str, get_format(name).group_sizes))
-            if not rest.isdecimal() or int(rest) not in get_format(name).group_sizes:
-                raise ValueError(
-                    f"format {text!r}: {name} takes groups of {groups} (0 = per channel)"
-                )
-            return cls(name, int(rest))
-        if rest not in ("", "ggml"):
-            raise ValueError(f"format {text!r}: behind a GGUF type only :ggml may stand")
-        if not rest and BLOCKS[name].grid is None:
-            raise ValueError(
-                f"format {text!r}: ktk quantises to {', '.join(OWN_TYPES)}; llama.cpp to the rest, as {name}:ggml"
-            )
-        return cls(name, by="ggml" if rest else "ktk")
+        return cls(fmt.name, by=method.by)
 
     def calibrated(self) -> Variant | None:
         """The same calibrated, if it can be."""

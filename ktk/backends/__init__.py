@@ -13,7 +13,8 @@ from functools import cache
 from ktk import env
 from ktk.backends.base import Backend, Runner
 from ktk.errors import BackendError
-from ktk.experts.formats import PANELS
+from ktk.experts.formats import GGUF, PANELS
+from ktk.experts.formats.parse import Method, parse
 from ktk.experts.spec import MoESpec
 from ktk.log import logger, warn_once
 
@@ -72,6 +73,12 @@ def backends() -> dict[str, Backend]:
 def methods() -> tuple[str, ...]:
     """Every value ``method=`` takes, "auto" first."""
     return ("auto", *backends(), *_FORMAT_METHODS)
+
+
+def parse_method(text: str) -> Method:
+    """A method as users write it, with a format, a group size, a GGUF type: see ``ktk.experts.formats.parse``."""
+    runs = {name: _PORTABLE.get(name) for name in backends()}
+    return parse(text, runs | {"LLAMAFILE": GGUF.name})
 
 
 def method_format(method: str) -> str | None:
@@ -169,6 +176,7 @@ __all__ = [
     "check_method",
     "method_format",
     "methods",
+    "parse_method",
     "report",
     "select",
 ]

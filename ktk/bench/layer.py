@@ -10,7 +10,7 @@ import dataclasses
 import sys
 import time
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,8 @@ from ktk.bench.blocks import (
 from ktk.bench.roofline import peak_of, peak_of_blocks, peaks
 from ktk.bench.shapes import Routing, Shape
 from ktk.experts.dequantise import expert_weights
-from ktk.experts.formats import GGUF, PANELS
+from ktk.experts.formats import GGUF
+from ktk.experts.formats.parse import USAGE, Method
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights, StoredExperts, StoredMatrix
 from ktk.machine import cpu
@@ -39,7 +40,6 @@ from ktk.reference.moe import ExactExperts, oracle_forward
 
 TORCH = "torch"
 BLOCKS = "LLAMAFILE"  # the backend over GGUF blocks
-REPACKED = "REPACK"
 # Calls of one method in one round: as many as fit CALL_SECONDS, but MIN_CALLS to MAX_CALLS.
 CALL_SECONDS = 0.1
 MIN_CALLS, MAX_CALLS = 2, 20
@@ -53,63 +53,16 @@ TORCH_TOLERANCE = 0.02
 FEW_TOKENS_ERROR = 1.5
 
 
-class Method(NamedTuple):
-    """text : as it was asked for. backend : a name or "auto". weight_format None: torch.
-
-    block_type, is_repacked : of weight_format "gguf", else None and False.
-    """
-
-    text: str
-    backend: str
-    weight_format: str | None
-    group_size: int | None
-    block_type: str | None = None
-    is_repacked: bool = False
-
-
-USAGE = (
-    "must be FORMAT, FORMAT:GROUP, BACKEND:FORMAT, BACKEND:FORMAT:GROUP, "
-    f"{BLOCKS}:TYPE, {BLOCKS}:TYPE:repack or torch"
-)
-
-
 def parse_method(text: str) -> Method:
-    """``INT4``, ``INT4:128`` (group size), ``AVX2:INT4:128`` (on a backend), ``LLAMAFILE:Q4_K:repack`` (GGUF blocks), ``torch``.
-
-    ValueError says what is allowed.
-    """
+    """What ``ktk.backends.parse_method`` reads, if it says what runs; or ``torch``. ValueError says what is allowed."""
     if text.lower() == TORCH:
-        return Method(TORCH, TORCH, None, None)
-    try:
-        return _parse_method(text)
-    except ValueError as error:
-        raise ValueError(f"method {text!r}: {USAGE}; {error}") from None
-
-
-def _parse_method(text: str) -> Method:
-    parts = text.upper().split(":")
-    backend = backends.check_method(parts[0])
-    if backend == BLOCKS:
-        return _parse_blocks(text, parts[1:])
-    weight_format = backends.method_format(parts[0])
-    rest = parts[1:]
-    if backend not in backends.backends():
-        backend = "auto"
-    if weight_format is None and rest:
-        weight_format = rest[0].lower()
-        if weight_format not in PANELS:
-            raise ValueError(f"format {rest[0]!r}: must be one of {', '.join(PANELS).upper()}")
-        rest = rest[1:]
-    if weight_format is None or len(rest) > 1 or not all(r.isascii() and r.isdigit() for r in rest):
-        raise ValueError("e.g. INT4:128 or AVX2:INT4:128")
-    return Method(text, backend, weight_format, int(rest[0]) if rest else None)
-
-
-def _parse_blocks(text: str, parts: list[str]) -> Method:
-    if not parts or parts[1:] not in ([], [REPACKED]):
-        raise ValueError(f"e.g. {BLOCKS}:Q4_K or {BLOCKS}:Q4_K:repack")
-    row_bytes(parts[0], 0)  # refuses unknown types
-    return Method(text, BLOCKS, GGUF.name, None, parts[0], len(parts) == 2)
+        return Method(TORCH, TORCH)
+    method = backends.parse_method(text)
+    if method.format is None or method.by != "ktk":
+        raise ValueError(
+            f"method {text!r}: {USAGE}, or torch; e.g. INT4:128, AVX2:INT4:128 or {BLOCKS}:Q4_K"
+        )
+    return method
 
 
 def random_expert(shape: Shape, seed: int = 0) -> ExpertWeights:

@@ -23,6 +23,7 @@ from ktk.convert.sinks.base import Pieces
 from ktk.convert.sources import Calibration, open_source
 from ktk.convert.window import in_order
 from ktk.errors import CheckpointError
+from ktk.experts.formats.parse import parse
 from ktk.experts.stored import CodedExpert
 from ktk.ops.moe import MoE
 from ktk.paths import user_path
@@ -91,8 +92,8 @@ def convert(
     input_path : a Hugging Face directory, a .safetensors file, or a GGUF model (a file, a part of a
     split one, a directory), whose packed directory holds the experts only.
     output : a directory, new or empty, that loads alone; or a new .gguf file.
-    quant_method : int4, int8, fp8 or bf16 for a directory; one of GGUF_METHODS for an ``output`` that
-    ends in .gguf. whole : a GGUF file holds the experts only, unless this names the type of all
+    quant_method : int4 (or int4:64, a group size), int8, fp8 or bf16 for a directory; one of
+    GGUF_METHODS for an ``output`` that ends in .gguf. whole : a GGUF file holds the experts only, unless this names the type of all
     other weights: then it is a model that GGUF programs load, of the architectures of
     ``ktk.models.whole``. input_type : None reads it from the checkpoint; a name of SOURCE_DTYPES
     must agree with it. group_size, activation_group : see MoESpec. threads : experts packed at a
@@ -107,6 +108,7 @@ def convert(
     what is finished stays for ``resume``.
     """
     started = time.monotonic()
+    quant_method, group_size = _method(quant_method, group_size)
     request = Request(
         user_path(input_path),
         user_path(output),
@@ -132,6 +134,22 @@ def convert(
             sink.finish()
             meter.report("done", 0)
         return _summary(plan, meter, time.monotonic() - started)
+
+
+def _method(quant_method: str, group_size: int | None) -> tuple[str, int | None]:
+    """The method as plans know it, and the group size: ``Q4_K`` is q4_k, ``int4:64`` names both."""
+    try:
+        asked = parse(quant_method, {})
+    except ValueError:
+        if ":" in quant_method:
+            raise
+        return quant_method, group_size  # the plan says which there are
+    if asked.format is None or asked.by != "ktk" or asked.is_repacked:
+        raise ValueError(f"quant_method={quant_method!r}: must name a format alone")
+    if None not in (asked.group_size, group_size) and asked.group_size != group_size:
+        raise ValueError(f"group_size={group_size!r}: quant_method={quant_method!r} has another")
+    name = asked.format.name.lower()
+    return name, asked.group_size if group_size is None else group_size
 
 
 def _write_layers(plan: Plan, meter: _Meter) -> None:

@@ -314,7 +314,9 @@ def test_shapes_that_cannot_be_are_refused(sizes: tuple[int, int, int, int], mes
     ],
 )
 def test_methods_are_read(text: str, expected: tuple[str, str | None, int | None]) -> None:
-    assert parse_method(text) == (text, *expected, None, False)
+    found = parse_method(text)
+    assert (found.text, found.backend, found.weight_format, found.group_size) == (text, *expected)
+    assert found.block_type is None and not found.is_repacked
 
 
 @pytest.mark.parametrize(

@@ -39,20 +39,23 @@ def layer(method: str, shape: Shape = TINY) -> BlocksLayer:
         ("llamafile:bf16", "BF16", False),
         ("LLAMAFILE:Q4_K:repack", "Q4_K", True),
         ("Llamafile:iq2_xxs:REPACK", "IQ2_XXS", True),
+        ("q4_k:repack", "Q4_K", True),
     ],
 )
 def test_methods_over_blocks_are_read(text: str, kind: str, is_repacked: bool) -> None:
-    assert parse_method(text) == (text, "LLAMAFILE", "gguf", None, kind, is_repacked)
+    found = parse_method(text)
+    assert (found.text, found.backend, found.weight_format) == (text, "LLAMAFILE", "gguf")
+    assert (found.block_type, found.is_repacked, found.group_size) == (kind, is_repacked, None)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("LLAMAFILE", "LLAMAFILE:TYPE:repack or torch; e.g. LLAMAFILE:Q4_K"),
+        ("LLAMAFILE", "AVX2:INT4:128 or LLAMAFILE:Q4_K"),
         ("LLAMAFILE:INT4", "'INT4': must be one of IQ1_S, TQ1_0"),
-        ("LLAMAFILE:Q4_K:64", "LLAMAFILE:TYPE:repack or torch; e.g. LLAMAFILE:Q4_K"),
-        ("LLAMAFILE:Q4_K:repack:2", "e.g. LLAMAFILE:Q4_K"),
-        ("AVX2:Q4_K", "format 'Q4_K': must be one of INT4, INT8, FP8, BF16, FP32"),
+        ("LLAMAFILE:Q4_K:64", "behind a GGUF type only :repack or :ggml"),
+        ("LLAMAFILE:Q4_K:repack:2", "nothing may stand behind 'repack'"),
+        ("AVX2:Q4_K", "format 'Q4_K': must be one of int4, int8, fp8, bf16, fp32"),
         ("AVX2:GGUF", "format 'GGUF': must be one of"),
     ],
 )
