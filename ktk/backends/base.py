@@ -55,6 +55,7 @@ class Backend(ABC):
 
     name: str
     is_last_resort: bool = False  # it runs where nothing compiled does, many times slower
+    takes_stores: bool = False  # it runs a ktk.placement.store.ExpertStore
 
     @property
     def is_emulated(self) -> bool:

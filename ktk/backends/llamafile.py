@@ -11,6 +11,7 @@ from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
 from ktk.machine.threads import EngineLayout
 from ktk.placement.blocks import kernel_types
+from ktk.placement.store import ExpertStore
 
 
 def types_by_path() -> dict[str, list[str]]:
@@ -33,6 +34,7 @@ def types_by_path() -> dict[str, list[str]]:
 
 class LlamafileBackend(Backend):
     name = "LLAMAFILE"
+    takes_stores = True
 
     def why_not(self, spec: MoESpec | None = None) -> str | None:
         if native_module() is None:
@@ -46,7 +48,7 @@ class LlamafileBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"{kernel_isa('BF16')} {GGUF.name}"  # the level of most instructions
 
-    def load(self, packed: StoredExperts, engine: EngineLayout) -> Runner:
+    def load(self, packed: StoredExperts | ExpertStore, engine: EngineLayout) -> Runner:
         isa = cpu.best_isa()
         assert isa is not None  # select() asked why_not first
         return NativeRunner(packed, isa, engine)

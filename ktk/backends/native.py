@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
 from ktk.machine.openmp import borrow
 from ktk.machine.threads import EngineLayout
-from ktk.placement.blocks import whole_panels
+from ktk.placement.blocks import in_whole_panels
 from ktk.placement.parts import join, layout_of, parts_of
+from ktk.placement.store import ExpertStore
 
 
 def kernel_isa(weight_format: str) -> str | None:
@@ -30,20 +32,31 @@ def kernel_isa(weight_format: str) -> str | None:
 class NativeRunner(Runner):
     """Experts of any format behind the C operator, with the kernels of ISA level ``isa``."""
 
-    def __init__(self, experts: StoredExperts, isa: str, engine: EngineLayout) -> None:
+    def __init__(
+        self, experts: StoredExperts | ExpertStore, isa: str, engine: EngineLayout
+    ) -> None:
         self.native: Any = native_module()
-        self.spec = experts.spec
-        whole = {name: whole_panels(matrix) for name, matrix in experts.matrices.items()}
-        runs = dataclasses.replace(
-            experts, gate=whole.get("gate"), up=whole["up"], down=whole["down"]
-        )
-        self.parts = parts_of(runs, engine)
+        self.store = experts if isinstance(experts, ExpertStore) else None
+        if isinstance(experts, ExpertStore):  # an expert moves as one piece
+            stored = runs = experts.experts
+            self.parts = [experts.part]
+        else:
+            stored, runs = experts, in_whole_panels(experts)
+            self.parts = parts_of(runs, engine)
+        self.spec, self.order = stored.spec, stored.order
         group = self.spec.activation_group or 0
-        matrices = {name: (layout_of(m, group), m.is_repacked) for name, m in whole.items()}
-        order = None if experts.order is None else np.ascontiguousarray(experts.order)
+        matrices = {n: (layout_of(m, group), m.is_repacked) for n, m in runs.matrices.items()}
+        order = None if self.order is None else np.ascontiguousarray(self.order)
         self.experts = self.native.Experts(self.spec, matrices, self.parts, order, isa, engine)
         # Panels were copied to the nodes and may go, and come back from there.
-        self.stored = None if engine.is_bound and experts.is_packed else experts
+        is_copied = self.store is None and engine.is_bound and stored.is_packed
+        self.stored: StoredExperts | None = None if is_copied else stored
+        if self.store is not None:
+            self.store.attach(self._move)
+
+    def _move(self, expert: int, addresses: Mapping[str, int] | None) -> None:
+        for table in self.experts.tables:
+            self.experts.set_address(0, table, expert, addresses[table] if addresses else 0)
 
     def forward(
         self,
@@ -55,15 +68,20 @@ class NativeRunner(Runner):
         add: np.ndarray | None,
     ) -> None:
         borrow(self.native)
-        self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
+        if self.store is None:
+            self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
+            return
+        with self.store.pinned(topk_ids, skip):
+            self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         borrow(self.native)
-        result: np.ndarray = self.experts.linear(projection, x, expert_ids)
+        with self.store.pinned(expert_ids, None) if self.store else nullcontext():
+            result: np.ndarray = self.experts.linear(projection, x, expert_ids)
         return result
 
     def packed(self) -> StoredExperts:
-        return self.stored or join(self.spec, self.parts)
+        return self.stored or join(self.spec, self.parts, self.order)
 
     def weights(self) -> list[np.ndarray]:
         if self.stored is not None and self.stored.spans is not None:
@@ -76,6 +94,7 @@ class NativeBackend(Backend):
     """A compiled backend: ``isa_rows`` lists its rows of ``ktk._cy.isa``, best first."""
 
     isa_rows: tuple[str, ...]
+    takes_stores = True
 
     def isa(self) -> str | None:
         """The best of its rows that this CPU and this build run, or None."""
@@ -93,7 +112,7 @@ class NativeBackend(Backend):
     def kernel(self, spec: MoESpec) -> str:
         return f"{self.isa()} {describe(spec)}"
 
-    def load(self, packed: StoredExperts, engine: EngineLayout) -> Runner:
+    def load(self, packed: StoredExperts | ExpertStore, engine: EngineLayout) -> Runner:
         isa = self.isa()
         assert isa is not None  # select() asked why_not first
         return NativeRunner(packed, isa, engine)

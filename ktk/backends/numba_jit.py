@@ -47,7 +47,9 @@ class NumbaRunner(Runner):
     def _linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         """float32 (rows, in_features) to (rows, out_features), bias added."""
         matrix, fmt = self.spec.layout.matrix(projection), self.spec.format
-        panels = np.ascontiguousarray(self.stored.matrices[projection].data[expert])
+        panels = np.ascontiguousarray(
+            self.stored.matrices[projection].data[self.stored.place(expert)]
+        )
         out = np.empty((len(x), matrix.num_panels, PANEL), F)
         if fmt.is_integer:
             act = quantise_activations(x, matrix.padded_in, matrix.activation_group)

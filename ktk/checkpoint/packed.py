@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict
 from ktk.errors import CheckpointError
 from ktk.experts.layout import EXPERT_ALIGN, LAYOUT_VERSION
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import StoredExperts
+from ktk.experts.stored import StoredExperts, order_of
 from ktk.machine.cpu import num_physical_cores
 from ktk.machine.memory import aligned_buffer
 from ktk.paths import user_path
@@ -161,11 +161,15 @@ def read_spec(directory: str | os.PathLike[str], layer: int) -> MoESpec:
 
 
 def read_layer(
-    directory: str | os.PathLike[str], layer: int, num_threads: int | None = None
+    directory: str | os.PathLike[str],
+    layer: int,
+    num_threads: int | None = None,
+    experts: Sequence[int] | None = None,
 ) -> StoredExperts:
     """Read one layer's experts into huge-page-advised memory.
 
     num_threads : experts read and checked at a time, default the physical cores, eight at most.
+    experts : those to read, the others are then not stored; None: all.
     Raises CheckpointError if the file is missing, malformed, of another layout version, or holds a scale or
     bias that is NaN or infinite.
     """
@@ -173,11 +177,13 @@ def read_layer(
     try:
         spec = _spec(file, layer)
         size = spec.layout.expert_bytes
-        experts = aligned_buffer(spec.num_experts * size).reshape(spec.num_experts, size)
+        names = range(spec.num_experts) if experts is None else experts
+        spans = aligned_buffer(len(names) * size).reshape(len(names), size)
 
-        def read(expert: int) -> None:
-            file.read_into(TENSOR, experts[expert].data, expert * size)
-            fault = _not_finite(spec, experts[expert])
+        def read(at: int) -> None:
+            expert = names[at]
+            file.read_into(TENSOR, spans[at].data, expert * size)
+            fault = _not_finite(spec, spans[at])
             if fault:
                 begin = file.tensors[TENSOR].begin + expert * size
                 raise CheckpointError(
@@ -187,10 +193,11 @@ def read_layer(
 
         # Beyond eight readers no disk gets faster.
         with ThreadPoolExecutor(num_threads or min(num_physical_cores(), 8)) as pool:
-            list(pool.map(read, range(spec.num_experts)))
+            list(pool.map(read, range(len(names))))
     finally:
         file.close()
-    return StoredExperts.of_panels(spec, experts)
+    order = None if experts is None else order_of(spec.num_experts, experts)
+    return StoredExperts.of_panels(spec, spans, order)
 
 
 def read_config(directory: str | os.PathLike[str]) -> PackedConfig:

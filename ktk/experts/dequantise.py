@@ -36,7 +36,7 @@ def expert_weights(experts: StoredExperts, expert: int) -> ExpertWeights:
     """One expert, dequantised to float32. ValueError for one that is not there, or as ``dequantise`` raises it."""
     if not 0 <= expert < experts.spec.num_experts:
         raise ValueError(f"expert {expert}: must be 0 to {experts.spec.num_experts - 1}")
-    stored = expert if experts.order is None else int(experts.order[expert])
+    stored = experts.place(expert)
     decoded = {name: dequantise(matrix, stored) for name, matrix in experts.matrices.items()}
     biases = {name: bias[stored] for name, bias in experts.biases.items()}
     return ExpertWeights(

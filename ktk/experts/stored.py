@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from ktk.errors import BackendError
 from ktk.experts.formats import Format, block_format
 from ktk.experts.formats.floats import as_values
 from ktk.experts.layout import K_ALIGN, PANEL, round_up
@@ -69,9 +71,10 @@ class StoredMatrix:
 class StoredExperts:
     """One layer's experts, ready for the kernels: in panels (``of_panels``), or in the blocks of a GGUF file.
 
-    gate : None without a gate projection. Biases : float32 (num_experts, out_features) or None; views, at any distance.
-    order : int64 (num_experts,) or None: expert e is the one stored at order[e].
-    spans : of panels, uint8 (num_experts, layout.expert_bytes): what the matrices are views of; None of blocks.
+    gate : None without a gate projection. Biases : float32 (stored, out_features) or None; views, at any distance.
+    order : int64 (num_experts,) or None: expert e is the one stored at order[e]; -1: it is not here. With an order, fewer
+        experts than num_experts may be stored: a rank's own, or those that no GPU has.
+    spans : of panels, uint8 (stored, layout.expert_bytes): what the matrices are views of; None of blocks.
     """
 
     spec: MoESpec
@@ -97,15 +100,15 @@ class StoredExperts:
             if name == "down":
                 ins, outs = outs, ins
             found = (len(matrix.data), matrix.out_features, matrix.in_features)
-            if found != (spec.num_experts, outs, ins):
+            if found != (self.num_stored, outs, ins):
                 raise ValueError(
-                    f"{name} is {found}: must be ({spec.num_experts}, {outs}, {ins}), experts x out x in"
+                    f"{name} is {found}: must be ({self.num_stored}, {outs}, {ins}), experts x out x in"
                 )
         for name, bias in self.biases.items():
             outs = spec.hidden_size if name == "down" else spec.intermediate_size
-            if bias.dtype != np.float32 or bias.shape != (spec.num_experts, outs):
+            if bias.dtype != np.float32 or bias.shape != (self.num_stored, outs):
                 raise ValueError(
-                    f"{name} bias is {bias.dtype} {bias.shape}: must be float32 {(spec.num_experts, outs)}"
+                    f"{name} bias is {bias.dtype} {bias.shape}: must be float32 {(self.num_stored, outs)}"
                 )
         if spec.has_bias != bool(self.biases):
             raise ValueError(f"has_bias={spec.has_bias}, but there are {len(self.biases)} biases")
@@ -116,21 +119,25 @@ class StoredExperts:
             raise ValueError(
                 f"order is {order.dtype} {order.shape}: must be int64 ({spec.num_experts},)"
             )
-        if order.min() < 0 or order.max() >= spec.num_experts:
+        if order.min() < -1 or order.max() >= self.num_stored:
             raise ValueError(
-                f"order goes from {order.min()} to {order.max()}: must stay in 0..{spec.num_experts - 1}"
+                f"order goes from {order.min()} to {order.max()}: must stay in 0..{self.num_stored - 1}, "
+                "-1 for an expert that is not here"
             )
 
     @classmethod
-    def of_panels(cls, spec: MoESpec, spans: np.ndarray) -> StoredExperts:
-        """Packed experts. spans : uint8 (num_experts, layout.expert_bytes), C-contiguous, 64-byte aligned at least.
+    def of_panels(
+        cls, spec: MoESpec, spans: np.ndarray, order: np.ndarray | None = None
+    ) -> StoredExperts:
+        """Packed experts. spans : uint8 (stored, layout.expert_bytes), C-contiguous, 64-byte aligned at least.
 
         ValueError if they are not, or the spec's format does not lie in panels.
         """
         if not spec.is_packed:
             raise ValueError(f"weight_format={spec.weight_format!r}: does not lie in panels")
         layout = spec.layout
-        want = (spec.num_experts, layout.expert_bytes)
+        stored = spec.num_experts if order is None else len(spans)
+        want = (stored, layout.expert_bytes)
         if spans.dtype != np.uint8 or spans.shape != want:
             raise ValueError(f"packed data is {spans.dtype} {spans.shape}: must be uint8 {want}")
         if not spans.flags.c_contiguous or spans.ctypes.data % 64:
@@ -150,7 +157,24 @@ class StoredExperts:
             if bias is not None:
                 biases[f"{name}_bias"] = bias.view(np.float32)[:, : matrix.out_features]
         gate, up, down = matrices.get("gate"), matrices["up"], matrices["down"]
-        return cls(spec, gate, up, down, **biases, spans=spans)
+        return cls(spec, gate, up, down, **biases, order=order, spans=spans)
+
+    @property
+    def num_stored(self) -> int:
+        """Experts whose weights are here: all of them, unless ``order`` leaves some out."""
+        return self.spec.num_experts if self.order is None else len(self.up.data)
+
+    def place_or_none(self, expert: int) -> int | None:
+        """Where an expert stands in the matrices, None for one that is not here."""
+        at = expert if self.order is None else int(self.order[expert])
+        return None if at < 0 else at
+
+    def place(self, expert: int) -> int:
+        """Where an expert stands in the matrices. BackendError for one that is not here."""
+        at = self.place_or_none(expert)
+        if at is None:
+            raise BackendError(f"experts {expert} are not in memory: bring them back first")
+        return at
 
     @property
     def is_packed(self) -> bool:
@@ -188,7 +212,14 @@ class StoredExperts:
         if self.is_packed:
             return self.spec.bits_per_weight
         num_bytes = sum(matrix.num_bytes for matrix in self.matrices.values())
-        return num_bytes * 8 / (self.spec.num_weights * self.spec.num_experts)
+        return num_bytes * 8 / (self.spec.num_weights * self.num_stored)
+
+
+def order_of(num_experts: int, stored: Sequence[int]) -> np.ndarray:
+    """``StoredExperts.order`` where only these experts are stored, in this order."""
+    order = np.full(num_experts, -1, np.int64)
+    order[list(stored)] = np.arange(len(stored))
+    return order
 
 
 class ExpertWeights(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 
 from ktk import backends
 from ktk.checkpoint.packed import read_layer
+from ktk.errors import BackendError
 from ktk.experts.activation import Activation
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.spec import MoESpec
@@ -25,6 +26,7 @@ from ktk.ops.inputs import (
     to_numpy,
 )
 from ktk.ops.requantise import plan
+from ktk.placement.store import ExpertStore
 from ktk.quantise.pack import pack_experts
 
 
@@ -51,7 +53,7 @@ class MoE:
 
     Parameters
     ----------
-    packed : StoredExperts
+    packed : StoredExperts or ktk.placement.store.ExpertStore
         The experts. Shared, not copied; but GGUF blocks with a method for packed weights are quantised anew.
     method : str
         "auto", a backend ("AVX512", "AMXINT4", ...) or a format ("INT8", ...): see ``ktk.backends.report()``.
@@ -67,25 +69,32 @@ class MoE:
 
     def __init__(
         self,
-        packed: StoredExperts,
+        packed: StoredExperts | ExpertStore,
         *,
         method: str = "auto",
         num_threads: int | None = None,
         repack: bool | None = None,
     ) -> None:
-        spec, make = plan(packed, method, repack)
+        store = packed if isinstance(packed, ExpertStore) else None
+        stored = packed.experts if isinstance(packed, ExpertStore) else packed
+        spec, make = plan(stored, method, repack if store is None else False)
         # Refuse before the long part; so does the engine.
         backend = backends.select(method, spec)
+        if store is not None and (repack or spec != store.spec or not backend.takes_stores):
+            raise BackendError(
+                f"{backend.name} with method={method!r}, repack={repack}: experts of an ExpertStore "
+                "run as they lie, by compiled kernels; use method='auto' and leave repack out"
+            )
         layout = engine.acquire(self, num_threads)
-        packed = make(layout.num_threads)
+        stored = make(layout.num_threads)
         self.spec = spec
         self.backend = backend.name
         self.kernel = backend.kernel(spec)
-        if not packed.is_packed:
-            self.kernel += f" {packed.types}"
-        self.bits_per_weight = packed.bits_per_weight
+        if not stored.is_packed:
+            self.kernel += f" {stored.types}"
+        self.bits_per_weight = stored.bits_per_weight
         self.num_threads = layout.num_threads
-        self.runner = backend.load(packed, layout)
+        self.runner = backend.load(store or stored, layout)
 
     @classmethod
     def from_weights(

@@ -62,6 +62,12 @@ def whole_panels(matrix: StoredMatrix) -> StoredMatrix:
     return dataclasses.replace(matrix, data=data)
 
 
+def in_whole_panels(experts: StoredExperts) -> StoredExperts:
+    """Every matrix as ``whole_panels`` gives it."""
+    whole = {name: whole_panels(matrix) for name, matrix in experts.matrices.items()}
+    return dataclasses.replace(experts, gate=whole.get("gate"), up=whole["up"], down=whole["down"])
+
+
 def repack(experts: StoredExperts, num_threads: int) -> StoredExperts:
     """A copy in huge-page memory, in the order the kernels read: the same bytes, values and results.
 

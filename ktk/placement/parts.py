@@ -66,9 +66,14 @@ def parts_of(experts: StoredExperts, engine: EngineLayout) -> list[Part]:
     experts : in panels, or in whole panels of rows (``ktk.placement.blocks.whole_panels``).
     """
     if not engine.is_bound:
-        return [_part(experts, 0, 1, None)]
+        return [whole_part(experts)]
     count = engine.threadpool_count
     return [_part(experts, i, count, node) for i, node in enumerate(engine.numa_nodes)]
+
+
+def whole_part(experts: StoredExperts) -> Part:
+    """All of the experts, where they lie."""
+    return _part(experts, 0, 1, None)
 
 
 def cut(out_features: int, index: int, count: int) -> tuple[int, int]:
@@ -145,10 +150,10 @@ def bound_buffer(num_bytes: int, node: int) -> np.ndarray:
     return buffer
 
 
-def join(spec: MoESpec, parts: list[Part]) -> StoredExperts:
+def join(spec: MoESpec, parts: list[Part], order: np.ndarray | None) -> StoredExperts:
     """Packed experts in one piece again."""
-    layout = spec.layout
-    data = aligned_buffer(spec.num_experts * layout.expert_bytes).reshape(spec.num_experts, -1)
+    layout, stored = spec.layout, len(parts[0].up)
+    data = aligned_buffer(stored * layout.expert_bytes).reshape(stored, -1)
     for part in parts:
         for name in layout.projections:
             first = part.first_down_panel if name == "down" else part.first_up_panel
@@ -158,4 +163,4 @@ def join(spec: MoESpec, parts: list[Part]) -> StoredExperts:
         bias, place = getattr(parts[0], f"{name}_bias"), layout.bias(data, name)
         if place is not None:
             place.view(np.float32)[:] = bias
-    return StoredExperts.of_panels(spec, data)
+    return StoredExperts.of_panels(spec, data, order)

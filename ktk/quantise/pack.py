@@ -7,7 +7,7 @@ Experts that are 4-bit codes already keep them where the groups fit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +17,7 @@ from ktk.experts.formats.floats import as_values, to_f32
 from ktk.experts.layout import PANEL, MatrixLayout
 from ktk.experts.panels import lay_float_panels, lay_panels, padded
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, StoredExperts
+from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, StoredExperts, order_of
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 from ktk.quantise.fp8 import quantise_blocks
@@ -183,17 +183,24 @@ def pack_experts(
     spec: MoESpec,
     read: Callable[[int], ExpertWeights | CodedExpert],
     num_threads: int | None = None,
+    experts: Sequence[int] | None = None,
 ) -> StoredExperts:
-    """Pack ``read(0) .. read(num_experts - 1)``; at most ``num_threads`` experts are unpacked at a time."""
-    data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
-    data = data.reshape(spec.num_experts, spec.layout.expert_bytes)
+    """Pack ``read(expert)`` for all experts, or for those named; others are then not stored.
 
-    def work(expert: int) -> None:
+    At most ``num_threads`` experts are unpacked at a time.
+    """
+    names = range(spec.num_experts) if experts is None else experts
+    data = aligned_buffer(len(names) * spec.layout.expert_bytes)
+    data = data.reshape(len(names), spec.layout.expert_bytes)
+
+    def work(at: int) -> None:
+        expert = names[at]
         try:
-            pack_expert(spec, read(expert), data[expert])
+            pack_expert(spec, read(expert), data[at])
         except (ValueError, TypeError) as error:
             raise type(error)(f"expert {expert}: {error}") from None
 
     with ThreadPoolExecutor(num_threads or cpu.num_physical_cores()) as pool:
-        list(pool.map(work, range(spec.num_experts)))
-    return StoredExperts.of_panels(spec, data)
+        list(pool.map(work, range(len(names))))
+    order = None if experts is None else order_of(spec.num_experts, experts)
+    return StoredExperts.of_panels(spec, data, order)

@@ -32,12 +32,12 @@ class ExactExperts:
 
     def panels(self, expert: int, projection: str) -> np.ndarray:
         """One projection's panels, uint8 (num_panels, panel_bytes); a view. gate, up or down."""
-        return self.stored.matrices[projection].data[expert]
+        return self.stored.matrices[projection].data[self.stored.place(expert)]
 
     def bias(self, expert: int, projection: str) -> np.ndarray | None:
         """float32 (out_features,) or None."""
         bias = self.stored.biases.get(projection)
-        return None if bias is None else bias[expert]
+        return None if bias is None else bias[self.stored.place(expert)]
 
     def matrix(self, projection: str) -> MatrixLayout:
         return self.layout.matrix(projection)

@@ -180,7 +180,7 @@ def test_order_runs_another_expert() -> None:
     ("order", "text"),
     [
         (np.array([0, 1, 3]), "from 0 to 3"),
-        (np.array([-1, 1, 2]), "from -1 to 2"),
+        (np.array([-2, 1, 2]), "from -2 to 2"),
         (np.array([0]), r"\(1,\)"),
         (np.arange(3, dtype=np.int32), "int32"),
     ],

@@ -79,7 +79,7 @@ cdef class Experts(_OnPool):
         return self.entries + index * self.layer.num_experts
 
     cdef void _fill(self, const void **table, array, order) except *:
-        """Addresses of array[e], or array[order[e]]."""
+        """Addresses of array[e], or array[order[e]]; NULL where that is -1."""
         cdef int64_t e, stride = array.strides[0]
         cdef const uint8_t *first = <const uint8_t *>_address(array)
         cdef const int64_t[::1] places
@@ -89,7 +89,8 @@ cdef class Experts(_OnPool):
             return
         places = order
         for e in range(self.layer.num_experts):
-            table[e] = first + places[e] * stride
+            table[e] = NULL if places[e] < 0 else first + places[e] * stride
+            self.layer.num_absent += table[e] == NULL
 
     cdef const void **_entry(self, int part, str table, int64_t expert) except NULL:
         if table not in self.names or not 0 <= part < self.layer.num_parts or not 0 <= expert < self.layer.num_experts:

@@ -21,7 +21,6 @@ from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats import GGUF, get_format
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
-from ktk.machine.memory import aligned_buffer
 from ktk.models import find_experts
 from ktk.ops.gguf_model import open_experts
 from ktk.ops.inputs import as_weights, is_bf16, to_numpy
@@ -58,8 +57,13 @@ class LayerWeights:
         if self.weight_format is not None:
             backends.select(self.method, self.spec())
 
-    def load(self, physical_to_logical_map: Any, num_threads: int) -> StoredExperts:
-        """The layer from ``weight_path``, slot p with the weights of logical expert map[p]."""
+    def load(
+        self, physical_to_logical_map: Any, num_threads: int, keep: np.ndarray | None
+    ) -> StoredExperts:
+        """The layer from ``weight_path``, slot p with the weights of logical expert map[p].
+
+        keep : bool (num_experts,), slots to load; None: all.
+        """
         order = self.order(physical_to_logical_map)
         path = self.weight_path
         if path is None:
@@ -67,16 +71,21 @@ class LayerWeights:
                 "weight_path is None: name a directory at construction, or call load_weights_from_tensors()"
             )
         if is_gguf(path):
-            return self._from_gguf(path, order, num_threads)
+            return self._from_gguf(path, order, num_threads, keep)
         if layer_path(path, self.layer_idx).exists():
-            packed = read_layer(path, self.layer_idx)
-            packed = StoredExperts.of_panels(self._check_packed(packed.spec, path), packed.data)
+            read = read_layer(path, self.layer_idx, experts=_wanted(order, keep))
+            spec = self._check_packed(read.spec, path)
+            packed = StoredExperts.of_panels(spec, read.data, read.order)
         else:
-            packed = self._quantise_checkpoint(path, num_threads)
-        return _reorder(packed, order)
+            packed = self._quantise_checkpoint(path, num_threads, _wanted(order, keep))
+        return _arranged(packed, order, keep)
 
     def from_tensors(
-        self, given: dict[str, Any], physical_to_logical_map: Any, num_threads: int
+        self,
+        given: dict[str, Any],
+        physical_to_logical_map: Any,
+        num_threads: int,
+        keep: np.ndarray | None,
     ) -> StoredExperts:
         """Packed experts. given : gate_proj, up_proj, down_proj and the biases, in this order."""
         self.order(physical_to_logical_map)
@@ -95,7 +104,7 @@ class LayerWeights:
 
         spec = self.spec(has_bias=bool(biases))
         backends.select(self.method, spec)
-        packed = pack_experts(spec, expert_reader(given), num_threads)
+        packed = pack_experts(spec, expert_reader(given), num_threads, _wanted(None, keep))
         self._save(packed)
         return packed
 
@@ -177,7 +186,13 @@ class LayerWeights:
             )
         return asked
 
-    def _from_gguf(self, path: Path, order: np.ndarray | None, num_threads: int) -> StoredExperts:
+    def _from_gguf(
+        self,
+        path: Path,
+        order: np.ndarray | None,
+        num_threads: int,
+        keep: np.ndarray | None,
+    ) -> StoredExperts:
         """The layer of a GGUF file, with this wrapper's activation: its blocks, or packed as the wrapper asks."""
         blocks = open_experts(path).experts(self.layer_idx)
         source = f"{path}, layer {self.layer_idx},"
@@ -196,11 +211,13 @@ class LayerWeights:
             activation_group=activation_group,
         )
         if not spec.is_packed:
-            return dataclasses.replace(blocks, spec=spec)
+            return _arranged(dataclasses.replace(blocks, spec=spec), None, keep)
         backends.select(self.method, spec)  # refuse before the long part
-        return pack_experts(spec, partial(expert_weights, blocks), num_threads)
+        return pack_experts(spec, partial(expert_weights, blocks), num_threads, _wanted(None, keep))
 
-    def _quantise_checkpoint(self, path: Path, num_threads: int) -> StoredExperts:
+    def _quantise_checkpoint(
+        self, path: Path, num_threads: int, wanted: list[int] | None
+    ) -> StoredExperts:
         """The layer of an ordinary directory, in logical order; written beside it with cpu_save."""
         layer = self.layer_idx
         with contextlib.ExitStack() as stack:
@@ -225,7 +242,7 @@ class LayerWeights:
                 activation=self.agreed_activation(fields["activation"], str(path)),
             )
             backends.select(self.method, spec)
-            packed = pack_experts(spec, partial(experts.read_stored, layer), num_threads)
+            packed = pack_experts(spec, partial(experts.read_stored, layer), num_threads, wanted)
         self._save(packed)
         return packed
 
@@ -235,25 +252,21 @@ class LayerWeights:
             write_layer(self.weight_path, packed.spec, self.layer_idx, packed.data)
 
 
-def _reorder(packed: StoredExperts, order: np.ndarray | None) -> StoredExperts:
-    """Slot p gets span order[p]: the data itself is moved, and copied only if a span is needed twice."""
-    if order is None:
-        return packed
-    data = packed.data
-    if len(np.unique(order)) < len(order):
-        copy = aligned_buffer(data.size).reshape(data.shape)
-        for slot, source in enumerate(order):
-            copy[slot] = data[source]
-        return StoredExperts.of_panels(packed.spec, copy)
-    moved = order == np.arange(len(order))
-    for start in np.nonzero(~moved)[0].tolist():
-        if moved[start]:
-            continue
-        first, slot = data[start].copy(), start  # follow the cycle that begins here
-        while order[slot] != start:
-            data[slot] = data[order[slot]]
-            moved[slot] = True
-            slot = int(order[slot])
-        data[slot] = first
-        moved[slot] = True
-    return StoredExperts.of_panels(packed.spec, data)
+def _wanted(order: np.ndarray | None, keep: np.ndarray | None) -> list[int] | None:
+    """The experts whose weights the kept slots take, ascending; None: all."""
+    if keep is None:
+        return None
+    slots = np.flatnonzero(keep)
+    return np.unique(slots if order is None else order[slots]).tolist()
+
+
+def _arranged(
+    stored: StoredExperts, order: np.ndarray | None, keep: np.ndarray | None
+) -> StoredExperts:
+    """Slot p takes expert order[p], and slots that are not kept take none."""
+    if order is None and keep is None:
+        return stored
+    places = np.arange(stored.spec.num_experts) if stored.order is None else stored.order
+    places = places if order is None else places[order]
+    places = places if keep is None else np.where(keep, places, -1)
+    return dataclasses.replace(stored, order=np.ascontiguousarray(places))

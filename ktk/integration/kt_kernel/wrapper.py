@@ -72,6 +72,9 @@ class KTMoEWrapper:
         gate clamped on both sides too. Both 0: what the weights' own directory says, else SiLU.
     repack : bool or None
         ktk's own: as ``ktk.MoE`` takes it, for GGUF files.
+    load_gpu_experts : bool
+        ktk's own: False loads only the experts that the mask leaves to the CPU when weights are loaded; a call that routes
+        to another, unmasked since, is a BackendError. Not with cpu_save, which writes whole layers.
     group_size, weight_format, activation_group : int, str, int or None
         ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has it.
 
@@ -117,6 +120,7 @@ class KTMoEWrapper:
         weight_format: str | None = None,
         activation_group: int | None = None,
         repack: bool | None = None,
+        load_gpu_experts: bool = True,
     ) -> None:
         sft_only = {
             "lora_rank": lora_rank,
@@ -145,6 +149,9 @@ class KTMoEWrapper:
         self.weight_path = None if weight_path is None else user_path(weight_path)
         self.cpu_save = bool(cpu_save)
         self._repack = repack
+        self.load_gpu_experts = bool(load_gpu_experts)
+        if self.cpu_save and not self.load_gpu_experts:
+            raise ValueError("cpu_save=True writes whole layers: leave load_gpu_experts=True")
         self.weights = LayerWeights(
             layer_idx=self.layer_idx,
             num_experts=self.num_experts,
@@ -221,7 +228,7 @@ class KTMoEWrapper:
         """
         if physical_to_logical_map is None:
             physical_to_logical_map = physical_to_logical_map_cpu
-        self._use(self.weights.load(physical_to_logical_map, self.cpuinfer_threads))
+        self._use(self.weights.load(physical_to_logical_map, self.cpuinfer_threads, self._kept()))
 
     def load_weights_from_tensors(
         self,
@@ -249,9 +256,18 @@ class KTMoEWrapper:
             )
         )
         packed = self.weights.from_tensors(
-            given, physical_to_logical_map_cpu, self.cpuinfer_threads
+            given, physical_to_logical_map_cpu, self.cpuinfer_threads, self._kept()
         )
         self._use(packed)
+
+    def _kept(self) -> np.ndarray | None:
+        """bool (num_experts,): slots to load; None: all."""
+        if self.load_gpu_experts or not self._mask.any():
+            return None
+        kept: np.ndarray = ~self._mask.numpy()
+        if not kept.any():
+            kept[0] = True  # the shapes must come from somewhere
+        return kept
 
     def _use(self, experts: StoredExperts) -> None:
         repack = None if experts.is_packed else self._repack

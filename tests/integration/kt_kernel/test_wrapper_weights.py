@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ktk import backends
-from ktk.errors import CheckpointError
+from ktk.errors import BackendError, CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.experts.spec import MoESpec
@@ -47,6 +47,12 @@ def packed_bytes(arrays, spec, biases=(None, None, None)):
     return pack_experts(spec, read).data
 
 
+def in_slots(wrapper):
+    """The spans of the wrapper's slots, uint8 (E, bytes), wherever they lie."""
+    packed = wrapper.moe.packed
+    return packed.data[[packed.place(slot) for slot in range(E)]]
+
+
 def test_weights_may_be_any_float_dtype_and_are_read_as_what_they_are():
     spec = MoESpec(E, H, N, "int8")
     arrays = random_weights()
@@ -66,7 +72,7 @@ def test_weights_may_be_any_float_dtype_and_are_read_as_what_they_are():
     for given, meant in cases:
         wrapper = make()
         wrapper.load_weights_from_tensors(*given)
-        assert np.array_equal(packed_bytes(meant, spec), wrapper.moe.packed.data)
+        assert np.array_equal(packed_bytes(meant, spec), in_slots(wrapper))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +119,7 @@ def test_biases_come_all_or_none():
     wrapper.load_weights_from_tensors(*random_weights(), None, *biases)
     spec = wrapper.moe.spec
     assert spec.has_bias
-    assert np.array_equal(packed_bytes(random_weights(), spec, biases), wrapper.moe.packed.data)
+    assert np.array_equal(packed_bytes(random_weights(), spec, biases), in_slots(wrapper))
     assert_same_bits(exact(wrapper, *routed(4)), wrapper.forward(*routed(4)))
     with pytest.raises(ValueError, match="only up_bias given"):
         wrapper.load_weights_from_tensors(*random_weights(), up_bias=biases[1])
@@ -177,7 +183,7 @@ def test_bad_maps_are_refused_on_both_ways(tmp_path, order, error, match):
 def test_map_is_the_identity_for_tensors_as_in_kt_kernel():
     wrapper = make()
     wrapper.load_weights_from_tensors(*random_weights(), torch.tensor([5, 4, 3, 2, 1, 0]))
-    assert np.array_equal(loaded().moe.packed.data, wrapper.moe.packed.data)
+    assert np.array_equal(loaded().moe.packed.data, in_slots(wrapper))
 
 
 # -- directories -----------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ def test_saved_layer_loads_again_in_the_maps_order(tmp_path, order):
     again = make(3, weight_path=str(tmp_path))
     again.load_weights(order)
     slots = np.arange(E) if order is None else order
-    assert np.array_equal(saved.moe.packed.data[slots], again.moe.packed.data)
+    assert np.array_equal(in_slots(saved)[slots], in_slots(again))
     hidden, ids, weights = routed(5)
     assert_same_bits(
         saved.forward(hidden, slots[ids], weights), again.forward(hidden, ids, weights)
@@ -318,13 +324,13 @@ def test_ordinary_directory_is_quantised_at_load(tmp_path, order, cpu_save):
     slots = np.arange(E) if order is None else order
     meant = [bf16_to_f32(f32_to_bf16(a)) for a in random_weights()]
     logical = packed_bytes(meant, MoESpec(E, H, N, "int8"))
-    assert np.array_equal(logical[slots], wrapper.moe.packed.data)
+    assert np.array_equal(logical[slots], in_slots(wrapper))
     if not cpu_save:
         assert {p.name for p in tmp_path.iterdir()} == before
         return
     again = make(weight_path=tmp_path)
     again.load_weights()
-    assert np.array_equal(logical, again.moe.packed.data)
+    assert np.array_equal(logical, in_slots(again))
 
 
 def test_ordinary_directory_of_another_shape_is_refused(tmp_path):
@@ -349,3 +355,25 @@ def test_every_method_loads_and_matches_the_reference(method):
     else:  # float formats agree over batch and threads, not over kernels
         want = exact(wrapper, *case)
         assert np.abs(wrapper.forward(*case) - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_experts_of_the_mask_need_not_be_loaded(tmp_path):
+    """Those that stay give the same bits; one that is unmasked later is named until weights are loaded again."""
+    save(tmp_path)
+    mask = np.arange(E) % 2 == 0
+    order = np.arange(E)[::-1].copy()
+    whole = make(weight_path=tmp_path, method="auto", gpu_experts_mask=mask)
+    part = make(weight_path=tmp_path, method="auto", gpu_experts_mask=mask, load_gpu_experts=False)
+    for wrapper in (whole, part):
+        wrapper.load_weights(order)
+    assert part.moe.packed.num_stored == E - mask.sum()
+    case = routed(5)
+    assert_same_bits(whole.forward(*case), part.forward(*case))
+    part.gpu_experts_mask[:] = False
+    with pytest.raises(BackendError, match="not in memory"):
+        part.forward(*case)
+    part.load_weights(order)
+    whole.gpu_experts_mask[:] = False
+    assert_same_bits(whole.forward(*case), part.forward(*case))
+    with pytest.raises(ValueError, match="load_gpu_experts"):
+        make(cpu_save=True, load_gpu_experts=False)
