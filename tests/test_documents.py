@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import ktk
 from ktk import env
 from ktk.cli import COMMANDS
 from ktk.experts.formats import BLOCKS, PANELS
@@ -178,6 +180,13 @@ def test_every_packed_format_has_its_row() -> None:
 def test_every_environment_variable_has_its_row() -> None:
     text = (ROOT / "docs" / "environment.md").read_text()
     assert set(re.findall(r"^\| (KTK_\w+) \|", text, re.MULTILINE)) == set(env.VARIABLES)
+
+
+def test_every_argument_of_the_wrapper_has_its_row() -> None:
+    text = (ROOT / "docs" / "kt-kernel.md").read_text()
+    rows = "".join(line for line in text.splitlines() if line.startswith("| "))
+    arguments = set(inspect.signature(ktk.KTMoEWrapper).parameters)
+    assert arguments <= set(re.findall(r"`(\w+)`", rows))
 
 
 def test_every_sub_command_has_its_row() -> None:
