@@ -12,8 +12,7 @@ from ktk._cy import native_module
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
-from ktk.machine import cpu
-from ktk.machine.openmp import borrow
+from ktk.machine import cpu, openmp
 from ktk.machine.threads import EngineLayout
 from ktk.placement.blocks import in_whole_panels
 from ktk.placement.parts import join, layout_of, parts_of
@@ -67,7 +66,8 @@ class NativeRunner(Runner):
         out: np.ndarray,
         add: np.ndarray | None,
     ) -> None:
-        borrow(self.native)
+        if openmp.is_pending:
+            openmp.borrow(self.native)
         if self.store is None:
             self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
             return
@@ -75,7 +75,8 @@ class NativeRunner(Runner):
             self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
-        borrow(self.native)
+        if openmp.is_pending:
+            openmp.borrow(self.native)
         with self.store.pinned(expert_ids, None) if self.store else nullcontext():
             result: np.ndarray = self.experts.linear(projection, x, expert_ids)
         return result

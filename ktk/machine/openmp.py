@@ -11,14 +11,15 @@ import os
 import sys
 from typing import Any
 
-_state = {"looked": False}
+is_pending = True  # until torch was imported and looked at
 
 
 def borrow(native: Any) -> None:
-    """Once torch is imported: hand its GOMP_parallel to the compiled pool. Cheap to call again."""
-    if _state["looked"] or "torch" not in sys.modules:
+    """Once torch is imported: hand its GOMP_parallel to the compiled pool. To be called while ``is_pending``."""
+    global is_pending
+    if not is_pending or "torch" not in sys.modules:
         return
-    _state["looked"] = True
+    is_pending = False
     address = _gomp_parallel()
     if address:
         native.borrow_threads(address)

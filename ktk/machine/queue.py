@@ -20,11 +20,10 @@ from ktk.errors import EngineError
 class Ticket:
     """A submitted task: its result, or the exception it raised."""
 
-    __slots__ = ("_fifo", "_process", "_result", "error", "is_done", "was_raised")
+    __slots__ = ("_fifo", "_result", "error", "is_done", "was_raised")
 
     def __init__(self, fifo: Fifo) -> None:
         self._fifo = fifo
-        self._process = fork.process()
         self._result: Any = None
         self.error: BaseException | None = None
         self.is_done = False
@@ -42,7 +41,7 @@ class Ticket:
         """Return once the task has run, here if nobody has begun it. EngineError in a forked child."""
         if self.is_done:
             return
-        if self._process != fork.process():
+        if self._fifo.made_in != fork.process():
             raise EngineError(
                 "the task was submitted before fork(), which does not copy the thread that runs it: "
                 "submit it again in this process"
@@ -69,6 +68,7 @@ class Fifo:
         self._start = threading.Lock()
         self._news = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
+        self.made_in = fork.process()
 
     def submit(self, task: Callable[[], Any]) -> Ticket:
         """Queue ``task``. Does not wait."""

@@ -10,9 +10,8 @@ import numpy as np
 
 from ktk._cy import native_module
 from ktk.errors import BackendError
-from ktk.machine import cpu
+from ktk.machine import cpu, openmp
 from ktk.machine import threads as engine
-from ktk.machine.openmp import borrow
 from ktk.ops.components import Attention, Component, LatentAttention, Norm, RoutedExperts
 from ktk.ops.linear import why_not as linear_why_not
 
@@ -144,7 +143,8 @@ class DecoderLayer:
                     raise BackendError(f"{moe.backend} has no native experts to call")
         self.spec = spec
         threads = engine.acquire(self, num_threads)
-        borrow(native)
+        if openmp.is_pending:
+            openmp.borrow(native)
         self.native = native.DecoderLayer(spec, cpu.best_isa(), threads)
 
     def forward(

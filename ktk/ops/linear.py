@@ -14,10 +14,9 @@ from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, round_up
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredMatrix
-from ktk.machine import cpu
+from ktk.machine import cpu, openmp
 from ktk.machine import threads as engine
 from ktk.machine.memory import aligned_buffer
-from ktk.machine.openmp import borrow
 from ktk.machine.threads import EngineLayout
 from ktk.ops.inputs import as_hidden, as_weights, new_like
 from ktk.placement.blocks import whole_panels
@@ -161,7 +160,8 @@ class Linear:
         rows = as_hidden(x, self.in_features)
         result, out = new_like(x, (len(rows), self.out_features))
         if len(rows):
-            borrow(self.native)
+            if openmp.is_pending:
+                openmp.borrow(self.native)
             self.matrix.forward(rows, out)
         return result
 

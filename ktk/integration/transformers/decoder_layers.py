@@ -8,9 +8,9 @@ without a mask.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -232,37 +232,50 @@ def _kind(module: torch.nn.Module) -> Hashable:
     return tuple(parts)
 
 
-# Of one token for its many layers: the last mask, the last cosines, and what they came to.
-_last_mask: list[tuple[Any, int, bool]] = [(None, 0, False)]
-_last_turns: list[tuple[Any, int, torch.Tensor | None]] = [(None, 0, None)]
+class _Last:
+    """What the last tensor came to, for the many layers of one token; the tensor is not kept alive."""
+
+    def __init__(self) -> None:
+        self._tensor: Callable[[], Any] = lambda: None
+        self._key, self._value = 0, None
+
+    def of(self, tensor: torch.Tensor, key: int, compute: Callable[[], Any]) -> Any:
+        if self._tensor() is not tensor or self._key != key:
+            self._value = compute()
+            self._tensor, self._key = ref(tensor), key
+        return self._value
+
+
+_last_mask, _last_turns = _Last(), _Last()
 
 
 def _sees_all(mask: Any, num_keys: int) -> bool:
     """Whether a mask, (1, 1, 1, keys) as eager attention adds it or of bool, hides none of the keys."""
     if mask is None:
         return True
-    last, last_keys, sees = _last_mask[0]
-    if last is not mask or last_keys != num_keys:
-        sees = isinstance(mask, torch.Tensor) and mask.shape == (1, 1, 1, num_keys)
-        sees = sees and bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
-        _last_mask[0] = (mask, num_keys, sees)
-    return sees
+    if not isinstance(mask, torch.Tensor) or mask.shape != (1, 1, 1, num_keys):
+        return False
+
+    def sees() -> bool:
+        return bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+
+    return bool(_last_mask.of(mask, num_keys, sees))
 
 
 def _turns_of(positions: Any, rotary_dim: int) -> torch.Tensor | None:
     """float32 (2, rotary_dim / 2): cosines and sines of one position, given as these two or as complex numbers of them."""
     first = positions if torch.is_tensor(positions) else positions[0]
-    last, last_dim, turns = _last_turns[0]
-    if last is first and last_dim == rotary_dim:
-        return turns
-    half = rotary_dim // 2
-    both = [positions.real, positions.imag] if first.is_complex() else list(positions)
-    width = first.shape[-1]
-    if len(both) != 2 or first.shape != (1, 1, width) or width not in (half, 2 * half):
-        return None
-    of_all = torch.stack([of[0, 0] for of in both]).detach().float().cpu()
-    turns = of_all[:, :half].contiguous()
-    if width == rotary_dim and not torch.equal(turns, of_all[:, half:]):
-        turns = of_all[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
-    _last_turns[0] = (first, rotary_dim, turns)
-    return turns
+
+    def turns() -> torch.Tensor | None:
+        half, width = rotary_dim // 2, first.shape[-1]
+        both = [positions.real, positions.imag] if first.is_complex() else list(positions)
+        if len(both) != 2 or first.shape != (1, 1, width) or width not in (half, 2 * half):
+            return None
+        of_all = torch.stack([of[0, 0] for of in both]).detach().float().cpu()
+        found = of_all[:, :half].contiguous()
+        if width == rotary_dim and not torch.equal(found, of_all[:, half:]):
+            found = of_all[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
+        return found
+
+    found: torch.Tensor | None = _last_turns.of(first, rotary_dim, turns)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -320,3 +321,17 @@ def test_caches_of_other_kinds_are_left_alone() -> None:
     assert not decoder_layers._sees_all(torch.zeros(1, 1, 1, 4), 5)
     assert not decoder_layers._sees_all(torch.tensor([[[[0.0, -1e9]]]]), 2)
     assert not decoder_layers._sees_all(torch.tensor([[[[True, False]]]]), 2)
+
+
+def test_what_a_mask_came_to_keeps_no_mask_alive() -> None:
+    mask = torch.zeros(1, 1, 1, 4)
+    assert decoder_layers._sees_all(mask, 4)
+    assert decoder_layers._sees_all(mask, 4)
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
+    positions = (torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))
+    assert decoder_layers._turns_of(positions, 8) is not None
+    gone = weakref.ref(positions[0])
+    del positions
+    assert gone() is None
