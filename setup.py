@@ -1,9 +1,11 @@
-"""Builds ktk._cy.native and ktk._cy.measure: each kernel source once per ISA row, linked into one extension.
+"""Builds ktk._cy.native and ktk._cy.measure: each kernel source once per ISA row, linked into one
+extension.
 
-Beside it, on Linux, ktk._cy.tile_emulator: for tests of AMX kernels on a CPU without tiles. All of Python's limited
-API, so that one wheel serves every Python from LIMITED_API on.
+Beside it, on Linux, ktk._cy.tile_emulator: for tests of AMX kernels on a CPU without tiles. All of
+Python's limited API, so that one wheel serves every Python from LIMITED_API on.
 
-Without a C compiler, or on another architecture, the package installs without it: Numba and NumPy run then.
+Without a C compiler, or on another architecture, the package installs without it: Numba and NumPy
+run then.
 """
 
 import hashlib
@@ -25,9 +27,11 @@ WRAPPER_FLAGS = ("-O1", "-fno-lto", "-g0", "-Wno-unused-const-variable")
 
 
 class BuildKernels(build_ext):
-    """build_ext that compiles the sources of all extensions side by side, longest first, and then links.
+    """build_ext that compiles the sources of all extensions side by side, longest first, and then
+    links.
 
-    Objects stay in build/ and serve again, for a wheel after an installation say, until one of what they are made of changes.
+    Objects stay in build/ and serve again, for a wheel after an installation say, until one of what
+    they are made of changes.
     """
 
     def build_extensions(self):
@@ -83,7 +87,9 @@ class BuildKernels(build_ext):
         return str(made)
 
     def copy_extensions_to_source(self):
-        """Without those of earlier builds, named for one Python, which Python would load before these."""
+        """Without those of earlier builds, named for one Python,
+        which Python would load before these.
+        """
         for ext in self.extensions:
             for path in CY.glob(f"{ext.name.rpartition('.')[2]}.cpython-*.so"):
                 path.unlink()

@@ -1,12 +1,15 @@
-"""The accuracy table: each format's rows as they are done, one JSON object a line; ``--dither`` makes a model without a grid.
+"""The accuracy table: each format's rows as they are done, one JSON object a line; ``--dither``
+makes a model without a grid.
 
-    python bench/accuracy.py demo/smollm2-moe --text TEXT --calibrate OTHER [--ggml FOLDER] [-f FORMAT ...] > rows.jsonl
-    python bench/accuracy.py demo/smollm2-moe --dither demo/smollm2-moe-dithered
+    python bench/accuracy.py demo/smollm2-moe --text TEXT --calibrate OTHER [--ggml FOLDER] [-f
+    FORMAT ...] > rows.jsonl python bench/accuracy.py demo/smollm2-moe --dither
+    demo/smollm2-moe-dithered
 
-SmolLM2's weights come from a Q4_1 file, so formats with a minimum per 32 weights (Q4_1, Q5_1, Q4_K, Q5_K) find that grid again and
-look better than they are. --dither adds to each weight a uniform random number of up to half its step, what the rounding to Q4_1 took
-on average: a model whose weights are as spread out as the original's, to be compared with itself. A format that ends in ! is taken
-calibrated only, in = plain only.
+SmolLM2's weights come from a Q4_1 file, so formats with a minimum per 32 weights (Q4_1, Q5_1, Q4_K,
+Q5_K) find that grid again and look better than they are. --dither adds to each weight a uniform
+random number of up to half its step, what the rounding to Q4_1 took on average: a model whose
+weights are as spread out as the original's, to be compared with itself. A format that ends in ! is
+taken calibrated only, in = plain only.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ def dither(source: Path, output: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -83,9 +88,13 @@ def main() -> None:
     ggml = GgmlLibrary(arguments.ggml) if arguments.ggml else None
     chosen = [v for v in variants if v and (calibration is not None or not v.is_calibrated)]
     for row in evaluate(
-        arguments.model, parts, chosen, ggml=ggml, calibration_ids=calibration,
+        arguments.model,
+        parts,
+        chosen,
+        ggml=ggml,
+        calibration_ids=calibration,
         activation_group=arguments.activation_group,
-    ):  # fmt: skip
+    ):
         print(json.dumps(row.to_json()), flush=True)
 
 

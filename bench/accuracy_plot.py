@@ -1,9 +1,11 @@
-"""Rows of ``bench/accuracy.py`` as a table and a plot, and llama.cpp's formats that lie below ktk's curve.
+"""Rows of ``bench/accuracy.py`` as a table and a plot, and llama.cpp's formats that lie below ktk's
+curve.
 
-    python bench/accuracy_plot.py bench/accuracy/docstrings.jsonl [more.jsonl ...] [--plot accuracy.png] [--bits 3 9]
+    python bench/accuracy_plot.py bench/accuracy/docstrings.jsonl [more.jsonl ...] [--plot
+    accuracy.png] [--bits 3 9]
 
-Below the curve is a format of llama.cpp if no format written by ktk has both no more bits and no more KL. Of several rows with one
-label and activation group the last counts.
+Below the curve is a format of llama.cpp if no format written by ktk has both no more bits and no
+more KL. Of several rows with one label and activation group the last counts.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def below_the_curve(rows: list[Row], low: float, high: float) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--bits", type=float, nargs=2, default=(3.0, 9.0))
@@ -57,8 +61,8 @@ def main() -> None:
     for r in rows:
         d = r.distance
         print(
-            f"| {r.label} | {r.bits_per_weight:.2f} | {r.activation_group or '-'} | {d.perplexity:.2f} | {d.kl:.4f} "
-            f"| {d.kl_p99:.3f} | {d.top1:.1%} |"
+            f"| {r.label} | {r.bits_per_weight:.2f} | {r.activation_group or '-'} | "
+            f"{d.perplexity:.2f} | {d.kl:.4f} | {d.kl_p99:.3f} | {d.top1:.1%} |"
         )
     below = [f"{r.label} ({r.distance.kl:.4f})" for r in below_the_curve(rows, *arguments.bits)]
     print("below ktk's curve:", ", ".join(below) or "none")

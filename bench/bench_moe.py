@@ -1,7 +1,8 @@
-"""One MoE layer: ktk's methods against torch's bf16 loop, grouped by shape and number of tokens. `make bench`.
+"""One MoE layer: ktk's methods against torch's bf16 loop, grouped by shape and number of tokens.
+`make bench`.
 
-For figures beside the machine's ceilings, interleaved, use `ktk bench`; this one compares with saved runs
-(pytest bench/bench_moe.py --benchmark-autosave, --benchmark-compare).
+For figures beside the machine's ceilings, interleaved, use `ktk bench`; this one compares with
+saved runs (pytest bench/bench_moe.py --benchmark-autosave, --benchmark-compare).
 """
 
 from __future__ import annotations

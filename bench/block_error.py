@@ -1,15 +1,19 @@
-"""What rounding activations costs, per GGUF format: ktk and llama.cpp on the same blocks against float64.
+"""What rounding activations costs, per GGUF format: ktk and llama.cpp on the same blocks against
+float64.
 
     python bench/block_error.py [--ggml DIR] [--types Q4_K,BF16] [--json]
 
-One layer: hidden 2048, intermediate 768, 8 experts, top-4, 64 tokens. The oracle is float64 arithmetic on the weights
-that the gguf package decodes, so an error is what activations lose: mean |y - oracle| / mean |oracle|.
+One layer: hidden 2048, intermediate 768, 8 experts, top-4, 64 tokens. The oracle is float64
+arithmetic on the weights that the gguf package decodes, so an error is what activations lose: mean
+|y - oracle| / mean |oracle|.
 
-Weights are Gaussian, quantised by ktk, or by ggml where ktk has no quantiser (two experts that take turns: IQ types take
-seconds a million), or without --ggml random bits. --ggml : where libggml-base.so and libggml-cpu.so of llama.cpp are; its
-projections then run too, by ggml_mul_mat on its CPU backend, and its activation function in float32.
+Weights are Gaussian, quantised by ktk, or by ggml where ktk has no quantiser (two experts that take
+turns: IQ types take seconds a million), or without --ggml random bits. --ggml : where
+libggml-base.so and libggml-cpu.so of llama.cpp are; its projections then run too, by ggml_mul_mat
+on its CPU backend, and its activation function in float32.
 
-Ends with an error if ktk's output is further off than ktk.bench.blocks.error_bound, or llama.cpp's than twice the larger one.
+Ends with an error if ktk's output is further off than ktk.bench.blocks.error_bound, or llama.cpp's
+than twice the larger one.
 """
 
 from __future__ import annotations
@@ -71,8 +75,11 @@ class Ggml(GgmlLibrary):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         pointer, size, c_int, c_int64 = (
-            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64,
-        )  # fmt: skip
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int64,
+        )
         self.base, self.cpu = (
             ctypes.CDLL(str((folder / name).resolve()), mode=ctypes.RTLD_GLOBAL)
             for name in ("libggml-base.so", "libggml-cpu.so")
@@ -88,13 +95,15 @@ class Ggml(GgmlLibrary):
             (self.base, "ggml_graph_overhead", size),
             (self.cpu, "ggml_cpu_init", None),
             (self.cpu, "ggml_graph_compute_with_ctx", c_int, pointer, pointer, c_int),
-        ):  # fmt: skip
+        ):
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         self.cpu.ggml_cpu_init()
 
     def multiply(self, kind: str, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Blocks of (rows, in_features) times float32 (tokens, in_features): float32 (tokens, rows)."""
+        """Blocks of (rows, in_features) times float32 (tokens, in_features): float32 (tokens,
+        rows).
+        """
         base, num_rows, (num_tokens, columns) = self.base, len(blocks), x.shape
         work = 8 * x.nbytes + (1 << 20)  # quantised activations, tensors' headers
         size = blocks.nbytes + x.nbytes + 4 * num_tokens * num_rows + work
@@ -169,8 +178,11 @@ def errors_of(kind: str, ggml: Ggml | None, seed: int) -> dict[str, Any]:
     with np.errstate(over="ignore"):
         oracle = oracle_forward(
             [decoded[e % DISTINCT] for e in range(SHAPE.num_experts)],
-            experts.spec, hidden, routing.ids, routing.weights,
-        )  # fmt: skip
+            experts.spec,
+            hidden,
+            routing.ids,
+            routing.weights,
+        )
 
     def error(y: np.ndarray) -> float:
         return float(np.abs(y - oracle).mean() / np.abs(oracle).mean())

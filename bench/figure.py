@@ -37,7 +37,9 @@ class Panel:
 
 
 def tables(text: str, section: str) -> Iterator[list[list[str]]]:
-    """The tables under the heading that begins with ``section``: lists of rows of cells, head first."""
+    """The tables under the heading that begins with ``section``: lists of rows of cells,
+    head first.
+    """
     body = text.split(f"\n## {section}", 1)
     if len(body) != 2:
         raise ValueError(f"{RESULTS.name} has no section {section!r}")

@@ -1,16 +1,21 @@
 """Other engines beside ktk: one MoE layer, in the same rounds, the machine's ceilings between them.
 
-    python bench/peers.py --shape qwen3-30b-a3b --kt-python KT_VENV/bin/python --llama-bench ./ggml_moe_bench
+    python bench/peers.py --shape qwen3-30b-a3b --kt-python KT_VENV/bin/python --llama-bench
+    ./ggml_moe_bench
 
-kt-kernel runs in the Python it is installed in (bench/peers_kt_kernel.py). llama.cpp runs through a program that
-builds one layer as llama.cpp does, on ggml's CPU backend, and prints a JSON line per number of tokens; it is called as
+kt-kernel runs in the Python it is installed in (bench/peers_kt_kernel.py). llama.cpp runs through a
+program that builds one layer as llama.cpp does, on ggml's CPU backend, and prints a JSON line per
+number of tokens; it is called as
 
-    PROGRAM --shape a|b|c --type q4_K|q8_0|mxfp4|bf16|... --buf repack|cpu --thp --tokens T --threads N --min-time SECONDS
+    PROGRAM --shape a|b|c --type q4_K|q8_0|mxfp4|bf16|... --buf repack|cpu --thp --tokens T
+    --threads N --min-time SECONDS
 
-(types as ggml names them; a, b, c: qwen3-30b-a3b, deepseek-v3, mixtral-8x7b), exits with 6 where a type has no such buffer, and must print
-tokens, ms_median, experts_touched and bpw. Engines that are not given are left out.
+(types as ggml names them; a, b, c: qwen3-30b-a3b, deepseek-v3, mixtral-8x7b), exits with 6 where a
+type has no such buffer, and must print tokens, ms_median, experts_touched and bpw. Engines that are
+not given are left out.
 
-Rates are ratios of medians over rounds: what another engine takes, divided by what ktk takes; above 1 ktk is faster.
+Rates are ratios of medians over rounds: what another engine takes, divided by what ktk takes; above
+1 ktk is faster.
 
     python bench/peers.py --llama-bench ./ggml_moe_bench --block-types Q4_K,Q4_K:repack,Q6_K,BF16
 
@@ -94,9 +99,14 @@ class KtKernel(Rival):
         self, python: str, shape: Shape, method: str, threads: int, max_tokens: int
     ) -> None:
         sizes = {
-            "method": method, "hidden": shape.hidden_size, "intermediate": shape.intermediate_size,
-            "experts": shape.num_experts, "top-k": shape.top_k, "threads": threads, "max-tokens": max_tokens,
-        }  # fmt: skip
+            "method": method,
+            "hidden": shape.hidden_size,
+            "intermediate": shape.intermediate_size,
+            "experts": shape.num_experts,
+            "top-k": shape.top_k,
+            "threads": threads,
+            "max-tokens": max_tokens,
+        }
         arguments = [f"--{name}={value}" for name, value in sizes.items()]
         self.process = subprocess.Popen(
             [python, str(HERE / "peers_kt_kernel.py"), *arguments],
@@ -143,9 +153,19 @@ class LlamaCpp(Rival):
 
     def __init__(self, program: str, shape: Shape, kind: str, buffer: str, threads: int) -> None:
         self.command = [
-            program, "--shape", LLAMA_SHAPES[shape.name], "--type", kind, "--buf", buffer, "--thp",
-            "--threads", str(threads), "--min-time", str(SECONDS),
-        ]  # fmt: skip
+            program,
+            "--shape",
+            LLAMA_SHAPES[shape.name],
+            "--type",
+            kind,
+            "--buf",
+            buffer,
+            "--thp",
+            "--threads",
+            str(threads),
+            "--min-time",
+            str(SECONDS),
+        ]
         bits = self._run(1)["bpw"]
         super().__init__(shape, f"llama.cpp {kind} {buffer}", f"ggml {kind} {buffer}", bits / 8)
 
@@ -155,7 +175,8 @@ class LlamaCpp(Rival):
             capture_output=True,
             text=True,
             check=False,
-            start_new_session=True,  # it gives its session's priority back, and must not give back ours
+            # it gives its session's priority back, and must not give back ours
+            start_new_session=True,
         )
         if done.returncode == NO_SUCH_BUFFER:
             raise LookupError(done.stderr.strip())
@@ -180,10 +201,13 @@ def ggml_name(block_type: str) -> str:
 def rivals(
     a: argparse.Namespace, shape: Shape, kinds: list[str], threads: int, max_tokens: int
 ) -> list[Rival]:
-    """Those that were given, llama.cpp with types ``kinds``; a line on stderr for each that has to be left out."""
+    """Those that were given, llama.cpp with types ``kinds``;
+    a line on stderr for each that has to be left out.
+    """
     found: list[Rival] = []
     if a.kt_python:
-        # With as many threads as cores one of its threads, which only waits, takes a core from another.
+        # With as many threads as cores one of its threads, which only waits, takes a core from
+        # another.
         for method in split([a.kt_methods]):
             for count in dict.fromkeys((threads, max(threads - 1, 1))):
                 found.append(KtKernel(a.kt_python, shape, method, count, max_tokens))
@@ -201,7 +225,8 @@ def rivals(
 
 @contextlib.contextmanager
 def priority() -> Iterator[None]:
-    """As llama.cpp's program takes for itself where it may: other work on the machine then disturbs all alike, little.
+    """As llama.cpp's program takes for itself where it may: other work on the machine then disturbs
+    all alike, little.
 
     The second file ranks whole sessions; the first number only ranks within one.
     """
@@ -243,7 +268,9 @@ def print_ratios(result: Result, methods: list[Method]) -> None:
 
 
 def block_ratios(result: Result) -> list[dict[str, Any]]:
-    """Per LLAMAFILE method and number of tokens: llama.cpp's time on the same type, in its better buffer, over ktk's."""
+    """Per LLAMAFILE method and number of tokens: llama.cpp's time on the same type,
+    in its better buffer, over ktk's.
+    """
     cases = {(case.num_tokens, case.method): case for case in result.cases}
     found = []
     for (tokens, text), case in cases.items():

@@ -1,7 +1,9 @@
-"""One MoE layer on kt-kernel, for bench/peers.py, which starts it with the Python that kt-kernel is installed in.
+"""One MoE layer on kt-kernel, for bench/peers.py, which starts it with the Python that kt-kernel is
+installed in.
 
-Drives the package's C++ extension: its Python class needs a GPU build of torch. Talks JSON lines: first it says what it
-is, then answers each {"tokens": T, "seconds": S} with the times of its calls. Needs torch and kt-kernel, not ktk.
+Drives the package's C++ extension: its Python class needs a GPU build of torch. Talks JSON lines:
+first it says what it is, then answers each {"tokens": T, "seconds": S} with the times of its calls.
+Needs torch and kt-kernel, not ktk.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def reply(message: dict[str, Any]) -> None:
 
 
 def raw_int4(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Nibbles (rows, columns/2), bf16 scales (rows, columns/GROUP), and the float32 weights they stand for."""
+    """Nibbles (rows, columns/2), bf16 scales (rows, columns/GROUP),
+    and the float32 weights they stand for.
+    """
     packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
     scales = ((torch.rand(rows, columns // GROUP) + 1) / (7 * columns**0.5)).bfloat16()
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(rows, columns).float() - 8
@@ -95,7 +99,9 @@ class Layer:
         self.deck: list[int] = []
 
     def routing(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 ids, float32 weights (tokens, top_k); one token's experts are dealt from a shuffled deck."""
+        """int64 ids, float32 weights (tokens, top_k);
+        one token's experts are dealt from a shuffled deck.
+        """
         a = self.a
         if tokens == 1:
             if len(self.deck) < a.top_k:
@@ -110,9 +116,15 @@ class Layer:
         y, count = torch.empty_like(x), torch.tensor([len(x)], dtype=torch.int32)
         self.cpu.submit(
             self.moe.forward_task(
-                count.data_ptr(), self.a.top_k, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), y.data_ptr(), False
+                count.data_ptr(),
+                self.a.top_k,
+                ids.data_ptr(),
+                weights.data_ptr(),
+                x.data_ptr(),
+                y.data_ptr(),
+                False,
             )
-        )  # fmt: skip
+        )
         self.cpu.sync()
         return y
 
@@ -147,13 +159,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     layer = Layer(parser.parse_args())
     error = layer.error()
-    reply({
-        "version": kt_kernel.__version__,
-        "kernel": layer.kernel,
-        "bytes_per_weight": layer.bytes_per_weight,
-        "error": error,
-        "is_right": error < layer.tolerance,
-    })  # fmt: skip
+    reply(
+        {
+            "version": kt_kernel.__version__,
+            "kernel": layer.kernel,
+            "bytes_per_weight": layer.bytes_per_weight,
+            "error": error,
+            "is_right": error < layer.tolerance,
+        }
+    )
     time.sleep(ASLEEP)
     for line in sys.stdin:
         asked = json.loads(line)

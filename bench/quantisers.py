@@ -2,8 +2,9 @@
 
     python bench/quantisers.py --ggml FOLDER [--gguf MODEL.gguf] [--json]
 
---gguf : a model whose matrices, decoded, are the "model" tensor; its values lie on its own format's grid, so only the
-shape of their distribution is real. Errors are root mean square, relative to the tensor's. One thread; best of --rounds.
+--gguf : a model whose matrices, decoded, are the "model" tensor; its values lie on its own format's
+grid, so only the shape of their distribution is real. Errors are root mean square, relative to the
+tensor's. One thread; best of --rounds.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def tensors(model: Path | None, seed: int) -> Iterator[tuple[str, np.ndarray]]:
 
 def error(w: np.ndarray, blocks: np.ndarray, name: str) -> float:
     decoded = gguf.dequantize(blocks, gguf.GGMLQuantizationType[name])
-    return float(np.sqrt(np.mean((decoded.astype(np.float64) - w) ** 2) / np.mean(w.astype(np.float64) ** 2)))  # fmt: skip
+    return float(
+        np.sqrt(np.mean((decoded.astype(np.float64) - w) ** 2) / np.mean(w.astype(np.float64) ** 2))
+    )
 
 
 def main() -> None:

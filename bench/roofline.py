@@ -1,6 +1,8 @@
 """The machine's ceilings: memory read in huge pages, and every kind of arithmetic this CPU has.
 
-python bench/roofline.py [SAMPLES] [THREADS]   (default 20 samples of 30 ms each, on the physical cores)
+python bench/roofline.py [SAMPLES] [THREADS]
+
+Default: 20 samples of 30 ms each, on the physical cores.
 """
 
 from __future__ import annotations

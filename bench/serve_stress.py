@@ -1,10 +1,11 @@
-"""Whether `ktk serve` gives the same answer always: greedy answers under cancellations, malformed requests and sampled ones, against
-those given alone.
+"""Whether `ktk serve` gives the same answer always: greedy answers under cancellations, malformed
+requests and sampled ones, against those given alone.
 
     python bench/serve_stress.py MODEL --answers 5000
 
-Prompts have lengths around the KV cache's pages and share beginnings, so that they are cut into chunks and find pages of each other's. In
-each round sixteen of them are answered at once, while others come and go. An answer is its text and the bits of its log probabilities.
+Prompts have lengths around the KV cache's pages and share beginnings, so that they are cut into
+chunks and find pages of each other's. In each round sixteen of them are answered at once, while
+others come and go. An answer is its text and the bits of its log probabilities.
 Prints every difference; exit code 1 if there is one.
 """
 
@@ -25,9 +26,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 66, 90, 127, 128, 129, 150, 191, 192, 193, 257, 320, 321, 449)
 BAD = (
-    b"{", b"null", b'{"prompt": 3}', b'{"prompt": "a", "temperature": "hot"}', b'{"prompt": "a", "n": 2}',
-    b'{"prompt": "\\ud800"}', b'{"prompt": []}', b'{"prompt": [1000000000]}',
-)  # fmt: skip
+    b"{",
+    b"null",
+    b'{"prompt": 3}',
+    b'{"prompt": "a", "temperature": "hot"}',
+    b'{"prompt": "a", "n": 2}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": []}',
+    b'{"prompt": [1000000000]}',
+)
 Answer = tuple[str, tuple[float, ...]]
 
 
@@ -58,7 +65,10 @@ class Client:
     def leave(self, prompt: list[int], after: float) -> None:
         """Ask for a long stream and go away."""
         body = json.dumps({"prompt": prompt, "max_tokens": 400, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+            f"application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         with (
             contextlib.suppress(OSError),
             socket.create_connection(("127.0.0.1", self.port)) as raw,
@@ -157,8 +167,8 @@ def run(client: Client, given: argparse.Namespace) -> int:
         made = sum(other.result() for other in others)
     again = sum(client.greedy(p, given.tokens) != a for p, a in zip(prompts, alone, strict=True))
     print(
-        f"{compared} answers beside {made} other requests: {different} different; {len(prompts)} alone afterwards: "
-        f"{again} different; {time.monotonic() - start:.0f} s"
+        f"{compared} answers beside {made} other requests: {different} different; {len(prompts)} "
+        f"alone afterwards: {again} different; {time.monotonic() - start:.0f} s"
     )
     return int(different + again > 0)
 

@@ -2,12 +2,14 @@
 
     python bench/whole_model.py [--layers 12] [--linear file none] [--rounds 3] [--json]
 
-The file is of Qwen3-30B-A3B's shape but for the number of layers, with random weights: experts Q4_0, the rest Q8_0. ktk runs the
-experts as they lie and the linear layers each way that --linear names: as they lie (file), as bf16 (none), packed (int8, int4);
-llama.cpp (llama-cpp-python, if it is installed) runs all as it lies. Each engine runs in a process of its own, on as many threads as
-there are cores. ktk decodes twice: each layer by one native call, as `ktk run` does, and by torch, layer by layer, with the
-time inside the experts' and the linear layers' calls. Loading is
-timed with the file in the page cache; memory is what no file backs, the most of it while loading and what stays.
+The file is of Qwen3-30B-A3B's shape but for the number of layers, with random weights: experts
+Q4_0, the rest Q8_0. ktk runs the experts as they lie and the linear layers each way that --linear
+names: as they lie (file), as bf16 (none), packed (int8, int4);
+llama.cpp (llama-cpp-python, if it is installed) runs all as it lies. Each engine runs in a process
+of its own, on as many threads as there are cores. ktk decodes twice: each layer by one native call,
+as `ktk run` does, and by torch, layer by layer, with the time inside the experts' and the linear
+layers' calls. Loading is timed with the file in the page cache; memory is what no file backs, the
+most of it while loading and what stays.
 """
 
 from __future__ import annotations
@@ -38,11 +40,18 @@ def write_model(path: Path, layers: int) -> None:
     """The random model; a layer's tensors are the same in every layer."""
     writer = gguf.GGUFWriter(path, "qwen3moe")
     for key, value in {
-        "block_count": layers, "context_length": 4096, "embedding_length": HIDDEN,
-        "feed_forward_length": 6144, "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
-        "attention.key_length": HEAD, "attention.value_length": HEAD, "expert_count": EXPERTS,
-        "expert_used_count": TOP_K, "expert_feed_forward_length": WIDTH,
-    }.items():  # fmt: skip
+        "block_count": layers,
+        "context_length": 4096,
+        "embedding_length": HIDDEN,
+        "feed_forward_length": 6144,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "attention.key_length": HEAD,
+        "attention.value_length": HEAD,
+        "expert_count": EXPERTS,
+        "expert_used_count": TOP_K,
+        "expert_feed_forward_length": WIDTH,
+    }.items():
         writer.add_uint32(f"qwen3moe.{key}", value)
     writer.add_float32("qwen3moe.rope.freq_base", 1e6)
     writer.add_float32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-6)
@@ -67,14 +76,20 @@ def write_model(path: Path, layers: int) -> None:
     add("output.weight", blocks(REST_TYPE, VOCAB, HIDDEN), REST_TYPE)
     writer.add_tensor("output_norm.weight", ones[HIDDEN])
     rest = {
-        "attn_q": (HEADS * HEAD, HIDDEN), "attn_k": (KV_HEADS * HEAD, HIDDEN),
-        "attn_v": (KV_HEADS * HEAD, HIDDEN), "attn_output": (HIDDEN, HEADS * HEAD),
-    }  # fmt: skip
+        "attn_q": (HEADS * HEAD, HIDDEN),
+        "attn_k": (KV_HEADS * HEAD, HIDDEN),
+        "attn_v": (KV_HEADS * HEAD, HIDDEN),
+        "attn_output": (HIDDEN, HEADS * HEAD),
+    }
     made = {name: blocks(REST_TYPE, *shape) for name, shape in rest.items()}
     experts = {
         name: blocks(EXPERT_TYPE, *shape, EXPERTS)
-        for name, shape in (("ffn_gate_exps", (WIDTH, HIDDEN)), ("ffn_up_exps", (WIDTH, HIDDEN)), ("ffn_down_exps", (HIDDEN, WIDTH)))
-    }  # fmt: skip
+        for name, shape in (
+            ("ffn_gate_exps", (WIDTH, HIDDEN)),
+            ("ffn_up_exps", (WIDTH, HIDDEN)),
+            ("ffn_down_exps", (HIDDEN, WIDTH)),
+        )
+    }
     router = np.random.default_rng(0).standard_normal((EXPERTS, HIDDEN), np.float32) * 0.1
     for layer in range(layers):
         for name, data in made.items():
@@ -82,7 +97,12 @@ def write_model(path: Path, layers: int) -> None:
         for name, data in experts.items():
             add(f"blk.{layer}.{name}.weight", data, EXPERT_TYPE)
         writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
-        for name, size in (("attn_norm", HIDDEN), ("ffn_norm", HIDDEN), ("attn_q_norm", HEAD), ("attn_k_norm", HEAD)):  # fmt: skip
+        for name, size in (
+            ("attn_norm", HIDDEN),
+            ("ffn_norm", HIDDEN),
+            ("attn_q_norm", HEAD),
+            ("attn_k_norm", HEAD),
+        ):
             writer.add_tensor(f"blk.{layer}.{name}.weight", ones[size])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -101,7 +121,9 @@ def anonymous_bytes() -> int:
 
 
 def run_ktk(path: Path, linear: str) -> dict[str, float]:
-    """Milliseconds: load, prefill, decode of a token (median); torch_decode, of it the experts and the linear layers. GB: anonymous memory."""
+    """Milliseconds: load, prefill, decode of a token (median); torch_decode,
+    of it the experts and the linear layers. GB: anonymous memory.
+    """
     import torch
     from transformers import DynamicCache
 
@@ -183,13 +205,21 @@ def run_llama(path: Path) -> dict[str, float]:
     from llama_cpp import Llama, llama_cpp
 
     if "amx_tile" in cpu.detect():
-        # llama-cpp-python 0.3.36 crashes decoding Q8_0 out of ggml's buffers for AMX. Elsewhere the same switch would take
-        # its repacked kernels away.
+        # llama-cpp-python 0.3.36 crashes decoding Q8_0 out of ggml's buffers for AMX. Elsewhere the
+        # same switch would take its repacked kernels away.
         params = llama_cpp.llama_model_default_params()
         params.use_extra_bufts = False
         llama_cpp.llama_model_default_params = lambda: params
     threads = cpu.num_physical_cores()
-    model = Llama(str(path), n_ctx=1024, n_batch=PROMPT, n_ubatch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)  # fmt: skip
+    model = Llama(
+        str(path),
+        n_ctx=1024,
+        n_batch=PROMPT,
+        n_ubatch=PROMPT,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
     for _ in range(2):
         model.reset()
         begin = time.perf_counter()
@@ -248,11 +278,20 @@ def main() -> None:
     for name, found in medians.items():
         split = ""
         if "torch_decode" in found:
-            split = f"; by torch {found['torch_decode']:.1f} ms, experts {found['experts']:.1f}, linear {found['linear']:.1f}"
+            split = (
+                f"; by torch {found['torch_decode']:.1f} ms, experts {found['experts']:.1f}, "
+                f"linear {found['linear']:.1f}"
+            )
         rate = PROMPT / found["prefill"] * 1e3
-        print(f"{name}: prefill {rate:.0f} tokens/s, decode {1e3 / found['decode']:.1f} tokens/s ({found['decode']:.1f} ms{split})")  # fmt: skip
+        print(
+            f"{name}: prefill {rate:.0f} tokens/s, decode {1e3 / found['decode']:.1f} tokens/s "
+            f"({found['decode']:.1f} ms{split})"
+        )
         if "load" in found:
-            print(f"  loaded in {found['load'] / 1e3:.1f} s, {found['memory']:.2f} GB of memory, {found['peak']:.2f} at most")  # fmt: skip
+            print(
+                f"  loaded in {found['load'] / 1e3:.1f} s, {found['memory']:.2f} GB of memory, "
+                f"{found['peak']:.2f} at most"
+            )
 
 
 if __name__ == "__main__":

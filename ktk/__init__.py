@@ -1,8 +1,9 @@
 """ktk: experts of mixture-of-experts language models on the CPU.
 
-``ktk.MoE`` is the operator, ``ktk.KTMoEWrapper`` its KT-Kernel-compatible face, ``ktk.convert.convert``
-packs a checkpoint, ``ktk.load_gguf`` opens a GGUF model, ``ktk.KtkConfig`` is for transformers'
-``from_pretrained``, ``ktk.backends.report()`` says what runs here. Heavy imports happen on first use.
+``ktk.MoE`` is the operator, ``ktk.KTMoEWrapper`` its KT-Kernel-compatible face,
+``ktk.convert.convert`` packs a checkpoint, ``ktk.load_gguf`` opens a GGUF model, ``ktk.KtkConfig``
+is for transformers' ``from_pretrained``, ``ktk.backends.report()`` says what runs here. Heavy
+imports happen on first use.
 """
 
 from __future__ import annotations

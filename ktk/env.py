@@ -1,7 +1,8 @@
 """The KTK_* environment variables: one row of ``VARIABLES`` each, parsed here and nowhere else.
 
-Read at first use, never on import. An unknown value, or a KTK_ variable that is not in the table (a typo
-would otherwise be ignored silently), is ValueError. Unset and empty mean the same: the default.
+Read at first use, never on import. An unknown value, or a KTK_ variable that is not in the table (a
+typo would otherwise be ignored silently), is ValueError. Unset and empty mean the same: the
+default.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ SECRETS = ("KTK_API_KEY",)  # never shown
 
 @dataclass(frozen=True)
 class Variable:
-    """parse raises ValueError with what is allowed; ``backend`` names are checked by the registry."""
+    """parse raises ValueError with what is allowed;
+    ``backend`` names are checked by the registry.
+    """
 
     parse: Callable[[str], Any]
     default: Any
@@ -85,7 +88,8 @@ VARIABLES: dict[str, Variable] = {
         str,
         None,
         "any text",
-        "the key that clients of `ktk serve` must send; default: none, on this machine's own addresses",
+        "the key that clients of `ktk serve` must send; default: none, on this machine's own "
+        "addresses",
     ),
     "KTK_LOG": Variable(
         _parse_log,
@@ -115,8 +119,8 @@ def check_unknown() -> None:
     )
     if unknown:
         raise ValueError(
-            f"environment variable {', '.join(unknown)} is unknown: ktk has {', '.join(VARIABLES)}; "
-            f"unset it or correct its name"
+            f"environment variable {', '.join(unknown)} is unknown: ktk has "
+            f"{', '.join(VARIABLES)}; unset it or correct its name"
         )
 
 

@@ -1,4 +1,6 @@
-"""How far a model with quantised experts is from itself unquantised: perplexity, KL divergence, top-1 agreement."""
+"""How far a model with quantised experts is from itself unquantised: perplexity, KL divergence,
+top-1 agreement.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,9 @@ def window_logits(model: Any, window: list[int]) -> torch.Tensor:
 class Distance:
     """Of a model's next-token distributions from the reference's.
 
-    kl, kl_p99 : Kullback-Leibler divergence per token in nats, the mean and the 99th percentile. top1 : share of tokens, 0..1, where
-    both have the same likeliest one. perplexity : of the text; NaN where windows have one token only.
+    kl, kl_p99 : Kullback-Leibler divergence per token in nats, the mean and the 99th percentile.
+    top1 : share of tokens, 0..1, where both have the same likeliest one. perplexity : of the text;
+        NaN where windows have one token only.
     """
 
     kl: float
@@ -109,7 +112,9 @@ def distance(model: Any, windows: list[list[int]], reference: Sequence[torch.Ten
 
 
 class StoredLogits(Sequence[torch.Tensor]):
-    """The reference's logits in a temporary file, deleted by ``close``: memory holds one window at a time."""
+    """The reference's logits in a temporary file, deleted by ``close``:
+    memory holds one window at a time.
+    """
 
     def __init__(self, model: Any, windows: list[list[int]]) -> None:
         self._lengths = [len(window) for window in windows]
@@ -139,8 +144,10 @@ class Variant:
     """One way to code the experts.
 
     format : a name of PANELS or of a GGUF type. group_size : of packed formats, None: the default.
-    by : "ktk", "ggml" (llama.cpp's quantiser, GGUF types only), or a path, of a converted directory or a GGUF file.
-    is_calibrated : with error feedback (ktk) or an importance matrix (ggml), from a calibration text.
+    by : "ktk", "ggml" (llama.cpp's quantiser, GGUF types only), or a path, of a converted directory
+        or a GGUF file.
+    is_calibrated : with error feedback (ktk) or an importance matrix (ggml), from a calibration
+        text.
     """
 
     format: str
@@ -165,7 +172,8 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """``int4:64``, ``int8``, ``Q4_K``, ``Q4_K:ggml``, or the path of a converted directory or GGUF file.
+        """``int4:64``, ``int8``, ``Q4_K``, ``Q4_K:ggml``, or the path of a converted directory or
+        GGUF file.
 
         Raises ValueError that lists what there is.
         """
@@ -184,7 +192,8 @@ class Variant:
             return cls(fmt.name, group)
         if method.by == "ktk" and fmt.grid is None:
             raise ValueError(
-                f"format {text!r}: ktk quantises to {', '.join(OWN_TYPES)}; llama.cpp to the rest, as {fmt.name}:ggml"
+                f"format {text!r}: ktk quantises to {', '.join(OWN_TYPES)}; llama.cpp to the "
+                f"rest, as {fmt.name}:ggml"
             )
         return cls(fmt.name, by=method.by)
 
@@ -198,7 +207,9 @@ class Variant:
 
 
 def all_variants(has_ggml: bool) -> list[Variant]:
-    """Every packed integer format and group, every GGUF type ktk writes, and with llama.cpp's library every type it writes."""
+    """Every packed integer format and group, every GGUF type ktk writes,
+    and with llama.cpp's library every type it writes.
+    """
     packed = [Variant(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes]
     own = [Variant(name) for name in OWN_TYPES]
     floats = ("F32", "F16", "BF16")
@@ -208,7 +219,11 @@ def all_variants(has_ggml: bool) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant's figures. bits_per_weight : of the format, padding not counted. activation_group : 0: activations stay float."""
+    """A variant's figures.
+
+    bits_per_weight : of the format, padding not counted. activation_group : 0: activations stay
+        float.
+    """
 
     label: str
     kernel: str
@@ -223,7 +238,9 @@ class Row:
 
 
 class _PaddedMoE:
-    """Experts whose rows were filled up with zero columns to whole blocks: the real columns' errors are the format's own."""
+    """Experts whose rows were filled up with zero columns to whole blocks:
+    the real columns' errors are the format's own.
+    """
 
     def __init__(self, moe: MoE, hidden_size: int) -> None:
         self._moe, self._hidden_size = moe, hidden_size
@@ -241,7 +258,12 @@ class Quantiser:
     def __init__(
         self, variant: Variant, ggml: GgmlLibrary | None, method: str, activation_group: int | None
     ) -> None:
-        self.variant, self._ggml, self._method, self._activation_group = variant, ggml, method, activation_group  # fmt: skip
+        self.variant, self._ggml, self._method, self._activation_group = (
+            variant,
+            ggml,
+            method,
+            activation_group,
+        )
         if variant.by == "ggml" and ggml is None:
             raise ValueError(f"{variant.label}: llama.cpp's quantisers need --ggml FOLDER")
         self.is_packed = variant.format in PANELS
@@ -257,8 +279,11 @@ class Quantiser:
             fmt = BLOCKS[v.format]
             group = activation_group_of(fmt.bits_per_weight)
             spec = dataclasses.replace(
-                spec, weight_format=GGUF.name, group_size=None, activation_group=self._activation_group or group
-            )  # fmt: skip
+                spec,
+                weight_format=GGUF.name,
+                group_size=None,
+                activation_group=self._activation_group or group,
+            )
         if activation is None or getattr(module, "has_post_expert_norm", False):
             raise ValueError(
                 f"{type(module).__name__}: ktk eval takes experts whose activation ktk runs itself"
@@ -280,7 +305,10 @@ class Quantiser:
         )
 
     def moe(self, module: Any, inputs: LayerInputs | None) -> Any:
-        """The layer's experts, ready to run. inputs : those of the calibration text, if the variant is calibrated."""
+        """The layer's experts, ready to run.
+
+        inputs : those of the calibration text, if the variant is calibrated.
+        """
         own, spec = self.spec(module)
         calibration = None
         if inputs is not None:
@@ -289,8 +317,10 @@ class Quantiser:
             calibration = LayerCalibration(spec, dataclasses.replace(inputs, hidden=hidden))
         with ThreadPoolExecutor(cpu.default_threads()) as pool:
             made = list(
-                pool.map(lambda e: self._expert(module, e, spec, calibration), range(spec.num_experts))
-            )  # fmt: skip
+                pool.map(
+                    lambda e: self._expert(module, e, spec, calibration), range(spec.num_experts)
+                )
+            )
         moe = MoE(
             self._assemble(spec, made), method=self._method if self.is_packed else "LLAMAFILE"
         )
@@ -308,7 +338,9 @@ class Quantiser:
             span = np.empty(spec.layout.expert_bytes, np.uint8)
             pack_expert(spec, weights, span)
             return weights, {"span": span}
-        named = {n: to_f32(w) for n in ("gate", "up", "down") if (w := getattr(weights, n)) is not None}  # fmt: skip
+        named = {
+            n: to_f32(w) for n in ("gate", "up", "down") if (w := getattr(weights, n)) is not None
+        }
         if v.by == "ggml":
             assert self._ggml is not None
             return weights, {n: self._ggml.quantise(v.format, w) for n, w in named.items()}
@@ -330,7 +362,9 @@ class Quantiser:
         def matrix(name: str, in_features: int) -> StoredMatrix | None:
             if name == "gate" and not spec.has_gate:
                 return None
-            return StoredMatrix.of_rows(self.variant.format, in_features, np.stack([stored[name] for _, stored in made]))  # fmt: skip
+            return StoredMatrix.of_rows(
+                self.variant.format, in_features, np.stack([stored[name] for _, stored in made])
+            )
 
         def bias(name: str) -> np.ndarray | None:
             rows = [getattr(weights, f"{name}_bias") for weights, _ in made]
@@ -359,9 +393,13 @@ def _padded(weights: ExpertWeights, spec: MoESpec) -> ExpertWeights:
     assert up is not None
     assert down is not None
     return ExpertWeights(
-        fill(weights.gate, intermediate, hidden), up, down, fill(weights.gate_bias, intermediate),
-        fill(weights.up_bias, intermediate), fill(weights.down_bias, hidden),
-    )  # fmt: skip
+        fill(weights.gate, intermediate, hidden),
+        up,
+        down,
+        fill(weights.gate_bias, intermediate),
+        fill(weights.up_bias, intermediate),
+        fill(weights.down_bias, hidden),
+    )
 
 
 def quantise_model(
@@ -369,7 +407,8 @@ def quantise_model(
 ) -> None:
     """Put a float model's experts on ktk in place, coded as the quantiser says.
 
-    calibration_ids : int64 (windows, length); each layer is calibrated on what the layers before it, quantised, make of them.
+    calibration_ids : int64 (windows, length); each layer is calibrated on what the layers before
+        it, quantised, make of them.
     """
     modules = {layer_of(name): module for name, module in find_experts(model)}
     if not modules:
@@ -407,7 +446,8 @@ def load_float(source: Path) -> Any:
     available = cpu.memory()[1]
     if available and 2 * size > available:
         raise ValueError(
-            f"{source}: the float32 reference needs about {2 * size / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+            f"{source}: the float32 reference needs about {2 * size / 1e9:.1f} GB, "
+            f"{available / 1e9:.1f} GB are free"
         )
     return auto_class(config).from_pretrained(source, dtype=torch.float32).eval()
 
@@ -423,7 +463,9 @@ def evaluate(
     activation_group: int | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """The reference's row, then one for each variant as it is done; everything but the experts in float32."""
+    """The reference's row, then one for each variant as it is done;
+    everything but the experts in float32.
+    """
     from transformers import AutoConfig
 
     source = user_path(source)
@@ -433,7 +475,14 @@ def evaluate(
     with contextlib.closing(StoredLogits(model, windows)) as reference:
         bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
         with_itself = distance(model, windows, reference)
-        yield Row("float", f"torch {hf.experts_implementation(model.config)}", bits, 0, with_itself, perf_counter() - started)  # fmt: skip
+        yield Row(
+            "float",
+            f"torch {hf.experts_implementation(model.config)}",
+            bits,
+            0,
+            with_itself,
+            perf_counter() - started,
+        )
         del model
         for variant in variants:
             step(variant.label)

@@ -1,8 +1,9 @@
 """What fork() leaves a child: the memory as it is, of the threads only the one that forked.
 
-Threads of the parent neither finish their work in the child nor release their locks. What has threads or hands out
-work remembers the ``process`` it was made in, what another thread may hold at that moment is a ``Lock``, and what has
-to be made anew is told to ``in_child``. It lies below all else, as the compiled pool asks it, too.
+Threads of the parent neither finish their work in the child nor release their locks. What has
+threads or hands out work remembers the ``process`` it was made in, what another thread may hold at
+that moment is a ``Lock``, and what has to be made anew is told to ``in_child``. It lies below all
+else, as the compiled pool asks it, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ process = os.getpid  # () -> int, another one in a forked child
 
 
 def in_child(renew: Callable[[], None]) -> Callable[[], None]:
-    """Call ``renew`` first thing in every forked child, in the order of registration; a decorator."""
+    """Call ``renew`` first thing in every forked child, in the order of registration;
+    a decorator.
+    """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=renew)
     return renew
@@ -26,7 +29,9 @@ _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 class Lock:
-    """``with lock:`` as threading.Lock has it; in a forked child it is free, whoever held it in the parent."""
+    """``with lock:`` as threading.Lock has it; in a forked child it is free,
+    whoever held it in the parent.
+    """
 
     __slots__ = ("__weakref__", "_lock")
 

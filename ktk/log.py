@@ -1,6 +1,7 @@
 """Logging: every module logs to the stdlib logger "ktk"; KTK_LOG sets its level.
 
-ktk as a library leaves handlers to the application. The command line calls ``configure`` to write to stderr.
+ktk as a library leaves handlers to the application. The command line calls ``configure`` to write
+to stderr.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def configure() -> None:
 
 
 def warn_once(what: str, message: str, *arguments: object) -> None:
-    """A warning that stands for all that follow: one for each ``what`` and process. message : as the logger formats it."""
+    """A warning that stands for all that follow: one for each ``what`` and process.
+
+    message : as the logger formats it.
+    """
     if what not in _warned:
         _warned.add(what)
         logger.warning(message, *arguments)

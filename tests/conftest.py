@@ -31,7 +31,9 @@ def _one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _engines_end() -> Iterator[None]:
-    """Stop the generation threads that a failed test has left: Python would wait for them at its end."""
+    """Stop the generation threads that a failed test has left:
+    Python would wait for them at its end.
+    """
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:

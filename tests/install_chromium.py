@@ -1,4 +1,6 @@
-"""What tests/server/test_serve_page.py needs and pip cannot install: Chromium and its driver, by apt, as root. Fails without them."""
+"""What tests/server/test_serve_page.py needs and pip cannot install: Chromium and its driver,
+by apt, as root. Fails without them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ def main() -> None:
         return
     if os.geteuid() or not shutil.which("apt-get"):
         sys.exit(
-            "chromium and chromedriver are missing; on Debian: apt-get install chromium chromium-driver"
+            "chromium and chromedriver are missing; on Debian: apt-get install chromium "
+            "chromium-driver"
         )
     subprocess.run(["apt-get", "update", "-qq"], check=False)
     command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends"]

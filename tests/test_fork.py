@@ -1,4 +1,6 @@
-"""A forked child has the parent's memory and one thread: locks are free, callbacks have run, the process is another."""
+"""A forked child has the parent's memory and one thread: locks are free, callbacks have run,
+the process is another.
+"""
 
 from __future__ import annotations
 

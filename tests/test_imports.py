@@ -124,7 +124,9 @@ def is_in(module: str, *packages: str) -> bool:
 
 
 def cycles(pairs: set[tuple[str, str]]) -> list[list[str]]:
-    """A circle of imports among the files and folders, each as a whole, of every folder that has one."""
+    """A circle of imports among the files and folders, each as a whole,
+    of every folder that has one.
+    """
     graphs: dict[str, dict[str, set[str]]] = {}
     for importer, imported in pairs:
         a, b = importer.split("."), imported.split(".")

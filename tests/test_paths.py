@@ -1,4 +1,6 @@
-"""A leading ~ is the home directory at every door: of the Python API, and of the command line, where no shell expanded it."""
+"""A leading ~ is the home directory at every door: of the Python API, and of the command line,
+where no shell expanded it.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,12 @@ def saved(home_path: str) -> None:
 
 
 def wrapper_reads() -> None:
-    shape = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 256, "moe_intermediate_size": 256}  # fmt: skip
+    shape = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "hidden_size": 256,
+        "moe_intermediate_size": 256,
+    }
     wrapper = wrapper_cases.make(1, weight_path="~/packed", **shape)
     wrapper.load_weights()
     assert wrapper.moe is not None
@@ -116,13 +123,14 @@ DOORS: dict[str, Callable[[], object]] = {
     "read_text": lambda: read_text(Path("~/text.txt")),
     "Variant.parse": lambda: Variant.parse("~/packed").by == str(Path.home() / "packed") or 1 / 0,
     "Options": lambda: (
-        Options(Path("~/hf"), "auto", None, Path("~/work"), 1).work_dir == Path.home() / "work" or 1 / 0
+        Options(Path("~/hf"), "auto", None, Path("~/work"), 1).work_dir == Path.home() / "work"
+        or 1 / 0
     ),
     "chat /save": chat_saves,
     "ktk doctor": lambda: command("doctor", "~/hf"),
     "ktk run": lambda: command("run", "~/m.gguf", "hello", "-n", "1"),
     "ktk convert": lambda: command("convert", "--input-path=~/hf", "--output=~/cli-out"),
-}  # fmt: skip
+}
 RUN_FILES = {"load_gguf_model", "load_model gguf=", "open_model gguf", "ktk run"}
 
 

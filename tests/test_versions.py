@@ -1,4 +1,6 @@
-"""constraints.txt pins what pyproject.toml asks for; the tools behind `make lock` and `make test-versions` read both right."""
+"""constraints.txt pins what pyproject.toml asks for;
+the tools behind `make lock` and `make test-versions` read both right.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_requirements_are_read() -> None:
     assert lowest("numpy>=2.0") == "numpy==2.0"
     with pytest.raises(AssertionError, match="must be name>=version"):
         lowest("numpy~=2.0")
-    assert {"numpy", "transformers", "fastapi", "pytest", "cython"} <= set(map(name_of, all_required()))  # fmt: skip
+    assert {"numpy", "transformers", "fastapi", "pytest", "cython"} <= set(
+        map(name_of, all_required())
+    )
     assert lock.OF_CUDA.match("nvidia-cublas-cu12")
     assert not lock.OF_CUDA.match("torch")
 

@@ -21,7 +21,7 @@ NATIVE = (
     "_cy/kernels/pool.c",
     "_cy/kernels/moe_tasks.c",
     "_cy/kernels/operand.h",
-    "_cy/kernels/quantise.c",
+    "_cy/kernels/rows.c",
     "_cy/kernels/gemm.c",
 )
 

@@ -39,7 +39,8 @@ spec = MoESpec(4, 64, 96, "int8")
 moe = ktk.MoE(pack_all(spec, random_experts(spec, 1)))
 x = torch.linspace(-1, 1, 20 * 64).reshape(20, 64)
 out = moe.forward(x, torch.arange(20)[:, None] % 4, torch.ones(20, 1))
-print(json.dumps([ktk.__file__, native_module().__file__, cpu.best_isa(), moe.backend, out.tolist()]))
+found = ktk.__file__, native_module().__file__, cpu.best_isa(), moe.backend, out.tolist()
+print(json.dumps(found))
 """
 
 
@@ -53,7 +54,9 @@ def run(command: list[str | Path], **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built here, without a network; objects that a build has left in build/objects are taken as they are."""
+    """Built here, without a network; objects that a build has left in build/objects are taken as
+    they are.
+    """
     pytest.importorskip("Cython", reason="Cython is not installed: pip install -e '.[dev]'")
     pytest.importorskip("setuptools", minversion="77")
     if native_module() is None or sys.platform != "linux" or not shutil.which("cc"):
@@ -69,7 +72,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel, which finds its dependencies where this one has them; its bin/."""
+    """A virtual environment with the wheel, which finds its dependencies where this one has
+    them; its bin/.
+    """
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder)
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "-q"]

@@ -1,4 +1,5 @@
-"""The compiled parts, absent where there was no compiler: ``native`` wraps the C kernels, ``measure`` the ceilings' loops.
+"""The compiled parts, absent where there was no compiler: ``native`` wraps the C kernels,
+``measure`` the ceilings' loops.
 
 ``tile_emulator`` runs AMX instructions in tests; nothing loads it unless KTK_TILE says so.
 """
@@ -29,7 +30,9 @@ def measure_module() -> Any:
 
 
 def tiles_are_emulated() -> bool:
-    """Whether emulate_tiles has installed the emulator: from then on nobody may ask for the CPU's own tiles."""
+    """Whether emulate_tiles has installed the emulator:
+    from then on nobody may ask for the CPU's own tiles.
+    """
     return emulate_tiles.cache_info().currsize > 0
 
 

@@ -1,4 +1,6 @@
-"""Compile every kernel of every ISA row with warnings as errors (``make lint``); passes over a missing compiler."""
+"""Compile every kernel of every ISA row with warnings as errors (``make lint``);
+passes over a missing compiler.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Table of ISA levels: what each is compiled with, and from which sources.
 
-Read by setup.py without importing ktk. A level takes from the one below what its own sources do not give it
-(``kernels/kernels.c``). A new one is a row here, one there, and its features in ``ktk.machine.cpu.ISA_LEVELS``.
+Read by setup.py without importing ktk. A level takes from the one below what its own sources do not
+give it (``kernels/kernels.c``). A new one is a row here, one there, and its features in
+``ktk.machine.cpu.ISA_LEVELS``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ KERNELS, BLOCKS = "ktk/_cy/kernels", "vendor/llamafile"
 
 
 class IsaRow(NamedTuple):
-    """sources : of ktk._cy.native. measure : of ktk._cy.measure, the ceilings that `ktk bench` measures."""
+    """sources : of ktk._cy.native. measure : of ktk._cy.measure,
+    the ceilings that `ktk bench` measures.
+    """
 
     name: str
     flags: tuple[str, ...]

@@ -6,13 +6,16 @@ from libc.stdlib cimport free, malloc
 
 
 def peaks():
-    """Every peak this build can measure: list of (ISA row, name, CPU features needed beyond the row's), slowest row first."""
+    """Every peak this build can measure: list of (ISA row, name,
+    CPU features needed beyond the row's), slowest row first.
+    """
     cdef const ktk_roof *row
     cdef int i = 0, j
     found = []
     while ktk_roof_row(i) != NULL:
         row = ktk_roof_row(i)
-        found += [(row.name.decode(), row.peaks[j].name.decode(), tuple(row.peaks[j].needs.decode().split()))
+        found += [(row.name.decode(), row.peaks[j].name.decode(),
+                   tuple(row.peaks[j].needs.decode().split()))
                   for j in range(row.num_peaks)]
         i += 1
     return found
@@ -25,7 +28,8 @@ def patterns():
     found = []
     while ktk_roof_row(i) != NULL:
         row = ktk_roof_row(i)
-        found += [(row.name.decode(), row.patterns[j].name.decode()) for j in range(row.num_patterns)]
+        found += [(row.name.decode(),
+                   row.patterns[j].name.decode()) for j in range(row.num_patterns)]
         i += 1
     return found
 
@@ -57,7 +61,8 @@ cdef _rate(double rate, int threads):
 
 
 def peak(str isa, str name, cpus, double seconds):
-    """Multiply-adds per second of a peak, all threads together. The caller has checked that the CPU runs it.
+    """Multiply-adds per second of a peak, all threads together. The caller has checked that the CPU
+    runs it.
 
     cpus : one CPU number a thread, -1 for any.
     """
@@ -79,20 +84,23 @@ def peak(str isa, str name, cpus, double seconds):
 def read(str isa, str name, const uint8_t[::1] buffer, int64_t start, cpus, double seconds):
     """Bytes per second read by a pattern, all threads together.
 
-    buffer : uint8 (n,), 64-byte aligned, at least 1 MiB a thread; each thread reads its own part, from ``start`` on.
+    buffer : uint8 (n,), 64-byte aligned, at least 1 MiB a thread; each thread reads its own part,
+        from ``start`` on.
     """
     cdef _Cpus at = _Cpus(cpus)
     cdef const ktk_roof *row
     cdef int i = 0, j
     cdef double rate
     if buffer.shape[0] < at.count * (1 << 20) or start < 0:
-        raise ValueError(f"buffer has {buffer.shape[0]} bytes, start={start}: must be 1 MiB a thread, and not negative")
+        raise ValueError(f"buffer has {buffer.shape[0]} bytes, start={start}: must be 1 MiB a "
+                         f"thread, and not negative")
     while ktk_roof_row(i) != NULL:
         row = ktk_roof_row(i)
         for j in range(row.num_patterns):
             if row.name.decode() == isa and row.patterns[j].name.decode() == name:
                 with nogil:
-                    rate = ktk_roof_measure_read(&row.patterns[j], &buffer[0], buffer.shape[0], start,
+                    rate = ktk_roof_measure_read(&row.patterns[j], &buffer[0], buffer.shape[0],
+                                                 start,
                                                  at.count, at.numbers, seconds)
                 return _rate(rate, at.count)
         i += 1
@@ -100,7 +108,9 @@ def read(str isa, str name, const uint8_t[::1] buffer, int64_t start, cpus, doub
 
 
 def touch(uint8_t[::1] buffer, cpus):
-    """Write each thread's part of ``buffer`` from its own CPU, so that every page has memory near its reader."""
+    """Write each thread's part of ``buffer`` from its own CPU,
+    so that every page has memory near its reader.
+    """
     cdef _Cpus at = _Cpus(cpus)
     cdef int status
     with nogil:

@@ -1,4 +1,5 @@
-# Every C struct and function that native.pyx uses, declared once; what they mean stands in the headers.
+# Every C struct and function that native.pyx uses, declared once; what they mean stands in the
+# headers.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
@@ -79,7 +80,8 @@ cdef extern from "ktk.h" nogil:
 
     void ktk_set_address(ktk_layer *layer, const void **entry, const void *address)
 
-    ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *, int, int, float *,
+    ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *,
+                                  int, int, float *,
                                   uint8_t *) noexcept nogil
 
     ctypedef struct ktk_gemm:
@@ -90,7 +92,8 @@ cdef extern from "ktk.h" nogil:
         const ktk_gemm *gemm
         pack_panel_fn pack_panel
         void (*repack)(const ktk_matrix *w, const uint8_t *panel, uint8_t *out) noexcept nogil
-        void (*unpack)(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
+        void (*unpack)(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales,
+                       float *minima,
                        uint8_t *work) noexcept nogil
 
     const ktk_kernels *ktk_kernels_row(int index)
@@ -104,10 +107,13 @@ cdef extern from "ktk.h" nogil:
     void ktk_pool_own_threads_only()
     unsigned ktk_float_mode_enter()
     void ktk_float_mode_leave(unsigned callers)
-    int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
-                        int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
+    int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                        int64_t num_tokens,
+                        int top_k, int dtype, const void *hidden, const int64_t *ids,
+                        const float *weights,
                         const uint8_t *skip, const float *add, void *out)
-    int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
+    int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                       int is_down,
                        int64_t num_rows, const float *x, const int64_t *ids, float *y)
 
     ctypedef struct ktk_dense:
@@ -117,7 +123,8 @@ cdef extern from "ktk.h" nogil:
         int32_t in_features
         int32_t out_features
 
-    int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows, int dtype,
+    int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool,
+                           int64_t num_rows, int dtype,
                            const void *x, void *y)
 
 
@@ -226,8 +233,10 @@ cdef extern from "ktk_decoder.h" nogil:
 
     void ktk_route(const ktk_router *router, const float *logits, float *scores, int64_t *ids,
                    float *weights)
-    int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
-                                  int dtype, const void *hidden, const ktk_decoder_rows *rows, void *out)
+    int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels,
+                                  ktk_pool *pool,
+                                  int dtype, const void *hidden, const ktk_decoder_rows *rows,
+                                  void *out)
 
 
 cdef extern from "sched.h" nogil:

@@ -1,8 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True
-"""Thin wrapper over the C kernels: takes checked buffers, drops the GIL, maps codes to exceptions. No arithmetic.
+"""Thin wrapper over the C kernels: takes checked buffers, drops the GIL, maps codes to exceptions.
+No arithmetic.
 
-One extension, because the pool and the table of kernels are one per process; its parts lie in ``bind/``, C's declarations in
-``native.pxd``.
+One extension, because the pool and the table of kernels are one per process; its parts lie in
+``bind/``, C's declarations in ``native.pxd``.
 """
 
 import weakref

@@ -1,6 +1,7 @@
 """The registry: which backends exist, which run here, and what a ``method=`` means.
 
-A backend refuses with a reason (``why_not``), never with a crash; selection takes the first that runs.
+A backend refuses with a reason (``why_not``), never with a crash; selection takes the first that
+runs.
 Other packages add backends through the entry-point group ``ktk.backends`` (an instance or a class).
 """
 
@@ -76,7 +77,9 @@ def methods() -> tuple[str, ...]:
 
 
 def parse_method(text: str) -> Method:
-    """A method as users write it, with a format, a group size, a GGUF type: see ``ktk.experts.formats.parse``."""
+    """A method as users write it, with a format, a group size, a GGUF type:
+    see ``ktk.experts.formats.parse``.
+    """
     runs = {name: _PORTABLE.get(name) for name in backends()}
     return parse(text, runs | {"LLAMAFILE": GGUF.name})
 
@@ -88,9 +91,11 @@ def method_format(method: str) -> str | None:
 
 
 def check_method(method: str, weight_format: str | None = None) -> str:
-    """The method in its canonical spelling; ValueError lists the known ones and why each would not run.
+    """The method in its canonical spelling; ValueError lists the known ones and why each would not
+    run.
 
-    weight_format : what it is to run, None if that is not decided here; ValueError if it stands for another one.
+    weight_format : what it is to run, None if that is not decided here; ValueError if it stands for
+        another one.
     """
     if isinstance(method, str):
         if method.lower() == "auto":
@@ -99,7 +104,8 @@ def check_method(method: str, weight_format: str | None = None) -> str:
             runs = _PORTABLE.get(key) or _FORMAT_METHODS.get(key)
             if None not in (runs, weight_format) and runs != weight_format:
                 raise ValueError(
-                    f"weight_format={weight_format!r}: method={method!r} runs {runs} weights: give that format, "
+                    f"weight_format={weight_format!r}: method={method!r} runs {runs} weights: "
+                    "give that format, "
                     'or method="auto"'
                 )
             return key
@@ -128,7 +134,8 @@ def select(method: str, spec: MoESpec) -> Backend:
     """The backend that will run ``spec``.
 
     method : "auto" (KTK_BACKEND or the fastest), a backend's name, or a format's name.
-    Raises ValueError for an unknown method or one for other weights, BackendError if it cannot run here.
+    Raises ValueError for an unknown method or one for other weights, BackendError if it cannot run
+    here.
     """
     key = check_method(method)
     wanted = method_format(key)

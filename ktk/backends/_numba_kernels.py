@@ -1,7 +1,7 @@
 """The kernels of the NUMBA backend on panel16, bit for bit those of the C rows.
 
-Sixteen channels move in lockstep, so LLVM makes vectors of the inner loops. LLVM's fma is called as an
-intrinsic: Numba has no fused multiply-add of its own, and the stated order of sums needs one.
+Sixteen channels move in lockstep, so LLVM makes vectors of the inner loops. LLVM's fma is called as
+an intrinsic: Numba has no fused multiply-add of its own, and the stated order of sums needs one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def fma(typingctx, a, b, c):
 def gemm_integer(panels, bits, scales, codes, act_scales, correction, group, act_group, out):
     """Rows against panels of int4 or int8 codes.
 
-    panels uint8 (panels, panel_bytes); scales float32 (panels, groups, 16); codes int8 (rows, padded_in);
-    act_scales float32 (rows, groups); correction int32 (rows, fine groups); out float32 (rows, panels, 16).
+    panels uint8 (panels, panel_bytes); scales float32 (panels, groups, 16); codes int8 (rows,
+    padded_in);
+    act_scales float32 (rows, groups); correction int32 (rows, fine groups); out float32 (rows,
+    panels, 16).
     """
     num_k = codes.shape[1]
     fine, coarse = min(group, act_group), max(group, act_group)
@@ -91,8 +93,9 @@ def gemm_integer(panels, bits, scales, codes, act_scales, correction, group, act
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 def gemm_float(weights, scales, group, x, out):
-    """weights float32 (panels, padded_in, 16), scales (panels, groups of k, 16), x float32 (rows, padded_in), out float32
-    (rows, panels, 16). No groups: nothing is scaled."""
+    """weights float32 (panels, padded_in, 16), scales (panels, groups of k, 16), x float32 (rows,
+    padded_in), out float32 (rows, panels, 16). No groups: nothing is scaled.
+    """
     num_k = weights.shape[1]
     inner = np.empty(16, np.float32)
     y = np.empty(16, np.float32)
@@ -131,7 +134,9 @@ def _exp(x):
 
 @numba.njit(nogil=True, cache=True)
 def activate(gate, up, kind, has_gate, alpha, gate_min, gate_max, up_min, up_max, up_offset, out):
-    """Elementwise over float32 arrays of one shape; kind as in types.ACTIVATION_KINDS; gate unused without one."""
+    """Elementwise over float32 arrays of one shape; kind as in types.ACTIVATION_KINDS;
+    gate unused without one.
+    """
     for i in range(up.size):
         u = up.flat[i]
         x = gate.flat[i] if has_gate else u

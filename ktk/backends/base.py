@@ -27,8 +27,10 @@ class Runner(ABC):
     ) -> None:
         """out = sum over slots of weight * expert(hidden), plus ``add``.
 
-        hidden, out : C-contiguous (tokens, hidden_size): float32, float16, or uint16 holding bf16 bits.
-        topk_ids : int64 (tokens, top_k); ids outside 0..num_experts-1 or with skip[id] add exactly zero.
+        hidden, out : C-contiguous (tokens, hidden_size): float32, float16, or uint16 holding bf16
+            bits.
+        topk_ids : int64 (tokens, top_k); ids outside 0..num_experts-1 or with skip[id] add exactly
+            zero.
         topk_weights : float32 (tokens, top_k). skip : bool (num_experts,) or None.
         add : float32 (tokens, hidden_size) or None.
         """
@@ -43,10 +45,15 @@ class Runner(ABC):
 
     @abstractmethod
     def packed(self) -> StoredExperts:
-        """The experts it runs, in one piece; put together again if they were split over NUMA nodes."""
+        """The experts it runs, in one piece; put together again if they were split over NUMA
+        nodes.
+        """
 
     def weights(self) -> list[np.ndarray]:
-        """The memory that ``forward`` reads: uint8 arrays, views of it. None where the backend does not tell."""
+        """The memory that ``forward`` reads: uint8 arrays, views of it.
+
+        None where the backend does not tell.
+        """
         return []
 
 
@@ -72,7 +79,9 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, packed: Any, engine: EngineLayout) -> Runner:
-        """A runner over ``packed``: shared, not copied, but where ``engine`` binds weights to NUMA nodes."""
+        """A runner over ``packed``: shared, not copied,
+        but where ``engine`` binds weights to NUMA nodes.
+        """
 
 
 def refuse_blocks(spec: MoESpec | None) -> str | None:

@@ -17,8 +17,8 @@ from ktk.placement.store import ExpertStore
 def types_by_path() -> dict[str, list[str]]:
     """GGUF types by what becomes of their weights here, those of most bits first.
 
-    kernel : read as they lie. float_copies : no kernel, they run as F16 or F32 copies. packed_anew : no kernel over blocks
-    runs here at all, they become int8 or int4.
+    kernel : read as they lie. float_copies : no kernel, they run as F16 or F32 copies. packed_anew
+    : no kernel over blocks runs here at all, they become int8 or int4.
     """
     rows = {**BLOCKS, **decoded_only()}
     ordered = sorted(rows, key=lambda name: -rows[name].bits_per_weight)

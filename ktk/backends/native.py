@@ -20,7 +20,8 @@ from ktk.placement.store import ExpertStore
 
 
 def kernel_isa(weight_format: str) -> str | None:
-    """The ISA level that the kernel which runs a format here was compiled for, None where no compiled one does.
+    """The ISA level that the kernel which runs a format here was compiled for, None where no
+    compiled one does.
 
     weight_format : a packed format's name, or a ggml type's that kernels read.
     """

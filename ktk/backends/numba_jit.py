@@ -59,9 +59,16 @@ class NumbaRunner(Runner):
             stored = matrix.scales(panels)
             scales = bf16_to_f32(stored) if matrix.scales_are_bf16 else stored
             self.kernels.gemm_integer(
-                panels[:, matrix.scale_bytes :], fmt.bits, scales.reshape(len(panels), -1, PANEL), act.codes, act.scales,
-                correction, matrix.group_size, matrix.activation_group, out,
-            )  # fmt: skip
+                panels[:, matrix.scale_bytes :],
+                fmt.bits,
+                scales.reshape(len(panels), -1, PANEL),
+                act.codes,
+                act.scales,
+                correction,
+                matrix.group_size,
+                matrix.activation_group,
+                out,
+            )
         else:
             padded = np.zeros((len(x), matrix.padded_in), F)
             padded[:, : x.shape[1]] = x
@@ -84,9 +91,18 @@ class NumbaRunner(Runner):
         h = np.empty_like(up)
         with np.errstate(all="ignore"):
             self.kernels.activate(
-                gate, up, ACTIVATION_KINDS.index(a.kind), self.spec.has_gate, F(a.alpha), F(a.gate_min), F(a.gate_max),
-                F(a.up_min), F(a.up_max), F(a.up_offset), h,
-            )  # fmt: skip
+                gate,
+                up,
+                ACTIVATION_KINDS.index(a.kind),
+                self.spec.has_gate,
+                F(a.alpha),
+                F(a.gate_min),
+                F(a.gate_max),
+                F(a.up_min),
+                F(a.up_max),
+                F(a.up_offset),
+                h,
+            )
         return self._biased(expert, "down", h)
 
     def forward(

@@ -1,4 +1,6 @@
-"""GGUF blocks of every type that the kernels read, for benchmarks and tests: floats quantised, or random bits."""
+"""GGUF blocks of every type that the kernels read, for benchmarks and tests: floats quantised,
+or random bits.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,26 @@ from ktk.placement.blocks import kernel_types
 from ktk.quantise.blocks import quantise_rows
 
 SCALE = 0.01
-# Mean error of a layer's output against float64 on the same weights, relative to the mean output (bench/block_error.py):
-# sums in fp32; BF16 kernels may round activations to 8 bits of mantissa; others round them to eight bits in groups.
+# Mean error of a layer's output against float64 on the same weights, relative to the mean output
+# (bench/block_error.py):
+# sums in fp32; BF16 kernels may round activations to 8 bits of mantissa; others round them to eight
+# bits in groups.
 FLOAT_BOUNDS = {"F32": 2e-6, "F16": 2e-6, "BF16": 4e-3}
 EIGHT_BITS_BOUNDS = {64: 0.02, 128: 0.026}  # by activation_group
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 def error_bound(kind: str, activation_group: int) -> float:
-    """The bound of a type the kernels read, for normal activations; activation_group one of EIGHT_BITS_BOUNDS."""
+    """The bound of a type the kernels read, for normal activations;
+    activation_group one of EIGHT_BITS_BOUNDS.
+    """
     return FLOAT_BOUNDS.get(kind, EIGHT_BITS_BOUNDS[activation_group])
 
 
 def row_bytes(kind: str, in_features: int) -> int:
-    """Bytes of one row. ValueError unless ``kind`` is a type the kernels read and the row whole blocks of it."""
+    """Bytes of one row. ValueError unless ``kind`` is a type the kernels read and the row whole
+    blocks of it.
+    """
     if not kernel_types():
         raise ValueError(
             f"GGUF type {kind!r}: must be one of none: the compiled extension is not built"
@@ -76,8 +84,8 @@ def random_matrix(
 ) -> StoredMatrix:
     """Blocks of random bits with scales near SCALE, uint8 (num_experts, out_features, row bytes).
 
-    Scales have either sign: else weights of types with minima would all be positive, every output the sum of the
-    activations, and where that is near 0 their rounding all there is.
+    Scales have either sign: else weights of types with minima would all be positive, every output
+    the sum of the activations, and where that is near 0 their rounding all there is.
     """
     rng = np.random.default_rng(seed)
     shape = (num_experts, out_features)

@@ -1,7 +1,8 @@
-"""Layers to measure: ktk's methods, of packed weights and of GGUF blocks, and torch's bf16 loop over experts as the baseline everyone has.
+"""Layers to measure: ktk's methods, of packed weights and of GGUF blocks, and torch's bf16 loop
+over experts as the baseline everyone has.
 
-The experts of a layer are one or two over and over, each time in memory of their own: packing them is quick, and reading
-them costs what it costs in a model.
+The experts of a layer are one or two over and over, each time in memory of their own: packing them
+is quick, and reading them costs what it costs in a model.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ FEW_TOKENS_ERROR = 1.5
 
 
 def parse_method(text: str) -> Method:
-    """What ``ktk.backends.parse_method`` reads, if it says what runs; or ``torch``. ValueError says what is allowed."""
+    """What ``ktk.backends.parse_method`` reads, if it says what runs; or ``torch``.
+
+    ValueError says what is allowed.
+    """
     if text.lower() == TORCH:
         return Method(TORCH, TORCH)
     method = backends.parse_method(text)
@@ -81,7 +85,9 @@ def hidden_states(shape: Shape, num_tokens: int, seed: int = 1) -> np.ndarray:
 
 
 class Caller:
-    """One layer at one number of tokens: calls it with another routing each time and takes the time."""
+    """One layer at one number of tokens: calls it with another routing each time and takes the
+    time.
+    """
 
     def __init__(self, layer: Layer, hidden: np.ndarray, pool: list[Routing]) -> None:
         self.layer = layer
@@ -100,7 +106,9 @@ class Caller:
         return self.last, self.touched[i]
 
     def round(self) -> tuple[list[float], list[float]]:
-        """Seconds and experts touched of each call of a round; one before them, if short, only warms up."""
+        """Seconds and experts touched of each call of a round; one before them, if short,
+        only warms up.
+        """
         self.layer.settle()
         if self.last < WARM_UP_BELOW:
             self()
@@ -113,7 +121,8 @@ class Layer(ABC):
     """One layer, ready to be called.
 
     method : as asked for. kernel : what really runs. peak : the ceiling of its arithmetic.
-    expert_bytes : codes and scales of an expert. layer_bytes : memory of all experts. weights : that memory, where it is ours.
+    expert_bytes : codes and scales of an expert. layer_bytes : memory of all experts. weights :
+        that memory, where it is ours.
     """
 
     method: str
@@ -126,7 +135,9 @@ class Layer(ABC):
     weights: tuple[np.ndarray, ...] = ()
 
     def settle(self) -> None:
-        """Touch every page: the first access after the seconds that other layers' rounds take costs a virtual machine more."""
+        """Touch every page: the first access after the seconds that other layers' rounds take
+        costs a virtual machine more.
+        """
         for array in self.weights:
             array.reshape(-1)[::SMALL_PAGE].max()
 
@@ -139,7 +150,10 @@ class Layer(ABC):
         """One forward call."""
 
     def caller(self, hidden: np.ndarray, pool: list[Routing]) -> Caller:
-        """What calls it in rounds. hidden : float32 (tokens, hidden_size). pool : the routings to use in turn."""
+        """What calls it in rounds.
+
+        hidden : float32 (tokens, hidden_size). pool : the routings to use in turn.
+        """
         return Caller(self, hidden, pool)
 
     @abstractmethod
@@ -192,7 +206,8 @@ class KtkLayer(MoELayer):
         if not np.array_equal(expected, got):
             worst = float(np.abs(expected - got).max())
             raise RuntimeError(
-                f"{self.method} ({self.kernel}) differs from the reference by up to {worst:g} at {len(hidden)} tokens: "
+                f"{self.method} ({self.kernel}) differs from the reference by up to {worst:g} at "
+                f"{len(hidden)} tokens: "
                 "it is not measured; please report it with the output of `ktk doctor`"
             )
 
@@ -222,7 +237,9 @@ class BlocksLayer(MoELayer):
         self.outputs: dict[bytes, np.ndarray] = {}
 
     def check(self, hidden: np.ndarray, routing: Routing) -> None:
-        """Against float64 within what activations lose; and tokens of a batch bit for bit as they are alone."""
+        """Against float64 within what activations lose;
+        and tokens of a batch bit for bit as they are alone.
+        """
         got = self.call(*self.prepare(hidden, routing))
         few = slice(min(len(hidden), CHECKED_TOKENS))
         outputs = np.stack([self.oracle(x) for x in hidden[few]])  # (tokens, 2, hidden_size)
@@ -245,7 +262,9 @@ class BlocksLayer(MoELayer):
             )
 
     def oracle(self, x: np.ndarray) -> np.ndarray:
-        """float64 (2, hidden_size): both experts' outputs for one token; found once, decoding large ones takes seconds."""
+        """float64 (2, hidden_size): both experts' outputs for one token; found once,
+        decoding large ones takes seconds.
+        """
         key = x.tobytes()
         if key not in self.outputs:
             one, ids = np.ones((1, 1), np.float32), np.zeros((1, 1), np.int64)
@@ -260,7 +279,9 @@ class BlocksLayer(MoELayer):
 
 
 def two_experts(shape: Shape, kind: str) -> StoredExperts:
-    """Two different experts in blocks of one type: normal weights, or random bits where ktk does not quantise to the type."""
+    """Two different experts in blocks of one type: normal weights,
+    or random bits where ktk does not quantise to the type.
+    """
     spec = MoESpec(2, shape.hidden_size, shape.intermediate_size, GGUF.name)
     if not has_quantiser(kind):
         return random_blocks(spec, (kind,) * 3)
@@ -378,15 +399,17 @@ def layer_bytes(shape: Shape, method: Method) -> int:
 
 
 def check_memory(shape: Shape, methods: list[Method], more: int) -> None:
-    """MemoryError unless all methods' layers, ``more`` bytes and one float expert fit into what is free."""
+    """MemoryError unless all methods' layers, ``more`` bytes and one float expert fit into what
+    is free.
+    """
     sizes = {m.text: layer_bytes(shape, m) for m in methods}
     needed = sum(sizes.values()) + more + 3 * 4 * shape.num_weights
     available = cpu.memory()[1]
     if available and needed > available:
         each = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
         raise MemoryError(
-            f"{shape}: needs {needed / 2**30:.1f} GiB at once ({each}), {available / 2**30:.1f} GiB are free: "
-            "use fewer methods a run or fewer --experts"
+            f"{shape}: needs {needed / 2**30:.1f} GiB at once ({each}), {available / 2**30:.1f} "
+            "GiB are free: use fewer methods a run or fewer --experts"
         )
 
 

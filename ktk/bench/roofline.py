@@ -1,7 +1,7 @@
 """Ceilings of the machine: what memory and each kind of arithmetic instruction give at this moment.
 
-On a shared machine both halve and recover within seconds, so they are sampled in pieces short enough to stand between
-calls of what they are compared with.
+On a shared machine both halve and recover within seconds, so they are sampled in pieces short
+enough to stand between calls of what they are compared with.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from ktk.machine.memory import aligned_buffer
 READ = "read"
 SAMPLE_SECONDS = 0.03
 MIN_BUFFER_BYTES = 512 << 20
-# The three fastest ways to read keep within a few percent of each other, and which of them leads changes.
+# The three fastest ways to read keep within a few percent of each other, and which of them leads
+# changes.
 KEPT_PATTERNS = 3
-# GGUF types with codes of eight bits: without VNNI they are widened to 16 before they are multiplied, others are not.
+# GGUF types with codes of eight bits: without VNNI they are widened to 16 before they are
+# multiplied, others are not.
 WIDE_TYPES = ("Q8_0", "IQ4_NL", "IQ4_XS")
 SETTLE_SECONDS = 0.005  # threads of the last call spin before they sleep
 
 
 class Peak(NamedTuple):
-    """A kind of instruction: the ISA row whose loop measures it, its name, and the CPU features it lacks here."""
+    """A kind of instruction: the ISA row whose loop measures it, its name,
+    and the CPU features it lacks here.
+    """
 
     isa: str
     name: str
@@ -50,7 +54,10 @@ def bound(touched_bytes: float, operations: float, read: float, peak: float) -> 
 
 
 def peaks() -> list[Peak]:
-    """Every peak this build knows, slowest ISA row first. BackendError if the extension is not built."""
+    """Every peak this build knows, slowest ISA row first.
+
+    BackendError if the extension is not built.
+    """
     features = cpu.detect()
     found = []
     for isa, name, needs in _measure().peaks():
@@ -62,7 +69,8 @@ def peaks() -> list[Peak]:
 def peak_of(kernel: str, weight_format: str) -> str:
     """The peak that a kernel's inner loop is held against.
 
-    kernel : as backends name it, its ISA row first ("avx512vnni int4 g32"); for others the best row of this CPU counts.
+    kernel : as backends name it, its ISA row first ("avx512vnni int4 g32"); for others the best row
+        of this CPU counts.
     """
     isa = kernel.split(" ")[0]
     if isa not in cpu.ISA_LEVELS:
@@ -109,7 +117,9 @@ def l3_bytes(root: Path | str = "/") -> int:
 
 
 def cpus_for(num_threads: int, root: Path | str = "/") -> list[int]:
-    """A CPU for each thread: every physical core once, then their second threads, then from the start again."""
+    """A CPU for each thread: every physical core once, then their second threads,
+    then from the start again.
+    """
     cores = cpu.cores_of(tuple(cpu.allowed_cpus()), root)
     depth = max(map(len, cores))
     ordered = [core[i] for i in range(depth) for core in cores if i < len(core)]
@@ -119,8 +129,9 @@ def cpus_for(num_threads: int, root: Path | str = "/") -> list[int]:
 class Roofline:
     """Samples ceilings on ``num_threads`` threads, one a core, and keeps every sample.
 
-    num_threads : default KTK_NUM_THREADS or the physical cores. buffer_bytes : memory that is read, in huge pages,
-    allocated at the first sample; default four times the last-level caches, at least 512 MiB.
+    num_threads : default KTK_NUM_THREADS or the physical cores. buffer_bytes : memory that is read,
+    in huge pages, allocated at the first sample; default four times the last-level caches, at least
+    512 MiB.
     Raises BackendError if the extension is not built.
     """
 
@@ -158,7 +169,10 @@ class Roofline:
             raise BackendError(f"ceiling {name!r}: CPU lacks {', '.join(self.peaks[name].missing)}")
 
     def sample(self, names: list[str], seconds: float = SAMPLE_SECONDS) -> dict[str, float]:
-        """Measure each once, ``seconds`` each. Bytes/s for "read", else operations/s (two a multiply-add)."""
+        """Measure each once, ``seconds`` each.
+
+        Bytes/s for "read", else operations/s (two a multiply-add).
+        """
         for name in names:
             self.check(name)
         time.sleep(SETTLE_SECONDS)
@@ -188,7 +202,10 @@ class Roofline:
         return max(self._patterns[p][-1] for p in tried)
 
     def report(self, skip: dict[str, int] | None = None) -> dict[str, dict[str, Any]]:
-        """Per ceiling sampled: median, min, max and all samples, GB/s or GOP/s. skip : samples to leave out, from the first."""
+        """Per ceiling sampled: median, min, max and all samples, GB/s or GOP/s.
+
+        skip : samples to leave out, from the first.
+        """
         kept = {name: values[(skip or {}).get(name, 0) :] for name, values in self.samples.items()}
         return {
             name: {

@@ -1,7 +1,9 @@
-"""The flow of a benchmark: rounds over token counts; in each, ceilings, every method's calls, ceilings again.
+"""The flow of a benchmark: rounds over token counts; in each, ceilings, every method's calls,
+ceilings again.
 
-A round's figures were taken within a second of its ceilings, so their ratio holds on a machine whose speed changes
-from one second to the next; the median over rounds then drops the rounds in which something else ran.
+A round's figures were taken within a second of its ceilings, so their ratio holds on a machine
+whose speed changes from one second to the next; the median over rounds then drops the rounds in
+which something else ran.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from ktk.bench.roofline import READ, Bound, Roofline, bound, l3_bytes
 from ktk.bench.shapes import Shape, routings
 from ktk.machine import cpu
 
-# Different routings in turn: enough for a round of short calls; long ones touch every expert anyway.
+# Different routings in turn: enough for a round of short calls; long ones touch every expert
+# anyway.
 FEW_TOKENS, MANY_ROUTINGS, FEW_ROUTINGS = 16, 64, 8
 # Ceilings are sampled again before the next method once this many seconds have passed.
 SAMPLE_AGAIN = 0.3
@@ -60,7 +63,9 @@ class Round:
         return max(self.peaks)
 
     def is_steady(self, by: str) -> bool:
-        """Whether the ceiling that sets the bound stayed the same: else nobody knows which one the calls met."""
+        """Whether the ceiling that sets the bound stayed the same:
+        else nobody knows which one the calls met.
+        """
         pair = self.reads if by == "memory" else self.peaks
         return max(pair) <= STEADY * min(pair)
 
@@ -124,7 +129,10 @@ class Case:
 
     @property
     def fraction(self) -> float:
-        """Of the bound, median over the steady rounds. Above 1 where a disturbance hit the ceilings only."""
+        """Of the bound, median over the steady rounds.
+
+        Above 1 where a disturbance hit the ceilings only.
+        """
         pairs = zip(self.round_fractions, self.steady_rounds, strict=True)
         return statistics.median(fraction for fraction, counts in pairs if counts)
 
@@ -230,7 +238,8 @@ def measure(
 ) -> Result:
     """Check each layer at every number of tokens, and measure them in rounds.
 
-    progress : told (steps done, steps in all, what comes). Raises RuntimeError if a layer computes wrong.
+    progress : told (steps done, steps in all, what comes). Raises RuntimeError if a layer computes
+        wrong.
     """
     steps = len(tokens) * (1 + rounds)
     hidden = hidden_states(shape, max(tokens))

@@ -47,8 +47,8 @@ class Shape:
         )
 
 
-# Large models are cut to as many experts as fit 24 GiB in every format: a call of a few tokens still reads all its
-# experts from RAM. Biases and shared experts are left out.
+# Large models are cut to as many experts as fit 24 GiB in every format: a call of a few tokens
+# still reads all its experts from RAM. Biases and shared experts are left out.
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -62,7 +62,9 @@ SHAPES = {
 
 
 class Routing(NamedTuple):
-    """ids : int64 (tokens, top_k), distinct in a row. weights : float32 (tokens, top_k), rows sum to 1. touched : experts."""
+    """ids : int64 (tokens, top_k), distinct in a row. weights : float32 (tokens, top_k),
+    rows sum to 1. touched : experts.
+    """
 
     ids: np.ndarray
     weights: np.ndarray

@@ -1,4 +1,6 @@
-"""Where weights come from: safetensors checkpoints, read as hostile bytes, and ktk's packed directories."""
+"""Where weights come from: safetensors checkpoints, read as hostile bytes,
+and ktk's packed directories.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ __all__ = [
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF model: a .gguf file, or a directory that holds such files and no safetensors.
+    """Whether a path names a GGUF model: a .gguf file, or a directory that holds such files and no
+    safetensors.
 
     Raises CheckpointError if it cannot be looked at.
     """

@@ -1,9 +1,11 @@
 """GGUF files, single or split, read as hostile bytes; tensors are views of the mapped file.
 
-The header is parsed here: ``gguf.GGUFReader`` makes NumPy objects of every token string and believes the counts it
-reads. A file with the tokenizer of Qwen3 (152,000 tokens, as many merges): 6.7 s there, 0.03 s here, where
-arrays are stepped over and read when asked for. Type names, block sizes and dequantisers are the gguf package's.
-Source: the GGUF format description (magic, version, counts, key-values, tensor infos, aligned data), versions 1 to 3.
+The header is parsed here: ``gguf.GGUFReader`` makes NumPy objects of every token string and
+believes the counts it reads. A file with the tokenizer of Qwen3 (152,000 tokens, as many merges):
+6.7 s there, 0.03 s here, where arrays are stepped over and read when asked for. Type names, block
+sizes and dequantisers are the gguf package's.
+Source: the GGUF format description (magic, version, counts, key-values, tensor infos, aligned
+data), versions 1 to 3.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ FOREIGN_MAGIC = {
 class GgufTensor:
     """One tensor: bytes ``begin`` to ``begin + num_bytes`` of ``file``.
 
-    type : the ggml type's name, e.g. "Q4_K"; "type 77" where the gguf package does not know it, and num_bytes is 0.
+    type : the ggml type's name, e.g. "Q4_K"; "type 77" where the gguf package does not know it, and
+        num_bytes is 0.
     shape : row-major, the ggml dimensions reversed.
     """
 
@@ -120,10 +123,12 @@ class _Cursor:
         if num_bytes > self.end - begin:
             if self.end < self.size:
                 raise _Malformed(
-                    f"byte {begin}: {what} goes beyond {MAX_HEADER} bytes: a header has at most that many"
+                    f"byte {begin}: {what} goes beyond {MAX_HEADER} bytes: a header has at most "
+                    "that many"
                 )
             raise _Malformed(
-                f"byte {begin}: {what} needs {num_bytes} bytes, the file ends at {self.size}: truncated or corrupt"
+                f"byte {begin}: {what} needs {num_bytes} bytes, the file ends at {self.size}: "
+                "truncated or corrupt"
             )
         self.position = begin + num_bytes
         return begin
@@ -163,7 +168,8 @@ class _Cursor:
         if position > self.end or (position > last and position != self.end):
             self.position = min(position, self.end)
             raise _Malformed(
-                f"byte {self.position}: a string of {what} goes beyond the end, byte {self.end}: truncated or corrupt"
+                f"byte {self.position}: a string of {what} goes beyond the end, byte {self.end}: "
+                "truncated or corrupt"
             )
         self.position = position
 
@@ -173,7 +179,9 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class _Array:
-    """An array in a header that has been stepped over: ``count`` elements of ``type`` from ``begin`` on."""
+    """An array in a header that has been stepped over:
+    ``count`` elements of ``type`` from ``begin`` on.
+    """
 
     type: int
     count: int
@@ -183,8 +191,9 @@ class _Array:
 class Metadata(Mapping[str, Any]):
     """The key-values of a GGUF model: str, int, float, bool, and lists of them.
 
-    Arrays (the tokenizer's have hundreds of thousands of strings) are read from the file when they are first
-    asked for; ``size(key)`` tells their length without that. Asking raises CheckpointError for strings that are not UTF-8.
+    Arrays (the tokenizer's have hundreds of thousands of strings) are read from the file when they
+    are first asked for; ``size(key)`` tells their length without that. Asking raises
+    CheckpointError for strings that are not UTF-8.
     """
 
     def __init__(self) -> None:
@@ -246,8 +255,8 @@ class _Header:
         version = cursor.u32("the version")
         if version and version & 0xFFFF == 0:
             raise _Malformed(
-                "byte 4: a big-endian file; convert it with gguf-convert-endian (gguf package), or download "
-                "the little-endian one"
+                "byte 4: a big-endian file; convert it with gguf-convert-endian (gguf package), "
+                "or download the little-endian one"
             )
         if version not in (1, 2, 3):
             raise _Malformed(f"byte 4: version {version}: ktk reads 1, 2 and 3")
@@ -282,7 +291,8 @@ class _Header:
             raise _Malformed(f"byte {begin}: {what} is {count}: at most {limit}")
         if count * smallest > cursor.size - cursor.position:
             raise _Malformed(
-                f"byte {begin}: {what} is {count}, each of {smallest} bytes or more: the file ends at {cursor.size}"
+                f"byte {begin}: {what} is {count}, each of {smallest} bytes or more: the file "
+                f"ends at {cursor.size}"
             )
         return count
 
@@ -331,7 +341,8 @@ class _Header:
         if count > (cursor.end - cursor.position) // smallest:
             raise _Malformed(
                 f"byte {begin}: {where} has {count} elements of at least {smallest} bytes, the "
-                f"{'file' if cursor.end == cursor.size else 'header'} ends at {cursor.end}: truncated or corrupt"
+                f"{'file' if cursor.end == cursor.size else 'header'} ends at {cursor.end}: "
+                "truncated or corrupt"
             )
         array = _Array(kind, count, cursor.position)
         if kind == STRING:
@@ -375,13 +386,16 @@ class _Header:
         value = self.values.get("general.alignment", DEFAULT_ALIGNMENT)
         if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
             raise _Malformed(
-                f"byte {self._alignment_at}: general.alignment is {value}: must be a power of two of 1 to {MAX_ALIGNMENT}"
+                f"byte {self._alignment_at}: general.alignment is {value}: must be a power of two "
+                f"of 1 to {MAX_ALIGNMENT}"
             )
         return int(value)
 
     @staticmethod
     def _info(cursor: _Cursor) -> tuple[int, str, tuple[int, ...], int, int]:
-        """One tensor info: (its byte position, name, row-major shape, type number, offset in the data)."""
+        """One tensor info: (its byte position, name, row-major shape, type number,
+        offset in the data).
+        """
         begin = cursor.position
         name = cursor.string("a tensor's name", MAX_NAME)
         where = f"tensor {shown(name)}"
@@ -435,7 +449,8 @@ class _Header:
                 size *= factor
         if begin + size > self.file.size or begin >= self.file.size:
             raise _Malformed(
-                f"{where}: bytes {begin} to {begin + size}, the file ends at {self.file.size}: truncated or corrupt"
+                f"{where}: bytes {begin} to {begin + size}, the file ends at {self.file.size}: "
+                "truncated or corrupt"
             )
         return GgufTensor(name, type_name, shape, self.path, begin, size)
 
@@ -444,13 +459,16 @@ class _Header:
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.begin, t.num_bytes)):
             if tensor.begin < end:
                 raise _Malformed(
-                    f"tensor {shown(tensor.name)}: bytes {tensor.begin} to {tensor.begin + tensor.num_bytes} overlap "
-                    f"tensor {shown(before)}, which ends at {end}"
+                    f"tensor {shown(tensor.name)}: bytes {tensor.begin} to "
+                    f"{tensor.begin + tensor.num_bytes} overlap tensor {shown(before)}, which "
+                    f"ends at {end}"
                 )
             end, before = tensor.begin + tensor.num_bytes, tensor.name
 
     def part(self) -> tuple[int, int]:
-        """(number, count) of this part of a split, the first part being 0; (0, 1) for a whole model."""
+        """(number, count) of this part of a split, the first part being 0; (0, 1)
+        for a whole model.
+        """
         number, count = self.values.get("split.no"), self.values.get("split.count")
         named = PART.fullmatch(self.path.name)
         if count is None and named and 1 <= int(named["part"]) <= int(named["parts"]):
@@ -461,7 +479,8 @@ class _Header:
             return 0, 1
         if type(number) is not int or type(count) is not int or not 0 <= number < count < 100_000:
             raise CheckpointError(
-                f"{self.path}: split.no {shown(number)} of split.count {shown(count)}: must be 0 to count - 1"
+                f"{self.path}: split.no {shown(number)} of split.count {shown(count)}: must be 0 "
+                "to count - 1"
             )
         return number, count
 
@@ -475,8 +494,8 @@ class _Header:
 class GgufCheckpoint:
     """A GGUF model of one file or several parts; ``GgufCheckpoint.open`` makes one.
 
-    path : as given. files : the parts' paths, in order. metadata : Mapping, see ``Metadata``; the parts' own
-    ``split.`` keys are left out. tensors : Mapping name -> GgufTensor.
+    path : as given. files : the parts' paths, in order. metadata : Mapping, see ``Metadata``; the
+    parts' own ``split.`` keys are left out. tensors : Mapping name -> GgufTensor.
     Arrays of ``blocks`` keep the mapped file alive. May be used from several threads at once.
     """
 
@@ -491,8 +510,8 @@ class GgufCheckpoint:
             architecture = header.values.get("general.architecture", first)
             if architecture != first:
                 raise CheckpointError(
-                    f"{header.path}: general.architecture is {shown(architecture)}, in {headers[0].path.name} it is "
-                    f"{shown(first)}: parts of different models"
+                    f"{header.path}: general.architecture is {shown(architecture)}, in "
+                    f"{headers[0].path.name} it is {shown(first)}: parts of different models"
                 )
             self.metadata.add(header, skip_prefix="split.")
             for name, tensor in header.tensors.items():
@@ -504,7 +523,8 @@ class GgufCheckpoint:
         said = headers[0].values.get("split.tensors.count")
         if said is not None and len(headers) > 1 and said != len(tensors):
             raise CheckpointError(
-                f"{headers[0].path}: split.tensors.count is {shown(said)}, the parts hold {len(tensors)} tensors: "
+                f"{headers[0].path}: split.tensors.count is {shown(said)}, the parts hold "
+                f"{len(tensors)} tensors: "
                 "parts of different files; download them again"
             )
         self.tensors: Mapping[str, GgufTensor] = MappingProxyType(tensors)
@@ -513,8 +533,10 @@ class GgufCheckpoint:
     def open(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
         """Open a .gguf file, any part of a split one, or a directory that holds one model.
 
-        A directory is looked at without its sub-directories; vision projectors and adapters in it are left out.
-        Raises CheckpointError, naming the parts that are missing, or the models if there are several.
+        A directory is looked at without its sub-directories; vision projectors and adapters in it
+        are left out.
+        Raises CheckpointError, naming the parts that are missing, or the models if there are
+        several.
         """
         path = user_path(path)
         try:
@@ -540,8 +562,8 @@ class GgufCheckpoint:
         if not tensor.is_known:
             removed = tensor.type in REMOVED_TYPES.values()
             raise CheckpointError(
-                f"{tensor.file}: tensor {shown(name)} (byte {tensor.begin}) is of {'the removed type ' if removed else ''}"
-                f"{tensor.type}: "
+                f"{tensor.file}: tensor {shown(name)} (byte {tensor.begin}) is of "
+                f"{'the removed type ' if removed else ''}{tensor.type}: "
                 + (
                     "re-quantise the model from its original weights"
                     if removed
@@ -551,7 +573,9 @@ class GgufCheckpoint:
         return tensor
 
     def blocks(self, name: str) -> np.ndarray:
-        """uint8 (*shape[:-1], row_bytes), read-only: the tensor's blocks as they lie in the mapped file."""
+        """uint8 (*shape[:-1], row_bytes), read-only:
+        the tensor's blocks as they lie in the mapped file.
+        """
         tensor = self.info(name)
         raw = self._mapped[tensor.file].data[tensor.begin : tensor.begin + tensor.num_bytes]
         return raw.reshape(*tensor.shape[:-1], tensor.row_bytes)
@@ -561,10 +585,11 @@ class GgufCheckpoint:
         return self._mapped[file].data
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """A tensor, or its ``rows`` start to stop along dimension 0, dequantised by the gguf package.
+        """A tensor, or its ``rows`` start to stop along dimension 0, dequantised by the gguf
+        package.
 
-        Returns float32, an array of the caller's own. Raises CheckpointError if the type is no weight format,
-        ValueError if rows lie outside the tensor.
+        Returns float32, an array of the caller's own. Raises CheckpointError if the type is no
+        weight format, ValueError if rows lie outside the tensor.
         """
         tensor = self.info(name)
         blocks = self.blocks(name)
@@ -581,7 +606,8 @@ class GgufCheckpoint:
                 values = quants.dequantize(blocks, kind)
         except NotImplementedError:
             raise CheckpointError(
-                f"{tensor.file}: tensor {shown(name)} is {tensor.type}, which gguf {_gguf_version()} does not dequantise"
+                f"{tensor.file}: tensor {shown(name)} is {tensor.type}, which gguf "
+                f"{_gguf_version()} does not dequantise"
             ) from None
         return np.array(values, np.float32)
 
@@ -646,7 +672,10 @@ def _directory_parts(path: Path) -> list[_Header]:
             models.setdefault(model, []).append(header)
     if len(models) != 1:
         raise CheckpointError(
-            f"{path}: holds {len(models)} models ({', '.join(list(models)[:8])}): must be one; name the file"
+            (
+                f"{path}: holds {len(models)} models ({', '.join(list(models)[:8])}): must be "
+                "one; name the file"
+            )
             if models
             else f"{path}: holds no model, only {', '.join(beside[:8])}"
         )
@@ -677,12 +706,14 @@ def _ordered(path: Path, headers: list[_Header], count: int) -> list[_Header]:
         number, parts = header.part()
         if parts != count:
             raise CheckpointError(
-                f"{header.path}: is part {number + 1} of {parts}, another file beside it is of {count} parts: "
+                f"{header.path}: is part {number + 1} of {parts}, another file beside it is of "
+                f"{count} parts: "
                 "parts of different splits"
             )
         if number in seen:
             raise CheckpointError(
-                f"{path}: {seen[number].path.name} and {header.path.name} are both part {number + 1} of {count}"
+                f"{path}: {seen[number].path.name} and {header.path.name} are both part "
+                f"{number + 1} of {count}"
             )
         seen[number] = header
     return [seen[number] for number in sorted(seen)]

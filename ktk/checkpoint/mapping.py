@@ -1,8 +1,9 @@
 """A file as read-only memory: shared with every process that maps it, readable ahead, never a copy.
 
-The pages belong to the page cache: the kernel drops and rereads them as it likes, so a file larger than the memory
-is slow, never killed. What the map cannot promise: a file that another process cuts off while it is mapped
-gives SIGBUS where ``preadv`` would give an error; replace model files by renaming, as downloaders do.
+The pages belong to the page cache: the kernel drops and rereads them as it likes, so a file larger
+than the memory is slow, never killed. What the map cannot promise: a file that another process cuts
+off while it is mapped gives SIGBUS where ``preadv`` would give an error; replace model files by
+renaming, as downloaders do.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 from ktk.checkpoint.safetensors import open_regular
 from ktk.errors import CheckpointError
 
-# madvise(WILLNEED) reads no more per call than the device's readahead window: of 64 MiB asked for at once 8 came
-# where read_ahead_kb is 8192. Its usual value is 128.
+# madvise(WILLNEED) reads no more per call than the device's readahead window: of 64 MiB asked for
+# at once 8 came where read_ahead_kb is 8192. Its usual value is 128.
 ADVICE_STEP = 128 << 10
 RESIDENCY_SAMPLES = 16
 
@@ -54,9 +55,11 @@ class MappedFile:
             self.data = np.frombuffer(self._map, np.uint8)
 
     def will_need(self, begin: int, num_bytes: int) -> None:
-        """Ask the OS to read bytes ``begin`` to ``begin + num_bytes`` ahead; returns before they are there.
+        """Ask the OS to read bytes ``begin`` to ``begin + num_bytes`` ahead; returns before they
+        are there.
 
-        Takes 0.2 ms per MB that is not in memory, without the GIL. Only advice: failures are not told.
+        Takes 0.2 ms per MB that is not in memory, without the GIL. Only advice: failures are not
+        told.
         """
         begin, end = _clipped(begin, num_bytes, self.size)
         if self._map is None or not hasattr(mmap, "MADV_WILLNEED"):
@@ -70,9 +73,11 @@ class MappedFile:
             madvise(self.data.ctypes.data + start, length, mmap.MADV_WILLNEED)
 
     def is_resident(self, begin: int, num_bytes: int) -> bool:
-        """Whether a few pages spread over the range are all in memory; True where the OS does not tell.
+        """Whether a few pages spread over the range are all in memory; True where the OS does not
+        tell.
 
-        Source: mincore(2). Linux tells the truth only to who may write the file, and says True to others.
+        Source: mincore(2). Linux tells the truth only to who may write the file, and says True to
+        others.
         """
         begin, end = _clipped(begin, num_bytes, self.size)
         mincore = _c_function("mincore", ctypes.c_void_p)

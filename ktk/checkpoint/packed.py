@@ -1,9 +1,10 @@
-"""Packed directories: one ``ktk-experts-LLLLL.safetensors`` per MoE layer, and config.json that names them.
+"""Packed directories: one ``ktk-experts-LLLLL.safetensors`` per MoE layer, and config.json that
+names them.
 
-Such a file holds one U8 tensor (num_experts, expert_bytes) called ``experts``; its header is padded with
-spaces so that the data begins at a multiple of 4096 and any expert can be read with O_DIRECT.
-``__metadata__["ktk"]`` is JSON of layout_version, layer and the MoESpec. The bytes of a file depend on
-nothing but these and the experts. Files appear under their final names complete or not at all.
+Such a file holds one U8 tensor (num_experts, expert_bytes) called ``experts``; its header is padded
+with spaces so that the data begins at a multiple of 4096 and any expert can be read with O_DIRECT.
+``__metadata__["ktk"]`` is JSON of layout_version, layer and the MoESpec. The bytes of a file depend
+on nothing but these and the experts. Files appear under their final names complete or not at all.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def list_layers(directory: str | os.PathLike[str]) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that becomes ``path`` when the block ends without an exception: fsync, then rename.
+    """A binary file that becomes ``path`` when the block ends without an exception: fsync, then
+    rename.
 
     Until then it has a temporary name in the same directory; on an exception it is removed.
     """
@@ -131,8 +133,9 @@ def write_layer(
 ) -> Path:
     """Write one layer's file into ``directory`` and return its path.
 
-    spans : the experts in order, each uint8 (expert_bytes,); one is held at a time. Raises ValueError if
-    they are too few, too many or of another size, OSError if the disk is full; no file is left then.
+    spans : the experts in order, each uint8 (expert_bytes,); one is held at a time. Raises
+    ValueError if they are too few, too many or of another size, OSError if the disk is full; no
+    file is left then.
     """
     path = layer_path(directory, layer)
     size, count = spec.layout.expert_bytes, 0
@@ -170,8 +173,8 @@ def read_layer(
 
     num_threads : experts read and checked at a time, default the physical cores, eight at most.
     experts : those to read, the others are then not stored; None: all.
-    Raises CheckpointError if the file is missing, malformed, of another layout version, or holds a scale or
-    bias that is NaN or infinite.
+    Raises CheckpointError if the file is missing, malformed, of another layout version, or holds a
+    scale or bias that is NaN or infinite.
     """
     file = SafetensorsFile(layer_path(directory, layer))
     try:
@@ -187,8 +190,8 @@ def read_layer(
             if fault:
                 begin = file.tensors[TENSOR].begin + expert * size
                 raise CheckpointError(
-                    f"{file.path}: layer {layer} expert {expert}: {fault} NaN or infinite "
-                    f"(tensor {TENSOR!r}, bytes {begin} to {begin + size}); convert this layer again"
+                    f"{file.path}: layer {layer} expert {expert}: {fault} NaN or infinite (tensor "
+                    f"{TENSOR!r}, bytes {begin} to {begin + size}); convert this layer again"
                 )
 
         # Beyond eight readers no disk gets faster.
@@ -201,7 +204,10 @@ def read_layer(
 
 
 def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
-    """What a packed directory holds; every layer file's header is checked. Raises CheckpointError."""
+    """What a packed directory holds; every layer file's header is checked.
+
+    Raises CheckpointError.
+    """
     directory = user_path(directory)
     names = _listdir(directory)
     path = directory / "config.json"
@@ -215,8 +221,8 @@ def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
     said = config.get("quantization_config")
     if not isinstance(said, dict) or said.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"{path}: quantization_config.quant_method is not {QUANT_METHOD!r}: not a packed directory; "
-            "run ktk convert on it first"
+            f"{path}: quantization_config.quant_method is not {QUANT_METHOD!r}: not a packed "
+            "directory; run ktk convert on it first"
         )
     _check_version(said.get("layout_version"), path)
     layers = said.get("layers")
@@ -229,7 +235,8 @@ def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
         for layer, spec in specs.items():
             if key in said and said[key] != getattr(spec, key):
                 raise CheckpointError(
-                    f"{layer_path(directory, layer)}: {key}={getattr(spec, key)!r}, {path} says {said[key]!r}; "
+                    f"{layer_path(directory, layer)}: {key}={getattr(spec, key)!r}, {path} says "
+                    f"{said[key]!r}; "
                     "the directory mixes two conversions: convert again"
                 )
     return PackedConfig(
@@ -278,8 +285,8 @@ def _spec(file: SafetensorsFile, layer: int) -> MoESpec:
     info, wanted = file.tensors[TENSOR], (spec.num_experts, spec.layout.expert_bytes)
     if info.dtype != "U8" or info.shape != wanted:
         raise CheckpointError(
-            f"{path}: tensor {TENSOR!r} (bytes {info.begin} to {info.end}) is {info.dtype} {info.shape}: "
-            f"its spec needs U8 {wanted}"
+            f"{path}: tensor {TENSOR!r} (bytes {info.begin} to {info.end}) is {info.dtype} "
+            f"{info.shape}: its spec needs U8 {wanted}"
         )
     return spec
 
@@ -287,7 +294,8 @@ def _spec(file: SafetensorsFile, layer: int) -> MoESpec:
 def _check_version(version: object, path: Path) -> None:
     if type(version) is not int or version != LAYOUT_VERSION:
         raise CheckpointError(
-            f"{path}: layout version {version!r}: this ktk reads {LAYOUT_VERSION}; convert the checkpoint again"
+            f"{path}: layout version {version!r}: this ktk reads {LAYOUT_VERSION}; convert the "
+            "checkpoint again"
         )
 
 

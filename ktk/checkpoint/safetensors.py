@@ -1,8 +1,9 @@
 """Safetensors files and checkpoints of them, read as hostile bytes.
 
-Headers are read when a checkpoint is opened, tensors on demand with ``preadv``: a file that is cut off while
-it is read gives a CheckpointError, where a memory map would give SIGBUS, and the page cache stays out of
-this process's memory. Every offset is checked against the file before anything is allocated for it.
+Headers are read when a checkpoint is opened, tensors on demand with ``preadv``: a file that is cut
+off while it is read gives a CheckpointError, where a memory map would give SIGBUS, and the page
+cache stays out of this process's memory. Every offset is checked against the file before anything
+is allocated for it.
 Source: the safetensors format description (8-byte little-endian header length, JSON header, data).
 """
 
@@ -29,7 +30,8 @@ MAX_JSON = 100_000_000  # bytes of config.json or an index
 MAX_DIMENSIONS = 32
 READ_STEP = 1 << 30  # Linux moves at most 2 GiB - 4 KiB per call
 
-# Format name -> NumPy dtype of the raw bits. Floats NumPy lacks come as unsigned integers of their width.
+# Format name -> NumPy dtype of the raw bits. Floats NumPy lacks come as unsigned integers of their
+# width.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -52,7 +54,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: ``dtype`` as the format names it, bytes ``begin`` to ``end`` of ``file``."""
+    """One tensor of a file: ``dtype`` as the format names it,
+    bytes ``begin`` to ``end`` of ``file``.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,7 +74,9 @@ class _Malformed(Exception):
 
 
 def strict_json(raw: bytes) -> Any:
-    """Parse JSON from a stranger; raises ``ValueError`` on duplicate keys and on nesting too deep to parse."""
+    """Parse JSON from a stranger; raises ``ValueError`` on duplicate keys and on nesting too
+    deep to parse.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -108,7 +114,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def open_regular(path: Path) -> tuple[int, int]:
-    """Open a regular file for reading: (descriptor, size in bytes). CheckpointError says why not."""
+    """Open a regular file for reading: (descriptor, size in bytes).
+
+    CheckpointError says why not.
+    """
     try:
         # O_NONBLOCK: opening a named pipe must not hang; it means nothing for a regular file.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -116,7 +125,8 @@ def open_regular(path: Path) -> tuple[int, int]:
         if os.path.islink(path) and not os.path.exists(path):
             target = os.readlink(path)
             raise CheckpointError(
-                f"{path}: symbolic link to {target}, which does not exist; download the checkpoint again"
+                f"{path}: symbolic link to {target}, which does not exist; download the "
+                "checkpoint again"
             ) from None
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: cannot be opened: {reason}") from None
@@ -142,7 +152,8 @@ def read_into(fd: int, view: memoryview, offset: int, what: str) -> None:
             ) from None
         if count == 0:
             raise CheckpointError(
-                f"{what}: bytes {offset} to {offset + total} wanted, the file ends at {offset + done}: "
+                f"{what}: bytes {offset} to {offset + total} wanted, the file ends at "
+                f"{offset + done}: "
                 "it was truncated; copy or download it again"
             )
         done += count
@@ -186,7 +197,8 @@ class SafetensorsFile:
             raise _Malformed("header of 0 bytes: must hold a JSON object")
         if 8 + length > self.size:
             raise _Malformed(
-                f"header is bytes 8 to {8 + length}, the file ends at {self.size}: truncated or not safetensors"
+                f"header is bytes 8 to {8 + length}, the file ends at {self.size}: truncated or "
+                "not safetensors"
             )
         raw = bytearray(length)
         read_into(self.fd, memoryview(raw), 8, str(self.path))
@@ -221,7 +233,8 @@ class SafetensorsFile:
             or not all(map(_is_size, shape))
         ):
             raise _Malformed(
-                f"{where}: shape {shown(shape)}: must be at most {MAX_DIMENSIONS} ints of 0 to 2**63-1"
+                f"{where}: shape {shown(shape)}: must be at most {MAX_DIMENSIONS} ints of 0 to "
+                "2**63-1"
             )
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
             raise _Malformed(
@@ -232,7 +245,8 @@ class SafetensorsFile:
             raise _Malformed(f"{where}: bytes {begin} to {end}: begin lies behind end")
         if end > self.size:
             raise _Malformed(
-                f"{where}: bytes {begin} to {end}, the file ends at {self.size}: truncated or corrupt"
+                f"{where}: bytes {begin} to {end}, the file ends at {self.size}: truncated or "
+                "corrupt"
             )
         elements = nonzero = 1
         for size in shape:
@@ -243,7 +257,8 @@ class SafetensorsFile:
         wanted = elements * DTYPES[dtype].itemsize
         if wanted != end - begin:
             raise _Malformed(
-                f"{where}: bytes {begin} to {end} are {end - begin}, {dtype} {shown(shape)} needs {wanted}"
+                f"{where}: bytes {begin} to {end} are {end - begin}, {dtype} {shown(shape)} needs "
+                f"{wanted}"
             )
         return TensorInfo(dtype, tuple(shape), self.path, begin, end)
 
@@ -276,8 +291,8 @@ class SafetensorsFile:
 class Checkpoint:
     """Tensors of a directory or of one file, by name; ``Checkpoint.open`` makes one.
 
-    tensors : Mapping name -> TensorInfo. files : the SafetensorsFile read. config : config.json as a dict,
-    read on first use. A Checkpoint may be read from several threads at once.
+    tensors : Mapping name -> TensorInfo. files : the SafetensorsFile read. config : config.json as
+    a dict, read on first use. A Checkpoint may be read from several threads at once.
     """
 
     def __init__(
@@ -312,9 +327,9 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Open a Hugging Face directory, or one .safetensors file.
 
-        A directory is read by its model.safetensors.index.json, else as model.safetensors, else by the only
-        other index in it, else as all its .safetensors files. Symbolic links are followed, as the hub's
-        cache needs. Raises CheckpointError.
+        A directory is read by its model.safetensors.index.json, else as model.safetensors, else by
+        the only other index in it, else as all its .safetensors files. Symbolic links are followed,
+        as the hub's cache needs. Raises CheckpointError.
         """
         path = user_path(path)
         names: dict[str, Path] | None = None
@@ -326,7 +341,8 @@ class Checkpoint:
             paths = [path]
         else:
             raise CheckpointError(
-                f"{path}: no such file or directory; give a Hugging Face directory or a .safetensors file"
+                f"{path}: no such file or directory; give a Hugging Face directory or a "
+                ".safetensors file"
             )
         files: list[SafetensorsFile] = []
         try:
@@ -373,8 +389,9 @@ class Checkpoint:
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
         """The raw bits of a tensor, or of its ``rows`` start to stop along dimension 0.
 
-        Returns an array of the caller's own: F32, F16, integers as such, BF16 as uint16, fp8 and BOOL as
-        uint8, (stop - start, ...). Raises CheckpointError, ValueError if rows lie outside the tensor.
+        Returns an array of the caller's own: F32, F16, integers as such, BF16 as uint16, fp8 and
+        BOOL as uint8, (stop - start, ...). Raises CheckpointError, ValueError if rows lie outside
+        the tensor.
         """
         info = self.info(name)
         shape, offset = info.shape, 0
@@ -434,7 +451,8 @@ def _directory_files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
             or "\\" in file
         ):
             raise CheckpointError(
-                f"{index}: tensor {shown(name)} is placed in {shown(file)}: must be a file inside the directory"
+                f"{index}: tensor {shown(name)} is placed in {shown(file)}: must be a file inside "
+                "the directory"
             )
         names[name] = path / file
     files = sorted(set(names.values()))

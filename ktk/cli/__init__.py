@@ -1,6 +1,8 @@
-"""The command line. Each sub-command is a module with a function ``command`` and one line in COMMANDS.
+"""The command line. Each sub-command is a module with a function ``command`` and one line in
+COMMANDS.
 
-A ``command`` is an ordinary typer function; heavy imports belong inside it, so that ``ktk --help`` is quick.
+A ``command`` is an ordinary typer function; heavy imports belong inside it, so that ``ktk --help``
+is quick.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def _root(
 
 
 def _with_home(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, a leading ~ in its paths expanded: no shell does that after ``--option=`` or in quotes."""
+    """The command, a leading ~ in its paths expanded:
+    no shell does that after ``--option=`` or in quotes.
+    """
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -70,7 +74,9 @@ def app() -> typer.Typer:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a failure is one line on stderr and exit code 1 (KTK_LOG=debug: with traceback)."""
+    """Run the command line; a failure is one line on stderr and exit code 1 (KTK_LOG=debug:
+    with traceback).
+    """
     debug = False
     try:
         debug = env.log_level() == "debug"

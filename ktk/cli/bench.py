@@ -1,4 +1,6 @@
-"""``ktk bench``: one MoE layer's speed per method and number of tokens, beside what the machine could give."""
+"""``ktk bench``: one MoE layer's speed per method and number of tokens,
+beside what the machine could give.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def chosen_shapes(
     experts: int | None,
     top_k: int | None,
 ) -> list[Shape]:
-    """The named shapes, or the one of explicit sizes. ValueError says what is missing or unknown."""
+    """The named shapes, or the one of explicit sizes.
+
+    ValueError says what is missing or unknown.
+    """
     from ktk.bench.shapes import SHAPES, Shape
 
     if hidden is not None or intermediate is not None:
@@ -51,7 +56,10 @@ def chosen_shapes(
         missing = [name for name, value in sizes.items() if value is None]
         if missing or names:
             raise ValueError(
-                "a layer of your own needs --hidden, --intermediate, --experts and --top-k, and no --shape: "
+                (
+                    "a layer of your own needs --hidden, --intermediate, --experts and --top-k, "
+                    "and no --shape: "
+                )
                 + (f"{', '.join(missing)} missing" if missing else "--shape given too")
             )
         assert hidden and intermediate and experts and top_k
@@ -73,8 +81,8 @@ def command(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="qwen3-30b-a3b, deepseek-v3, mixtral-8x7b, gpt-oss-120b, kimi-k2; several with commas. "
-            "Large models are cut to fewer experts; --experts takes another number."
+            help="qwen3-30b-a3b, deepseek-v3, mixtral-8x7b, gpt-oss-120b, kimi-k2; several with "
+            "commas. Large models are cut to fewer experts; --experts takes another number."
         ),
     ] = None,
     hidden: Annotated[
@@ -90,8 +98,9 @@ def command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="FORMAT, FORMAT:GROUP, BACKEND:FORMAT or BACKEND:FORMAT:GROUP (INT4:128, AVX2:INT8), LLAMAFILE:TYPE "
-            "or LLAMAFILE:TYPE:repack (GGUF blocks as they are or in the kernels' order, LLAMAFILE:Q4_K), "
+            help="FORMAT, FORMAT:GROUP, BACKEND:FORMAT or BACKEND:FORMAT:GROUP (INT4:128, "
+            "AVX2:INT8), LLAMAFILE:TYPE or LLAMAFILE:TYPE:repack (GGUF blocks as they are or "
+            "in the kernels' order, LLAMAFILE:Q4_K), "
             f"or torch, its bf16 loop over experts; several with commas. Default: {METHODS}."
         ),
     ] = None,
@@ -108,9 +117,11 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Measure one MoE layer's speed, and how near it comes to what memory and arithmetic units give.
+    """Measure one MoE layer's speed, and how near it comes to what memory and arithmetic units
+    give.
 
-    Every round samples the machine's ceilings before and after the calls, so the fractions hold on a busy machine.
+    Every round samples the machine's ceilings before and after the calls, so the fractions hold on
+    a busy machine.
 
     \b
     ktk bench
@@ -161,7 +172,9 @@ def number(text: str, option: str) -> int:
 
 
 class StepProgress:
-    """A bar on a terminal's stderr that appears once a run has taken PROGRESS_AFTER seconds, and goes away."""
+    """A bar on a terminal's stderr that appears once a run has taken PROGRESS_AFTER seconds,
+    and goes away.
+    """
 
     def __init__(self) -> None:
         self.begin = time.monotonic()
@@ -215,7 +228,8 @@ def print_tables(found: dict[str, Any], results: list[Result]) -> None:
         console.print(f"\n[bold]{escape(str(result.shape))}[/bold]")
         for layer in result.layers:
             console.print(
-                f"{escape(layer['method'])}: {escape(layer['kernel'])}, {layer['bits_per_weight']:.2f} bits per weight, "
+                f"{escape(layer['method'])}: {escape(layer['kernel'])}, "
+                f"{layer['bits_per_weight']:.2f} bits per weight, "
                 f"{layer['layer_bytes'] / 1e9:.2f} GB"
                 + (", may stay in cache" if layer["in_cache"] else "")
             )
@@ -229,9 +243,15 @@ def print_tables(found: dict[str, Any], results: list[Result]) -> None:
         has_bars = console.width >= OTHER_COLUMNS + longest + BAR  # names matter more
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         for heading, justify in (
-            ("tokens", "right"), ("method", "left"), ("ms", "right"), ("GB/s", "right"), ("GOP/s", "right"),
-            ("bound by", "left"), ("of bound", "right"), *([("", "left")] if has_bars else []),
-        ):  # fmt: skip
+            ("tokens", "right"),
+            ("method", "left"),
+            ("ms", "right"),
+            ("GB/s", "right"),
+            ("GOP/s", "right"),
+            ("bound by", "left"),
+            ("of bound", "right"),
+            *([("", "left")] if has_bars else []),
+        ):
             table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         last = None
         for case in result.cases:
@@ -251,6 +271,7 @@ def print_tables(found: dict[str, Any], results: list[Result]) -> None:
             last = case.num_tokens
         console.print(table)
     console.print(
-        "GB/s: codes and scales of the experts touched. Bound: the larger of those bytes by the read ceiling and "
-        "the operations by the kernel's peak; fractions are medians over rounds, ceilings taken in each."
+        "GB/s: codes and scales of the experts touched. Bound: the larger of those bytes by the "
+        "read ceiling and the operations by the kernel's peak; fractions are medians over rounds, "
+        "ceilings taken in each."
     )

@@ -54,7 +54,8 @@ def command(
     opened = opening.load(model, method, weight_format, linear, dtype, force)
     if not opened.tokenizer.chat_template:
         raise ValueError(
-            f"{model} has no chat template, so it was made to continue text: use ktk run {model} PROMPT"
+            f"{model} has no chat template, so it was made to continue text: use ktk run {model} "
+            "PROMPT"
         )
     from ktk.generate.session import Session
 

@@ -31,8 +31,8 @@ def command(
     quant_method: Annotated[
         str,
         typer.Option(
-            help="int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, "
-            "iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
+            help="int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, "
+            "iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
         ),
     ] = "int4",
     input_type: Annotated[

@@ -38,11 +38,14 @@ def command(
         bool, typer.Option("--json", help="Print one JSON object instead of the table.")
     ] = False,
 ) -> None:
-    """Convert a model's experts to INT8, INT4 and GGUF files, answer a question with each, and compare with bf16."""
+    """Convert a model's experts to INT8, INT4 and GGUF files, answer a question with each,
+    and compare with bf16.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; read when transformers is imported
     from rich.console import Console
 
-    import ktk.integration.transformers  # noqa: F401  # says what to install if transformers is missing
+    # says what to install if transformers is missing
+    import ktk.integration.transformers  # noqa: F401
     from ktk.demo.run import Options, Reporter, run
 
     console = Console(highlight=False, soft_wrap=True)

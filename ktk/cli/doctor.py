@@ -1,4 +1,6 @@
-"""``ktk doctor``: what this machine is, which backends run on it or why not, and how GGUF types run."""
+"""``ktk doctor``: what this machine is, which backends run on it or why not,
+and how GGUF types run.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +103,10 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what this machine is and which backends run on it; or what a model is, what runs it, if it fits (else exit code 1), and,
-    once it is loaded and tried, which fast paths it takes or why not."""
+    """Show what this machine is and which backends run on it; or what a model is, what runs it, if
+    it fits (else exit code 1), and, once it is loaded and tried, which fast paths it takes or why
+    not.
+    """
     if model is not None:
         options = (model, method, weight_format, linear, dtype)
         _diagnose_model(options, context, headers, as_json)
@@ -126,7 +130,10 @@ def command(
         "ktk": f"{found['ktk']}, Python {found['python']}, {found['system']}",
         "packages": ", ".join(f"{k} {v or '-'}" for k, v in found["packages"].items()),
         "CPU": c["name"],
-        "cores": f"{c['physical_cores']} physical of {c['allowed_cpus']} CPUs this process may use{quota}",
+        "cores": (
+            f"{c['physical_cores']} physical of {c['allowed_cpus']} CPUs this process may "
+            f"use{quota}"
+        ),
         "features": f"{' '.join(c['features']) or 'none'} (from {c['features_from']})",
         "switched off": " ".join(c["disabled"]),
         "emulated": f"{' '.join(c['emulated'])} (KTK_TILE: for tests, very slow)"
@@ -138,9 +145,14 @@ def command(
             for level, lacking in c["levels"].items()
         ),
         "NUMA": nodes,
-        "memory": f"{memory['available_bytes'] / 2**30:.1f} GiB free of {memory['total_bytes'] / 2**30:.1f} GiB",
-        "huge pages": f"transparent: {pages['enabled'] or 'unknown'}, defrag: {pages['defrag'] or 'unknown'}, "
-        f"reserved: {pages['reserved_2MiB'] or '0'}",
+        "memory": (
+            f"{memory['available_bytes'] / 2**30:.1f} GiB free of "
+            f"{memory['total_bytes'] / 2**30:.1f} GiB"
+        ),
+        "huge pages": (
+            f"transparent: {pages['enabled'] or 'unknown'}, defrag: "
+            f"{pages['defrag'] or 'unknown'}, reserved: {pages['reserved_2MiB'] or '0'}"
+        ),
         "extension": f"built, kernels {found['extension']['kernels']}"
         if found["extension"]["built"]
         else "not built: Numba and NumPy run; reinstall with a C compiler for the fast kernels",
@@ -167,7 +179,9 @@ Options = tuple[str, str, str, str, str | None]  # path, method, weight format, 
 
 
 def _diagnose_model(options: Options, context: int | None, headers: bool, as_json: bool) -> None:
-    """What a model is and needs, and what it is like when it runs; exit code 1 if it cannot run here."""
+    """What a model is and needs, and what it is like when it runs;
+    exit code 1 if it cannot run here.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -196,7 +210,9 @@ def _diagnose_model(options: Options, context: int | None, headers: bool, as_jso
 
 
 def _fast_paths(options: Options) -> list[Any]:
-    """Loads the model, continues a short text with it as ``ktk run`` and as ``ktk serve`` do, and tells what was fast."""
+    """Loads the model, continues a short text with it as ``ktk run`` and as ``ktk serve`` do,
+    and tells what was fast.
+    """
     from ktk.generate.engine import Limits
     from ktk.generate.trial import start_engine
     from ktk.integration.transformers.fast_paths import memory_paths, run_paths

@@ -23,8 +23,9 @@ def command(
         typer.Option(
             "--format",
             "-f",
-            help="int8, int4:32 (:64, :128, :0 = per channel), a GGUF type (Q4_K; Q4_K:ggml quantised by llama.cpp), or the "
-            "path of a converted directory or GGUF file; again for more. Default: all.",
+            help="int8, int4:32 (:64, :128, :0 = per channel), a GGUF type (Q4_K; Q4_K:ggml "
+            "quantised by llama.cpp), or the path of a converted directory or GGUF file; "
+            "again for more. Default: all.",
         ),
     ] = None,
     method: Annotated[
@@ -40,7 +41,8 @@ def command(
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="Another UTF-8 text: adds each format calibrated on it, llama.cpp's by importance matrix."
+            help="Another UTF-8 text: adds each format calibrated on it, llama.cpp's by importance "
+            "matrix."
         ),
     ] = None,
     calibrate_tokens: Annotated[
@@ -58,9 +60,11 @@ def command(
         bool, typer.Option("--json", help="Print one JSON object instead of the table.")
     ] = False,
 ) -> None:
-    """Perplexity, KL divergence and top-1 agreement of quantised experts against the unquantised model.
+    """Perplexity, KL divergence and top-1 agreement of quantised experts against the unquantised
+    model.
 
-    Example: ktk eval demo/smollm2-moe --text book.txt -f int4 -f Q4_K --calibrate other.txt --plot accuracy.png
+    Example: ktk eval demo/smollm2-moe --text book.txt -f int4 -f Q4_K --calibrate other.txt --plot
+    accuracy.png
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; read when transformers is imported
     if plot is not None:
@@ -68,7 +72,8 @@ def command(
     _check_texts(text, calibrate)
     from rich.console import Console
 
-    import ktk.integration.transformers  # noqa: F401  # says what to install if transformers is missing
+    # says what to install if transformers is missing
+    import ktk.integration.transformers  # noqa: F401
 
     errors = Console(stderr=True, highlight=False)
     rows: list[Row] = []
@@ -104,9 +109,15 @@ def command(
         if calibrate is not None:
             calibration = torch.tensor(windows_of(calibrate, calibrate_tokens))
         for row in evaluate(
-            model, parts, variants, ggml=library, calibration_ids=calibration, method=method,
-            activation_group=activation_group, step=lambda label: status.update(f"{label} ({len(rows)} of {len(variants) + 1})"),
-        ):  # fmt: skip
+            model,
+            parts,
+            variants,
+            ggml=library,
+            calibration_ids=calibration,
+            method=method,
+            activation_group=activation_group,
+            step=lambda label: status.update(f"{label} ({len(rows)} of {len(variants) + 1})"),
+        ):
             rows.append(row)
     if plot is not None:
         draw(rows, plot)
@@ -123,7 +134,8 @@ def _check_texts(text: Path, calibrate: Path | None) -> None:
     measured = read_text(text)
     if calibrate is not None and read_text(calibrate) == measured:
         raise ValueError(
-            f"--calibrate {calibrate}: is the text that is measured on; its figures would flatter, take another"
+            f"--calibrate {calibrate}: is the text that is measured on; its figures would "
+            "flatter, take another"
         )
 
 
@@ -159,13 +171,19 @@ def _print_table(rows: list[Row]) -> None:
     for row in rows:
         d = row.distance
         table.add_row(
-            row.label, f"{row.bits_per_weight:.2f}", str(row.activation_group or "-"), f"{d.perplexity:.3f}",
-            f"{d.kl:.4f}", f"{d.kl_p99:.3f}", f"{d.top1:.1%}",
-        )  # fmt: skip
+            row.label,
+            f"{row.bits_per_weight:.2f}",
+            str(row.activation_group or "-"),
+            f"{d.perplexity:.3f}",
+            f"{d.kl:.4f}",
+            f"{d.kl_p99:.3f}",
+            f"{d.top1:.1%}",
+        )
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{rows[0].distance.num_tokens} tokens. KL in nats per token against the unquantised model, all but the experts in fp32."
+        f"{rows[0].distance.num_tokens} tokens. KL in nats per token against the unquantised "
+        "model, all but the experts in fp32."
     )
 
 
@@ -178,7 +196,12 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    names = {(False, False): "ktk", (False, True): "ktk, calibrated", (True, False): "llama.cpp", (True, True): "llama.cpp, imatrix"}  # fmt: skip
+    names = {
+        (False, False): "ktk",
+        (False, True): "ktk, calibrated",
+        (True, False): "llama.cpp",
+        (True, True): "llama.cpp, imatrix",
+    }
     for (is_theirs, is_calibrated), name in names.items():
         found = [
             r
@@ -191,8 +214,13 @@ def draw(rows: list[Row], path: Path) -> None:
         x, y = [r.bits_per_weight for r in found], [r.distance.kl for r in found]
         axes.scatter(x, y, label=name, marker="x" if is_theirs else "o")
         for row in found:
-            axes.annotate(row.label.split(",")[0], (row.bits_per_weight, row.distance.kl), fontsize=7,
-                          xytext=(3, 3), textcoords="offset points")  # fmt: skip
+            axes.annotate(
+                row.label.split(",")[0],
+                (row.bits_per_weight, row.distance.kl),
+                fontsize=7,
+                xytext=(3, 3),
+                textcoords="offset points",
+            )
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("KL divergence per token (nats)")

@@ -1,4 +1,6 @@
-"""What run, chat, serve and doctor share: the options that name a model, loading it with a progress bar, its description."""
+"""What run, chat, serve and doctor share: the options that name a model,
+loading it with a progress bar, its description.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,16 @@ WeightFormat = Annotated[
     str,
     typer.Option(
         "--weight-format",
-        help="Of float experts: int8, int4, bf16, fp32; auto: int8 if it fits into memory, else int4.",
+        help="Of float experts: int8, int4, bf16, fp32; auto: int8 if it fits into memory, else "
+        "int4.",
     ),
 ]
 Linear = Annotated[
     str,
     typer.Option(
         "--linear",
-        help="Dense linear layers: file runs them as they are, int8 or int4 packs them, none leaves them to torch.",
+        help="Dense linear layers: file runs them as they are, int8 or int4 packs them, none "
+        "leaves them to torch.",
     ),
 ]
 Dtype = Annotated[
@@ -74,7 +78,9 @@ System = Annotated[str | None, typer.Option("--system", help="The system message
 
 @contextlib.contextmanager
 def loading(description: ModelDescription) -> Iterator[None]:
-    """Shows how far memory has grown towards what the model needs, on stderr, if it is a terminal and takes over 2 s."""
+    """Shows how far memory has grown towards what the model needs, on stderr,
+    if it is a terminal and takes over 2 s.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -167,13 +173,21 @@ def description_table(found: ModelDescription) -> Table:
     mapped = ", mapped: need not fit" if found.kind == "gguf" else ""
     rows: dict[str, str] = {
         "model": f"{found.path} ({kinds[found.kind]})",
-        "architecture": f"{found.architecture}, {found.num_layers} layers, {found.num_moe_layers} of them with "
-        f"{found.num_experts} experts, {found.num_experts_per_tok} for each token",
-        "experts": f"{found.weight_format}, {found.bits_per_weight:.2f} bits per weight, {size(found.expert_bytes)}{mapped}",
+        "architecture": (
+            f"{found.architecture}, {found.num_layers} layers, {found.num_moe_layers} of them "
+            f"with {found.num_experts} experts, {found.num_experts_per_tok} for each token"
+        ),
+        "experts": (
+            f"{found.weight_format}, {found.bits_per_weight:.2f} bits per weight, "
+            f"{size(found.expert_bytes)}{mapped}"
+        ),
         "run by": f"{found.backend}: {found.kernel}" if found.kernel else "nothing",
         "other weights": f"{size(found.rest_bytes - found.linear_bytes)} in {found.dtype}"
         + (f", {size(found.linear_bytes)} as the file has them" if found.linear_bytes else ""),
-        "KV cache": f"{size(found.kv_bytes)} for {found.context} tokens (the model's longest: {found.max_context or 'unknown'})",
+        "KV cache": (
+            f"{size(found.kv_bytes)} for {found.context} tokens (the model's longest: "
+            f"{found.max_context or 'unknown'})"
+        ),
         "working memory": size(OVERHEAD),
         "needed": size(found.needed_bytes),
         "free": f"{size(found.available_bytes)} of {size(found.total_bytes)}",
@@ -183,7 +197,10 @@ def description_table(found: ModelDescription) -> Table:
     elif found.fits:
         verdict = "[green]fits[/green]"
     else:
-        verdict = f"[red]does not fit[/red]: {size(found.needed_bytes - found.available_bytes)} too little"
+        verdict = (
+            f"[red]does not fit[/red]: {size(found.needed_bytes - found.available_bytes)} too "
+            "little"
+        )
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(text))

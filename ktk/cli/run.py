@@ -45,7 +45,10 @@ def command(
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
     ] = False,
 ) -> None:
-    """Answer one prompt: the text to stdout as it comes, then the speed to stderr. Ctrl-C ends it."""
+    """Answer one prompt: the text to stdout as it comes, then the speed to stderr.
+
+    Ctrl-C ends it.
+    """
     if raw and system is not None:
         raise typer.BadParameter("--raw takes no --system: it adds nothing to the prompt")
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -111,7 +114,10 @@ def interrupting(session: Any) -> Any:
 
 
 def speeds(made: Any, max_tokens: int) -> str:
-    """One line of figures about a ``Generated``, and what ended it if the model did not. max_tokens : 0: no limit was set."""
+    """One line of figures about a ``Generated``, and what ended it if the model did not.
+
+    max_tokens : 0: no limit was set.
+    """
     cached = made.prompt_tokens - made.prefilled_tokens
     kept = f" ({cached} more from the cache)" if cached else ""
     ended = {"interrupted": ", interrupted", "stop": ""}.get(made.finish_reason)

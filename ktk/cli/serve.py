@@ -22,7 +22,8 @@ EPILOG = """Examples:
 
   KTK_API_KEY=secret ktk serve Qwen3-30B-A3B-int4 --host 0.0.0.0
 
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 """
 
 
@@ -55,7 +56,8 @@ def command(
         float | None,
         typer.Option(
             min=0.001,
-            help="GiB of keys and values of all requests; default: 2, at most a quarter of what is free, but one whole context.",
+            help="GiB of keys and values of all requests; default: 2, at most a quarter of what is "
+            "free, but one whole context.",
         ),
     ] = None,
     max_requests: Annotated[
@@ -135,7 +137,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int:
-    """Bytes for the KV cache, once the model is loaded; by default enough for one sequence of one_context bytes, if they are free.
+    """Bytes for the KV cache, once the model is loaded; by default enough for one sequence of
+    one_context bytes, if they are free.
 
     Raises MemoryError if more is wanted than is free.
     """

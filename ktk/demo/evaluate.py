@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
-# Of SmolLM2's answer to it every token leads the next likeliest by 1.75 and more, where int8 experts move that lead by 0.22 at
-# most: an answer that differs is a fault, not rounding. Most questions are not like that ("What is the capital of France?": 0.12).
+# Of SmolLM2's answer to it every token leads the next likeliest by 1.75 and more, where int8
+# experts move that lead by 0.22 at most: an answer that differs is a fault, not rounding. Most
+# questions are not like that ("What is the capital of France?": 0.12).
 QUESTION = "Please tell me the capital of Germany."
 ANSWER = "The capital of Germany is Berlin."
 
 
 class Clock:
-    """A transformers streamer that only notes when each token came: first the prompt, then one by one."""
+    """A transformers streamer that only notes when each token came: first the prompt,
+    then one by one.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -30,7 +33,8 @@ class Clock:
     def decode_rate(self) -> float:
         """Tokens/s of the median step after the first token, which belongs to prefill.
 
-        The median, since one pause of a busy machine would halve a mean. Raises ValueError below two tokens.
+        The median, since one pause of a busy machine would halve a mean. Raises ValueError below
+        two tokens.
         """
         if len(self.times) < 3:
             raise ValueError(
@@ -53,7 +57,9 @@ def prompt_ids(tokenizer: Any, question: str) -> torch.Tensor:
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> tuple[str, float]:
-    """The greedy answer up to its end-of-text token, and the decoding rate over all ``max_new_tokens``."""
+    """The greedy answer up to its end-of-text token,
+    and the decoding rate over all ``max_new_tokens``.
+    """
     ids = prompt_ids(tokenizer, question)
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
@@ -75,7 +81,9 @@ def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> tu
 
 @torch.no_grad()
 def prefill_rate(model: Any, window: list[int], repeats: int = 5) -> float:
-    """Tokens/s of reading a window into an empty cache; median of ``repeats``, after one run to warm up."""
+    """Tokens/s of reading a window into an empty cache; median of ``repeats``,
+    after one run to warm up.
+    """
     ids = torch.tensor([window])
     seconds = []
     for _ in range(repeats + 1):

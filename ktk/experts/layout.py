@@ -1,17 +1,18 @@
 """panel16: the one layout of every packed expert, on disk and in memory.
 
-A panel is sixteen output channels by all of in_features, its scales first, its codes behind them, so that a kernel
-which needs the scales at once reads memory in one stream:
+A panel is sixteen output channels by all of in_features, its scales first, its codes behind them,
+so that a kernel which needs the scales at once reads memory in one stream:
 
-           scales                                               codes
-    8 bit  fp32 [16] (per channel) or bf16 [groups][16]         [K/4][16][4] bytes
-    4 bit  as above                                             [K/8][16][4] bytes; low nibble = k..k+3, high = k+4..k+7
-    bf16   none                                                 [K/2][16][2]
-    fp32   none                                                 [K][16]
+           scales                                        codes
+    8 bit  fp32 [16] (per channel) or bf16 [groups][16]  [K/4][16][4] bytes
+    4 bit  as above                                      [K/8][16][4] bytes; low nibble = k..k+3,
+                                                         high = k+4..k+7
+    bf16   none                                          [K/2][16][2]
+    fp32   none                                          [K][16]
 
-K is in_features padded to a multiple of 32, out_features is padded to a multiple of 16; padding holds
-the zero point, so it adds nothing. One 64-byte row of codes is at once a ``vpdpbusd`` operand, two
-AVX2 loads and one row of an AMX B tile (Intel SDM vol. 2, VPDPBUSD and TDPBSUD).
+K is in_features padded to a multiple of 32, out_features is padded to a multiple of 16; padding
+holds the zero point, so it adds nothing. One 64-byte row of codes is at once a ``vpdpbusd``
+operand, two AVX2 loads and one row of an AMX B tile (Intel SDM vol. 2, VPDPBUSD and TDPBSUD).
 
 An expert is one span, 4 KiB aligned: gate panel 0, up panel 0, gate panel 1, ..., then the down
 panels, then fp32 biases (gate, up, down; each padded to whole panels) where the family has them.
@@ -58,7 +59,9 @@ class MatrixLayout:
         return self.code_bytes + self.scale_bytes
 
     def scales(self, panels: np.ndarray) -> np.ndarray:
-        """The stored scales of uint8 (panels, panel_bytes): uint16 bf16 bits or float32 (panels, groups, scales_of_group); a copy."""
+        """The stored scales of uint8 (panels, panel_bytes):
+        uint16 bf16 bits or float32 (panels, groups, scales_of_group); a copy.
+        """
         width = self.num_groups * self.scales_of_group * (2 if self.scales_are_bf16 else 4)
         raw = np.ascontiguousarray(panels[:, :width])
         stored = raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
@@ -70,7 +73,9 @@ class MatrixLayout:
 
     @property
     def ladder(self) -> np.ndarray:
-        """What the search of a scale tries (``Search``), float32 (candidates,); of integer formats."""
+        """What the search of a scale tries (``Search``), float32 (candidates,);
+        of integer formats.
+        """
         search = self.format.search
         assert search is not None
         return np.array(
@@ -110,7 +115,9 @@ class ExpertLayout:
         return self.down if projection == "down" else self.gate_up
 
     def panels(self, spans: np.ndarray, projection: str) -> np.ndarray:
-        """One projection's panels in spans uint8 (..., expert_bytes): uint8 (..., num_panels, panel_bytes), a view."""
+        """One projection's panels in spans uint8 (..., expert_bytes): uint8 (..., num_panels,
+        panel_bytes), a view.
+        """
         size = self.matrix(projection).panel_bytes
         if projection == "down":
             part = spans[..., self.down_offset : self.down_end]

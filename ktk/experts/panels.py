@@ -1,4 +1,6 @@
-"""Codes and scales to panels and back, in NumPy; what lies where is said in ``ktk.experts.layout``."""
+"""Codes and scales to panels and back, in NumPy;
+what lies where is said in ``ktk.experts.layout``.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ def _unit(layout: MatrixLayout) -> int:
 
 
 def lay_panels(codes: np.ndarray, scales: np.ndarray, layout: MatrixLayout) -> np.ndarray:
-    """Codes (padded_out, padded_in), scales float32 (padded_out, num_groups) to uint8 (num_panels, panel_bytes).
+    """Codes (padded_out, padded_in), scales float32 (padded_out, num_groups) to uint8 (num_panels,
+    panel_bytes).
 
-    codes : uint8, bf16 bits or float32, as the format has them. Scales are not looked at where the format has none; of a panel
-    that has one a group, its first row's count.
+    codes : uint8, bf16 bits or float32, as the format has them. Scales are not looked at where the
+    format has none; of a panel that has one a group, its first row's count.
     """
     p, k, unit = layout.num_panels, layout.padded_in, _unit(layout)
     out = np.zeros((p, layout.panel_bytes), np.uint8)
@@ -39,7 +42,8 @@ def lay_panels(codes: np.ndarray, scales: np.ndarray, layout: MatrixLayout) -> n
 
 
 def lay_float_panels(w: np.ndarray, layout: MatrixLayout) -> np.ndarray:
-    """float32 or bf16 bits uint16 (out, in) to bf16 or fp32 panels, uint8 (num_panels, panel_bytes).
+    """float32 or bf16 bits uint16 (out, in) to bf16 or fp32 panels, uint8 (num_panels,
+    panel_bytes).
 
     bf16 bits go into bf16 panels as they are; float32 rounds half to even.
     """
@@ -59,8 +63,9 @@ def padded(w: np.ndarray, layout: MatrixLayout, value: int = 0) -> np.ndarray:
 
 
 def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, np.ndarray]:
-    """Panels back to (codes uint8 (padded_out, padded_in), of float formats their values, float32; and
-    scales float32 (padded_out, num_groups), an empty array where there are none)."""
+    """Panels back to (codes uint8 (padded_out, padded_in), of float formats their values, float32;
+    and scales float32 (padded_out, num_groups), an empty array where there are none).
+    """
     p, k, unit = layout.num_panels, layout.padded_in, _unit(layout)
     raw, fmt = layout.codes(panels), layout.format
     if fmt.bits == 4:

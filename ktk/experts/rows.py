@@ -1,4 +1,6 @@
-"""Rows of activations on their way into a matrix and out of it, in NumPy, with the bits of the C kernels."""
+"""Rows of activations on their way into a matrix and out of it, in NumPy,
+with the bits of the C kernels.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ class QuantisedActivations:
 def quantise_activations(x: np.ndarray, padded_in: int, group: int) -> QuantisedActivations:
     """float32 (rows, in_features) to int8 codes in groups along in_features.
 
-    scale = amax / 127; code = round-half-even(x * (127 / amax)). A group holding NaN or inf gets scale NaN,
-    so its row's outputs are NaN; an all-zero group gets scale 0.
+    scale = amax / 127; code = round-half-even(x * (127 / amax)). A group holding NaN or inf gets
+    scale NaN, so its row's outputs are NaN; an all-zero group gets scale 0.
     """
     rows, in_features = x.shape
     padded = np.zeros((rows, padded_in), np.float32)
@@ -43,7 +45,9 @@ def quantise_activations(x: np.ndarray, padded_in: int, group: int) -> Quantised
 
 
 def poison_rows(x: np.ndarray) -> np.ndarray:
-    """Rows of float32 (rows, n) that hold NaN or inf become NaN throughout: inf must not be clamped to a number."""
+    """Rows of float32 (rows, n) that hold NaN or inf become NaN throughout:
+    inf must not be clamped to a number.
+    """
     finite = np.isfinite(x).all(axis=1, keepdims=True)
     return x if finite.all() else np.where(finite, x, np.float32(np.nan))
 

@@ -16,7 +16,8 @@ class MoESpec:
     """Shape and coding of one layer's experts.
 
     num_experts, hidden_size, intermediate_size : positive ints.
-    weight_format : a name of ``ktk.experts.formats.PANELS``, or "gguf": block formats, see ``StoredExperts``.
+    weight_format : a name of ``ktk.experts.formats.PANELS``, or "gguf": block formats, see
+        ``StoredExperts``.
     group_size : weights along in_features that share a scale; 0 = one scale per output channel;
         None = the format's default.
     activation_group : activations along in_features that share a scale (32, 64 or 128);
@@ -56,7 +57,9 @@ class MoESpec:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the experts lie in panels; else in a GGUF file's blocks, each matrix in its own format."""
+        """Whether the experts lie in panels; else in a GGUF file's blocks,
+        each matrix in its own format.
+        """
         return self.format.is_packed
 
     @property

@@ -1,4 +1,6 @@
-"""Experts as they are stored, in panels or in a GGUF file's blocks, and as checkpoints give them."""
+"""Experts as they are stored, in panels or in a GGUF file's blocks,
+and as checkpoints give them.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ from ktk.experts.spec import MoESpec
 class StoredMatrix:
     """One projection of all experts of a layer.
 
-    data : uint8 views of the memory that kernels read, experts at any distance: (num_experts, panels, panel bytes), panels at
-        any distance, or, in blocks, (num_experts, rows, row bytes), each expert's rows one behind the other.
-    group_size : of panels, as in MoESpec. is_repacked : blocks in the order the kernels read them, see
-        ``ktk.placement.blocks.repack``. Rows may then be padded to whole panels, and float ones to a multiple of 32 weights.
+    data : uint8 views of the memory that kernels read, experts at any distance: (num_experts,
+        panels, panel bytes), panels at any distance, or, in blocks, (num_experts, rows, row bytes),
+        each expert's rows one behind the other.
+    group_size : of panels, as in MoESpec. is_repacked : blocks in the order the kernels read them,
+        see ``ktk.placement.blocks.repack``. Rows may then be padded to whole panels, and float ones
+        to a multiple of 32 weights.
     Raises ValueError unless the data is what the format and the sizes say.
     """
 
@@ -37,7 +41,8 @@ class StoredMatrix:
         data, name = self.data, self.format.name
         if data.dtype != np.uint8 or data.ndim != 3 or 0 in data.shape:
             raise ValueError(
-                f"{name} is {data.dtype} {data.shape}: must be uint8 (experts, rows or panels, bytes)"
+                f"{name} is {data.dtype} {data.shape}: must be uint8 (experts, rows or panels, "
+                "bytes)"
             )
         if data.strides[2] != 1:
             raise ValueError(f"{name}: the bytes of a row or panel must lie one behind the other")
@@ -52,12 +57,16 @@ class StoredMatrix:
         fitting = {self.format.row_bytes(columns) for columns in (self.in_features, whole)}
         if size not in fitting:
             raise ValueError(
-                f"{name} rows of {self.in_features} weights have {size} bytes: must have {min(fitting)}"
+                f"{name} rows of {self.in_features} weights have {size} bytes: must have "
+                f"{min(fitting)}"
             )
 
     @classmethod
     def of_rows(cls, name: str, in_features: int, data: np.ndarray) -> StoredMatrix:
-        """Blocks as a GGUF file holds them, uint8 (num_experts, out_features, row bytes). name : the type's."""
+        """Blocks as a GGUF file holds them, uint8 (num_experts, out_features, row bytes).
+
+        name : the type's.
+        """
         rows = data.shape[1] if data.ndim == 3 else 0
         return cls(block_format(name), in_features, rows, data)
 
@@ -69,12 +78,16 @@ class StoredMatrix:
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """One layer's experts, ready for the kernels: in panels (``of_panels``), or in the blocks of a GGUF file.
+    """One layer's experts, ready for the kernels: in panels (``of_panels``), or in the blocks of a
+    GGUF file.
 
-    gate : None without a gate projection. Biases : float32 (stored, out_features) or None; views, at any distance.
-    order : int64 (num_experts,) or None: expert e is the one stored at order[e]; -1: it is not here. With an order, fewer
-        experts than num_experts may be stored: a rank's own, or those that no GPU has.
-    spans : of panels, uint8 (stored, layout.expert_bytes): what the matrices are views of; None of blocks.
+    gate : None without a gate projection. Biases : float32 (stored, out_features) or None; views,
+        at any distance.
+    order : int64 (num_experts,) or None: expert e is the one stored at order[e]; -1: it is not
+        here. With an order, fewer experts than num_experts may be stored: a rank's own, or those
+        that no GPU has.
+    spans : of panels, uint8 (stored, layout.expert_bytes): what the matrices are views of; None of
+        blocks.
     """
 
     spec: MoESpec
@@ -94,7 +107,8 @@ class StoredExperts:
         for name, matrix in self.matrices.items():
             if matrix.format.is_packed != spec.is_packed:
                 raise ValueError(
-                    f"{name} is {matrix.format.name}: weight_format={spec.weight_format!r} must be 'gguf' of blocks alone"
+                    f"{name} is {matrix.format.name}: weight_format={spec.weight_format!r} must "
+                    "be 'gguf' of blocks alone"
                 )
             ins, outs = spec.hidden_size, spec.intermediate_size
             if name == "down":
@@ -102,13 +116,15 @@ class StoredExperts:
             found = (len(matrix.data), matrix.out_features, matrix.in_features)
             if found != (self.num_stored, outs, ins):
                 raise ValueError(
-                    f"{name} is {found}: must be ({self.num_stored}, {outs}, {ins}), experts x out x in"
+                    f"{name} is {found}: must be ({self.num_stored}, {outs}, {ins}), experts x "
+                    "out x in"
                 )
         for name, bias in self.biases.items():
             outs = spec.hidden_size if name == "down" else spec.intermediate_size
             if bias.dtype != np.float32 or bias.shape != (self.num_stored, outs):
                 raise ValueError(
-                    f"{name} bias is {bias.dtype} {bias.shape}: must be float32 {(self.num_stored, outs)}"
+                    f"{name} bias is {bias.dtype} {bias.shape}: must be float32 "
+                    f"{(self.num_stored, outs)}"
                 )
         if spec.has_bias != bool(self.biases):
             raise ValueError(f"has_bias={spec.has_bias}, but there are {len(self.biases)} biases")
@@ -121,7 +137,8 @@ class StoredExperts:
             )
         if order.min() < -1 or order.max() >= self.num_stored:
             raise ValueError(
-                f"order goes from {order.min()} to {order.max()}: must stay in 0..{self.num_stored - 1}, "
+                f"order goes from {order.min()} to {order.max()}: must stay in "
+                f"0..{self.num_stored - 1}, "
                 "-1 for an expert that is not here"
             )
 
@@ -129,7 +146,8 @@ class StoredExperts:
     def of_panels(
         cls, spec: MoESpec, spans: np.ndarray, order: np.ndarray | None = None
     ) -> StoredExperts:
-        """Packed experts. spans : uint8 (stored, layout.expert_bytes), C-contiguous, 64-byte aligned at least.
+        """Packed experts. spans : uint8 (stored, layout.expert_bytes), C-contiguous, 64-byte
+        aligned at least.
 
         ValueError if they are not, or the spec's format does not lie in panels.
         """
@@ -183,7 +201,9 @@ class StoredExperts:
 
     @property
     def data(self) -> np.ndarray:
-        """Packed experts in one piece, uint8 (num_experts, expert_bytes), as packed directories hold them."""
+        """Packed experts in one piece, uint8 (num_experts, expert_bytes),
+        as packed directories hold them.
+        """
         if self.spans is None:
             raise ValueError(f"{self.types} experts do not lie in one piece")
         return self.spans
@@ -225,7 +245,8 @@ def order_of(num_experts: int, stored: Sequence[int]) -> np.ndarray:
 class ExpertWeights(NamedTuple):
     """One expert's matrices as a checkpoint has them, dequantised.
 
-    gate, up : float32, or uint16 holding bf16 bits, (intermediate_size, hidden_size); gate None without one.
+    gate, up : float32, or uint16 holding bf16 bits, (intermediate_size, hidden_size); gate None
+        without one.
     down : likewise (hidden_size, intermediate_size). Biases : float32 (out_features,) or None.
     """
 
@@ -239,10 +260,12 @@ class ExpertWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """One matrix as a checkpoint codes it; panels of the same format take codes and fitting scales as they are.
+    """One matrix as a checkpoint codes it; panels of the same format take codes and fitting scales
+    as they are.
 
-    codes : (out_features, in_features), of int4 int8 -8 to 7, of float codes their bits. scales : float32 (blocks of rows,
-    groups), each for ``block`` rows and columns. format : the panels' that hold such codes.
+    codes : (out_features, in_features), of int4 int8 -8 to 7, of float codes their bits. scales :
+    float32 (blocks of rows, groups), each for ``block`` rows and columns. format : the panels' that
+    hold such codes.
     """
 
     codes: np.ndarray
@@ -272,7 +295,10 @@ class CodedMatrix:
 
 
 class CodedExpert(NamedTuple):
-    """One expert of ``CodedMatrix``; gate None without one. Biases : float32 (out_features,) or None."""
+    """One expert of ``CodedMatrix``; gate None without one.
+
+    Biases : float32 (out_features,) or None.
+    """
 
     gate: CodedMatrix | None
     up: CodedMatrix

@@ -1,4 +1,6 @@
-"""Generating for many requests at once, in batches, with sampling and cancellation of each request's own."""
+"""Generating for many requests at once, in batches,
+with sampling and cancellation of each request's own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from ktk.kv.pages import Pages
 
 
 class BatchingEngine(Engine):
-    """Raises CannotBatch for a model that transformers cannot batch, RequestError if the KV cache is too small."""
+    """Raises CannotBatch for a model that transformers cannot batch,
+    RequestError if the KV cache is too small.
+    """
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
@@ -23,8 +27,9 @@ class BatchingEngine(Engine):
         )
         if pages.num_tokens < limits.context:
             raise RequestError(
-                f"a KV cache of {size(limits.cache_bytes)} holds {pages.num_tokens} tokens, and one sequence may have "
-                f"{limits.context}: give a larger --kv-cache or a smaller --context"
+                f"a KV cache of {size(limits.cache_bytes)} holds {pages.num_tokens} tokens, and "
+                f"one sequence may have {limits.context}: give a larger --kv-cache or a smaller "
+                "--context"
             )
         self.cache_bytes = pages.num_bytes
         self._batches.prepare(pages.count, limits.batch_tokens, limits.running)
@@ -36,14 +41,18 @@ class BatchingEngine(Engine):
         return None if own is None else len(own.ids)
 
     def _choose(self, requests: list[str], scores: torch.Tensor) -> list[int]:
-        """Each request's own sampler chooses. scores : float32 (rows, vocab_size), at least one for each request."""
+        """Each request's own sampler chooses.
+
+        scores : float32 (rows, vocab_size), at least one for each request.
+        """
         self._largest_batch = max(self._largest_batch, len(requests))
         return [self._choose_one(*row) for row in zip(requests, scores, strict=False)]
 
     def _choose_one(self, request_id: str, scores: torch.Tensor) -> int:
         own = self._generations.get(request_id)
         if own is None:
-            # Cancelled since the batch was made; or before the manager knew it, which has forgotten that by now.
+            # Cancelled since the batch was made; or before the manager knew it, which has forgotten
+            # that by now.
             self._batches.cancel(request_id)
         elif not own.has_failed:
             try:
@@ -58,7 +67,10 @@ class BatchingEngine(Engine):
             own.report(Progress(made, is_finished, error))
 
     def start(self) -> None:
-        """Start the generation thread, and wait until it has its KV cache. Raises CannotBatch if it cannot."""
+        """Start the generation thread, and wait until it has its KV cache.
+
+        Raises CannotBatch if it cannot.
+        """
         self._batches.start()
 
     def stop(self) -> None:

@@ -1,4 +1,6 @@
-"""What a path holds, told from its headers alone: what it is, what will run it, what memory that takes against what there is."""
+"""What a path holds, told from its headers alone: what it is, what will run it,
+what memory that takes against what there is.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole.source import Source
 from ktk.paths import user_path
 
-# What Python, torch and transformers take, and what one forward pass of a few hundred tokens needs besides weights.
+# What Python, torch and transformers take, and what one forward pass of a few hundred tokens needs
+# besides weights.
 OVERHEAD = 700 << 20
 TOKEN_EMBEDDING = "token_embd.weight"  # which every whole GGUF model has
 AUTO_FORMATS = ("int8", "int4")  # of float experts, the most exact first: the first one that fits
@@ -38,9 +41,12 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 class ModelDescription:
     """What a path holds and what running it takes; sizes in bytes.
 
-    kind : "packed", "float", "quantised" or "gguf". kernel : what runs the experts, "" where nothing does: see reason.
-    expert_bytes : of experts as they will run; of a GGUF file they are mapped, so they need not fit. rest_bytes : of all
-    else, in ``dtype`` but for linear_bytes of it: dense linear layers that run as a GGUF file's blocks, which every token reads. kv_bytes : of a KV cache of ``context`` tokens. reason : why it cannot run, or None.
+    kind : "packed", "float", "quantised" or "gguf". kernel : what runs the experts, "" where
+        nothing does: see reason.
+    expert_bytes : of experts as they will run; of a GGUF file they are mapped, so they need not
+    fit. rest_bytes : of all else, in ``dtype`` but for linear_bytes of it: dense linear layers that
+    run as a GGUF file's blocks, which every token reads. kv_bytes : of a KV cache of ``context``
+    tokens. reason : why it cannot run, or None.
     warning : what will be slow, or None.
     """
 
@@ -82,9 +88,11 @@ class ModelDescription:
         if self.fits:
             return None
         return (
-            f"{self.path} needs {size(self.needed_bytes)} of memory (experts {size(self.expert_bytes)} {self.weight_format}, "
-            f"other weights {size(self.rest_bytes)}, KV cache of {self.context} tokens {size(self.kv_bytes)}, "
-            f"working memory {size(OVERHEAD)}), and {size(self.available_bytes)} of {size(self.total_bytes)} are free"
+            f"{self.path} needs {size(self.needed_bytes)} of memory (experts "
+            f"{size(self.expert_bytes)} {self.weight_format}, other weights "
+            f"{size(self.rest_bytes)}, KV cache of {self.context} tokens {size(self.kv_bytes)}, "
+            f"working memory {size(OVERHEAD)}), and {size(self.available_bytes)} of "
+            f"{size(self.total_bytes)} are free"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -111,10 +119,13 @@ def describe_model(
 ) -> ModelDescription:
     """What a model is and needs, from its headers alone.
 
-    path : a Hugging Face directory, one that ``ktk convert`` wrote, or a GGUF model's file, part or directory.
-    weight_format : of float experts: a name of ``ktk.experts.formats.PANELS``; None or "auto" takes int8 if it fits into memory,
-    else int4. dtype : "bfloat16", "float16" or "float32" for everything but the experts; None keeps the checkpoint's.
-    context : tokens of KV cache; None: the model's longest, at most 8192. linear : as in ``open_model``.
+    path : a Hugging Face directory, one that ``ktk convert`` wrote, or a GGUF model's file, part or
+        directory.
+    weight_format : of float experts: a name of ``ktk.experts.formats.PANELS``; None or "auto" takes
+    int8 if it fits into memory, else int4. dtype : "bfloat16", "float16" or "float32" for
+    everything but the experts; None keeps the checkpoint's.
+    context : tokens of KV cache; None: the model's longest, at most 8192. linear : as in
+    ``open_model``.
     Raises CheckpointError, ValueError.
     """
     check_linear(linear)
@@ -133,8 +144,9 @@ def describe_model(
     if is_gguf(where):
         if weight_format is not None:
             raise ValueError(
-                f"weight_format={weight_format!r}: a GGUF model's experts run in the types the file has; "
-                f"leave it out, or convert: ktk convert --input-path {path} --output DIR --quant-method {weight_format}"
+                f"weight_format={weight_format!r}: a GGUF model's experts run in the types the "
+                f"file has; leave it out, or convert: ktk convert --input-path {path} --output "
+                f"DIR --quant-method {weight_format}"
             )
         return _describe_gguf(where, method, dtype or "bfloat16", context, linear)
     if not where.is_dir():
@@ -148,7 +160,8 @@ def describe_model(
     if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
         if weight_format is not None:
             raise ValueError(
-                f"weight_format={weight_format!r}: the experts of {path} are packed already; leave it out"
+                f"weight_format={weight_format!r}: the experts of {path} are packed already; "
+                "leave it out"
             )
         return _describe_packed(where, config, method, dtype, context)
     kind = "quantised" if quantised else "float"
@@ -195,7 +208,9 @@ def _describe_float(
 
 
 def _rest_bytes(checkpoint: Checkpoint, taken: set[str], dtype: str) -> int:
-    """Bytes of all tensors that a model loads but the taken ones and packed experts, once they are in ``dtype``."""
+    """Bytes of all tensors that a model loads but the taken ones and packed experts,
+    once they are in ``dtype``.
+    """
     count, num_layers = 0, find_num_layers(checkpoint)
     for name, info in checkpoint.tensors.items():
         is_expert = name in taken or info.file.name.startswith("ktk-experts-")
@@ -309,8 +324,8 @@ def _describe_gguf(
     if not available or found.needed_bytes + found.expert_bytes <= available:
         return found
     slow = (
-        f"experts of {size(expert_bytes)} do not fit into the {size(available)} of free memory beside the rest: "
-        f"they are read from disk again and again, which is slow"
+        f"experts of {size(expert_bytes)} do not fit into the {size(available)} of free memory "
+        "beside the rest: they are read from disk again and again, which is slow"
     )
     return ModelDescription(**{**asdict(found), "warning": slow})
 

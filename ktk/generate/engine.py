@@ -1,6 +1,8 @@
-"""What every engine of the server is: it generates for requests, each with sampling, limits and an end of its own.
+"""What every engine of the server is: it generates for requests, each with sampling, limits and an
+end of its own.
 
-``batching.py`` runs many at once, ``sequential.py`` one after another what cannot be batched; ``trial.py`` chooses.
+``batching.py`` runs many at once, ``sequential.py`` one after another what cannot be batched;
+``trial.py`` chooses.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
 
 
 class RequestError(KtkError, ValueError):
-    """A request that this engine cannot take; its message is for the client. param : the request's field, if it is one's fault."""
+    """A request that this engine cannot take; its message is for the client.
+
+    param : the request's field, if it is one's fault.
+    """
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -38,7 +43,8 @@ class ServerBusy(KtkError, RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """context : tokens of one sequence, prompt and answer. running : sequences of a batch; waiting : requests beyond.
+    """context : tokens of one sequence, prompt and answer. running : sequences of a batch; waiting
+        : requests beyond.
 
     batch_tokens : of one forward pass. cache_bytes : of keys and values of all sequences together.
     """
@@ -61,7 +67,10 @@ class Progress:
 
 @dataclass
 class Generation:
-    """One request in an engine. The event loop reads ``progress``, None in it: the request ends where it is."""
+    """One request in an engine.
+
+    The event loop reads ``progress``, None in it: the request ends where it is.
+    """
 
     ids: list[int]
     sampler: Sampler
@@ -171,22 +180,26 @@ class Engine(ABC):
             self._recent.popleft()
 
     def check(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """The number of tokens a request may generate. Raises RequestError, with the figures, if it is too long."""
+        """The number of tokens a request may generate.
+
+        Raises RequestError, with the figures, if it is too long.
+        """
         context = self.limits.context
         if num_prompt_tokens < 1:
             raise RequestError("the prompt is empty: it must have at least one token")
         if num_prompt_tokens >= context:
             raise RequestError(
-                f"the prompt has {num_prompt_tokens} tokens, and this server's context is {context} tokens, prompt and "
-                f"answer together: shorten the prompt, or start the server with a larger --context"
+                f"the prompt has {num_prompt_tokens} tokens, and this server's context is "
+                f"{context} tokens, prompt and answer together: shorten the prompt, or start the "
+                "server with a larger --context"
             )
         if max_tokens is None:
             return context - num_prompt_tokens
         if num_prompt_tokens + max_tokens > context:
             raise RequestError(
-                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
-                f"{num_prompt_tokens + max_tokens}, and this server's context is {context} tokens: "
-                f"ask for at most {context - num_prompt_tokens}"
+                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, "
+                f"together {num_prompt_tokens + max_tokens}, and this server's context is "
+                f"{context} tokens: ask for at most {context - num_prompt_tokens}"
             )
         return max_tokens
 
@@ -198,9 +211,11 @@ class Engine(ABC):
     async def generate(
         self, ids: list[int], sampling: Sampling, max_tokens: int
     ) -> AsyncIterator[list[Token]]:
-        """Tokens as they come, several where the caller is slower than the engine; the end token is the last if there is one.
+        """Tokens as they come, several where the caller is slower than the engine; the end token is
+        the last if there is one.
 
-        sampling : its ``ends`` are all that end it, the model's own too. Closing the iterator cancels the request and frees what it held. Raises ServerBusy if too many wait or the engine
+        sampling : its ``ends`` are all that end it, the model's own too. Closing the iterator
+        cancels the request and frees what it held. Raises ServerBusy if too many wait or the engine
         has stopped, RuntimeError if the engine fails.
         """
         if not self.is_alive:

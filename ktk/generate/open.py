@@ -1,4 +1,6 @@
-"""A model by its path, whatever it is, opened with its tokenizer and everything that makes it fast here."""
+"""A model by its path, whatever it is, opened with its tokenizer and everything that makes it
+fast here.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from ktk.paths import user_path
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model ready to generate. model : a transformers causal language model in evaluation mode."""
+    """A model ready to generate.
+
+    model : a transformers causal language model in evaluation mode.
+    """
 
     model: Any
     tokenizer: Any
@@ -49,10 +54,12 @@ def open_model(
 ) -> OpenModel:
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
-    path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense linear layers, as in ``ktk.integration.choices``: "int8" or "int4"
-    packs them; "file" runs them as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
+    path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense
+    linear layers, as in ``ktk.integration.choices``: "int8" or "int4" packs them; "file" runs them
+    as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
     force : load it even if it does not fit.
-    Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not fit.
+    Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not
+    fit.
     """
     description = describe_model(path, method, weight_format, dtype, context, linear)
     path = user_path(path)

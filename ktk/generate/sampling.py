@@ -1,4 +1,6 @@
-"""Choosing a sequence's next token, with a random generator of its own: so a seed means the same in any batch."""
+"""Choosing a sequence's next token, with a random generator of its own:
+so a seed means the same in any batch.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,19 @@ import torch
 
 from ktk.integration.transformers.tokens import own_sampling
 
-# A smaller temperature is greedy: it is no normal float32, so arithmetic may take it for 0. Larger ones divide how far logits
-# lie below the largest, 0 or less, so nothing overflows but to minus infinity, whose probability is 0: the limit.
+# A smaller temperature is greedy: it is no normal float32, so arithmetic may take it for 0. Larger
+# ones divide how far logits lie below the largest, 0 or less, so nothing overflows but to minus
+# infinity, whose probability is 0: the limit.
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens; seed None is a random one.
+    """How tokens are chosen. temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens; seed
+    None is a random one.
 
-    num_logprobs : alternatives to report with each token; 0 its own log probability alone, None nothing. ends : tokens that end
-    the text, of which none is chosen before min_tokens others.
+    num_logprobs : alternatives to report with each token; 0 its own log probability alone, None
+    nothing. ends : tokens that end the text, of which none is chosen before min_tokens others.
     """
 
     temperature: float = 1.0
@@ -42,7 +46,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """One chosen token. logprob, top : natural logarithms under the model's own distribution, before temperature."""
+    """One chosen token. logprob, top : natural logarithms under the model's own distribution,
+    before temperature.
+    """
 
     id: int
     logprob: float | None = None
@@ -96,13 +102,17 @@ class Sampler:
 
 
 def of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """scores (vocab_size,), minus infinity except the top_k largest and those equal to the least of them."""
+    """scores (vocab_size,), minus infinity except the top_k largest and those equal to the least
+    of them.
+    """
     least = scores.topk(min(top_k, len(scores))).values[-1]
     return scores.masked_fill(scores < least, float("-inf"))
 
 
 def of_likeliest(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """scores (vocab_size,), minus infinity except the likeliest tokens that have a probability of top_p together."""
+    """scores (vocab_size,), minus infinity except the likeliest tokens that have a probability
+    of top_p together.
+    """
     ascending, ids = scores.sort()
     is_rest = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     is_rest[-1] = False

@@ -1,6 +1,7 @@
 """Generating for one request after another, by generate(): for models that cannot be batched.
 
-Linear attention, Mamba and convolutions keep states that transformers' continuous batching has no place for.
+Linear attention, Mamba and convolutions keep states that transformers' continuous batching has no
+place for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Text from one model for one person: tokens as they come, stopped at any of them, the KV cache kept for what follows."""
+"""Text from one model for one person: tokens as they come, stopped at any of them,
+the KV cache kept for what follows.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from ktk.integration.transformers.tokens import encode, encode_chat, end_tokens
 
 @dataclass(frozen=True)
 class Generated:
-    """What one call made. finish_reason : "stop" (end of sequence or stop string), "length" or "interrupted".
+    """What one call made. finish_reason : "stop" (end of sequence or stop string), "length" or
+    "interrupted".
 
-    prompt_tokens : of the whole prompt; prefilled_tokens : those that were not in the KV cache. Speeds in tokens/s.
+    prompt_tokens : of the whole prompt; prefilled_tokens : those that were not in the KV cache.
+        Speeds in tokens/s.
     """
 
     text: str
@@ -39,7 +43,9 @@ class Generated:
 
 
 class Session:
-    """A model, its tokenizer, and the KV cache of the last sequence, of which a following prompt reuses what it shares."""
+    """A model, its tokenizer, and the KV cache of the last sequence,
+    of which a following prompt reuses what it shares.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -52,7 +58,10 @@ class Session:
         return self._sequence.longest
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The chat template's tokens, up to where the answer begins. Raises ValueError if it refuses the messages."""
+        """The chat template's tokens, up to where the answer begins.
+
+        Raises ValueError if it refuses the messages.
+        """
         return encode_chat(self.tokenizer, messages)
 
     def encode(self, text: str) -> list[int]:
@@ -60,7 +69,9 @@ class Session:
         return encode(self.tokenizer, text)
 
     def stop(self) -> None:
-        """End the generation that is running after its current forward pass; from a signal handler or another thread."""
+        """End the generation that is running after its current forward pass;
+        from a signal handler or another thread.
+        """
         self.stopped = True
 
     def reset(self) -> None:
@@ -77,8 +88,9 @@ class Session:
     ) -> Generated:
         """Continue a prompt, calling ``show`` with the text as it becomes certain.
 
-        ids : the whole prompt's tokens. max_tokens : None: to the end of the model's context. stop : strings that end the
-        text and are left out of it. Raises ValueError if the prompt is empty or too long.
+        ids : the whole prompt's tokens. max_tokens : None: to the end of the model's context. stop
+        : strings that end the text and are left out of it. Raises ValueError if the prompt is empty
+        or too long.
         """
         self.stopped = False
         max_tokens = self._room(ids, max_tokens)
@@ -129,7 +141,8 @@ class Session:
         max_tokens: int,
         receive: Callable[[Token], bool],
     ) -> int:
-        """Continue a prompt by tokens of the sampler until ``receive`` says of one that it is the last, or ``stop`` is called.
+        """Continue a prompt by tokens of the sampler until ``receive`` says of one that it is the
+        last, or ``stop`` is called.
 
         Returns the number of the prompt's tokens that were not in the KV cache.
         """
@@ -145,7 +158,8 @@ class Session:
             raise ValueError("the prompt is empty: give at least one token")
         if longest is not None and len(ids) >= longest:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, and the model's context is {longest}: shorten it"
+                f"the prompt has {len(ids)} tokens, and the model's context is {longest}: shorten "
+                "it"
             )
         room = longest - len(ids) if longest is not None else 2**31
         return min(room, max_tokens) if max_tokens is not None else room

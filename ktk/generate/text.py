@@ -19,7 +19,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # Decoding starts some tokens back, since a token's text may depend on the one before it (leading spaces).
+        # Decoding starts some tokens back, since a token's text may depend on the one before it
+        # (leading spaces).
         self._start = 0
         self._given = 0  # of _ids, how many are in the text given out
 
@@ -42,7 +43,9 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text that comes in pieces before the first of some strings, or behind it if that is included."""
+    """Cuts a text that comes in pieces before the first of some strings,
+    or behind it if that is included.
+    """
 
     def __init__(self, strings: Sequence[str], is_included: bool = False) -> None:
         self._strings = [s for s in strings if s]
@@ -51,7 +54,9 @@ class StopStrings:
         self.found = False
 
     def add(self, text: str) -> str:
-        """What of the text so far is certainly wanted and was not given out yet; sets ``found`` at a stop string."""
+        """What of the text so far is certainly wanted and was not given out yet;
+        sets ``found`` at a stop string.
+        """
         if self.found:
             return ""
         text = self._held + text
@@ -79,7 +84,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stop_tokens(tokenizer: Any, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
-    """Stop strings that are the text of a special token, as tokens, since texts leave those out; and the others.
+    """Stop strings that are the text of a special token, as tokens, since texts leave those out;
+    and the others.
 
     Raises ValueError for one that has such a text in it and more: no text has it.
     """
@@ -91,7 +97,8 @@ def stop_tokens(tokenizer: Any, strings: Sequence[str]) -> tuple[frozenset[int],
             continue
         if inside := next((text for text in special if text and text in string), None):
             raise ValueError(
-                f"stop={string!r:.80}: has the special token {inside!r} in it, which is no part of the text; give {inside!r} alone"
+                f"stop={string!r:.80}: has the special token {inside!r} in it, which is no part "
+                f"of the text; give {inside!r} alone"
             )
         others.append(string)
     return frozenset(tokens), others

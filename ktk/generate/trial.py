@@ -1,7 +1,8 @@
 """Which engine serves a model: found by trying.
 
-transformers' continuous batching takes some models that it then computes wrongly or fails on in the first forward pass, and which
-ones is nowhere written down. So a short text is continued by both, before the server answers anybody.
+transformers' continuous batching takes some models that it then computes wrongly or fails on in the
+first forward pass, and which ones is nowhere written down. So a short text is continued by both,
+before the server answers anybody.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.tokens import encode
 
 TEXT = (
-    "The cat sat on the mat, and the dog lay at the door. In 1969 two people walked on the moon; a third waited in orbit. "
-    "def add(a, b): return a + b\n"
+    "The cat sat on the mat, and the dog lay at the door. In 1969 two people walked on the moon; "
+    "a third waited in orbit. def add(a, b): return a + b\n"
 )
 PROMPT_TOKENS = 160  # more than gpt-oss' sliding window of 128
 STEPS = 4
-# Nats between log probabilities of one token. bf16 and 8-bit activations, rounded in another order, differ by some hundredths.
+# Nats between log probabilities of one token. bf16 and 8-bit activations, rounded in another order,
+# differ by some hundredths.
 TOLERANCE = 0.25
 
 
 def start_engine(opened: OpenModel, limits: Limits) -> Engine:
     """A started engine; its ``why_alone`` says why it takes one request at a time, if it does.
 
-    Raises RequestError if the KV cache is too small, RuntimeError if the model does not generate at all.
+    Raises RequestError if the KV cache is too small, RuntimeError if the model does not generate at
+    all.
     """
     ids = _prompt(opened, max(1, min(PROMPT_TOKENS, limits.context - STEPS)))
     expected = _continue_alone(opened, ids)
@@ -55,7 +58,10 @@ def start_engine(opened: OpenModel, limits: Limits) -> Engine:
 
 
 def difference(expected: list[Token], got: list[Token]) -> str | None:
-    """How two greedy continuations differ beyond rounding, or None. Tokens after the first different one are not compared."""
+    """How two greedy continuations differ beyond rounding, or None.
+
+    Tokens after the first different one are not compared.
+    """
     if not got:
         return "no token came"
     for step, (want, have) in enumerate(zip(expected, got, strict=False)):
@@ -77,7 +83,9 @@ def _greedy() -> Sampling:
 
 
 def _continue_alone(opened: OpenModel, ids: list[int]) -> list[Token]:
-    """By generate(). In a thread that ends: the OpenMP team of one that stays spins beside the engine's."""
+    """By generate(). In a thread that ends: the OpenMP team of one that stays spins beside the
+    engine's.
+    """
     sampler = Sampler(_greedy())
     failures: list[Exception] = []
 

@@ -1,4 +1,6 @@
-"""Keys and values of one layer with room to grow: a new token is written behind the others instead of copying them all."""
+"""Keys and values of one layer with room to grow:
+a new token is written behind the others instead of copying them all.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,20 @@ GROWTH = 1.5
 
 
 class GrowingRows:
-    """Memory (batch, heads, rows, width); what is cached is a view of some of its rows, and may be cut at both ends."""
+    """Memory (batch, heads, rows, width); what is cached is a view of some of its rows,
+    and may be cut at both ends.
+    """
 
     def __init__(self) -> None:
         self._data: torch.Tensor | None = None
         self._first = 0
 
     def with_room(self, cached: torch.Tensor, like: torch.Tensor, more: int) -> torch.Tensor:
-        """The cached rows, moved if they must be, and behind them room for ``more``: the view of both.
+        """The cached rows, moved if they must be, and behind them room for ``more``: the view of
+        both.
 
-        cached : (batch, heads, rows, width), a view of this memory, another tensor, or none yet (not of four dimensions).
+        cached : (batch, heads, rows, width), a view of this memory, another tensor, or none yet
+            (not of four dimensions).
         like : of the batch, heads, width, dtype and device of the rows to come.
         """
         length = cached.shape[-2] if cached.ndim == 4 else 0

@@ -9,14 +9,19 @@ PAGE = 64  # tokens; small pages waste little on short sequences
 
 @dataclass(frozen=True)
 class Pages:
-    """count pages of PAGE tokens each. token_bytes : of the keys and values of one token in all layers."""
+    """count pages of PAGE tokens each.
+
+    token_bytes : of the keys and values of one token in all layers.
+    """
 
     count: int
     token_bytes: int
 
     @classmethod
     def within(cls, cache_bytes: int, token_bytes: int, context: int, sequences: int) -> Pages:
-        """As many as fit into cache_bytes, and no more than so many sequences of context tokens can fill."""
+        """As many as fit into cache_bytes, and no more than so many sequences of context tokens
+        can fill.
+        """
         # Two pages more than the context: a sequence's last page, and one that is being filled.
         enough = sequences * (context // PAGE + 2)
         return cls(int(min(enough, cache_bytes // (PAGE * token_bytes))), token_bytes)
@@ -31,5 +36,7 @@ class Pages:
 
 
 def pages_beyond(end: int, tokens: int) -> int:
-    """Full pages of a sequence's tokens up to end, those left out that hold its first tokens and nothing else."""
+    """Full pages of a sequence's tokens up to end,
+    those left out that hold its first tokens and nothing else.
+    """
     return max(0, end // PAGE - tokens // PAGE)

@@ -1,4 +1,7 @@
-"""What memory keys and values take: of a token, of a context, of a server's cache. No other module reckons with it."""
+"""What memory keys and values take: of a token, of a context, of a server's cache.
+
+No other module reckons with it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ SERVER_CACHE = 2 << 30  # bytes for all of a server's requests unless told other
 
 @dataclass(frozen=True)
 class TokenShape:
-    """What a model keeps of one token: key_width + value_width numbers for each of num_heads in num_layers.
+    """What a model keeps of one token: key_width + value_width numbers for each of num_heads in
+    num_layers.
 
-    Latent attention (DeepSeek) has one head for all: its key is the latent, its value what rotates of the keys.
+    Latent attention (DeepSeek) has one head for all: its key is the latent, its value what rotates
+    of the keys.
     Layers of linear attention keep a state of fixed size, which is not counted.
     """
 
@@ -69,7 +74,8 @@ def gguf_number(metadata: Mapping[str, Any], key: str, default: int = 0) -> int:
 
 
 def context_tokens(longest: int, asked: int | None) -> int:
-    """Tokens of one sequence that memory is reckoned for. longest : the model's, 0 if it does not say.
+    """Tokens of one sequence that memory is reckoned for. longest : the model's, 0 if it does not
+    say.
 
     Raises ValueError if more are asked for than the model takes, or none.
     """
@@ -81,9 +87,11 @@ def context_tokens(longest: int, asked: int | None) -> int:
 
 
 def server_cache(one_context: int, free: int) -> int:
-    """Bytes for the cache of a server that nobody gave a size: at most a quarter of the free ones, but one whole context.
+    """Bytes for the cache of a server that nobody gave a size: at most a quarter of the free ones,
+    but one whole context.
 
-    one_context : bytes of the keys and values of one sequence. free : bytes, 0 if the system does not tell.
+    one_context : bytes of the keys and values of one sequence. free : bytes, 0 if the system does
+        not tell.
     """
     # A quarter more: latent attention's values are stored as wide as its keys.
     return max(min(SERVER_CACHE, free // 4 or SERVER_CACHE), min(one_context * 5 // 4, free))

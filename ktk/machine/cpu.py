@@ -42,10 +42,11 @@ _NEEDS = {
 
 @dataclass(frozen=True)
 class CpuFeatures:
-    """names : features of FEATURES this process may use. source : who said so. disabled : by the environment.
+    """names : features of FEATURES this process may use. source : who said so. disabled : by the
+        environment.
 
-    emulated : those of ``names`` that no silicon carries out (KTK_TILE). refused_tiles : why the kernel kept the CPU's
-    tiles from this process, or "".
+    emulated : those of ``names`` that no silicon carries out (KTK_TILE). refused_tiles : why the
+    kernel kept the CPU's tiles from this process, or "".
     """
 
     names: frozenset[str]
@@ -88,8 +89,8 @@ def _refusal(number: int) -> str:
     why = os.strerror(number)
     if number == errno.ENOSPC:
         why = (
-            "an alternate signal stack is too small for them: make it larger (at least getauxval(AT_MINSIGSTKSZ)), "
-            "or call ktk.machine.cpu.detect() before sigaltstack"
+            "an alternate signal stack is too small for them: make it larger (at least "
+            "getauxval(AT_MINSIGSTKSZ)), or call ktk.machine.cpu.detect() before sigaltstack"
         )
     return f"the kernel refused tile permission: {why}"
 
@@ -107,14 +108,16 @@ def _from_cpuinfo(root: Path) -> tuple[frozenset[str], str]:
         import cpuinfo
 
         flags, source = cpuinfo.get_cpu_info().get("flags", []), "py-cpuinfo"
-    # Neither knows whether this process may use AMX tiles: the extension would have to ask for them.
+    # Neither knows whether this process may use AMX tiles: the extension would have to ask for
+    # them.
     names = {_canonical(flag) for flag in flags} & set(FEATURES)
     return frozenset(n for n in names if not n.startswith("amx")), source
 
 
 def detect() -> CpuFeatures:
-    """Features this process may use. ValueError if KTK_DISABLE_CPU_FEATURES names an unknown one, or for KTK_TILE
-    where tiles cannot be emulated."""
+    """Features this process may use. ValueError if KTK_DISABLE_CPU_FEATURES names an unknown one,
+    or for KTK_TILE where tiles cannot be emulated.
+    """
     emulates = env.tiles_are_emulated()
     names, source, refused = _probe(not emulates and not tiles_are_emulated())
     emulated = _emulate_tiles(names) if emulates else frozenset()
@@ -149,8 +152,8 @@ def _without(
             off |= set(ISA_LEVELS[name]) - set(below)
         else:
             raise ValueError(
-                f"KTK_DISABLE_CPU_FEATURES names {name!r}: known are the features {', '.join(FEATURES)} "
-                f"and the levels {', '.join(ISA_LEVELS)}"
+                f"KTK_DISABLE_CPU_FEATURES names {name!r}: known are the features "
+                f"{', '.join(FEATURES)} and the levels {', '.join(ISA_LEVELS)}"
             )
     off |= {name for name, needs in _NEEDS.items() if off & set(needs)}
     return CpuFeatures(names - off, source, frozenset(off & names), emulated - off, refused)
@@ -207,7 +210,9 @@ def allowed_cpus() -> list[int]:
 
 
 def _cgroup_folders(root: Path, controllers: tuple[str, ...]) -> list[Path]:
-    """This process's cgroup folders, own first, up to the root: the v2 tree and the named v1 trees."""
+    """This process's cgroup folders, own first, up to the root:
+    the v2 tree and the named v1 trees.
+    """
     base = root / "sys/fs/cgroup"
     paths = {line.rpartition(":")[2] for line in _read(root / "proc/self/cgroup").splitlines()} or {
         "/"
@@ -220,7 +225,9 @@ def _cgroup_folders(root: Path, controllers: tuple[str, ...]) -> list[Path]:
 
 
 def cpu_quota(root: Path | str = "/") -> float | None:
-    """CPUs' worth of time the cgroups allow (cpu.max, v1 cfs quota), the tightest; None = no limit."""
+    """CPUs' worth of time the cgroups allow (cpu.max, v1 cfs quota), the tightest;
+    None = no limit.
+    """
     found: list[float] = []
     for folder in _cgroup_folders(Path(root), ("cpu", "cpu,cpuacct")):
         v2 = _read(folder / "cpu.max").split()
@@ -232,7 +239,9 @@ def cpu_quota(root: Path | str = "/") -> float | None:
 
 
 def cores_of(cpus: tuple[int, ...], root: Path | str = "/") -> list[tuple[int, ...]]:
-    """The physical cores among ``cpus`` that this process may use, each with its allowed SMT siblings."""
+    """The physical cores among ``cpus`` that this process may use,
+    each with its allowed SMT siblings.
+    """
     allowed = set(allowed_cpus())
     cores: dict[tuple[int, ...], tuple[int, ...]] = {}
     for cpu in sorted(allowed & set(cpus)):
@@ -248,7 +257,9 @@ def _siblings(cpu: int, root: Path) -> tuple[int, ...]:
 
 
 def num_physical_cores(root: Path | str = "/", allowed: list[int] | None = None) -> int:
-    """Physical cores this process may use: affinity, SMT siblings counted once, cgroup quota; at least 1."""
+    """Physical cores this process may use: affinity, SMT siblings counted once, cgroup quota;
+    at least 1.
+    """
     cpus = allowed_cpus() if allowed is None else allowed
     cores = {_siblings(cpu, Path(root)) for cpu in cpus}
     quota = cpu_quota(root)
@@ -295,7 +306,9 @@ def memory(root: Path | str = "/") -> tuple[int, int]:
 
 
 def huge_pages(root: Path | str = "/") -> dict[str, str]:
-    """Transparent huge pages: mode and defrag as the kernel names them ("" if unknown); reserved pages."""
+    """Transparent huge pages: mode and defrag as the kernel names them ("" if unknown);
+    reserved pages.
+    """
     base = Path(root) / "sys/kernel/mm"
     chosen = {
         name: re.search(r"\[([^\]]+)\]", _read(base / "transparent_hugepage" / name))

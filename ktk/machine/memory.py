@@ -1,4 +1,6 @@
-"""Memory for packed experts: page aligned, in huge pages where the OS gives them (6-37 % of decode speed)."""
+"""Memory for packed experts: page aligned, in huge pages where the OS gives them (6-37 % of
+decode speed).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ HUGE_PAGE = 2 << 20
 def aligned_buffer(num_bytes: int) -> np.ndarray:
     """Zeroed uint8 (num_bytes,), aligned to 2 MiB, huge-page advised where the OS has them."""
     size = max(-(-num_bytes // HUGE_PAGE), 1) * HUGE_PAGE
-    # Private: the OS makes no huge pages of shared memory, mmap's default. One more to begin at a multiple.
+    # Private: the OS makes no huge pages of shared memory, mmap's default. One more to begin at a
+    # multiple.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, size + HUGE_PAGE, **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -29,7 +32,8 @@ def aligned_buffer(num_bytes: int) -> np.ndarray:
 
 
 def huge_share(arrays: list[np.ndarray]) -> float | None:
-    """The part, 0 to 1, of the arrays' resident memory that lies in huge pages; None where the system does not tell.
+    """The part, 0 to 1, of the arrays' resident memory that lies in huge pages; None where the
+    system does not tell.
 
     Counted by mapping (/proc/self/smaps): a mapping that holds one of the arrays counts as a whole.
     """
@@ -54,7 +58,9 @@ def huge_share(arrays: list[np.ndarray]) -> float | None:
 
 
 def node_of_pages(array: np.ndarray) -> np.ndarray:
-    """int32 (num_pages,): the NUMA node of each 4 KiB page of a C-contiguous array, as ``numa.page_nodes`` tells it."""
+    """int32 (num_pages,): the NUMA node of each 4 KiB page of a C-contiguous array,
+    as ``numa.page_nodes`` tells it.
+    """
     if not array.flags.c_contiguous:
         raise ValueError("the array has gaps between its rows: must be C-contiguous")
     return numa.page_nodes(array.ctypes.data, array.nbytes)

@@ -51,9 +51,11 @@ def _call(what: str, number: int, *arguments: int | ctypes.c_void_p) -> None:
 def page_nodes(address: int, num_bytes: int) -> np.ndarray:
     """Where the 4 KiB pages from ``address`` to ``address + num_bytes`` are.
 
-    Returns int32 (num_pages,): the NUMA node, or a negative errno for a page that is not there: -ENOENT if it was
-    never touched (-EFAULT says Linux 6.1), -EFAULT if it was only read or is not mapped. Faults no page.
-    Raises ValueError on other systems or for a negative size, OSError if the kernel refuses (containers may: EPERM).
+    Returns int32 (num_pages,): the NUMA node, or a negative errno for a page that is not there:
+    -ENOENT if it was never touched (-EFAULT says Linux 6.1), -EFAULT if it was only read or is not
+    mapped. Faults no page.
+    Raises ValueError on other systems or for a negative size, OSError if the kernel refuses
+    (containers may: EPERM).
     Source: move_pages(2) with nodes = NULL.
     """
     if num_bytes < 0:
@@ -76,13 +78,15 @@ def page_nodes(address: int, num_bytes: int) -> np.ndarray:
 
 
 def bind(address: int, num_bytes: int, node: int) -> None:
-    """Let the pages from ``address`` on come from ``node``, others only if it is full, and move those that are elsewhere.
+    """Let the pages from ``address`` on come from ``node``, others only if it is full, and move
+    those that are elsewhere.
 
     address : multiple of the page size. num_bytes : above 0; the last page is bound whole.
-    Bounds that are multiples of 2 MiB leave huge pages whole. Each bound range is a mapping of its own to the
-    kernel, of which a process may have 65530 (vm.max_map_count, ENOMEM above).
-    Raises ValueError for arguments out of range or on other systems, OSError if the kernel refuses: EINVAL for
-    a node that is not there, EPERM where a container forbids it. Source: mbind(2), MPOL_PREFERRED and MPOL_MF_MOVE.
+    Bounds that are multiples of 2 MiB leave huge pages whole. Each bound range is a mapping of its
+    own to the kernel, of which a process may have 65530 (vm.max_map_count, ENOMEM above).
+    Raises ValueError for arguments out of range or on other systems, OSError if the kernel refuses:
+    EINVAL for a node that is not there, EPERM where a container forbids it. Source: mbind(2),
+    MPOL_PREFERRED and MPOL_MF_MOVE.
     """
     if address % mmap.PAGESIZE:
         raise ValueError(f"address={address:#x}: must be a multiple of {mmap.PAGESIZE}")
@@ -105,7 +109,10 @@ def bind(address: int, num_bytes: int, node: int) -> None:
 
 
 def node_of_cpu(cpu: int, root: Path | str = "/") -> int:
-    """The NUMA node of a logical CPU; 0 where the OS names none. ValueError for a CPU that is not there."""
+    """The NUMA node of a logical CPU; 0 where the OS names none.
+
+    ValueError for a CPU that is not there.
+    """
     folder = Path(root) / f"sys/devices/system/cpu/cpu{cpu}"
     if not folder.is_dir():
         raise ValueError(f"cpu={cpu}: this machine has no such CPU")

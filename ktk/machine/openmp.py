@@ -1,7 +1,8 @@
-"""Find torch's OpenMP runtime, so that the thread pool can run on its threads instead of beside them.
+"""Find torch's OpenMP runtime, so that the thread pool can run on its threads instead of beside
+them.
 
-After each of its own parallel regions torch's threads spin for some milliseconds. ktk's workers on the same cores
-would get part of each core; run on torch's threads, its calls start hot instead.
+After each of its own parallel regions torch's threads spin for some milliseconds. ktk's workers on
+the same cores would get part of each core; run on torch's threads, its calls start hot instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ is_pending = True  # until torch was imported and looked at
 
 
 def borrow(native: Any) -> None:
-    """Once torch is imported: hand its GOMP_parallel to the compiled pool. To be called while ``is_pending``."""
+    """Once torch is imported: hand its GOMP_parallel to the compiled pool.
+
+    To be called while ``is_pending``.
+    """
     global is_pending
     if not is_pending or "torch" not in sys.modules:
         return
@@ -26,7 +30,9 @@ def borrow(native: Any) -> None:
 
 
 def _gomp_parallel() -> int:
-    """Address of GOMP_parallel in the OpenMP runtime that torch loaded (GNU's, Intel's or LLVM's); 0 if there is none."""
+    """Address of GOMP_parallel in the OpenMP runtime that torch loaded (GNU's,
+    Intel's or LLVM's); 0 if there is none.
+    """
     folder = os.path.dirname(getattr(sys.modules["torch"], "__file__", None) or "")
     try:
         with open("/proc/self/maps") as maps:
@@ -39,7 +45,8 @@ def _gomp_parallel() -> int:
         return 0
     names = ("libgomp", "libiomp5", "libomp")
     loaded = [f for f in sorted(files) if os.path.basename(f).startswith(names)]
-    # Torch ships its runtime in its own folder, or beside it in torch.libs; a distribution's build uses the system's.
+    # Torch ships its runtime in its own folder, or beside it in torch.libs; a distribution's build
+    # uses the system's.
     loaded.sort(key=lambda f: not f.startswith(folder))
     for file in loaded:
         try:

@@ -1,7 +1,9 @@
-"""The process's queue of tasks, run one after the other in the order they came: what makes submit_forward return.
+"""The process's queue of tasks, run one after the other in the order they came: what makes
+submit_forward return.
 
-A daemon thread runs them, or whoever waits for one: a caller that submits and at once waits pays for no thread
-switch. Kernels have their own threads. The daemon starts with the first submit and is made anew in a forked child.
+A daemon thread runs them, or whoever waits for one: a caller that submits and at once waits pays
+for no thread switch. Kernels have their own threads. The daemon starts with the first submit and is
+made anew in a forked child.
 """
 
 from __future__ import annotations
@@ -38,13 +40,16 @@ class Ticket:
             self.is_done = True
 
     def wait(self) -> None:
-        """Return once the task has run, here if nobody has begun it. EngineError in a forked child."""
+        """Return once the task has run, here if nobody has begun it.
+
+        EngineError in a forked child.
+        """
         if self.is_done:
             return
         if self._fifo.made_in != fork.process():
             raise EngineError(
-                "the task was submitted before fork(), which does not copy the thread that runs it: "
-                "submit it again in this process"
+                "the task was submitted before fork(), which does not copy the thread that runs "
+                "it: submit it again in this process"
             )
         while not self.is_done:
             self._fifo.run_next(self)
@@ -80,7 +85,10 @@ class Fifo:
         return ticket
 
     def run(self, task: Callable[[], Any]) -> Ticket:
-        """As submit, but on the calling thread if nothing is pending. An interrupt leaves the queue as it was."""
+        """As submit, but on the calling thread if nothing is pending.
+
+        An interrupt leaves the queue as it was.
+        """
         if not self._tasks and self._turn.acquire(blocking=False):
             try:
                 if not self._tasks:

@@ -1,6 +1,7 @@
 """One thread engine per process: its layout is fixed while anything uses it.
 
-A second user that asks for another layout gets EngineError; one that asks for none takes what is there.
+A second user that asks for another layout gets EngineError; one that asks for none takes what is
+there.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ MAX_PARTS = 16  # KTK_MAX_PARTS of the C side
 class EngineLayout:
     """How the process's threads and weights lie over the machine.
 
-    num_threads : threads in all, the caller's counted. threadpool_count : parts they and every expert are split into.
-    numa_nodes : the node of each part. cores : the CPUs each thread is pinned to, in the order of the parts; () = the
-        OS decides. is_bound : weights are copied to memory of their part's node.
+    num_threads : threads in all, the caller's counted. threadpool_count : parts they and every
+        expert are split into.
+    numa_nodes : the node of each part. cores : the CPUs each thread is pinned to, in the order of
+        the parts; () = the OS decides. is_bound : weights are copied to memory of their part's
+        node.
     """
 
     num_threads: int
@@ -49,8 +52,8 @@ def acquire(
 ) -> EngineLayout:
     """Register ``user`` (weakly) and return the layout it shares with all others.
 
-    num_threads defaults to KTK_NUM_THREADS or the physical cores this process may use; numa_nodes to the nodes
-    that have such cores, threadpool_count to their number.
+    num_threads defaults to KTK_NUM_THREADS or the physical cores this process may use; numa_nodes
+    to the nodes that have such cores, threadpool_count to their number.
     Raises ValueError for a layout this machine cannot have, EngineError if it conflicts.
     """
     global _layout
@@ -67,10 +70,11 @@ def acquire(
             have = (current.num_threads, current.threadpool_count, current.numa_nodes)
             if any(a is not None and a != h for a, h in zip(asked, have, strict=True)):
                 raise EngineError(
-                    f"the thread engine runs with num_threads={have[0]}, threadpool_count={have[1]}, "
-                    f"numa_nodes={list(have[2])}; asked for {asked[0]}, {asked[1]}, "
-                    f"{None if asked[2] is None else list(asked[2])}: one process has one layout, "
-                    f"use the same numbers or drop the other MoE objects first"
+                    f"the thread engine runs with num_threads={have[0]}, "
+                    f"threadpool_count={have[1]}, numa_nodes={list(have[2])}; asked for "
+                    f"{asked[0]}, {asked[1]}, {None if asked[2] is None else list(asked[2])}: one "
+                    "process has one layout, use the same numbers or drop the other MoE objects "
+                    "first"
                 )
         else:
             current = _new_layout(num_threads, threadpool_count, numa_nodes)
@@ -92,7 +96,8 @@ def _new_layout(
         count = threadpool_count or min(len(usable), threads, MAX_PARTS)
     if numa_nodes is not None and len(numa_nodes) != count:
         raise ValueError(
-            f"numa_nodes={list(numa_nodes)} has {len(numa_nodes)} entries: threadpool_count is {count}"
+            f"numa_nodes={list(numa_nodes)} has {len(numa_nodes)} entries: threadpool_count is "
+            f"{count}"
         )
     if threads < count:
         raise ValueError(
@@ -101,13 +106,15 @@ def _new_layout(
     most = min(len(present), MAX_PARTS)
     if count > most:
         raise ValueError(
-            f"threadpool_count={count}: this machine has NUMA nodes {list(present)}; use at most {most}"
+            f"threadpool_count={count}: this machine has NUMA nodes {list(present)}; use at most "
+            f"{most}"
         )
     nodes = numa_nodes if numa_nodes is not None else (usable + tuple(present))[:count]
     strangers = [node for node in nodes if node not in present]
     if strangers:
         raise ValueError(
-            f"numa_nodes={list(nodes)}: this machine has no node {strangers}; it has {list(present)}"
+            f"numa_nodes={list(nodes)}: this machine has no node {strangers}; it has "
+            f"{list(present)}"
         )
     is_named = threadpool_count is not None or numa_nodes is not None
     return EngineLayout(
@@ -124,8 +131,8 @@ def _pin(
 ) -> tuple[tuple[int, ...], ...]:
     """CPUs of each thread: a physical core of its part's node, where there is one for each.
 
-    Threads that leave cores free may move within their node unless the layout was named: another process's would
-    be pinned to the same ones.
+    Threads that leave cores free may move within their node unless the layout was named: another
+    process's would be pinned to the same ones.
     """
     count = len(cores)
     parts = [thread * count // threads for thread in range(threads)]

@@ -1,4 +1,7 @@
-"""What ktk knows of one architecture: everything, in one value. ``ktk.models.arch`` is the table."""
+"""What ktk knows of one architecture: everything, in one value.
+
+``ktk.models.arch`` is the table.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ class Architecture:
 
     model_types : config.json's names for it, the first of them for a model that a GGUF file holds.
     families : styles that its experts' tensors are named in.
-    activation : the experts', where a file does not say; that of gpt-oss also where config.json says silu.
+    activation : the experts', where a file does not say; that of gpt-oss also where config.json
+        says silu.
     refused : why its experts, in a Hugging Face directory, are not what their names say.
     stacks_biases : biases of stacked experts lie as the rows of their matrices do.
     gguf : in GGUF files, the experts. whole : and all the rest of the model.

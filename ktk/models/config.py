@@ -1,4 +1,6 @@
-"""config.json of a checkpoint, read by what a value means: models spell the same thing in several ways."""
+"""config.json of a checkpoint, read by what a value means:
+models spell the same thing in several ways.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ NESTED_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
 
 @dataclass
 class Config:
-    """config.json of a checkpoint, its text part looked at first; every value is checked when asked for."""
+    """config.json of a checkpoint, its text part looked at first;
+    every value is checked when asked for.
+    """
 
     fields: dict[str, Any]
     where: str
@@ -54,7 +58,9 @@ class Config:
         return cls(checkpoint.config, str(checkpoint.directory / "config.json"))
 
     def get(self, keys: Iterable[str]) -> tuple[str, Any]:
-        """The first of ``keys`` that is there and not null, and its value; ("", None) if none is."""
+        """The first of ``keys`` that is there and not null, and its value; ("", None)
+        if none is.
+        """
         for part in self.parts:
             for key in keys:
                 if part.get(key) is not None:
@@ -107,7 +113,10 @@ class Config:
 
 
 def check_directory(directory: Path) -> dict[str, Any]:
-    """config.json of a directory, checked, as is generation_config.json beside it. Raises CheckpointError."""
+    """config.json of a directory, checked, as is generation_config.json beside it.
+
+    Raises CheckpointError.
+    """
     config = read_json_object(directory / "config.json")
     Config(config, str(directory / "config.json"))  # checks
     read_generation(directory)
@@ -115,5 +124,7 @@ def check_directory(directory: Path) -> dict[str, Any]:
 
 
 def find_num_layers(checkpoint: Checkpoint) -> int | None:
-    """Layers of the model by its config, those of multi-token prediction left out; None if it does not say."""
+    """Layers of the model by its config, those of multi-token prediction left out;
+    None if it does not say.
+    """
     return Config.of(checkpoint).size(NUM_LAYERS_KEYS)

@@ -19,8 +19,8 @@ from ktk.models.layers import Layer
 class Experts:
     """The experts of a checkpoint, whatever its names; ``ktk.models.find`` makes one.
 
-    family : the naming style. layers : indices of the MoE layers, ascending. source_dtype : how the weights
-    are stored, one of SOURCE_DTYPES, or several joined by "+".
+    family : the naming style. layers : indices of the MoE layers, ascending. source_dtype : how the
+    weights are stored, one of SOURCE_DTYPES, or several joined by "+".
     """
 
     def __init__(
@@ -47,12 +47,15 @@ class Experts:
         fewest = min(layer.num_experts for layer in self._layers.values())
         if top_k is None or top_k > fewest:
             raise CheckpointError(
-                f"{self._config.where}: num_experts_per_tok={top_k}: must be an int of 1 to {fewest}, the number of experts"
+                f"{self._config.where}: num_experts_per_tok={top_k}: must be an int of 1 to "
+                f"{fewest}, the number of experts"
             )
         return top_k
 
     def spec_fields(self, layer: int) -> dict[str, Any]:
-        """num_experts, hidden_size, intermediate_size, has_gate, has_bias and activation of one layer."""
+        """num_experts, hidden_size, intermediate_size, has_gate,
+        has_bias and activation of one layer.
+        """
         found = self._layer(layer)
         return {
             "num_experts": found.num_experts,
@@ -64,7 +67,10 @@ class Experts:
         }
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
-        """One expert, decoded; safe to call from several threads. Raises CheckpointError, ValueError."""
+        """One expert, decoded; safe to call from several threads.
+
+        Raises CheckpointError, ValueError.
+        """
         return self._checked(layer, expert).read(expert)
 
     def read_stored(self, layer: int, expert: int) -> ExpertWeights | CodedExpert:
@@ -74,7 +80,9 @@ class Experts:
 
     @property
     def int4_group(self) -> int | None:
-        """The group size of int4 panels that keep the experts' 4-bit codes and least bytes; None if there is none."""
+        """The group size of int4 panels that keep the experts' 4-bit codes and least bytes;
+        None if there is none.
+        """
         groups: set[int] = set().union(*(layer.int4_groups for layer in self._layers.values()))
         if not groups or self.source_dtype != "int4":
             return None
@@ -84,7 +92,9 @@ class Experts:
         return next((g for g in (128, 64, 32) if all(size % g == 0 for size in sizes)), None)
 
     def mxfp4_experts(self, layer: int) -> StoredExperts | None:
-        """A layer's MXFP4 experts in the blocks of GGUF, the same numbers; None if they are not MXFP4."""
+        """A layer's MXFP4 experts in the blocks of GGUF, the same numbers;
+        None if they are not MXFP4.
+        """
         found = self._layer(layer)
         if not found.is_mxfp4:
             return None
@@ -107,9 +117,14 @@ class Experts:
         }
         stacked = {name: np.stack(rows) for name, rows in biases.items() if rows}
         return StoredExperts(
-            spec, matrices.get("gate"), matrices["up"], matrices["down"],
-            stacked.get("gate"), stacked.get("up"), stacked.get("down"),
-        )  # fmt: skip
+            spec,
+            matrices.get("gate"),
+            matrices["up"],
+            matrices["down"],
+            stacked.get("gate"),
+            stacked.get("up"),
+            stacked.get("down"),
+        )
 
     def tensor_names(self, layer: int) -> set[str]:
         """The checkpoint's tensors that the experts of one layer are made of."""
@@ -128,5 +143,6 @@ class Experts:
             return self._layers[layer]
         except KeyError:
             raise CheckpointError(
-                f"{self._where}: layer {layer} has no experts; MoE layers: {', '.join(map(str, self.layers))}"
+                f"{self._where}: layer {layer} has no experts; MoE layers: "
+                f"{', '.join(map(str, self.layers))}"
             ) from None

@@ -1,7 +1,8 @@
 """Families of tensor names: how a checkpoint calls the tensors of experts, and how they lie.
 
-Two ways are in use, ``PerExpert`` (three tensors per expert) and ``Fused`` (one tensor stacks all experts of a layer). The families
-themselves stand with the architectures that have them (``ktk.models.arch``).
+Two ways are in use, ``PerExpert`` (three tensors per expert) and ``Fused`` (one tensor stacks all
+experts of a layer). The families themselves stand with the architectures that have them
+(``ktk.models.arch``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Family(ABC):
 
     name: str
     example: str  # one tensor name, for error messages
-    # Another family whose names these may be, too: the architectures that list this one read it instead, no other does.
+    # Another family whose names these may be, too: the architectures that list this one read it
+    # instead, no other does.
     instead_of: str = ""
 
     @abstractmethod
@@ -40,14 +42,18 @@ class Family(ABC):
         names: dict[str, re.Match[str]],
         bias_models: tuple[str, ...],
     ) -> Layer:
-        """Check one layer's tensors and return it. bias_models : model types of ``Architecture.stacks_biases``."""
+        """Check one layer's tensors and return it.
+
+        bias_models : model types of ``Architecture.stacks_biases``.
+        """
 
     def compile(self, rest: str) -> re.Pattern[str]:
         return re.compile(rf"(?P<prefix>{LAYER_PREFIX})\.(?P<layer>{INDEX})\.{rest}")
 
 
 class PerExpert(Family):
-    """``{layer}.{module}.{expert}.{gate|up|down}.weight``, with scales and biases beside the weight.
+    """``{layer}.{module}.{expert}.{gate|up|down}.weight``, with scales and biases beside the
+    weight.
 
     gate None : experts without a gate projection.
     """
@@ -78,9 +84,11 @@ class PerExpert(Family):
 class Fused(Family):
     """One tensor per layer stacks gate and up of all experts, another their down projections.
 
-    Two orientations are in use: (experts, 2 * intermediate, hidden) with (experts, hidden, intermediate),
-    as a linear layer has them, and both transposed. Which one follows from the two shapes together:
-    to fit both ways, a matrix would have to have no rows. ``is_interleaved``: gate and up alternate.
+    Two orientations are in use: (experts, 2 * intermediate, hidden) with (experts, hidden,
+    intermediate), as a linear layer has them, and both transposed. Which one follows from the two
+    shapes together:
+    to fit both ways, a matrix would have to have no rows. ``is_interleaved``: gate and up
+    alternate.
     parts : tensor name after the module -> gate_up or down, or one of them with _bias or _scale.
     """
 
@@ -96,7 +104,8 @@ class Fused(Family):
         self.is_interleaved, self.instead_of = is_interleaved, instead_of
         self.parts = parts
         stored = "|".join(re.escape(s) for s in sorted(parts, key=len, reverse=True))
-        self.example = f"model.layers.L.{_plain(module)}.{{{','.join(s for s in parts if parts[s] in ('gate_up', 'down'))}}}"
+        shown = ",".join(s for s in parts if parts[s] in ("gate_up", "down"))
+        self.example = f"model.layers.L.{_plain(module)}.{{{shown}}}"
         self._pattern = self.compile(rf"{module}\.(?P<part>{stored})")
 
     def pattern(self) -> re.Pattern[str]:
@@ -121,8 +130,9 @@ class Fused(Family):
         found = StackedLayer(checkpoint, config, layer, parts, self.parts, self.is_interleaved)
         if found.has_bias and config.model_type not in bias_models:
             raise CheckpointError(
-                f"{checkpoint.path}: layer {layer}: {parts['gate_up_bias']!r}: for model_type {config.model_type!r} ktk does not know "
-                f"whether gate and up alternate; known with biases: {', '.join(bias_models)}"
+                f"{checkpoint.path}: layer {layer}: {parts['gate_up_bias']!r}: for model_type "
+                f"{config.model_type!r} ktk does not know whether gate and up alternate; known "
+                f"with biases: {', '.join(bias_models)}"
             )
         return found
 

@@ -1,4 +1,6 @@
-"""The experts of a checkpoint, whatever its architecture: a Hugging Face directory's, a GGUF model's."""
+"""The experts of a checkpoint, whatever its architecture: a Hugging Face directory's,
+a GGUF model's.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def find_experts(checkpoint: Checkpoint) -> Experts:
     """The experts of a checkpoint: its family from the tensor names, shapes and activation checked.
 
     Layers at or above the config's num_hidden_layers (multi-token prediction) are left alone.
-    Raises CheckpointError if no family or several fit, experts are missing, or shapes contradict config.json.
+    Raises CheckpointError if no family or several fit, experts are missing, or shapes contradict
+    config.json.
     """
     config = Config.of(checkpoint)
     num_layers = config.size(NUM_LAYERS_KEYS)
@@ -59,7 +62,8 @@ def find_experts(checkpoint: Checkpoint) -> Experts:
         )
     if len(found) > 1:
         raise CheckpointError(
-            f"{checkpoint.path}: holds experts of several naming styles ({', '.join(found)}); one is allowed"
+            f"{checkpoint.path}: holds experts of several naming styles ({', '.join(found)}); one "
+            "is allowed"
         )
     ((chosen, by_layer),) = found.items()
     family = FAMILIES[chosen]
@@ -70,18 +74,23 @@ def find_experts(checkpoint: Checkpoint) -> Experts:
         prefixes = {match["prefix"] for match in by_layer[index].values()}
         if len(prefixes) > 1:
             raise CheckpointError(
-                f"{checkpoint.path}: layer {index} occurs under {' and '.join(sorted(prefixes))}; one is allowed"
+                f"{checkpoint.path}: layer {index} occurs under {' and '.join(sorted(prefixes))}; "
+                "one is allowed"
             )
         layers[index] = family.layer(checkpoint, config, index, by_layer[index], bias_models)
     return Experts(family, config, layers, activation, str(checkpoint.path))
 
 
 def find_activation(config: Config, family: Family) -> Activation:
-    """The experts' activation, as far as config.json says it, else their architecture's. Raises CheckpointError."""
+    """The experts' activation, as far as config.json says it, else their architecture's.
+
+    Raises CheckpointError.
+    """
     for kind in config.model_types:  # a text part's is another than the whole model's
         if kind in BY_MODEL_TYPE and BY_MODEL_TYPE[kind].refused:
             raise CheckpointError(
-                f"{config.where}: model_type {kind!r} is not supported: {BY_MODEL_TYPE[kind].refused}"
+                f"{config.where}: model_type {kind!r} is not supported: "
+                f"{BY_MODEL_TYPE[kind].refused}"
             )
     named = next(row for row in ARCHITECTURES if family in row.families)
     implied = BY_MODEL_TYPE.get(config.model_type, named).activation
@@ -110,8 +119,8 @@ def find_activation(config: Config, family: Family) -> Activation:
 def find_gguf_experts(checkpoint: GgufCheckpoint) -> GgufExperts:
     """The experts of a GGUF model: names, shapes and metadata checked against each other.
 
-    Layers of multi-token prediction (the last ``nextn_predict_layers``) are left alone. An architecture ktk does not
-    know runs as SiLU(gate) * up, with a warning. Raises CheckpointError.
+    Layers of multi-token prediction (the last ``nextn_predict_layers``) are left alone. An
+    architecture ktk does not know runs as SiLU(gate) * up, with a warning. Raises CheckpointError.
     """
     path = checkpoint.path
     key = "general.architecture"
@@ -124,8 +133,8 @@ def find_gguf_experts(checkpoint: GgufCheckpoint) -> GgufExperts:
     found, extras = find_tensors(checkpoint.tensors)
     if not found:
         raise CheckpointError(
-            f"{path}: no tensor is named like an expert's (blk.0.ffn_gate_exps.weight, blk.0.ffn_gate.0.weight): "
-            f"is {name!r} a mixture of experts?"
+            f"{path}: no tensor is named like an expert's (blk.0.ffn_gate_exps.weight, "
+            f"blk.0.ffn_gate.0.weight): is {name!r} a mixture of experts?"
         )
     row = BY_GGUF_NAME.get(name)
     implied = row.gguf if row is not None else None
@@ -154,7 +163,9 @@ def find_gguf_experts(checkpoint: GgufCheckpoint) -> GgufExperts:
 
 
 def _leave_out_prediction(config: GgufConfig, found: Found) -> None:
-    """Drop the layers of multi-token prediction; CheckpointError for layers the model cannot have."""
+    """Drop the layers of multi-token prediction; CheckpointError for layers the model cannot
+    have.
+    """
     key, num_layers = config.key("block_count"), config.size("block_count")
     if num_layers is None:
         return
@@ -165,5 +176,6 @@ def _leave_out_prediction(config: GgufConfig, found: Found) -> None:
         del found[layer]
     if not found:
         raise config.error(
-            f"{key} is {num_layers} and {config.key('nextn_predict_layers')} {predicted}: no layer is left"
+            f"{key} is {num_layers} and {config.key('nextn_predict_layers')} {predicted}: no "
+            "layer is left"
         )

@@ -1,4 +1,5 @@
-"""One layer's experts in a checkpoint: every tensor accounted for, shapes checked against each other and config.json, experts read.
+"""One layer's experts in a checkpoint: every tensor accounted for, shapes checked against each
+other and config.json, experts read.
 
 A family (``ktk.models.families``) has sorted the tensors by what they are before.
 """
@@ -24,7 +25,10 @@ from ktk.models.config import HIDDEN_KEYS, INTERMEDIATE_KEYS, NUM_EXPERTS_KEYS, 
 
 
 class Layer(ABC):
-    """One layer's experts: their ids, tensors and shapes. int4_groups : group sizes of those that are 4-bit codes."""
+    """One layer's experts: their ids, tensors and shapes.
+
+    int4_groups : group sizes of those that are 4-bit codes.
+    """
 
     names: set[str]  # every tensor that packing replaces
     num_experts: int
@@ -58,7 +62,10 @@ class Layer(ABC):
 
 
 class PerExpertLayer(Layer):
-    """Each expert has tensors of its own. parts : projection -> its module within an expert; gate None without one."""
+    """Each expert has tensors of its own.
+
+    parts : projection -> its module within an expert; gate None without one.
+    """
 
     def __init__(
         self,
@@ -107,7 +114,8 @@ class PerExpertLayer(Layer):
                 foreign = FOREIGN_SUFFIXES.get(suffix.rsplit(".", 1)[-1])
                 if foreign:
                     raise CheckpointError(
-                        f"{where}: {found[suffix]!r}: {foreign} is not read; convert from bf16 or fp8"
+                        f"{where}: {found[suffix]!r}: {foreign} is not read; convert from bf16 or "
+                        "fp8"
                     )
             int4 = next((c for c in INT4_CODINGS if c.weight in found), None)
             if "weight" not in found and int4 is None:
@@ -146,12 +154,13 @@ class PerExpertLayer(Layer):
                 if matrix.shape != wanted[role]:
                     info = self.checkpoint.tensors[matrix.name]
                     raise CheckpointError(
-                        f"{info.file}: tensor {matrix.name!r} (bytes {info.begin} to {info.end}) is "
-                        f"{matrix.shape}: must be {wanted[role]}, by expert 0's up projection"
+                        f"{info.file}: tensor {matrix.name!r} (bytes {info.begin} to {info.end}) "
+                        f"is {matrix.shape}: must be {wanted[role]}, by expert 0's up projection"
                     )
             if set(biases) != (set(stored) if self.has_bias else set()):
                 raise CheckpointError(
-                    f"{where} expert {expert}: biases of {', '.join(sorted(biases)) or 'none'}: must be of all or none"
+                    f"{where} expert {expert}: biases of {', '.join(sorted(biases)) or 'none'}: "
+                    "must be of all or none"
                 )
             for role, name in biases.items():
                 check_shape(name, self.checkpoint.tensors[name], (wanted[role][0],))
@@ -162,9 +171,13 @@ class PerExpertLayer(Layer):
         }
         biases = self.read_biases(expert)
         return ExpertWeights(
-            matrices.get("gate"), matrices["up"], matrices["down"],
-            biases.get("gate"), biases.get("up"), biases.get("down"),
-        )  # fmt: skip
+            matrices.get("gate"),
+            matrices["up"],
+            matrices["down"],
+            biases.get("gate"),
+            biases.get("up"),
+            biases.get("down"),
+        )
 
     def read_coded(self, expert: int) -> CodedExpert | None:
         matrices = {}
@@ -175,9 +188,13 @@ class PerExpertLayer(Layer):
             matrices[role] = coded
         biases = self.read_biases(expert)
         return CodedExpert(
-            matrices.get("gate"), matrices["up"], matrices["down"],
-            biases.get("gate"), biases.get("up"), biases.get("down"),
-        )  # fmt: skip
+            matrices.get("gate"),
+            matrices["up"],
+            matrices["down"],
+            biases.get("gate"),
+            biases.get("up"),
+            biases.get("down"),
+        )
 
     def read_mxfp4(self, expert: int) -> dict[str, np.ndarray]:
         stored = self._stored[expert]
@@ -197,7 +214,8 @@ class PerExpertLayer(Layer):
 class StackedLayer(Layer):
     """One tensor holds gate and up of all experts, another their down projections.
 
-    parts : gate_up, down, or one of them with _bias or _scale -> the tensor. called : how tensors may be called -> which part it is.
+    parts : gate_up, down, or one of them with _bias or _scale -> the tensor. called : how tensors
+        may be called -> which part it is.
     is_interleaved : rows of gate and up alternate, else gate's come first.
     """
 
@@ -236,7 +254,8 @@ class StackedLayer(Layer):
             self.is_transposed, (self.hidden_size, self.intermediate_size) = True, (d, c)
         else:
             raise CheckpointError(
-                f"{where}: {parts['gate_up']!r} {gate_up_info.shape} and {parts['down']!r} {down_info.shape} do not "
+                f"{where}: {parts['gate_up']!r} {gate_up_info.shape} and {parts['down']!r} "
+                f"{down_info.shape} do not "
                 "fit: must be (E, 2*I, H) with (E, H, I), or (E, H, 2*I) with (E, I, H)"
             )
         check_sizes(config, layer, self.hidden_size, self.intermediate_size, where)
@@ -308,7 +327,8 @@ def expected_experts(config: Config, layer: int, found: set[int], where: str) ->
     count = config.size(NUM_EXPERTS_KEYS, layer)
     if count is None:
         raise CheckpointError(
-            f"{config.where}: the number of experts is missing; must be in one of {', '.join(NUM_EXPERTS_KEYS)}"
+            f"{config.where}: the number of experts is missing; must be in one of "
+            f"{', '.join(NUM_EXPERTS_KEYS)}"
         )
     missing = list(itertools.islice((e for e in range(count) if e not in found), 9))
     if missing:
@@ -338,7 +358,8 @@ def check_sizes(config: Config, layer: int, hidden: int, intermediate: int, wher
 def check_shape(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
         raise CheckpointError(
-            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}) is {info.shape}: must be {shape}"
+            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}) is {info.shape}: "
+            f"must be {shape}"
         )
 
 

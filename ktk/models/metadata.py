@@ -1,7 +1,10 @@
-"""What a model's metadata may say: config.json, generation_config.json and GGUF key-values, checked before anything is made of them.
+"""What a model's metadata may say: config.json, generation_config.json and GGUF key-values, checked
+before anything is made of them.
 
-Tables of the keys that ktk or transformers' models read: type, range, and relations between keys. Other keys are nobody's business here.
-``Config`` and ``find_gguf_experts`` pass everything through, so every way to a model does; the errors say file, key, value and what is allowed.
+Tables of the keys that ktk or transformers' models read: type, range, and relations between keys.
+Other keys are nobody's business here.
+``Config`` and ``find_gguf_experts`` pass everything through, so every way to a model does; the
+errors say file, key, value and what is allowed.
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ LARGE = 1e30
 
 @dataclass(frozen=True)
 class Rule:
-    """What one key may hold. lists : None: none, "layers": also a list of one value a layer, "any": also a list."""
+    """What one key may hold.
+
+    lists : None: none, "layers": also a list of one value a layer, "any": also a list.
+    """
 
     kind: type
     low: float = 0
@@ -35,7 +41,10 @@ class Rule:
         if self.options:
             one = f"one of {', '.join(self.options)}"
         elif self.kind in (int, float):
-            one = f"{'an int' if self.kind is int else 'a number'} of {self.low:.10g} to {self.high:.10g}"
+            one = (
+                f"{'an int' if self.kind is int else 'a number'} of {self.low:.10g} to "
+                f"{self.high:.10g}"
+            )
         else:
             one = {bool: "true or false", str: "text", dict: "an object"}[self.kind]
         more = {
@@ -74,13 +83,34 @@ TOP_KS = (
     "moe_k",
     "moe_topk",
 )
-DTYPES = ("auto", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float", "half", "double")  # fmt: skip
+DTYPES = (
+    "auto",
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float",
+    "half",
+    "double",
+)
 CONFIG: dict[str, Rule] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), SIZE),
-    **dict.fromkeys(("hidden_size", "vocab_size", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), SIZE),
+    **dict.fromkeys(
+        ("hidden_size", "vocab_size", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), SIZE
+    ),
     **dict.fromkeys(("head_dim", "qk_nope_head_dim", "q_lora_rank", "moe_latent_size"), COUNT),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), LAYER_SIZE),
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"), LAYER_COUNT),
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "moe_intermediate_size",
+            "expert_ffn_hidden_size",
+            "moe_ffn_hidden_size",
+        ),
+        LAYER_COUNT,
+    ),
     **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts"), LAYER_COUNT),
     **dict.fromkeys(EXPERT_COUNTS, LAYER_COUNT),
     **dict.fromkeys(TOP_KS, LAYER_SIZE),
@@ -100,15 +130,18 @@ CONFIG: dict[str, Rule] = {
     "bos_token_id": TOKENS,
     "eos_token_id": TOKENS,
     "pad_token_id": TOKEN,
-}  # fmt: skip
+}
 QUANTIZATION: dict[str, Rule] = {"quant_method": TEXT, "checkpoint_format": TEXT}
 ROPE: dict[str, Rule] = {
     **dict.fromkeys(("rope_type", "type"), TEXT),
-    **dict.fromkeys(("rope_theta", "factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), POSITIVE),
+    **dict.fromkeys(
+        ("rope_theta", "factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"),
+        POSITIVE,
+    ),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Rule(float, 0, LARGE)),
     "partial_rotary_factor": SHARE,
     "original_max_position_embeddings": LENGTH,
-}  # fmt: skip
+}
 ROPE_NEEDS = {"linear": "factor", "dynamic": "factor", "llama3": "factor"}
 GENERATION: dict[str, Rule] = {
     "do_sample": FLAG,
@@ -122,11 +155,27 @@ GENERATION: dict[str, Rule] = {
     "pad_token_id": TOKENS,
 }
 GGUF: dict[str, Rule] = {  # after the architecture
-    **dict.fromkeys(("block_count", "embedding_length", "attention.key_length", "attention.value_length"), SIZE),
-    **dict.fromkeys(("attention.key_length_mla", "attention.value_length_mla", "rope.dimension_count"), COUNT),
-    **dict.fromkeys(("attention.kv_lora_rank", "attention.q_lora_rank", "expert_shared_count"), COUNT),
-    **dict.fromkeys(("expert_group_count", "expert_group_used_count", "nextn_predict_layers", "leading_dense_block_count"), COUNT),
-    **dict.fromkeys(("attention.head_count", "attention.head_count_kv", "feed_forward_length"), LAYER_COUNT),
+    **dict.fromkeys(
+        ("block_count", "embedding_length", "attention.key_length", "attention.value_length"), SIZE
+    ),
+    **dict.fromkeys(
+        ("attention.key_length_mla", "attention.value_length_mla", "rope.dimension_count"), COUNT
+    ),
+    **dict.fromkeys(
+        ("attention.kv_lora_rank", "attention.q_lora_rank", "expert_shared_count"), COUNT
+    ),
+    **dict.fromkeys(
+        (
+            "expert_group_count",
+            "expert_group_used_count",
+            "nextn_predict_layers",
+            "leading_dense_block_count",
+        ),
+        COUNT,
+    ),
+    **dict.fromkeys(
+        ("attention.head_count", "attention.head_count_kv", "feed_forward_length"), LAYER_COUNT
+    ),
     **dict.fromkeys(("expert_count", "expert_feed_forward_length"), LAYER_COUNT),
     "expert_used_count": LAYER_COUNT,
     "context_length": LENGTH,
@@ -137,15 +186,21 @@ GGUF: dict[str, Rule] = {  # after the architecture
     "expert_weights_norm": Rule(bool, lists="layers"),
     "expert_gating_func": Rule(int, 0, 255),
     "rope.scaling.type": TEXT,
-}  # fmt: skip
+}
 GGUF_TOKENIZER: dict[str, Rule] = {
-    **{f"tokenizer.ggml.{role}_token_id": Rule(int, -1, (1 << 32) - 1) for role in ("bos", "eos", "eot", "eom", "unknown", "padding")},
+    **{
+        f"tokenizer.ggml.{role}_token_id": Rule(int, -1, (1 << 32) - 1)
+        for role in ("bos", "eos", "eot", "eom", "unknown", "padding")
+    },
     "ktk.eos_token_ids": Rule(int, 0, MAX_COUNT, lists="any"),
-}  # fmt: skip
+}
 
 
 def check_config(parts: Iterable[Mapping[str, Any]], where: str) -> None:
-    """CheckpointError for a value of config.json that cannot be meant. parts : the object, and those nested in it that are read."""
+    """CheckpointError for a value of config.json that cannot be meant.
+
+    parts : the object, and those nested in it that are read.
+    """
     for part in parts:
         _check(part, CONFIG, where)
         for name in ("dtype", "torch_dtype"):
@@ -172,7 +227,10 @@ def read_generation(directory: Path) -> dict[str, Any]:
 
 
 def check_gguf(metadata: Any, architecture: str, where: str) -> None:
-    """CheckpointError for a key-value of a GGUF model that cannot be meant. metadata : a ``checkpoint.gguf.Metadata``."""
+    """CheckpointError for a key-value of a GGUF model that cannot be meant.
+
+    metadata : a ``checkpoint.gguf.Metadata``.
+    """
     found: dict[str, Any] = {}
     for name, rule in GGUF.items():
         key = f"{architecture}.{name}"
@@ -186,8 +244,11 @@ def check_gguf(metadata: Any, architecture: str, where: str) -> None:
         a, b = found.get(part), found.get(whole)
         if type(a) is int and type(b) is int and b and a > b - limit:
             raise _refused(
-                where, f"{architecture}.{part}", a, f"at most {b - limit}: {architecture}.{whole} is {b}"
-            )  # fmt: skip
+                where,
+                f"{architecture}.{part}",
+                a,
+                f"at most {b - limit}: {architecture}.{whole} is {b}",
+            )
 
     largest("expert_used_count", "expert_count")
     largest("expert_group_used_count", "expert_group_count")
@@ -197,8 +258,11 @@ def check_gguf(metadata: Any, architecture: str, where: str) -> None:
     if not found.get("attention.kv_lora_rank"):
         _check_multiple(heads, kv_heads, where, f"{architecture}.attention.head_count")
     _check_multiple(
-        found.get("expert_count"), found.get("expert_group_count"), where, f"{architecture}.expert_count"
-    )  # fmt: skip
+        found.get("expert_count"),
+        found.get("expert_group_count"),
+        where,
+        f"{architecture}.expert_count",
+    )
 
 
 def check_gguf_tokenizer(metadata: Any, where: str) -> None:
@@ -261,7 +325,12 @@ def _check_relations(part: Mapping[str, Any], where: str) -> None:
 
 def _check_multiple(whole: Any, part: Any, where: str, key: str) -> None:
     if type(whole) is int and type(part) is int and part and whole % part:
-        raise _refused(where, key, whole, f"a multiple of {part}, the {'groups' if 'expert' in key else 'KV heads'}")  # fmt: skip
+        raise _refused(
+            where,
+            key,
+            whole,
+            f"a multiple of {part}, the {'groups' if 'expert' in key else 'KV heads'}",
+        )
 
 
 def _refused(where: str, key: str, value: Any, allowed: str) -> CheckpointError:

@@ -1,4 +1,6 @@
-"""The tensors of a checkpoint that are not experts', quantised ones as bf16: what a model needs beside its packed experts."""
+"""The tensors of a checkpoint that are not experts', quantised ones as bf16:
+what a model needs beside its packed experts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ DEQUANTISE_WEIGHTS = 4 << 20  # decoded at a time: 16 MB of float32
 class PlainTensor:
     """A tensor that is not an expert's, as it is handed out.
 
-    dtype : as safetensors names it. coded : what it is decoded from; None if it is handed out as it is.
+    dtype : as safetensors names it. coded : what it is decoded from; None if it is handed out as it
+        is.
     """
 
     name: str
@@ -59,9 +62,11 @@ class PlainTensor:
 
 
 def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> list[PlainTensor]:
-    """All tensors but ``taken``, in the files' order; quantised weights as bf16, without what belongs to them.
+    """All tensors but ``taken``, in the files' order; quantised weights as bf16, without what
+    belongs to them.
 
-    They are decoded because whoever takes them no longer has the quantization_config that tells their coding.
+    They are decoded because whoever takes them no longer has the quantization_config that tells
+    their coding.
     """
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in taken}
     decoded: dict[str, PlainTensor] = {}
@@ -70,7 +75,8 @@ def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> li
         foreign = FOREIGN_SUFFIXES.get(name.rsplit(".", 1)[-1])
         if foreign:
             raise CheckpointError(
-                f"{info.file}: tensor {name!r}: {foreign} is not read; convert from a bf16 or fp8 checkpoint"
+                f"{info.file}: tensor {name!r}: {foreign} is not read; convert from a bf16 or fp8 "
+                "checkpoint"
             )
         stem, _, suffix = name.rpartition(".")
         int4 = next((c for c in INT4_CODINGS if c.weight == suffix), None)

@@ -1,4 +1,6 @@
-"""What a decoder layer is made of: values that describe each component, as ``_cy/include/ktk_decoder.h`` runs it."""
+"""What a decoder layer is made of: values that describe each component,
+as ``_cy/include/ktk_decoder.h`` runs it.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ class Norm:
 class Rotary:
     """The first ``dim`` of a head turn.
 
-    order : which two turn together: "halves", half of dim apart; "pairs", neighbours; "pairs to halves", neighbours that
-    are put half of dim apart.
+    order : which two turn together: "halves", half of dim apart; "pairs", neighbours; "pairs to
+    halves", neighbours that are put half of dim apart.
     """
 
     dim: int
@@ -78,9 +80,10 @@ class Rotary:
 class Attention:
     """Groups of query heads over the keys and values of one head.
 
-    q, k, v, o : projections. q_norm, k_norm : of each head (head_dim,), or of all (heads * head_dim,), or None; then the
-    rotation. scaling : of scores. sinks : float32 (num_heads,), a score without a value, or None. window : the last tokens
-    that a token sees, itself included; None: all. Raises ValueError if shapes do not fit.
+    q, k, v, o : projections. q_norm, k_norm : of each head (head_dim,), or of all (heads *
+    head_dim,), or None; then the rotation. scaling : of scores. sinks : float32 (num_heads,), a
+    score without a value, or None. window : the last tokens that a token sees, itself included;
+    None: all. Raises ValueError if shapes do not fit.
     """
 
     kind: ClassVar[str] = "attention"
@@ -139,12 +142,14 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class LatentAttention:
-    """DeepSeek's attention over latents, absorbed: cached are latents, and the part of keys that turns.
+    """DeepSeek's attention over latents, absorbed: cached are latents, and the part of keys that
+    turns.
 
-    q_a, q_norm : what stands before q, or None; then q. A head's query: nope_dim, then rotary.dim. latent : hidden -> latent_dim +
-    rotary.dim, the former normed. absorb : nope_dim -> num_heads * latent_dim, what makes keys of latents, transposed, a
-    head's outputs behind the other's. expand : latent_dim -> num_heads * value_dim, what makes values. Raises ValueError if
-    shapes do not fit.
+    q_a, q_norm : what stands before q, or None; then q. A head's query: nope_dim, then rotary.dim.
+    latent : hidden -> latent_dim + rotary.dim, the former normed. absorb : nope_dim -> num_heads *
+    latent_dim, what makes keys of latents, transposed, a head's outputs behind the other's. expand
+    : latent_dim -> num_heads * value_dim, what makes values. Raises ValueError if shapes do not
+    fit.
     """
 
     kind: ClassVar[str] = "latent_attention"
@@ -201,7 +206,8 @@ class LatentAttention:
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """Dense or shared experts: down(act(gate(x)) * up(x)), times sigmoid(x . scale) if there is a scale.
+    """Dense or shared experts: down(act(gate(x)) * up(x)), times sigmoid(x . scale) if there is a
+    scale.
 
     scale : float32 (hidden_size,). Raises ValueError if shapes do not fit.
     """
@@ -226,7 +232,10 @@ class Mlp:
 
 @dataclass(frozen=True, eq=False)
 class RoutedExperts:
-    """Experts that a router chooses by logits, hidden_size -> num_experts. Raises ValueError if shapes do not fit."""
+    """Experts that a router chooses by logits, hidden_size -> num_experts.
+
+    Raises ValueError if shapes do not fit.
+    """
 
     kind: ClassVar[str] = "routed"
     experts: MoE

@@ -1,4 +1,6 @@
-"""``DecoderLayer``: rows of new tokens through a whole decoder layer in one native call (``_cy/kernels/decoder.c``)."""
+"""``DecoderLayer``: rows of new tokens through a whole decoder layer in one native call
+(``_cy/kernels/decoder.c``).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ PAGE_STEP = 16  # tokens of a page are a multiple of it, where there are several
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """residual += multiplier * output_norm(sum of what the components make of norm(residual)), added in their order."""
+    """residual += multiplier * output_norm(sum of what the components make of norm(residual)),
+    added in their order.
+    """
 
     components: tuple[Component, ...]
     norm: Norm | None = None
@@ -37,7 +41,8 @@ class Branch:
         for component in self.components:
             if component.hidden_size != hidden:
                 raise ValueError(
-                    f"a {component.kind} of hidden size {component.hidden_size} beside one of {hidden}"
+                    f"a {component.kind} of hidden size {component.hidden_size} beside one of "
+                    f"{hidden}"
                 )
         for name in ("norm", "output_norm"):
             if (norm := getattr(self, name)) is not None:
@@ -50,7 +55,10 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class DecoderSpec:
-    """A decoder layer: branches of a residual stream, one of which attends. Raises ValueError if shapes do not fit."""
+    """A decoder layer: branches of a residual stream, one of which attends.
+
+    Raises ValueError if shapes do not fit.
+    """
 
     branches: tuple[Branch, ...]
 
@@ -74,7 +82,9 @@ class DecoderSpec:
         return next(c for c in self.components if isinstance(c, Attention | LatentAttention))
 
     def mapped(self, change: Callable[[Component], Component | None]) -> DecoderSpec:
-        """With each component changed, or left out where ``change`` gives None; a branch without any is left out, too."""
+        """With each component changed, or left out where ``change`` gives None;
+        a branch without any is left out, too.
+        """
         branches = []
         for branch in self.branches:
             changed = [change(c) for c in branch.components]
@@ -89,8 +99,9 @@ class DecoderSpec:
 class Pages:
     """Where the keys and values of one sequence lie in a layer, in pages of equally many tokens.
 
-    keys, values : a page each, arrays (heads, page_tokens, width) of one dtype and of the same strides, each row
-    contiguous; page_tokens a multiple of 16 where there is more than one. Raises ValueError. The arrays must outlive this.
+    keys, values : a page each, arrays (heads, page_tokens, width) of one dtype and of the same
+    strides, each row contiguous; page_tokens a multiple of 16 where there is more than one. Raises
+    ValueError. The arrays must outlive this.
     """
 
     def __init__(self, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> None:
@@ -120,7 +131,8 @@ class Pages:
                     raise ValueError(f"{name}: each row must be contiguous and writeable")
             if first.shape[1] != self.page_tokens:
                 raise ValueError(
-                    f"{name}: pages of {first.shape[1]} tokens, those of keys have {self.page_tokens}"
+                    f"{name}: pages of {first.shape[1]} tokens, those of keys have "
+                    f"{self.page_tokens}"
                 )
             table = np.array([page.ctypes.data for page in pages], np.uintp)
             self._tables.append(table)
@@ -130,7 +142,10 @@ class Pages:
 
 
 class DecoderLayer:
-    """A ``DecoderSpec`` ready to run on the process-wide engine. BackendError if the experts' kernels are not ktk's own in C."""
+    """A ``DecoderSpec`` ready to run on the process-wide engine.
+
+    BackendError if the experts' kernels are not ktk's own in C.
+    """
 
     def __init__(self, spec: DecoderSpec, num_threads: int | None = None) -> None:
         if reason := linear_why_not():
@@ -156,12 +171,14 @@ class DecoderLayer:
         sequence: Sequence[int],
         position: Sequence[int],
     ) -> np.ndarray:
-        """Write each row's key and value at its position in its sequence, and attend to those up to it.
+        """Write each row's key and value at its position in its sequence, and attend to those up to
+        it.
 
-        hidden : (rows, hidden_size), float32, float16 or bf16 bits as uint16, as are keys and values. cosines, sines : float32
-        (rows, rotary.dim / 2). pages : of each sequence. sequence, position : of each row, an index of pages and a place
-        among its tokens, no two rows the same. Returns (rows, hidden_size) in hidden's dtype. A row has the same bits whatever
-        other rows, pages and threads there are. Raises ValueError for what does not fit.
+        hidden : (rows, hidden_size), float32, float16 or bf16 bits as uint16, as are keys and
+        values. cosines, sines : float32 (rows, rotary.dim / 2). pages : of each sequence. sequence,
+        position : of each row, an index of pages and a place among its tokens, no two rows the
+        same. Returns (rows, hidden_size) in hidden's dtype. A row has the same bits whatever other
+        rows, pages and threads there are. Raises ValueError for what does not fit.
         """
         attention, rows = self.spec.attention, len(hidden)
         wanted: dict[str, tuple[np.ndarray, tuple[int, ...], Any]] = {

@@ -1,4 +1,6 @@
-"""GgufModel: the MoE layers of a GGUF model, each made on first use, the next one read ahead meanwhile."""
+"""GgufModel: the MoE layers of a GGUF model, each made on first use,
+the next one read ahead meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ RESIDENT_FOR = 1.0  # seconds that a layer found in memory is believed to stay t
 
 
 class GgufModel(Mapping[int, MoE]):
-    """The MoE layers of a GGUF model: ``model[layer]`` is ``model.moe(layer)``; ``load_gguf`` makes one.
+    """The MoE layers of a GGUF model: ``model[layer]`` is ``model.moe(layer)``; ``load_gguf`` makes
+    one.
 
-    layers : indices of the MoE layers, ascending. metadata : the file's key-values. routing, num_experts_per_tok :
-    what a caller's router needs; Llama 4 weighs the experts' input and Gemma 4 scales their output, see ``Routing``
-    and ``output_scale``. Safe to use from several threads.
+    layers : indices of the MoE layers, ascending. metadata : the file's key-values. routing,
+    num_experts_per_tok :
+    what a caller's router needs; Llama 4 weighs the experts' input and Gemma 4 scales their output,
+    see ``Routing`` and ``output_scale``. Safe to use from several threads.
     """
 
     def __init__(
@@ -80,13 +84,17 @@ class GgufModel(Mapping[int, MoE]):
         return self._experts.experts(layer)
 
     def output_scale(self, layer: int) -> np.ndarray | None:
-        """float32 (num_experts,) for a caller to multiply topk_weights by (Gemma 4), or None. Raises CheckpointError."""
+        """float32 (num_experts,) for a caller to multiply topk_weights by (Gemma 4), or None.
+
+        Raises CheckpointError.
+        """
         return self._experts.output_scale(layer)
 
     def moe(self, layer: int) -> MoE:
         """The operator of one layer, made on first use; asks the OS to read the next layer ahead.
 
-        Raises CheckpointError for a layer without experts or of unusable types, BackendError if nothing can run it.
+        Raises CheckpointError for a layer without experts or of unusable types, BackendError if
+        nothing can run it.
         """
         self._experts.spec(layer)
         self._read_ahead(layer)
@@ -101,7 +109,9 @@ class GgufModel(Mapping[int, MoE]):
             return self._layers[layer]
 
     def _read_ahead(self, layer: int) -> None:
-        """Have the layer that runs after this one read, unless it is in memory; the first follows the last."""
+        """Have the layer that runs after this one read, unless it is in memory;
+        the first follows the last.
+        """
         following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
         now = time.monotonic()
         if following in self._copied:
@@ -111,7 +121,8 @@ class GgufModel(Mapping[int, MoE]):
         if self._experts.is_resident(following):
             self._seen[following] = now
         elif self._reader is None or not self._reader.is_alive():
-            # Advice alone takes 0.2 ms per MB, which the layer that runs meanwhile should not wait for.
+            # Advice alone takes 0.2 ms per MB, which the layer that runs meanwhile should not wait
+            # for.
             self._reader = threading.Thread(
                 target=self._experts.prefetch, args=(following,), name="ktk-readahead", daemon=True
             )
@@ -139,7 +150,10 @@ class GgufModel(Mapping[int, MoE]):
         return id(self)
 
     def __repr__(self) -> str:
-        return f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, {self._experts.checkpoint.path})"
+        return (
+            f"GgufModel({self._experts.architecture}, {len(self)} MoE layers, "
+            f"{self._experts.checkpoint.path})"
+        )
 
 
 @lru_cache(maxsize=4)
@@ -148,7 +162,9 @@ def _opened(path: str, stamp: tuple[tuple[str, int, int], ...]) -> GgufExperts:
 
 
 def open_experts(path: Path) -> GgufExperts:
-    """``find_gguf_experts`` of a path; the same object for every layer that asks while the files stay as they are."""
+    """``find_gguf_experts`` of a path; the same object for every layer that asks while the files
+    stay as they are.
+    """
     beside = (path.parent if path.is_file() else path).glob("*")
     files = sorted(file for file in beside if file.name.lower().endswith(".gguf"))
     stats = ((str(file), file.stat()) for file in files if file.is_file())
@@ -165,8 +181,9 @@ def load_gguf(
 ) -> GgufModel:
     """Open the experts of a GGUF model; nothing is read but the header.
 
-    path : a .gguf file, any part of a split one, or a directory of one model. method, num_threads, repack : as ``MoE``
-    takes them; repack None leaves its default. Raises CheckpointError, ValueError for an unknown method.
+    path : a .gguf file, any part of a split one, or a directory of one model. method, num_threads,
+    repack : as ``MoE`` takes them; repack None leaves its default. Raises CheckpointError,
+        ValueError for an unknown method.
     """
     experts = find_gguf_experts(GgufCheckpoint.open(path))
     return GgufModel(experts, method=method, num_threads=num_threads, repack=repack)

@@ -1,4 +1,6 @@
-"""What callers hand over, checked once and made plain memory: NumPy arrays, CPU tensors, tensors on a device."""
+"""What callers hand over, checked once and made plain memory: NumPy arrays, CPU tensors,
+tensors on a device.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def plain(array: np.ndarray) -> np.ndarray:
 
 
 def as_hidden(x: Any, hidden_size: int) -> np.ndarray:
-    """(tokens, hidden_size) C-contiguous float32 / float16 / bf16 bits, copied only if it must be."""
+    """(tokens, hidden_size) C-contiguous float32 / float16 / bf16 bits,
+    copied only if it must be.
+    """
     array = to_numpy(x, "hidden_states")
     if not is_bf16(x) and array.dtype not in (np.float32, np.float16):
         raise TypeError(
@@ -100,7 +104,8 @@ def as_routing(topk_ids: Any, topk_weights: Any, num_tokens: int) -> tuple[np.nd
     ids = to_numpy(topk_ids, "topk_ids")
     if ids.dtype.kind not in "iu" or is_bf16(topk_ids):
         raise TypeError(
-            f"topk_ids has dtype {'bfloat16' if is_bf16(topk_ids) else ids.dtype}: must be an integer type"
+            f"topk_ids has dtype {'bfloat16' if is_bf16(topk_ids) else ids.dtype}: must be an "
+            "integer type"
         )
     weights = to_numpy(topk_weights, "topk_weights")
     if is_bf16(topk_weights):
@@ -126,8 +131,8 @@ class Call(NamedTuple):
     """A forward pass on the host, checked; ``out`` is where its result goes, seen as bits.
 
     hidden, out : float32, float16 or uint16 bf16 bits (num_tokens, hidden_size); topk_ids : int64
-    (num_tokens, top_k); topk_weights : float32, likewise. result : of the caller's kind and dtype, on
-    the CPU. device : where the caller's hidden states are, "numpy" for an array.
+    (num_tokens, top_k); topk_weights : float32, likewise. result : of the caller's kind and dtype,
+    on the CPU. device : where the caller's hidden states are, "numpy" for an array.
     """
 
     hidden: np.ndarray
@@ -141,7 +146,9 @@ class Call(NamedTuple):
 def as_call(
     hidden_states: Any, topk_ids: Any, topk_weights: Any, hidden_size: int, stream: Any
 ) -> Call:
-    """Arguments on any device, hidden_states (..., hidden_size), copied on ``stream`` if not the CPU's."""
+    """Arguments on any device, hidden_states (..., hidden_size),
+    copied on ``stream`` if not the CPU's.
+    """
     device = device_of(hidden_states)
     with on_stream(device, stream):
         hidden = on_host(hidden_states)

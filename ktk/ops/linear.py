@@ -41,12 +41,14 @@ class Linear:
 
     Parameters
     ----------
-    weight : (out_features, in_features), float32, float16 or bfloat16, an array or CPU tensor; quantised, not kept.
+    weight : (out_features, in_features), float32, float16 or bfloat16, an array or CPU tensor;
+        quantised, not kept.
     bias : (out_features,), a float type, or None.
     weight_format, group_size, activation_group, num_threads : as in ``ktk.MoE.from_weights``.
 
-    Results have the same bits for any number of rows and threads. Raises ValueError / TypeError naming the argument that
-    does not fit, BackendError without the compiled extension, EngineError as ``ktk.MoE``.
+    Results have the same bits for any number of rows and threads. Raises ValueError / TypeError
+    naming the argument that does not fit, BackendError without the compiled extension, EngineError
+    as ``ktk.MoE``.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class Linear:
         _check()
         if not get_format(weight_format).is_packed:
             raise ValueError(
-                "weight_format='gguf': must be a format of panels, e.g. 'int8'; blocks go to Linear.of_blocks"
+                "weight_format='gguf': must be a format of panels, e.g. 'int8'; blocks go to "
+                "Linear.of_blocks"
             )
         w = as_weights(weight, "weight")
         if w.ndim != 2 or not w.size:
@@ -101,14 +104,16 @@ class Linear:
     ) -> Linear:
         """A matrix in a GGUF file's blocks, run where they lie.
 
-        matrix : of one expert, as the file has its rows. They are copied only where out_features is no multiple of 16, and, as
-        floats, where no kernel reads the type (with a warning). activation_group : None takes 64 for types of 5 bits and more, else 128.
+        matrix : of one expert, as the file has its rows. They are copied only where out_features is
+        no multiple of 16, and, as floats, where no kernel reads the type (with a warning).
+        activation_group : None takes 64 for types of 5 bits and more, else 128.
         bias, num_threads : as for panels. Raises ValueError, BackendError and EngineError likewise.
         """
         _check()
         if len(matrix.data) != 1 or matrix.is_repacked:
             raise ValueError(
-                f"{matrix.format.name} blocks of {len(matrix.data)} experts{', repacked' * matrix.is_repacked}: "
+                f"{matrix.format.name} blocks of {len(matrix.data)} "
+                f"experts{', repacked' * matrix.is_repacked}: "
                 "must be one matrix, (1, out_features, row bytes), as a file holds it"
             )
         self = cls.__new__(cls)
@@ -153,7 +158,8 @@ class Linear:
         return padded
 
     def forward(self, x: Any) -> Any:
-        """x : (rows, in_features), float32, float16 or bfloat16. Returns (rows, out_features), an array or tensor like x.
+        """x : (rows, in_features), float32, float16 or bfloat16. Returns (rows, out_features), an
+            array or tensor like x.
 
         Raises TypeError / ValueError as ``ktk.MoE.forward``.
         """
@@ -172,6 +178,6 @@ class Linear:
 
     def __repr__(self) -> str:
         return (
-            f"Linear({self.in_features} -> {self.out_features}, {self.kernel}, {self.bits_per_weight:.2f} bits per weight, "
-            f"{self.num_threads} threads)"
+            f"Linear({self.in_features} -> {self.out_features}, {self.kernel}, "
+            f"{self.bits_per_weight:.2f} bits per weight, {self.num_threads} threads)"
         )

@@ -1,4 +1,6 @@
-"""MoE: the operator. (hidden_states, topk_ids, topk_weights) -> output, NumPy arrays or CPU torch tensors."""
+"""MoE: the operator. (hidden_states, topk_ids, topk_weights) -> output,
+NumPy arrays or CPU torch tensors.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ from ktk.quantise.pack import pack_experts
 def expert_reader(arrays: dict[str, Any]) -> Callable[[int], ExpertWeights]:
     """Reader of experts stacked along dimension 0; converts one at a time.
 
-    arrays : gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias in this order, checked; None where absent.
+    arrays : gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias in this order, checked;
+        None where absent.
     """
 
     def part(name: str, expert: int) -> np.ndarray | None:
@@ -54,17 +57,22 @@ class MoE:
     Parameters
     ----------
     packed : StoredExperts or ktk.placement.store.ExpertStore
-        The experts. Shared, not copied; but GGUF blocks with a method for packed weights are quantised anew.
+        The experts. Shared, not copied; but GGUF blocks with a method for packed weights are
+        quantised anew.
     method : str
-        "auto", a backend ("AVX512", "AMXINT4", ...) or a format ("INT8", ...): see ``ktk.backends.report()``.
+        "auto", a backend ("AVX512", "AMXINT4", ...) or a format ("INT8", ...): see
+        ``ktk.backends.report()``.
     num_threads : int or None
-        Threads of the process-wide engine; None takes the engine's, at first KTK_NUM_THREADS or the physical cores.
+        Threads of the process-wide engine; None takes the engine's, at first KTK_NUM_THREADS or the
+        physical cores.
     repack : bool or None
-        Copy GGUF blocks into memory in the order the kernels read them; None: KTK_REPACK, default no.
+        Copy GGUF blocks into memory in the order the kernels read them; None: KTK_REPACK, default
+        no.
 
     Raises
     ------
-    BackendError if nothing can run it, EngineError if the engine already runs with another thread count.
+    BackendError if nothing can run it, EngineError if the engine already runs with another thread
+    count.
     """
 
     def __init__(
@@ -82,8 +90,9 @@ class MoE:
         backend = backends.select(method, spec)
         if store is not None and (repack or spec != store.spec or not backend.takes_stores):
             raise BackendError(
-                f"{backend.name} with method={method!r}, repack={repack}: experts of an ExpertStore "
-                "run as they lie, by compiled kernels; use method='auto' and leave repack out"
+                f"{backend.name} with method={method!r}, repack={repack}: experts of an "
+                "ExpertStore run as they lie, by compiled kernels; use method='auto' and leave "
+                "repack out"
             )
         layout = engine.acquire(self, num_threads)
         stored = make(layout.num_threads)
@@ -115,9 +124,11 @@ class MoE:
     ) -> MoE:
         """Quantise and pack float experts.
 
-        gate_proj, up_proj : (num_experts, intermediate_size, hidden_size); gate_proj None without a gate.
+        gate_proj, up_proj : (num_experts, intermediate_size, hidden_size); gate_proj None without a
+            gate.
         down_proj : (num_experts, hidden_size, intermediate_size). float32, float16 or bfloat16.
-        Biases : (num_experts, out_features) or None. weight_format defaults to the method's, else "int4".
+        Biases : (num_experts, out_features) or None. weight_format defaults to the method's, else
+        "int4".
         Raises ValueError / TypeError naming the argument that does not fit.
         """
         arrays = {
@@ -137,7 +148,8 @@ class MoE:
             want = 3 if name.endswith("proj") else 2
             if array.ndim != want:
                 raise ValueError(
-                    f"{name} has shape {array.shape}: must have {want} dimensions, num_experts first"
+                    f"{name} has shape {array.shape}: must have {want} dimensions, num_experts "
+                    "first"
                 )
         for name, array in given.items():
             if array.shape[0] != given["up_proj"].shape[0]:
@@ -186,13 +198,15 @@ class MoE:
     ) -> Any:
         """Sum over each token's slots of weight * expert(hidden).
 
-        hidden_states : (num_tokens, hidden_size), float32, float16 or bfloat16; zero tokens are fine.
-        topk_ids : (num_tokens, top_k), any integer type; an id outside 0..num_experts-1 or with ``skip`` set
-            adds exactly zero; an expert named twice adds twice.
+        hidden_states : (num_tokens, hidden_size), float32, float16 or bfloat16; zero tokens are
+            fine.
+        topk_ids : (num_tokens, top_k), any integer type; an id outside 0..num_experts-1 or with
+            ``skip`` set adds exactly zero; an expert named twice adds twice.
         topk_weights : (num_tokens, top_k), any float type, used as float32.
         skip : bool (num_experts,) or None; experts that run elsewhere.
         add : float32 (num_tokens, hidden_size) or None, added last.
-        Returns a new array or tensor like hidden_states. NaN and inf stay in their own row, as NaN or inf.
+        Returns a new array or tensor like hidden_states. NaN and inf stay in their own row, as NaN
+        or inf.
         Raises TypeError / ValueError naming the argument that does not fit.
         """
         hidden = as_hidden(hidden_states, self.spec.hidden_size)
@@ -244,18 +258,22 @@ class MoE:
             )
         if len(ids) and (ids.min() < 0 or ids.max() >= self.spec.num_experts):
             raise ValueError(
-                f"expert_ids go from {ids.min()} to {ids.max()}: must be 0..{self.spec.num_experts - 1}"
+                f"expert_ids go from {ids.min()} to {ids.max()}: must be "
+                f"0..{self.spec.num_experts - 1}"
             )
         return self.runner.linear(projection, x, ids)
 
     @property
     def packed(self) -> Any:
-        """The experts, ``StoredExperts``; on a machine of several NUMA nodes a copy, put together from its parts."""
+        """The experts, ``StoredExperts``; on a machine of several NUMA nodes a copy,
+        put together from its parts.
+        """
         return self.runner.packed()
 
     def __repr__(self) -> str:
         s = self.spec
         return (
-            f"MoE({s.num_experts} experts, {s.hidden_size} x {s.intermediate_size}, {self.backend}: {self.kernel}, "
-            f"{self.bits_per_weight:.2f} bits per weight, {self.num_threads} threads)"
+            f"MoE({s.num_experts} experts, {s.hidden_size} x {s.intermediate_size}, "
+            f"{self.backend}: {self.kernel}, {self.bits_per_weight:.2f} bits per weight, "
+            f"{self.num_threads} threads)"
         )

@@ -1,4 +1,6 @@
-"""What becomes of experts for a method: they run as they are; GGUF blocks also repacked, or packed in another format."""
+"""What becomes of experts for a method: they run as they are; GGUF blocks also repacked,
+or packed in another format.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ _INT8_FROM_BITS = 5
 def packed_format(method: str, experts: StoredExperts) -> str | None:
     """The format that blocks are packed into for ``method``; None: they run as they are.
 
-    A method that names a format (INT8, AMXINT4 ...) asks for that. "auto" and the names of backends for packed weights
-    take int8 for types of 5 bits and more, int4 for others; "auto" only where no kernel over blocks runs.
+    A method that names a format (INT8, AMXINT4 ...) asks for that. "auto" and the names of backends
+    for packed weights take int8 for types of 5 bits and more, int4 for others; "auto" only where no
+    kernel over blocks runs.
     """
     key = backends.check_method(method)
     if key == "auto":
@@ -45,7 +48,8 @@ def packed_spec(experts: StoredExperts, weight_format: str) -> MoESpec:
 def plan(
     experts: StoredExperts, method: str, is_repacked: bool | None
 ) -> tuple[MoESpec, Callable[[int], StoredExperts]]:
-    """The spec that will run, and what makes its experts, given a number of threads (the long part).
+    """The spec that will run, and what makes its experts, given a number of threads (the long
+    part).
 
     is_repacked : whether blocks are copied in the kernels' order; None: KTK_REPACK.
     """

@@ -12,11 +12,14 @@ MAX_GROUPS = 256
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """Scores of all experts, plus the correction for the choice alone; the best groups; of their experts the best.
+    """Scores of all experts, plus the correction for the choice alone; the best groups; of their
+    experts the best.
 
-    score : "softmax" or "sigmoid" of the logits. correction : float32 (num_experts,) or None. num_groups : equal groups of
-    neighbouring experts, of which the top_groups with the largest sum of their best_of_group best stay in the choice.
-    Weights are the chosen experts' scores, over their sum if is_normalised, times scale. Raises ValueError.
+    score : "softmax" or "sigmoid" of the logits. correction : float32 (num_experts,) or None.
+    num_groups : equal groups of neighbouring experts, of which the top_groups with the largest sum
+    of their best_of_group best stay in the choice.
+    Weights are the chosen experts' scores, over their sum if is_normalised, times scale. Raises
+    ValueError.
     """
 
     num_experts: int
@@ -34,7 +37,8 @@ class Router:
             raise ValueError(f"score={self.score!r}: must be one of {', '.join(SCORES)}")
         if not 1 <= self.num_groups <= MAX_GROUPS or self.num_experts % self.num_groups:
             raise ValueError(
-                f"num_groups={self.num_groups}: must divide {self.num_experts} experts, at most {MAX_GROUPS}"
+                f"num_groups={self.num_groups}: must divide {self.num_experts} experts, at most "
+                f"{MAX_GROUPS}"
             )
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(f"top_groups={self.top_groups}: must be 1..{self.num_groups}")
@@ -55,7 +59,9 @@ class Router:
 
 
 def route(router: Router, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (tokens, num_experts) to int64 ids and float32 weights, (tokens, top_k), best first; of equals the first."""
+    """float32 (tokens, num_experts) to int64 ids and float32 weights, (tokens, top_k),
+    best first; of equals the first.
+    """
     x = logits.astype(np.float64)
     if router.score == "sigmoid":
         scores = 1 / (1 + np.exp(-x))

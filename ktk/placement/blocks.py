@@ -1,4 +1,6 @@
-"""Blocks of GGUF files as kernels take them: in whole panels of rows, repacked if wished, as floats where none reads them."""
+"""Blocks of GGUF files as kernels take them: in whole panels of rows, repacked if wished,
+as floats where none reads them.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ def kernel_types() -> tuple[str, ...]:
 
 
 def _without_kernel(matrix: StoredMatrix) -> StoredMatrix:
-    """The same values in a float format: for types that no kernel reads. BackendError if gguf cannot either."""
+    """The same values in a float format: for types that no kernel reads.
+
+    BackendError if gguf cannot either.
+    """
     try:
         values = np.stack([dequantise(matrix, e) for e in range(len(matrix.data))])
     except ValueError as error:
         raise BackendError(
-            f"LLAMAFILE: no kernel over GGUF type {matrix.format.name}, and {error}; kernels read {', '.join(kernel_types())}"
+            f"LLAMAFILE: no kernel over GGUF type {matrix.format.name}, and {error}; kernels read "
+            f"{', '.join(kernel_types())}"
         ) from error
     half = values.astype(np.float16)
     exact = np.array_equal(half.astype(np.float32), values)
@@ -43,9 +49,11 @@ def _without_kernel(matrix: StoredMatrix) -> StoredMatrix:
 
 
 def whole_panels(matrix: StoredMatrix) -> StoredMatrix:
-    """Rows in sixteens and, of float formats, in_features in whole steps; a zero-padded copy only where they are not.
+    """Rows in sixteens and, of float formats, in_features in whole steps; a zero-padded copy only
+    where they are not.
 
-    Panels are as they must be. BackendError for a type that neither a kernel nor the gguf package reads.
+    Panels are as they must be. BackendError for a type that neither a kernel nor the gguf package
+    reads.
     """
     if matrix.format.is_packed:
         return matrix
@@ -69,9 +77,11 @@ def in_whole_panels(experts: StoredExperts) -> StoredExperts:
 
 
 def repack(experts: StoredExperts, num_threads: int) -> StoredExperts:
-    """A copy in huge-page memory, in the order the kernels read: the same bytes, values and results.
+    """A copy in huge-page memory, in the order the kernels read: the same bytes, values and
+    results.
 
-    It costs the experts' size in memory and saves the kernels the gathering of bytes from sixteen rows.
+    It costs the experts' size in memory and saves the kernels the gathering of bytes from sixteen
+    rows.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         copies = {

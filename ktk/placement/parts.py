@@ -1,7 +1,7 @@
 """Experts split over NUMA nodes: gate and up by their channels, down by its outputs.
 
-Every output is then still one sum over all of k, made in one place: the results have the same bits as one part's,
-and what crosses between the nodes is h, 8 bits a channel.
+Every output is then still one sum over all of k, made in one place: the results have the same bits
+as one part's, and what crosses between the nodes is h, 8 bits a channel.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ BLOCK = 128  # channels a cut falls between: a multiple of every activation grou
 class Part(NamedTuple):
     """One part of every expert, as ktk_part in ktk.h has it, whatever the format.
 
-    gate, up, down : uint8 (num_experts, panels or rows, bytes), experts at any distance; gate None without one. In panels those
-    of gate and up alternate. Biases : float32 (num_experts, padded to panels), whole, or None.
+    gate, up, down : uint8 (num_experts, panels or rows, bytes), experts at any distance; gate None
+    without one. In panels those of gate and up alternate. Biases : float32 (num_experts, padded to
+    panels), whole, or None.
     """
 
     gate: np.ndarray | None
@@ -41,7 +42,9 @@ class Part(NamedTuple):
 
 
 def layout_of(matrix: StoredMatrix, activation_group: int) -> MatrixLayout:
-    """Of one expert's matrix, in panels or in whole panels of rows of blocks, as kernels take it."""
+    """Of one expert's matrix, in panels or in whole panels of rows of blocks,
+    as kernels take it.
+    """
     if matrix.format.is_packed:
         sizes = matrix.in_features, matrix.out_features
         return matrix_layout(matrix.format, *sizes, matrix.group_size, activation_group)
@@ -61,7 +64,8 @@ def layout_of(matrix: StoredMatrix, activation_group: int) -> MatrixLayout:
 
 
 def parts_of(experts: StoredExperts, engine: EngineLayout) -> list[Part]:
-    """The experts themselves on a machine of one node, else a part for each; in that node's memory, but for mapped files.
+    """The experts themselves on a machine of one node, else a part for each; in that node's memory,
+    but for mapped files.
 
     experts : in panels, or in whole panels of rows (``ktk.placement.blocks.whole_panels``).
     """
@@ -126,7 +130,9 @@ def _copies(views: dict[str, np.ndarray], node: int, are_packed: bool) -> dict[s
 
 
 def _padded_bias(experts: StoredExperts, name: str) -> np.ndarray | None:
-    """A projection's bias, zeros behind it up to whole panels: as it lies in packed experts, else a copy."""
+    """A projection's bias, zeros behind it up to whole panels: as it lies in packed experts,
+    else a copy.
+    """
     bias = experts.biases.get(name)
     if bias is None:
         return None

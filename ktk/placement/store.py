@@ -19,7 +19,8 @@ from ktk.machine.memory import aligned_buffer
 from ktk.placement.blocks import in_whole_panels
 from ktk.placement.parts import Part, whole_part
 
-# Told of an expert that moved: its number, and its address in each table, or None where it is absent.
+# Told of an expert that moved: its number, and its address in each table, or None where it is
+# absent.
 Listener = Callable[[int, Mapping[str, int] | None], None]
 
 
@@ -27,16 +28,16 @@ class ExpertStore:
     """The experts of one layer, each where it lies, in a span of its own, or absent.
 
     A span is one piece of memory with all of an expert: of packed experts what a packed directory
-    holds, of blocks gate, up, down and the biases one behind the other, 64-byte aligned. Safe to use
-    from several threads.
+    holds, of blocks gate, up, down and the biases one behind the other, 64-byte aligned. Safe to
+    use from several threads.
 
     Parameters
     ----------
     experts : StoredExperts
         Spec, formats, and where experts are at first; those whose ``order`` is -1 are absent.
     fetch : (expert: int) -> uint8 (span_bytes,), 64-byte aligned, or None
-        Brings an absent expert that a call needs; it then stays. None: the call is a BackendError. It
-        runs under the store's lock.
+        Brings an absent expert that a call needs; it then stays. None: the call is a BackendError.
+        It runs under the store's lock.
     """
 
     def __init__(
@@ -61,7 +62,10 @@ class ExpertStore:
         return np.array([address is not None for address in self._addresses])
 
     def address(self, expert: int) -> int | None:
-        """Where the expert's first matrix begins, None for an absent one. It may move unless it is pinned."""
+        """Where the expert's first matrix begins, None for an absent one.
+
+        It may move unless it is pinned.
+        """
         addresses = self._addresses[expert]
         return None if addresses is None else next(iter(addresses.values()))
 
@@ -73,10 +77,11 @@ class ExpertStore:
                 listener(expert, addresses)
 
     def place(self, expert: int, span: np.ndarray | None) -> None:
-        """From now on the expert is in ``span``, or, None, absent. Waits until no call uses it where it was.
+        """From now on the expert is in ``span``, or, None, absent. Waits until no call uses it
+        where it was.
 
-        span : uint8 (span_bytes,), C-contiguous, 64-byte aligned; kept while it is used. ValueError for
-        any other.
+        span : uint8 (span_bytes,), C-contiguous, 64-byte aligned; kept while it is used. ValueError
+        for any other.
         """
         with self._changed:
             self._leaving[expert] += 1  # new calls wait, or a busy expert could never move
@@ -88,7 +93,9 @@ class ExpertStore:
                 self._changed.notify_all()
 
     def copy_of(self, expert: int) -> np.ndarray:
-        """A new span with a present expert's bytes; for one that lies where the store was made from."""
+        """A new span with a present expert's bytes;
+        for one that lies where the store was made from.
+        """
         at = self.experts.place(expert)
         span = aligned_buffer(self.span_bytes)
         if self.experts.spans is not None:
@@ -104,7 +111,8 @@ class ExpertStore:
         """Every expert that a call uses is present and stays where it is.
 
         topk_ids : int64, any shape; ids outside 0..num_experts-1 and those of ``skip``, bool
-        (num_experts,), are not used. BackendError names the experts that are absent and have no fetch.
+        (num_experts,), are not used. BackendError names the experts that are absent and have no
+        fetch.
         """
         used = np.unique(topk_ids)
         used = used[(used >= 0) & (used < self.spec.num_experts)]

@@ -1,1 +1,3 @@
-"""Float weights to codes: packing, blocks, error feedback; each Numba twin beside its definition."""
+"""Float weights to codes: packing, blocks, error feedback;
+each Numba twin beside its definition.
+"""

@@ -1,6 +1,6 @@
-"""Numba twins of ``ktk.quantise.block_search``: same operations in the same order, 16 blocks in lockstep so LLVM
-turns each loop over lanes into vector code. Run without the GIL. w float32 (blocks, weights of a block); out uint8
-(blocks, bytes of a block) is written.
+"""Numba twins of ``ktk.quantise.block_search``: same operations in the same order, 16 blocks in
+lockstep so LLVM turns each loop over lanes into vector code. Run without the GIL. w float32
+(blocks, weights of a block); out uint8 (blocks, bytes of a block) is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 @numba.njit(nogil=True, cache=True)
 def _load(w, first, x, tiny):
-    """Blocks first, first + 1, ... of w as columns of x (weights, 16); what is too small or behind the end is 0."""
+    """Blocks first, first + 1, ...
+
+    of w as columns of x (weights, 16); what is too small or behind the end is 0.
+    """
     num_k = x.shape[0]
     for n in range(LANES):
         peak = ZERO
@@ -36,7 +39,9 @@ def _load(w, first, x, tiny):
 
 @numba.njit(nogil=True, cache=True)
 def _half_up(scale, bits):
-    """Each of scale (16,), 0 or more, to the next half-precision number not below it; bits : a view of scale."""
+    """Each of scale (16,), 0 or more, to the next half-precision number not below it; bits :
+    a view of scale.
+    """
     for n in range(LANES):
         if scale[n] < HALF_NORMAL:
             scale[n] = np.ceil(scale[n] * HALF_STEPS) / HALF_STEPS
@@ -46,7 +51,9 @@ def _half_up(scale, bits):
 
 @numba.njit(nogil=True, cache=True)
 def _half_nearest(scale, bits):
-    """Each of scale (16,) to the nearest half-precision number, ties to even; bits : a view of scale."""
+    """Each of scale (16,) to the nearest half-precision number, ties to even; bits :
+    a view of scale.
+    """
     for n in range(LANES):
         small = (scale[n] + HALF_MAGIC) - HALF_MAGIC
         b = bits[n]
@@ -79,10 +86,16 @@ def _clip(q, low, high):
 
 @numba.njit(nogil=True, cache=True)
 def _search_signed(x, k0, k1, ladder, refits, code_min, code_max, scratch, best):
-    """Scale of least squared error of x[k0:k1] with codes code_min..code_max; best (16,) is written."""
+    """Scale of least squared error of x[k0:k1] with codes code_min..code_max; best (16,)
+    is written.
+    """
     peak, inverse, best_gain, sum_xq, sum_qq = (
-        scratch[0], scratch[1], scratch[2], scratch[3], scratch[4],
-    )  # fmt: skip
+        scratch[0],
+        scratch[1],
+        scratch[2],
+        scratch[3],
+        scratch[4],
+    )
     peak[:] = ZERO
     for k in range(k0, k1):
         for n in range(LANES):
@@ -289,10 +302,21 @@ def q6_k(w, tiny, ladder, refits, deltas, out):
 
 @numba.njit(nogil=True, cache=True)
 def _search_affine(x, k0, ladder, refits, scratch, best_scale, best_low):
-    """Scale and subtracted minimum, both 0 or more, of least squared error of x[k0:k0+32] with codes 0..15."""
+    """Scale and subtracted minimum, both 0 or more,
+    of least squared error of x[k0:k0+32] with codes 0..15.
+    """
     low, high, inverse, offset, best_error, sum_y, sum_yy, sum_q, sum_qq, sum_yq = (
-        scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5], scratch[6], scratch[7], scratch[8], scratch[9],
-    )  # fmt: skip
+        scratch[0],
+        scratch[1],
+        scratch[2],
+        scratch[3],
+        scratch[4],
+        scratch[5],
+        scratch[6],
+        scratch[7],
+        scratch[8],
+        scratch[9],
+    )
     code_max, count = np.float32(15), np.float32(32)
     low[:] = ZERO
     high[:] = -np.inf

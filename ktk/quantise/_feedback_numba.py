@@ -1,7 +1,9 @@
-"""Kernels of ``ktk.quantise.feedback``: round a block of columns, each column's error handed on to those behind it.
+"""Kernels of ``ktk.quantise.feedback``: round a block of columns, each column's error handed on to
+those behind it.
 
-LANES rows (output channels) in lockstep, so that LLVM turns each loop over lanes into vector code: 64 of them, since with 16 the
-compiler's checks for overlapping arrays cost more than the work (4 -> 14 M weights/s of int4 group 32 on one Zen 4 core).
+LANES rows (output channels) in lockstep, so that LLVM turns each loop over lanes into vector code:
+64 of them, since with 16 the compiler's checks for overlapping arrays cost more than the work (4 ->
+14 M weights/s of int4 group 32 on one Zen 4 core).
 Run without the GIL. Arrays named x, a, t, e, codes hold (columns, LANES).
 """
 
@@ -21,7 +23,8 @@ ROUND_NOT, ROUND_BF16, ROUND_FP16, ROUND_POWER_OF_TWO = range(4)
 def _trial(x, a, u, weight, k0, k1, scale, low, code_min, code_max, table, t, e, codes, loss):
     """Code columns k0..k1 with ``scale`` and ``low``, (LANES,): value = scale * level - low.
 
-    a : targets, the weights x plus what columns before k0 hand on; e, codes and loss (LANES,) are written.
+    a : targets, the weights x plus what columns before k0 hand on; e, codes and loss (LANES,) are
+        written.
     table : the levels, ascending, where they are no integers code_min..code_max.
     """
     inverse = np.empty(LANES, np.float32)
@@ -91,7 +94,9 @@ def _round_scale(scale, rounding):
 
 @numba.njit(nogil=True, cache=True, fastmath=CONTRACT)
 def _refit(x, a, u, weight, k0, k1, codes, table, is_affine, fit, coded, scale, low):
-    """The scale, and low if is_affine, of least loss for the codes found; the feedback within the group counted."""
+    """The scale, and low if is_affine, of least loss for the codes found;
+    the feedback within the group counted.
+    """
     cross = np.zeros((3, LANES), np.float32)
     square = np.zeros(LANES, np.float32)
     ones = ZERO
@@ -147,10 +152,27 @@ def _keep_better(k0, k1, is_first, loss, e, codes, scale, low, best, best_e, bes
 
 @numba.njit(nogil=True, cache=True)
 def _search(
-    x, a, u, weight, k0, k1, ladder, refits, code_min, code_max, table, is_affine, rounding, work,
-    loss, best, chosen,
-):  # fmt: skip
-    """The scale (and low) of least loss of columns k0..k1; work[3] and work[4] hold its errors and codes."""
+    x,
+    a,
+    u,
+    weight,
+    k0,
+    k1,
+    ladder,
+    refits,
+    code_min,
+    code_max,
+    table,
+    is_affine,
+    rounding,
+    work,
+    loss,
+    best,
+    chosen,
+):
+    """The scale (and low) of least loss of columns k0..k1;
+    work[3] and work[4] hold its errors and codes.
+    """
     t, e, codes, best_e, best_codes, coded = work[0], work[1], work[2], work[3], work[4], work[5]
     scale = np.empty(LANES, np.float32)
     low = np.zeros(LANES, np.float32)
@@ -175,7 +197,9 @@ def _search(
             _refit(x, a, u, weight, k0, k1, best_codes, table, is_affine, t, coded, scale, low)
         _round_scale(scale, rounding)
         _trial(x, a, u, weight, k0, k1, scale, low, code_min, code_max, table, t, e, codes, loss)
-        _keep_better(k0, k1, step == 0, loss, e, codes, scale, low, best, best_e, best_codes, chosen)  # fmt: skip
+        _keep_better(
+            k0, k1, step == 0, loss, e, codes, scale, low, best, best_e, best_codes, chosen
+        )
 
 
 @numba.njit(nogil=True, cache=True)
@@ -198,15 +222,38 @@ def _half_up(value):
 
 @numba.njit(nogil=True, cache=True)
 def round_block(
-    x_all, a_all, u, weight, group, ladder, refits, code_min, code_max, table, is_affine, rounding,
-    int_min, int_max, neighbours, codes_out, scales_out, lows_out, ints_out, supers_out, error_out, loss_out,
-):  # fmt: skip
-    """Round a block of columns of all rows; int_max 0: each group's scale is stored itself, else as an integer of supers.
+    x_all,
+    a_all,
+    u,
+    weight,
+    group,
+    ladder,
+    refits,
+    code_min,
+    code_max,
+    table,
+    is_affine,
+    rounding,
+    int_min,
+    int_max,
+    neighbours,
+    codes_out,
+    scales_out,
+    lows_out,
+    ints_out,
+    supers_out,
+    error_out,
+    loss_out,
+):
+    """Round a block of columns of all rows; int_max 0: each group's scale is stored itself, else as
+    an integer of supers.
 
-    x_all float32 (columns, rows), the weights; a_all the same plus what earlier columns hand on; rows a multiple of LANES.
-    u float32 (columns, columns), strictly upper; weight (columns,). Written: codes_out int16 and error_out float32 (columns,
-    rows); scales_out, lows_out float32 and ints_out int16 (2, groups, rows): integer scales and lows; supers_out float32
-    (2, rows): what those multiply. loss_out (rows,) is added to.
+    x_all float32 (columns, rows), the weights; a_all the same plus what earlier columns hand on;
+    rows a multiple of LANES.
+    u float32 (columns, columns), strictly upper; weight (columns,). Written: codes_out int16 and
+    error_out float32 (columns, rows); scales_out, lows_out float32 and ints_out int16 (2, groups,
+    rows): integer scales and lows; supers_out float32 (2, rows): what those multiply. loss_out
+    (rows,) is added to.
     """
     columns, rows = x_all.shape
     num_groups = columns // group
@@ -232,9 +279,24 @@ def round_block(
             dmin[:] = ZERO
             for g in range(num_groups):
                 _search(
-                    x, a, u, weight, g * group, g * group + group, ladder, refits, code_min, code_max, table, is_affine,
-                    rounding, work, loss, best, chosen,
-                )  # fmt: skip
+                    x,
+                    a,
+                    u,
+                    weight,
+                    g * group,
+                    g * group + group,
+                    ladder,
+                    refits,
+                    code_min,
+                    code_max,
+                    table,
+                    is_affine,
+                    rounding,
+                    work,
+                    loss,
+                    best,
+                    chosen,
+                )
                 for n in range(LANES):
                     d[n] = max(d[n], abs(chosen[0, n]))
                     dmin[n] = max(dmin[n], chosen[1, n])
@@ -249,14 +311,43 @@ def round_block(
         for g in range(num_groups):
             k0, k1 = g * group, g * group + group
             _search(
-                x, a, u, weight, k0, k1, ladder, refits, code_min, code_max, table, is_affine, rounding, work, loss,
-                best, chosen,
-            )  # fmt: skip
+                x,
+                a,
+                u,
+                weight,
+                k0,
+                k1,
+                ladder,
+                refits,
+                code_min,
+                code_max,
+                table,
+                is_affine,
+                rounding,
+                work,
+                loss,
+                best,
+                chosen,
+            )
             if int_max != ZERO:
                 is_first = True
                 for again in range(2):
                     if again:  # around what fits the codes found
-                        _refit(x, a, u, weight, k0, k1, best_codes, table, is_affine, t, work[5], scale, low)  # fmt: skip
+                        _refit(
+                            x,
+                            a,
+                            u,
+                            weight,
+                            k0,
+                            k1,
+                            best_codes,
+                            table,
+                            is_affine,
+                            t,
+                            work[5],
+                            scale,
+                            low,
+                        )
                         for n in range(LANES):
                             ideal[0, n] = scale[n]
                             ideal[1, n] = low[n]
@@ -273,10 +364,37 @@ def round_block(
                                     q = _nearest_int(ideal[1, n], dmin[n], ZERO, int_max)
                                     q = min(max(q + neighbours[j], ZERO), int_max)
                                     low[n] = dmin[n] * q
-                            _trial(x, a, u, weight, k0, k1, scale, low, code_min, code_max, table, t, e, codes, loss)  # fmt: skip
+                            _trial(
+                                x,
+                                a,
+                                u,
+                                weight,
+                                k0,
+                                k1,
+                                scale,
+                                low,
+                                code_min,
+                                code_max,
+                                table,
+                                t,
+                                e,
+                                codes,
+                                loss,
+                            )
                             _keep_better(
-                                k0, k1, is_first, loss, e, codes, scale, low, best, best_e, best_codes, chosen
-                            )  # fmt: skip
+                                k0,
+                                k1,
+                                is_first,
+                                loss,
+                                e,
+                                codes,
+                                scale,
+                                low,
+                                best,
+                                best_e,
+                                best_codes,
+                                chosen,
+                            )
                             is_first = False
                 for n in range(LANES):
                     ints_out[0, g, first + n] = np.int16(
@@ -309,7 +427,9 @@ def _hand_on(a, u, error, k0, k1, columns):
 def round_with_scales(
     x_all, a_all, u, weight, scales, code_min, code_max, codes_out, error_out, loss_out
 ):
-    """The same with the scales given, float32 (rows,): for one scale per row, longer than a block."""
+    """The same with the scales given, float32 (rows,): for one scale per row,
+    longer than a block.
+    """
     columns, rows = x_all.shape
     x = np.empty((columns, LANES), np.float32)
     a = np.empty((columns, LANES), np.float32)
@@ -325,8 +445,22 @@ def round_with_scales(
                 x[k, n] = x_all[k, first + n]
                 a[k, n] = a_all[k, first + n]
         _trial(
-            x, a, u, weight, 0, columns, scales[first : first + LANES], low, code_min, code_max, table, t, e, codes, loss
-        )  # fmt: skip
+            x,
+            a,
+            u,
+            weight,
+            0,
+            columns,
+            scales[first : first + LANES],
+            low,
+            code_min,
+            code_max,
+            table,
+            t,
+            e,
+            codes,
+            loss,
+        )
         for k in range(columns):
             for n in range(LANES):
                 codes_out[k, first + n] = np.int16(codes[k, n])

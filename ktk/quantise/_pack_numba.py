@@ -1,5 +1,7 @@
-"""Numba twin of ``ktk.reference.pack.quantise_weights``: same operations in the same order, 16 channels
-in lockstep so LLVM turns each loop over a panel's channels into vector code. Runs without the GIL."""
+"""Numba twin of ``ktk.reference.pack.quantise_weights``: same operations in the same order, 16
+channels in lockstep so LLVM turns each loop over a panel's channels into vector code. Runs without
+the GIL.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ MAGIC = np.float32(12582912.0)  # 1.5 * 2**23, rounds half to even; codes stay f
 
 @numba.njit(nogil=True, cache=True)
 def quantise_panel(x, group, ladder, refits, code_min, code_max, bf16_scales, codes, scales):
-    """x float32 (K, 16) of one panel; codes float32 (K, 16) and scales float32 (groups, 16) are written."""
+    """x float32 (K, 16) of one panel; codes float32 (K, 16) and scales float32 (groups, 16)
+    are written.
+    """
     num_k = x.shape[0]
     zero, one = np.float32(0), np.float32(1)
     peak = np.empty(16, np.float32)

@@ -1,7 +1,8 @@
 """Codes and scales to the bytes of GGUF blocks, in NumPy. Source: the ggml block structures.
 
-Every function takes arrays whose last axis is the blocks, and returns uint8 (blocks, bytes of a block). ``lay_<type>`` takes
-codes, then, of types with integer multipliers, those and the numbers they multiply; of others the scales.
+Every function takes arrays whose last axis is the blocks, and returns uint8 (blocks, bytes of a
+block). ``lay_<type>`` takes codes, then, of types with integer multipliers, those and the numbers
+they multiply; of others the scales.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def lay_q4_0(codes: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 def lay_mxfp4(levels: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Places (32, blocks) in E2M1_LEVELS and scales (blocks,) of these, powers of two, to uint8 (blocks, 17)."""
+    """Places (32, blocks) in E2M1_LEVELS and scales (blocks,) of these, powers of two,
+    to uint8 (blocks, 17).
+    """
     magnitudes = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7])
     values = np.array(E2M1_LEVELS)[levels]
     codes = magnitudes[np.abs(values)] + np.where(values < 0, 8, 0)
@@ -45,10 +48,12 @@ def lay_e2m1(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 
 
 def lay_q6_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Codes (256, blocks) of 0..63, integer scales (16, blocks) and d (blocks,) to uint8 (blocks, 210).
+    """Codes (256, blocks) of 0..63, integer scales (16, blocks) and d (blocks,) to uint8 (blocks,
+    210).
 
-    Bytes: 128 of low nibbles, 64 of high bit pairs, 16 scales, d. Each half of 128 weights has its nibbles in 64 bytes,
-    k and k + 64 together, and its bit pairs in 32 bytes, k, k + 32, k + 64 and k + 96 together.
+    Bytes: 128 of low nibbles, 64 of high bit pairs, 16 scales, d. Each half of 128 weights has its
+    nibbles in 64 bytes, k and k + 64 together, and its bit pairs in 32 bytes, k, k + 32, k + 64 and
+    k + 96 together.
     """
     q = codes.reshape(2, 4, 32, -1)  # half, quarter of it, weight
     low = np.stack([q[:, 0] & 15 | (q[:, 2] & 15) << 4, q[:, 1] & 15 | (q[:, 3] & 15) << 4], axis=1)
@@ -60,7 +65,8 @@ def lay_q6_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray
 def _lay_scales_and_minima(scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
     """Two of (8, blocks), 0..63, to uint8 (blocks, 12).
 
-    Groups 0..3 have 6 bits of a byte each; groups 4..7 four bits in the last 4 bytes, two above those of the first.
+    Groups 0..3 have 6 bits of a byte each; groups 4..7 four bits in the last 4 bytes, two above
+    those of the first.
     """
     s, m = scales.T.astype(np.uint8), minima.T.astype(np.uint8)  # (blocks, 8)
     first = [s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6]
@@ -70,19 +76,23 @@ def _lay_scales_and_minima(scales: np.ndarray, minima: np.ndarray) -> np.ndarray
 def lay_q4_k(
     codes: np.ndarray, scales: np.ndarray, minima: np.ndarray, d: np.ndarray, dmin: np.ndarray
 ) -> np.ndarray:
-    """Codes (256, blocks) of 0..15, integer scales and minima (8, blocks), d and dmin (blocks,) to uint8 (blocks, 144).
+    """Codes (256, blocks) of 0..15, integer scales and minima (8, blocks), d and dmin (blocks,) to
+    uint8 (blocks, 144).
 
     Bytes: d, dmin, 12 of scales and minima, 128 of nibbles, groups 0 and 1 together, 2 and 3, ...
     """
     q = codes.reshape(8, 32, -1)
     nibbles = (q[0::2] | q[1::2] << 4).reshape(128, -1).T
-    return np.hstack([half_bytes(d), half_bytes(dmin), _lay_scales_and_minima(scales, minima), nibbles])  # fmt: skip
+    return np.hstack(
+        [half_bytes(d), half_bytes(dmin), _lay_scales_and_minima(scales, minima), nibbles]
+    )
 
 
 def lay_q5_k(
     codes: np.ndarray, scales: np.ndarray, minima: np.ndarray, d: np.ndarray, dmin: np.ndarray
 ) -> np.ndarray:
-    """As ``lay_q4_k`` with codes of 0..31, to uint8 (blocks, 176): the fifth bits, 32 bytes, stand before the nibbles.
+    """As ``lay_q4_k`` with codes of 0..31, to uint8 (blocks, 176): the fifth bits, 32 bytes, stand
+    before the nibbles.
 
     Bit g of byte k is of weight k of group g.
     """
@@ -97,10 +107,12 @@ def lay_q5_k(
 
 
 def lay_q3_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Codes (256, blocks) of 0..7, integer scales (16, blocks) of -32..31 and d (blocks,) to uint8 (blocks, 110).
+    """Codes (256, blocks) of 0..7, integer scales (16, blocks) of -32..31 and d (blocks,) to uint8
+    (blocks, 110).
 
-    Bytes: 32 of the codes' third bits (bit i of byte k: weight 32 i + k), 64 of their low pairs, 12 of scales plus 32 (low
-    nibbles of 0..7 and 8..15 together, then high pairs of 0, 4, 8 and 12 together, 1, 5, ...), d.
+    Bytes: 32 of the codes' third bits (bit i of byte k: weight 32 i + k), 64 of their low pairs, 12
+    of scales plus 32 (low nibbles of 0..7 and 8..15 together, then high pairs of 0, 4, 8 and 12
+    together, 1, 5, ...), d.
     """
     rows = codes.reshape(8, 32, -1)
     third = np.zeros(rows.shape[1:], np.uint8)
@@ -113,7 +125,9 @@ def lay_q3_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray
 
 
 def _bit_pairs(codes: np.ndarray) -> np.ndarray:
-    """Codes (256, blocks) of 0..3 to uint8 (blocks, 64): k, k + 32, k + 64 and k + 96 of each half of 128 weights together."""
+    """Codes (256, blocks) of 0..3 to uint8 (blocks, 64): k, k + 32,
+    k + 64 and k + 96 of each half of 128 weights together.
+    """
     q = codes.reshape(2, 4, 32, -1)
     return (q[:, 0] | q[:, 1] << 2 | q[:, 2] << 4 | q[:, 3] << 6).reshape(64, -1).T
 
@@ -121,7 +135,8 @@ def _bit_pairs(codes: np.ndarray) -> np.ndarray:
 def lay_q2_k(
     codes: np.ndarray, scales: np.ndarray, minima: np.ndarray, d: np.ndarray, dmin: np.ndarray
 ) -> np.ndarray:
-    """Codes (256, blocks) of 0..3, integer scales and minima (16, blocks) of 0..15, d and dmin (blocks,) to uint8 (blocks, 84).
+    """Codes (256, blocks) of 0..3, integer scales and minima (16, blocks) of 0..15, d and dmin
+    (blocks,) to uint8 (blocks, 84).
 
     Bytes: 16 of scales and minima (high nibbles), 64 of codes as Q3_K's low pairs, d, dmin.
     """
@@ -130,15 +145,19 @@ def lay_q2_k(
 
 
 def lay_iq4_nl(codes: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Indices (32, blocks) of IQ4_LEVELS and scales (blocks,) to uint8 (blocks, 18): d, nibbles as in Q4_0."""
+    """Indices (32, blocks) of IQ4_LEVELS and scales (blocks,) to uint8 (blocks, 18): d,
+    nibbles as in Q4_0.
+    """
     q = codes.T.astype(np.uint8)
     return np.hstack([half_bytes(d), q[:, :16] | q[:, 16:] << 4])
 
 
 def lay_iq4_xs(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Indices (256, blocks) of IQ4_LEVELS, integer scales (8, blocks) of -32..31 and d (blocks,) to uint8 (blocks, 136).
+    """Indices (256, blocks) of IQ4_LEVELS, integer scales (8, blocks) of -32..31 and d (blocks,) to
+    uint8 (blocks, 136).
 
-    Bytes: d, two of high bit pairs of the scales plus 32, four of their low nibbles, 128 of codes, each group of 32 as in Q4_0.
+    Bytes: d, two of high bit pairs of the scales plus 32, four of their low nibbles, 128 of codes,
+    each group of 32 as in Q4_0.
     """
     s = (scales.T.astype(np.int16) + 32).astype(np.uint16)  # (blocks, 8)
     high = np.zeros(len(s), np.uint16)

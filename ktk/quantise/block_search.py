@@ -1,12 +1,14 @@
-"""Float weights to GGUF blocks: which codes and scales, in NumPy; ``_block_search_numba`` is the twin that runs.
+"""Float weights to GGUF blocks: which codes and scales, in NumPy; ``_block_search_numba`` is the
+twin that runs.
 
-Every function takes x, float32 (weights of a block, blocks), and returns uint8 (blocks, bytes of a block). All blocks go in
-lockstep and sums run over the weights in order, so that the twins give the same bytes. The oracle of both is the gguf package,
-which decodes what they write.
+Every function takes x, float32 (weights of a block, blocks), and returns uint8 (blocks, bytes of a
+block). All blocks go in lockstep and sums run over the weights in order, so that the twins give the
+same bytes. The oracle of both is the gguf package, which decodes what they write.
 
-Each searches its scales for the least squared error: candidates from a ladder of code ranges, then the scale that fits the
-codes found; scales that are stored as small integers are chosen among the neighbours of the ideal one, judged with the very
-numbers a reader decodes. Errors are not weighted: on groups of 32 that gave no lower KL (bench/RESULTS.md, Accuracy).
+Each searches its scales for the least squared error: candidates from a ladder of code ranges, then
+the scale that fits the codes found; scales that are stored as small integers are chosen among the
+neighbours of the ideal one, judged with the very numbers a reader decodes. Errors are not weighted:
+on groups of 32 that gave no lower KL (bench/RESULTS.md, Accuracy).
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def _ladder(name: str) -> tuple[np.ndarray, int]:
 
 
 def search_signed(x: np.ndarray, name: str, low: float, high: float) -> np.ndarray:
-    """Scale of least squared error of each column with codes low..high, of the type called ``name``."""
+    """Scale of least squared error of each column with codes low..high,
+    of the type called ``name``.
+    """
     ladder, refits = _ladder(name)
     peak = np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0)[0]
     best = np.zeros_like(peak)
@@ -68,7 +72,9 @@ def search_signed(x: np.ndarray, name: str, low: float, high: float) -> np.ndarr
 
 
 def search_affine(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and subtracted minimum, both 0 or more, of least squared error of each column with codes 0..15."""
+    """Scale and subtracted minimum, both 0 or more,
+    of least squared error of each column with codes 0..15.
+    """
     ladder, refits = _ladder(name)
     count = F(len(x))
     low = np.minimum(x.min(axis=0), F(0))
@@ -144,7 +150,9 @@ def mxfp4(x: np.ndarray) -> np.ndarray:
 
 
 def q6_k(x: np.ndarray) -> np.ndarray:
-    """256 weights: 16 groups of 16 with int8 scales and one fp16 scale of scales; codes -32..31, plus 32."""
+    """256 weights: 16 groups of 16 with int8 scales and one fp16 scale of scales;
+    codes -32..31, plus 32.
+    """
     groups = x.reshape(16, 16, -1)
     ideal = np.stack([search_signed(g, "Q6_K", -32, 31) for g in groups])
     d = half_up(np.abs(ideal).max(axis=0) / F(127))
@@ -165,7 +173,9 @@ def q6_k(x: np.ndarray) -> np.ndarray:
 
 
 def q4_k(x: np.ndarray) -> np.ndarray:
-    """256 weights: 8 groups of 32 with 6-bit scales and minima, each with one fp16 scale; codes 0..15."""
+    """256 weights: 8 groups of 32 with 6-bit scales and minima, each with one fp16 scale;
+    codes 0..15.
+    """
     groups = x.reshape(8, 32, -1)
     searched = [search_affine(g, "Q4_K") for g in groups]
     ideal, ideal_min = (np.stack(values) for values in zip(*searched, strict=True))

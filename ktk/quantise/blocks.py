@@ -1,4 +1,5 @@
-"""Float weights to the blocks of GGUF files: Q8_0, Q4_0, Q4_K, Q6_K, MXFP4; by Numba, or without it by NumPy, to the same bytes.
+"""Float weights to the blocks of GGUF files: Q8_0, Q4_0, Q4_K, Q6_K, MXFP4; by Numba, or without it
+by NumPy, to the same bytes.
 
 And an expert of any GGUF type back to float32.
 """
@@ -46,16 +47,20 @@ def block_type(name: str) -> Format:
 
 
 def quantise_rows(w: np.ndarray, type: str, out: np.ndarray | None = None) -> np.ndarray:
-    """Quantise (rows, in_features) float32, or uint16 bf16 bits, to uint8 (rows, row bytes); into ``out`` if given.
+    """Quantise (rows, in_features) float32, or uint16 bf16 bits, to uint8 (rows, row bytes); into
+    ``out`` if given.
 
-    On one thread, and nearly all of it without the GIL. A block whose weights are all smaller than 1e-30 is zeros, and so is,
-    but in MXFP4, what lies below half precision's smallest scale (2**-24).
-    Raises ValueError on NaN, inf, a weight above LARGEST in size, or in_features that are not whole blocks.
+    On one thread, and nearly all of it without the GIL. A block whose weights are all smaller than
+    1e-30 is zeros, and so is, but in MXFP4, what lies below half precision's smallest scale
+    (2**-24).
+    Raises ValueError on NaN, inf, a weight above LARGEST in size, or in_features that are not whole
+    blocks.
     """
     kind = block_type(type)
     if w.ndim != 2 or w.dtype not in (np.float32, np.uint16):
         raise ValueError(
-            f"weights are {w.dtype} {w.shape}: must be float32 or uint16 bf16 bits, (rows, in_features)"
+            f"weights are {w.dtype} {w.shape}: must be float32 or uint16 bf16 bits, (rows, "
+            "in_features)"
         )
     rows, columns = w.shape
     shape = (rows, row_bytes(kind, columns))
@@ -71,8 +76,8 @@ def quantise_rows(w: np.ndarray, type: str, out: np.ndarray | None = None) -> np
             raise ValueError(NOT_FINITE)
         if peak > LARGEST:
             raise ValueError(
-                f"weights reach {peak:.3g}: {kind.name} takes at most {LARGEST:.0f}, its scales are half "
-                "precision; mend the checkpoint"
+                f"weights reach {peak:.3g}: {kind.name} takes at most {LARGEST:.0f}, its scales "
+                "are half precision; mend the checkpoint"
             )
         blocks = out[start : start + step].reshape(-1, kind.block_bytes)
         quantise(x.reshape(-1, kind.block), blocks)
@@ -97,7 +102,9 @@ def _quantiser(name: str) -> Callable[[np.ndarray, np.ndarray], None]:
 
 
 def with_numpy(name: str, w: np.ndarray, out: np.ndarray) -> None:
-    """Without Numba: w float32 (blocks, weights of a block), finite, into uint8 (blocks, bytes of a block)."""
+    """Without Numba: w float32 (blocks, weights of a block), finite, into uint8 (blocks,
+    bytes of a block).
+    """
     x = np.ascontiguousarray(w.T)
     x[:, np.abs(x).max(axis=0) < TINY_PEAK] = 0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):

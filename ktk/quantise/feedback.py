@@ -1,12 +1,16 @@
-"""Round weights with error feedback (GPTQ): packed formats and ggml blocks, better where the experts' inputs are.
+"""Round weights with error feedback (GPTQ): packed formats and ggml blocks, better where the
+experts' inputs are.
 
-The loss of a row is e H e^T: e its rounding errors, H = X^T X / n the second moments of the inputs X of a calibration text. With
-H = (I + U) D (I + U)^T, U strictly upper triangular and D diagonal, it is the sum over columns k of D_k (t_k - q_k)^2, where
-t_k = w_k + sum over j < k of e_j U_jk: columns are rounded in order, each towards its weight plus what the errors before it hand on
-(Frantar et al., GPTQ, 2022, in the form of Chee et al., QuIP, 2023, which needs one Cholesky factorisation and no inverse).
+The loss of a row is e H e^T: e its rounding errors, H = X^T X / n the second moments of the inputs
+X of a calibration text. With H = (I + U) D (I + U)^T, U strictly upper triangular and D diagonal,
+it is the sum over columns k of D_k (t_k - q_k)^2, where t_k = w_k + sum over j < k of e_j U_jk:
+columns are rounded in order, each towards its weight plus what the errors before it hand on
+(Frantar et al., GPTQ, 2022, in the form of Chee et al., QuIP, 2023, which needs one Cholesky
+factorisation and no inverse).
 
-Scales come with their group: every candidate of a ladder is tried with the feedback inside the group counted, then the scale of
-least loss for the best codes, then, where scales are stored as integers of a block's scale, the integers around it.
+Scales come with their group: every candidate of a ladder is tried with the feedback inside the
+group counted, then the scale of least loss for the best codes, then, where scales are stored as
+integers of a block's scale, the integers around it.
 """
 
 from __future__ import annotations
@@ -48,16 +52,20 @@ def packed_grid(layout: MatrixLayout) -> Grid:
 
 @dataclass(frozen=True)
 class Factor:
-    """H = (I + upper) diag(weight) (I + upper)^T: float32 (K, K), strictly upper, and (K,), scaled to a mean of 1."""
+    """H = (I + upper) diag(weight) (I + upper)^T: float32 (K, K), strictly upper, and (K,),
+    scaled to a mean of 1.
+    """
 
     upper: np.ndarray
     weight: np.ndarray
 
 
 def factorise(hessian: np.ndarray, damping: float = DAMPING) -> Factor:
-    """Factor second moments, float (K, K), symmetric; only zeros make every weight equally important.
+    """Factor second moments, float (K, K), symmetric; only zeros make every weight equally
+    important.
 
-    Raises ValueError on NaN or inf. Moments that are not positive definite are damped more, at last to their diagonal.
+    Raises ValueError on NaN or inf. Moments that are not positive definite are damped more, at last
+    to their diagonal.
     """
     if not np.isfinite(hessian).all():
         raise ValueError(
@@ -85,13 +93,17 @@ def factorise(hessian: np.ndarray, damping: float = DAMPING) -> Factor:
 def padded(factor: Factor, columns: int) -> Factor:
     """The same with columns behind that no error reaches."""
     more = columns - len(factor.weight)
-    return Factor(np.pad(factor.upper, (0, more)), np.pad(factor.weight, (0, more), constant_values=1))  # fmt: skip
+    return Factor(
+        np.pad(factor.upper, (0, more)), np.pad(factor.weight, (0, more), constant_values=1)
+    )
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """What became of a matrix. codes int16 (K, rows); scales, lows float32 and ints int16 (2, groups, rows) by group of columns;
-    supers float32 (2, blocks, rows): what integer scales and lows multiply. error : float32 (K, rows), weight minus value.
+    """What became of a matrix. codes int16 (K, rows); scales, lows float32 and ints int16 (2,
+    groups, rows) by group of columns;
+    supers float32 (2, blocks, rows): what integer scales and lows multiply. error : float32 (K,
+    rows), weight minus value.
     loss : float32 (rows,), e H e^T with H scaled as in Factor.
     """
 
@@ -115,7 +127,10 @@ def _kernels() -> Any:
 
 
 def round_matrix(w: np.ndarray, factor: Factor, grid: Grid) -> Rounded:
-    """Round float32 (rows, K), finite; K a multiple of the grid's block and group. On one thread, mostly without the GIL."""
+    """Round float32 (rows, K), finite; K a multiple of the grid's block and group.
+
+    On one thread, mostly without the GIL.
+    """
     kernels = _kernels()
     rows, columns = w.shape
     lanes = kernels.LANES
@@ -139,29 +154,62 @@ def round_matrix(w: np.ndarray, factor: Factor, grid: Grid) -> Rounded:
         u, weight = np.ascontiguousarray(factor.upper[here, here]), factor.weight[here]
         if one_scale:
             kernels.round_with_scales(
-                x[here], target[here], u, weight, scales[0], F(grid.code_min), F(grid.code_max), codes[here], error[here],
+                x[here],
+                target[here],
+                u,
+                weight,
+                scales[0],
+                F(grid.code_min),
+                F(grid.code_max),
+                codes[here],
+                error[here],
                 loss,
-            )  # fmt: skip
+            )
         else:
             g = slice(start // grid.group, stop // grid.group)
             kernels.round_block(
-                x[here], target[here], u, weight, grid.group, np.array(grid.ladder, F), grid.refits, F(grid.code_min),
-                F(grid.code_max), np.array(grid.table, F), grid.is_affine, grid.rounding, F(grid.int_min),
-                F(grid.int_max), np.array(grid.neighbours, F), codes[here], scales[g], lows[g], ints[:, g], supers[:, i],
-                error[here], loss,
-            )  # fmt: skip
+                x[here],
+                target[here],
+                u,
+                weight,
+                grid.group,
+                np.array(grid.ladder, F),
+                grid.refits,
+                F(grid.code_min),
+                F(grid.code_max),
+                np.array(grid.table, F),
+                grid.is_affine,
+                grid.rounding,
+                F(grid.int_min),
+                F(grid.int_max),
+                np.array(grid.neighbours, F),
+                codes[here],
+                scales[g],
+                lows[g],
+                ints[:, g],
+                supers[:, i],
+                error[here],
+                loss,
+            )
         if stop < columns:
             target[stop:] += factor.upper[here, stop:].T @ error[here]
     cut = slice(0, rows)
     return Rounded(
-        codes[:, cut], scales[:, cut], lows[:, cut], ints[..., cut], supers[..., cut], error[:, cut], loss[cut]
-    )  # fmt: skip
+        codes[:, cut],
+        scales[:, cut],
+        lows[:, cut],
+        ints[..., cut],
+        supers[..., cut],
+        error[:, cut],
+        loss[cut],
+    )
 
 
 def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
     """One scale per row of least weighted squared error, float32 (rows,); x (K, rows).
 
-    A weight w counts D_k (w^2 + mean(w^2)) times, as in the search of ``ktk.quantise.pack``: squares alone clip the large ones.
+    A weight w counts D_k (w^2 + mean(w^2)) times, as in the search of ``ktk.quantise.pack``:
+    squares alone clip the large ones.
     """
     peak = np.abs(x).max(axis=0)
     square = x * x
@@ -181,11 +229,11 @@ def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
 def calibrated(
     w: np.ndarray, fmt: Format, factor: Factor, group_size: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 or bf16 bits (out, in) as they are stored in ``fmt``: panels, uint8 (num_panels, panel_bytes), or blocks,
-    uint8 (out, row bytes). group_size : of panels, as in MoESpec.
+    """float32 or bf16 bits (out, in) as they are stored in ``fmt``: panels, uint8 (num_panels,
+    panel_bytes), or blocks, uint8 (out, row bytes). group_size : of panels, as in MoESpec.
 
-    And the values they hold, float32 (out, in). Raises ValueError on NaN, inf, a format without a grid; of blocks also on a
-    weight above LARGEST, or in_features that are not whole blocks.
+    And the values they hold, float32 (out, in). Raises ValueError on NaN, inf, a format without a
+    grid; of blocks also on a weight above LARGEST, or in_features that are not whole blocks.
     """
     given = _finite(w)
     rows, columns = given.shape
@@ -202,8 +250,8 @@ def calibrated(
     peak = np.abs(given).max(initial=0)
     if peak > LARGEST:
         raise ValueError(
-            f"weights reach {peak:.3g}: {fmt.name} takes at most {LARGEST:.0f}, its scales are half precision; "
-            "mend the checkpoint"
+            f"weights reach {peak:.3g}: {fmt.name} takes at most {LARGEST:.0f}, its scales are "
+            "half precision; mend the checkpoint"
         )
     fmt.row_bytes(columns)  # refuses rows that are not whole blocks
     rounded = round_matrix(given, factor, fmt.grid)
@@ -222,7 +270,9 @@ def _blocks(rounded: Rounded, fmt: Format) -> np.ndarray:
     assert grid is not None
 
     def by_block(values: np.ndarray) -> np.ndarray:
-        """(parts of all blocks, rows) to (parts of a block, rows * blocks of a row): blocks in a row's order."""
+        """(parts of all blocks, rows) to (parts of a block, rows * blocks of a row):
+        blocks in a row's order.
+        """
         parts = values.reshape(columns // grid.block, -1, rows)
         return np.ascontiguousarray(parts.transpose(1, 2, 0)).reshape(parts.shape[1], -1)
 
@@ -238,7 +288,9 @@ def _blocks(rounded: Rounded, fmt: Format) -> np.ndarray:
 
 
 def rows_alike(w: np.ndarray, type: str) -> np.ndarray:
-    """The blocks of ``calibrated`` without inputs to calibrate on: every weight of a row counts alike."""
+    """The blocks of ``calibrated`` without inputs to calibrate on:
+    every weight of a row counts alike.
+    """
     if type in BLOCK_TYPES:
         return quantise_rows(w, type)
     size = w.shape[1]
@@ -252,7 +304,8 @@ def _finite(w: np.ndarray) -> np.ndarray:
     return given
 
 
-# (projection, float32 or bf16 bits (out, in), the factor of its inputs' moments) to the bytes stored and the values they hold.
+# (projection, float32 or bf16 bits (out, in), the factor of its inputs' moments) to the bytes
+# stored and the values they hold.
 Encode = Callable[[str, np.ndarray, Factor], tuple[np.ndarray, np.ndarray]]
 
 
@@ -278,7 +331,10 @@ def lay_expert(
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What came to a layer's experts. hidden float32 (tokens, hidden_size); topk_ids int64, topk_weights float32 (tokens, top_k)."""
+    """What came to a layer's experts.
+
+    hidden float32 (tokens, hidden_size); topk_ids int64, topk_weights float32 (tokens, top_k).
+    """
 
     hidden: np.ndarray
     topk_ids: np.ndarray
@@ -286,16 +342,20 @@ class LayerInputs:
 
 
 class LayerCalibration:
-    """Calibrates the experts of one layer, in any order and from any thread, on the inputs the model gave them.
+    """Calibrates the experts of one layer, in any order and from any thread, on the inputs the
+    model gave them.
 
-    An error counts by its token's routing weight, squared, as it does in the layer's output. Gate and up: the expert's second moments,
-    mixed with the whole layer's, which count as PRIOR * hidden_size tokens. Down: its inputs are what the expert's rounded gate and up
-    make of them; mixed with their own diagonal alone, since channels of different experts have nothing in common. An expert
-    without tokens so gets the layer's moments for gate and up, and plain rounding for down.
+    An error counts by its token's routing weight, squared, as it does in the layer's output. Gate
+    and up: the expert's second moments, mixed with the whole layer's, which count as PRIOR *
+    hidden_size tokens. Down: its inputs are what the expert's rounded gate and up make of them;
+    mixed with their own diagonal alone, since channels of different experts have nothing in common.
+    An expert without tokens so gets the layer's moments for gate and up, and plain rounding for
+    down.
 
-    Where up only multiplies, an intermediate channel's size can move from down to up and nothing is computed differently: down's columns
-    are also tried times the square root of their inputs' size, and if that loses less, up's rows are divided by it. By powers of
-    two, so that up keeps its codes.
+    Where up only multiplies, an intermediate channel's size can move from down to up and nothing is
+    computed differently: down's columns are also tried times the square root of their inputs' size,
+    and if that loses less, up's rows are divided by it. By powers of two, so that up keeps its
+    codes.
     """
 
     def __init__(self, spec: MoESpec, inputs: LayerInputs) -> None:
@@ -310,7 +370,10 @@ class LayerCalibration:
         self._up_multiplies = spec.has_gate and not (spec.has_bias or a.up_offset or is_bounded)
 
     def expert(self, expert: int, weights: ExpertWeights, encode: Encode) -> dict[str, np.ndarray]:
-        """The bytes of each projection. Raises ValueError / TypeError as ``ktk.quantise.pack.pack_expert``."""
+        """The bytes of each projection.
+
+        Raises ValueError / TypeError as ``ktk.quantise.pack.pack_expert``.
+        """
         check_expert(self.spec, weights)
         token, slot = np.nonzero(self.inputs.topk_ids == expert)
         x, routing = self.inputs.hidden[token], self.inputs.topk_weights[token, slot]
@@ -340,7 +403,9 @@ class LayerCalibration:
 
 
 def _balancing_scales(mean_square: np.ndarray) -> np.ndarray:
-    """Powers of two near the square root of each channel's root mean square, float32 (K,); 1 for channels of the mean size."""
+    """Powers of two near the square root of each channel's root mean square, float32 (K,);
+    1 for channels of the mean size.
+    """
     share = np.maximum(mean_square / mean_square.mean(), F(1e-9))
     exponent = np.clip(np.rint(np.log2(share) / 4), -_BALANCE_BITS, _BALANCE_BITS)
     return np.exp2(exponent).astype(F)
@@ -354,11 +419,15 @@ def _scaled(factor: Factor, scales: np.ndarray) -> Factor:
 
 def _loss(error: np.ndarray, factor: Factor) -> float:
     """e H e^T summed over the rows of error (rows, K)."""
-    return float(np.square(error + error @ factor.upper).sum(axis=0, dtype=np.float64) @ factor.weight)  # fmt: skip
+    return float(
+        np.square(error + error @ factor.upper).sum(axis=0, dtype=np.float64) @ factor.weight
+    )
 
 
 def _moments(x: np.ndarray, routing: np.ndarray) -> np.ndarray:
-    """float32 (K, K): the mean over tokens of x x^T, each weighted by its squared share of the routing; zeros without tokens."""
+    """float32 (K, K): the mean over tokens of x x^T,
+    each weighted by its squared share of the routing; zeros without tokens.
+    """
     total = float(np.square(routing, dtype=np.float64).sum())
     if not total:
         return np.zeros((x.shape[1], x.shape[1]), F)

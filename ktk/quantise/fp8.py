@@ -1,4 +1,6 @@
-"""Float weights to e4m3 codes with a scale a block of rows and columns: where a checkpoint has none to keep."""
+"""Float weights to e4m3 codes with a scale a block of rows and columns:
+where a checkpoint has none to keep.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ LARGEST = F(448)  # of e4m3
 def to_e4m3(x: np.ndarray) -> np.ndarray:
     """float32 (...) to codes, uint8 (...): round half to even, larger ones become the largest."""
     magnitude = np.minimum(np.abs(x), LARGEST)
-    # 2 ** exponent of the place of the last bit: 2 ** -9 of denormals, three bits below the leading one of others
+    # 2 ** exponent of the place of the last bit: 2 ** -9 of denormals, three bits below the leading
+    # one of others
     step = np.exp2(np.maximum(np.frexp(magnitude)[1] - 4, -9)).astype(F)
     rounded = np.rint(magnitude / step) * step
     codes = np.searchsorted(e4m3_table()[:127], rounded).astype(np.uint8)
@@ -21,7 +24,8 @@ def to_e4m3(x: np.ndarray) -> np.ndarray:
 
 
 def quantise_blocks(w: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Finite float32 or bf16 bits (out, in) to codes uint8 (out, in) and scales float32 (blocks of rows, blocks of columns).
+    """Finite float32 or bf16 bits (out, in) to codes uint8 (out, in) and scales float32 (blocks of
+    rows, blocks of columns).
 
     A block's largest weight becomes 448; one of zeros has scale 0.
     """

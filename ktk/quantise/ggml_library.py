@@ -14,7 +14,10 @@ F = np.float32
 
 
 class GgmlLibrary:
-    """ggml_quantize_chunk of libggml-base.so in ``folder``. Raises ValueError if it is not there."""
+    """ggml_quantize_chunk of libggml-base.so in ``folder``.
+
+    Raises ValueError if it is not there.
+    """
 
     def __init__(self, folder: Path) -> None:
         path = user_path(folder) / "libggml-base.so"
@@ -26,7 +29,12 @@ class GgmlLibrary:
             library.ggml_quantize_requires_imatrix,
         )
         self._chunk.restype, self._requires.restype = ctypes.c_size_t, ctypes.c_bool
-        self._chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]  # fmt: skip
+        self._chunk.argtypes = [
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 2,
+            *[ctypes.c_int64] * 3,
+            ctypes.c_void_p,
+        ]
         self._requires.argtypes = [ctypes.c_int]
 
     def quantise(
@@ -34,8 +42,8 @@ class GgmlLibrary:
     ) -> np.ndarray:
         """float32 (rows, in_features) as uint8 (rows, row bytes).
 
-        importance : float32 (in_features,), an importance matrix's row; None: all weights alike, which types that insist on an
-        importance matrix get as ones.
+        importance : float32 (in_features,), an importance matrix's row; None: all weights alike,
+        which types that insist on an importance matrix get as ones.
         """
         number = gguf.GGMLQuantizationType[type]
         block, size = gguf.GGML_QUANT_SIZES[number]
@@ -48,8 +56,14 @@ class GgmlLibrary:
             importance = np.ones(columns, F)
         weights = None if importance is None else np.ascontiguousarray(importance, F)
         written = self._chunk(
-            int(number), w.ctypes.data, out.ctypes.data, 0, rows, columns, None if weights is None else weights.ctypes.data
-        )  # fmt: skip
+            int(number),
+            w.ctypes.data,
+            out.ctypes.data,
+            0,
+            rows,
+            columns,
+            None if weights is None else weights.ctypes.data,
+        )
         if written != out.size:
             raise ValueError(f"ggml wrote {written} bytes of {type}: must be {out.size}")
         return out

@@ -44,7 +44,8 @@ def check_expert(spec: MoESpec, weights: ExpertWeights) -> None:
         if array is None or shape is None:
             have = "missing" if array is None else "given"
             raise ValueError(
-                f"{name} is {have}, but the spec has has_gate={spec.has_gate}, has_bias={spec.has_bias}"
+                f"{name} is {have}, but the spec has has_gate={spec.has_gate}, "
+                f"has_bias={spec.has_bias}"
             )
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}: must be {shape}")
@@ -95,7 +96,9 @@ def _pack_numba(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
 
 
 def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None:
-    """Quantise (out, in) float32 or bf16 bits into ``panels``, uint8 (num_panels, panel_bytes), a view."""
+    """Quantise (out, in) float32 or bf16 bits into ``panels``, uint8 (num_panels, panel_bytes),
+    a view.
+    """
     search = layout.format.search
     if search is None:
         if not _is_finite(w):
@@ -117,8 +120,9 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
 def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
     """Whether panels of this spec take the codes of an expert as they are.
 
-    Smaller groups than the codes have get the same scale again. Scales of groups are rounded to bf16 where the format has
-    bf16: bf16 values do not change, others by 2**-8 of themselves at most. Other scales stay float32.
+    Smaller groups than the codes have get the same scale again. Scales of groups are rounded to
+    bf16 where the format has bf16: bf16 values do not change, others by 2**-8 of themselves at
+    most. Other scales stay float32.
     """
     return all(_keeps(spec, m) for m in (coded.gate, coded.up, coded.down) if m is not None)
 
@@ -136,7 +140,10 @@ def _keeps(spec: MoESpec, coded: CodedMatrix) -> bool:
 
 
 def lay_codes(coded: CodedMatrix, layout: MatrixLayout, panels: np.ndarray) -> None:
-    """Codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view. ``keeps_codes`` must hold."""
+    """Codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view.
+
+    ``keeps_codes`` must hold.
+    """
     if not np.isfinite(coded.scales).all():
         raise ValueError("scales hold NaN or inf: mend the checkpoint")
     fmt, rows = layout.format, coded.codes.shape[0]
@@ -155,9 +162,11 @@ def lay_codes(coded: CodedMatrix, layout: MatrixLayout, panels: np.ndarray) -> N
 
 
 def pack_expert(spec: MoESpec, weights: ExpertWeights | CodedExpert, out: np.ndarray) -> None:
-    """Quantise one expert, or keep its codes where they fit, and lay its panels and biases into ``out``.
+    """Quantise one expert, or keep its codes where they fit, and lay its panels and biases into
+    ``out``.
 
-    out : uint8 (spec.layout.expert_bytes,), writable; every byte is written. Runs mostly without the GIL.
+    out : uint8 (spec.layout.expert_bytes,), writable; every byte is written. Runs mostly without
+    the GIL.
     Raises ValueError / TypeError if a shape, dtype or value does not fit.
     """
     coded: CodedExpert | None = None

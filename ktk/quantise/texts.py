@@ -63,7 +63,8 @@ MODULES = (
 def stdlib_text() -> str:
     """Docstrings of the modules above, their public classes and functions, in source order.
 
-    Read from the source files, since live modules get patched: the same on every machine with the same Python.
+    Read from the source files, since live modules get patched: the same on every machine with the
+    same Python.
     """
     return "\n\n".join(part for name in MODULES for part in _docstrings(name))
 
@@ -94,7 +95,8 @@ def read_text(path: Path) -> str:
 
 
 def windows(token_ids: list[int], num_windows: int, length: int) -> list[list[int]]:
-    """``num_windows`` windows of ``length`` tokens, evenly spread over the text and not overlapping.
+    """``num_windows`` windows of ``length`` tokens, evenly spread over the text and not
+    overlapping.
 
     Fewer if the text is short. Raises ValueError if it does not fill one window.
     """

@@ -1,4 +1,6 @@
-"""Exact float32 model of the activation functions: the same operations, in the same order, as the C."""
+"""Exact float32 model of the activation functions: the same operations, in the same order,
+as the C.
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ With u the unsigned weight codes, z their zero point, a the signed activation co
     y       = fma over the coarse groups, in order:                 inner * coarse scale + y
 
 The fine group is the smaller of weight group and activation group and carries its own scale; where
-they are equal the weight's scale is the fine one. Both sums start at +0. Every kernel does exactly this,
-per output channel, whatever its vector width, so outputs agree bit for bit.
+they are equal the weight's scale is the fine one. Both sums start at +0. Every kernel does exactly
+this, per output channel, whatever its vector width, so outputs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def linear_float(
 ) -> np.ndarray:
     """float32 (rows, out) = x (rows, in) @ weights (out, in).T, one fma per k in order.
 
-    scales : float32 (out, groups) of weights that have one for each ``group`` of k: one fma per group then multiplies its
-    sum, which began at +0.
+    scales : float32 (out, groups) of weights that have one for each ``group`` of k: one fma per
+    group then multiplies its sum, which began at +0.
     """
     y = np.zeros((x.shape[0], weights.shape[0]), np.float32)
     for start in range(0, weights.shape[1], group or weights.shape[1]):

@@ -1,8 +1,9 @@
 """The operator in NumPy: once exactly as the kernels compute it, once in float64 as an oracle.
 
-Shared with what runs, because it says where bytes lie and what they mean, and tests of its own compare it: the geometry of
-panels (``ktk.experts.layout``, ``panels``), decoding, and the rounding of activations (``ktk.experts.rows``), which the NUMBA
-backend takes too and the C kernels do not. All sums, products and activation functions are this package's own.
+Shared with what runs, because it says where bytes lie and what they mean, and tests of its own
+compare it: the geometry of panels (``ktk.experts.layout``, ``panels``), decoding, and the rounding
+of activations (``ktk.experts.rows``), which the NUMBA backend takes too and the C kernels do not.
+All sums, products and activation functions are this package's own.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class ExactExperts:
         return expert_weights(self.stored, expert)
 
     def expert(self, expert: int, x: np.ndarray) -> np.ndarray:
-        """One expert on float32 (rows, hidden_size): float32 (rows, hidden_size), down bias added."""
+        """One expert on float32 (rows, hidden_size): float32 (rows, hidden_size),
+        down bias added.
+        """
         x = poison_rows(x)
         up = _add(self.linear(expert, "up", x), self.bias(expert, "up"))
         gate = None

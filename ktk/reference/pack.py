@@ -1,13 +1,15 @@
-"""Quantise one projection's weights: the oracle of the compiled quantisers behind ``ktk.quantise.pack``.
+"""Quantise one projection's weights: the oracle of the compiled quantisers behind
+``ktk.quantise.pack``.
 
-Searched scales. For each group of the integer formats the candidates are ``+-peak / d`` for a ladder of
-denominators d around the largest code (both signs where the code range is lopsided: the extra code then
-serves whichever side needs it), followed by two least-squares refits of the best one. A candidate is
-rounded to the precision it is stored in before it is judged. The least weighted squared error wins, the
-earlier candidate on a tie; a weight w counts w^2 + mean(w^2) times, for plain squares would clip the large
-weights that matter most (SmolLM2-as-MoE, KL at int4: group 32 0.168 either way, 128 0.300 -> 0.251, per
-channel 0.94 -> 0.34). All is relative to the group's peak, so nothing over- or underflows. Sums run over k
-in order, without FMA, so every implementation finds the same codes.
+Searched scales. For each group of the integer formats the candidates are ``+-peak / d`` for a
+ladder of denominators d around the largest code (both signs where the code range is lopsided: the
+extra code then serves whichever side needs it), followed by two least-squares refits of the best
+one. A candidate is rounded to the precision it is stored in before it is judged. The least weighted
+squared error wins, the earlier candidate on a tie; a weight w counts w^2 + mean(w^2) times, for
+plain squares would clip the large weights that matter most (SmolLM2-as-MoE, KL at int4: group 32
+0.168 either way, 128 0.300 -> 0.251, per channel 0.94 -> 0.34). All is relative to the group's
+peak, so nothing over- or underflows. Sums run over k in order, without FMA, so every implementation
+finds the same codes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ F = np.float32
 def quantise_weights(
     w: np.ndarray, layout: MatrixLayout, ladder: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (out, in) to codes uint8 (padded_out, padded_in) and scales float32 (padded_out, num_groups).
+    """float32 (out, in) to codes uint8 (padded_out, padded_in) and scales float32 (padded_out,
+    num_groups).
 
     Raises ValueError on NaN or inf.
     """

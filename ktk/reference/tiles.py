@@ -1,7 +1,8 @@
 """The AMX tile unit in NumPy: eight tiles, their configuration, loads, stores and dot products.
 
-The oracle of the tile emulator (``ktk/_cy/emulator``): same results, same fault names. Rules that make a
-program fault on silicon, and a few stricter ones, are ``TileFault``; the state stays as it was then.
+The oracle of the tile emulator (``ktk/_cy/emulator``): same results, same fault names. Rules that
+make a program fault on silicon, and a few stricter ones, are ``TileFault``; the state stays as it
+was then.
 Source: Intel SDM vol. 1, chapter 18; vol. 2, the tile instructions.
 """
 
@@ -32,7 +33,10 @@ def _require(holds: bool, name: str) -> None:
 
 
 def configuration(rows: list[int], colsb: list[int]) -> np.ndarray:
-    """The 64 bytes ldtilecfg takes: uint8 (64,), palette 1. rows, colsb : up to eight each, 0 = tile unused."""
+    """The 64 bytes ldtilecfg takes: uint8 (64,), palette 1.
+
+    rows, colsb : up to eight each, 0 = tile unused.
+    """
     config = np.zeros(64, np.uint8)
     config[0] = 1
     config[16 : 16 + 2 * len(colsb)].view("<u2")[:] = colsb
@@ -52,7 +56,10 @@ def _bf16(tile: np.ndarray) -> np.ndarray:
 
 
 class Tiles:
-    """One thread's tile state. data : one uint8 (rows, colsb) array a tile, empty until configured."""
+    """One thread's tile state.
+
+    data : one uint8 (rows, colsb) array a tile, empty until configured.
+    """
 
     def __init__(self) -> None:
         self.tilerelease()

@@ -1,1 +1,3 @@
-"""An OpenAI-compatible server for one model: FastAPI routes over transformers' continuous batching."""
+"""An OpenAI-compatible server for one model: FastAPI routes over transformers' continuous
+batching.
+"""

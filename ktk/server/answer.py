@@ -1,4 +1,6 @@
-"""One request's answer: tokens of the engine as text, cut at stop strings, with the log probabilities asked for."""
+"""One request's answer: tokens of the engine as text, cut at stop strings,
+with the log probabilities asked for.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stop:
-    """What a request wants to end its answer. tokens : beside the model's own. is_included : whether it is in the text."""
+    """What a request wants to end its answer.
+
+    tokens : beside the model's own. is_included : whether it is in the text.
+    """
 
     strings: list[str]
     tokens: frozenset[int] = frozenset()
@@ -60,7 +65,10 @@ class Answer:
         }
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer as it comes. Closing the iterator ends the generation. Raises as ``Engine.generate``."""
+        """The answer as it comes.
+
+        Closing the iterator ends the generation. Raises as ``Engine.generate``.
+        """
         engine, metrics = self._engine, self._metrics
         text = Detokenizer(engine.tokenizer)
         stops = StopStrings(self._stop.strings, self._stop.is_included)
@@ -117,7 +125,10 @@ def _text(own: bytes) -> str:
 
 
 def chat_logprobs(spelling: Spelling, tokens: list[Token], is_first: bool) -> list[dict[str, Any]]:
-    """As /v1/chat/completions gives them in ``logprobs.content``. is_first : whether an answer begins with them."""
+    """As /v1/chat/completions gives them in ``logprobs.content``.
+
+    is_first : whether an answer begins with them.
+    """
 
     def entry(token: int, logprob: float | None, first: bool) -> dict[str, Any]:
         own = spelling.bytes_of(token, first)

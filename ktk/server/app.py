@@ -1,4 +1,6 @@
-"""The routes: OpenAI's chat and plain completions and models, and health, metrics, a description, the chat page."""
+"""The routes: OpenAI's chat and plain completions and models, and health, metrics,
+a description, the chat page.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ CLIENT_GONE = 499  # nginx' code; nobody reads the response, but metrics count i
 OPEN_PATHS = ("/", "/health")  # served without a key
 # The page is one file: nothing may come from elsewhere, nor go there.
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
+    "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _NO_FIELD = re.compile(
     r"body|str|list\[.*\]"
@@ -50,8 +52,8 @@ T = TypeVar("T")
 class Access:
     """Who may do what. api_key : None lets everybody in. max_body_bytes : of a request.
 
-    hosts : values of the Host header to answer, None for all: keeps web pages of other names that resolve to this machine
-    out. cors_origins : web origins whose pages may call this server.
+    hosts : values of the Host header to answer, None for all: keeps web pages of other names that
+    resolve to this machine out. cors_origins : web origins whose pages may call this server.
     """
 
     api_key: str | None = None
@@ -146,7 +148,9 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events whose source is closed at once when the client goes away, even while it waits for a token."""
+    """Server-sent events whose source is closed at once when the client goes away,
+    even while it waits for a token.
+    """
 
     media_type = "text/event-stream"
 
@@ -233,7 +237,8 @@ class _Service:
         if request.model not in (None, "", self.opened.name):
             raise HTTPException(
                 404,
-                f"the model {request.model!r:.200} is not served here: only {self.opened.name!r} is",
+                f"the model {request.model!r:.200} is not served here: only {self.opened.name!r} "
+                "is",
             )
         refused = request.refused()
         if refused is not None:
@@ -243,7 +248,8 @@ class _Service:
         limit = self.engine.check(len(ids), request.limit)
         if (request.min_tokens or 0) > limit:
             raise RequestError(
-                f"min_tokens={request.min_tokens}: the answer may have {limit} tokens; ask for fewer",
+                f"min_tokens={request.min_tokens}: the answer may have {limit} tokens; ask for "
+                "fewer",
                 "min_tokens",
             )
         stop = self._stop(request)
@@ -273,7 +279,8 @@ class _Service:
             if isinstance(request, ChatRequest):
                 if not self.tokenizer.chat_template:
                     raise RequestError(
-                        f"{self.opened.name} has no chat template: use /v1/completions, which continues text"
+                        f"{self.opened.name} has no chat template: use /v1/completions, which "
+                        "continues text"
                     )
                 return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
             if request.text is not None:
@@ -406,7 +413,8 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
 
 def _invalid(error: RequestValidationError) -> Response:
     """What pydantic found, in one line: the field, and why."""
-    # Where a field may be of several kinds, each has its error: the innermost one is of the kind that was meant.
+    # Where a field may be of several kinds, each has its error: the innermost one is of the kind
+    # that was meant.
     first = max(error.errors(), key=lambda one: len(one["loc"]))
     where = ".".join(part for part in map(str, first["loc"]) if not _NO_FIELD.fullmatch(part))
     if first["type"] == "json_invalid":

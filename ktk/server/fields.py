@@ -1,7 +1,9 @@
-"""Fields of requests that other servers know: OpenAI's API, vLLM, llama.cpp's server, SGLang, Text Generation Inference.
+"""Fields of requests that other servers know: OpenAI's API, vLLM, llama.cpp's server, SGLang, Text
+Generation Inference.
 
-None that changes an answer is ignored. A field here has the values that mean what this server does anyway, which are accepted; any other
-value is refused, and so is a field that nobody knows. What is served has a field of its own in ``protocol.py``. Null is as if left out.
+None that changes an answer is ignored. A field here has the values that mean what this server does
+anyway, which are accepted; any other value is refused, and so is a field that nobody knows. What is
+served has a field of its own in ``protocol.py``. Null is as if left out.
 """
 
 from __future__ import annotations
@@ -36,16 +38,27 @@ _FREE_TEXT = (
     "leave it out: the answer's form is free; ask for it in the prompt and check it yourself"
 )
 _TOOLS = "leave it out: tools are not served; describe them in the prompt"
-_TEMPLATE = "leave it out: the model's own chat template is used, with its defaults; for others send the text to /v1/completions"
+_TEMPLATE = (
+    "leave it out: the model's own chat template is used, with its defaults; for others send the "
+    "text to /v1/completions"
+)
 _LENGTH = "use max_tokens"
 _GREEDY = "use temperature, top_p and top_k; temperature 0 is greedy"
 
 FIELDS: dict[str, Known] = {
     # Who asks, and where things are kept: nothing that the model sees.
-    **_known(None, "user metadata safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options"),
-    **_known(None, "request_id rid cache_salt cache_prompt backend_sampling guided_decoding_backend"),
+    **_known(
+        None,
+        "user metadata safety_identifier prompt_cache_key prompt_cache_retention "
+        "prompt_cache_options",
+    ),
+    **_known(
+        None, "request_id rid cache_salt cache_prompt backend_sampling guided_decoding_backend"
+    ),
     **_known(None, "parallel_tool_calls parse_tool_calls separate_reasoning stream_reasoning"),
-    **_known(None, "spaces_between_special_tokens truncation_side"),  # of what is left out, and of what is not cut
+    **_known(
+        None, "spaces_between_special_tokens truncation_side"
+    ),  # of what is left out, and of what is not cut
     **_known((False,), "store"),
     **_known(("auto", "default"), "service_tier"),
     **_known((0,), "priority"),
@@ -54,8 +67,18 @@ FIELDS: dict[str, Known] = {
     **_known((False,), "echo return_full_text", "put the prompt before the answer yourself"),
     **_known(("",), "suffix input_suffix input_prefix"),
     # Choosing tokens.
-    **_known((0,), "presence_penalty frequency_penalty min_p min_keep dynatemp_range xtc_probability dry_multiplier mirostat", _GREEDY),
-    **_known((1,), "repetition_penalty repeat_penalty length_penalty typical_p typical tfs_z tfs dynatemp_exponent", _GREEDY),
+    **_known(
+        (0,),
+        "presence_penalty frequency_penalty min_p min_keep dynatemp_range xtc_probability "
+        "dry_multiplier mirostat",
+        _GREEDY,
+    ),
+    **_known(
+        (1,),
+        "repetition_penalty repeat_penalty length_penalty typical_p typical tfs_z tfs "
+        "dynatemp_exponent",
+        _GREEDY,
+    ),
     **_known((-1, 0), "top_n_sigma", _GREEDY),
     **_known((-1,), "adaptive_target", _GREEDY),
     **_known((5,), "mirostat_tau", _GREEDY),
@@ -65,10 +88,19 @@ FIELDS: dict[str, Known] = {
     **_known((-1,), "dry_penalty_last_n", _GREEDY),
     **_known((64,), "repeat_last_n", _GREEDY),
     **_known((False,), "use_beam_search early_stopping penalize_nl watermark", _GREEDY),
-    **_known((), "do_sample samplers sampler_seq dry_sequence_breakers adaptive_decay epsilon_cutoff eta_cutoff top_a", _GREEDY),
+    **_known(
+        (),
+        "do_sample samplers sampler_seq dry_sequence_breakers adaptive_decay epsilon_cutoff "
+        "eta_cutoff top_a",
+        _GREEDY,
+    ),
     **_known(({}, []), "logit_bias"),
     **_known(([],), "bad_words bad_words_ids logits_processors"),
-    **_known((), "allowed_token_ids custom_logit_processor logits_processor custom_params repetition_detection"),
+    **_known(
+        (),
+        "allowed_token_ids custom_logit_processor logits_processor custom_params "
+        "repetition_detection",
+    ),
     # How long, and where it ends.
     **_known((), "n_predict max_new_tokens max_length max_completion_tokens", _LENGTH),
     **_known((0,), "min_new_tokens", "use min_tokens"),
@@ -80,12 +112,21 @@ FIELDS: dict[str, Known] = {
     **_known((), "truncate_prompt_tokens truncate", "shorten the prompt yourself"),
     # The answer's form.
     **_known(({"type": "text"},), "response_format", _FREE_TEXT),
-    **_known((), "guided_json guided_regex guided_choice guided_grammar guided_whitespace_pattern structured_outputs", _FREE_TEXT),
+    **_known(
+        (),
+        "guided_json guided_regex guided_choice guided_grammar guided_whitespace_pattern "
+        "structured_outputs",
+        _FREE_TEXT,
+    ),
     **_known((), "json_schema regex ebnf structural_tag", _FREE_TEXT),
     **_known(("",), "grammar", _FREE_TEXT),
     **_known((False,), "grammar_lazy", _FREE_TEXT),
     **_known(([],), "grammar_triggers preserved_tokens", _FREE_TEXT),
-    **_known((True,), "skip_special_tokens detokenize", "leave it out: the answer is text without special tokens"),
+    **_known(
+        (True,),
+        "skip_special_tokens detokenize",
+        "leave it out: the answer is text without special tokens",
+    ),
     **_known(("medium",), "verbosity", "ask for it in the prompt"),
     **_known((["text"],), "modalities", "leave it out: only text is served"),
     **_known((), "audio prediction web_search_options moderation"),
@@ -94,11 +135,18 @@ FIELDS: dict[str, Known] = {
     **_known(("none", "auto"), "tool_choice function_call", _TOOLS),
     **_known(("",), "tool_prompt guideline", _TOOLS),
     # The chat template.
-    **_known((), "chat_template enable_thinking thinking thinking_token_budget thinking_budget_tokens reasoning reasoning_effort", _TEMPLATE),
+    **_known(
+        (),
+        "chat_template enable_thinking thinking thinking_token_budget thinking_budget_tokens "
+        "reasoning reasoning_effort",
+        _TEMPLATE,
+    ),
     **_known(({},), "chat_template_kwargs mm_processor_kwargs", _TEMPLATE),
     **_known(([],), "documents", _TEMPLATE),
     **_known((True,), "add_generation_prompt include_reasoning", _TEMPLATE),
-    **_known((False,), "continue_final_message thinking_forced_open reasoning_in_content", _TEMPLATE),
+    **_known(
+        (False,), "continue_final_message thinking_forced_open reasoning_in_content", _TEMPLATE
+    ),
     **_known(("none", "auto"), "reasoning_format", _TEMPLATE),
     **_known((-1,), "reasoning_budget", _TEMPLATE),
     **_known((), "add_special_tokens add_bos", "send the prompt's tokens to /v1/completions"),
@@ -106,18 +154,28 @@ FIELDS: dict[str, Known] = {
     **_known((), "prompt_logprobs logprob_token_ids logprob_start_len"),
     **_known((0,), "n_probs top_logprobs_num top_n_tokens", "use logprobs"),
     **_known((), "top_logprobs", "use logprobs, the number of alternatives"),
-    **_known((False,), "return_logprob post_sampling_probs details decoder_input_details", "use logprobs"),
-    **_known((False,), "return_tokens_as_token_ids return_token_ids return_tokens return_hidden_states return_progress"),
+    **_known(
+        (False,), "return_logprob post_sampling_probs details decoder_input_details", "use logprobs"
+    ),
+    **_known(
+        (False,),
+        "return_tokens_as_token_ids return_token_ids return_tokens return_hidden_states "
+        "return_progress",
+    ),
     **_known((False,), "timings_per_token return_prompt_text echo_prompt"),
     **_known(([],), "response_fields"),
     # Other models, images, slots.
     **_known(([],), "lora image_data"),
-    **_known((), "lora_path adapter_id session_params kv_transfer_params input_ids input_embeds prompt_embeds"),
+    **_known(
+        (),
+        "lora_path adapter_id session_params kv_transfer_params input_ids input_embeds "
+        "prompt_embeds",
+    ),
     **_known(({},), "vllm_xargs"),
     **_known((-1,), "id_slot"),
     **_known((), "messages", "send it to /v1/chat/completions"),
     **_known((), "prompt", "send it to /v1/completions"),
-}  # fmt: skip
+}
 
 # Of messages. What a message of an answer brings back: nothing of it is in this server's answers.
 MESSAGE_FIELDS: dict[str, Known] = {
@@ -125,10 +183,14 @@ MESSAGE_FIELDS: dict[str, Known] = {
     **_known((), "function_call tool_call_id", _TOOLS),
     **_known(([],), "annotations"),
     **_known(("",), "refusal", "put the text into content"),
-    **_known(("",), "reasoning_content reasoning thinking", "leave it out, or put it into content as the model writes it"),
+    **_known(
+        ("",),
+        "reasoning_content reasoning thinking",
+        "leave it out, or put it into content as the model writes it",
+    ),
     **_known((False,), "prefix partial", "send the text to /v1/completions"),
     **_known((), "audio weight"),
-}  # fmt: skip
+}
 
 STREAM_FIELDS: dict[str, Known] = {
     **_known(None, "include_obfuscation"),  # padding against eavesdroppers, which clients drop
@@ -141,7 +203,10 @@ PART_FIELDS: dict[str, Known] = _known(None, "cache_control prompt_cache_breakpo
 
 
 def refusal(given: dict[str, Any] | None, known: dict[str, Known]) -> tuple[str, str] | None:
-    """(field, why) of the first field that is not served, or None. given : fields that have none of their own."""
+    """(field, why) of the first field that is not served, or None.
+
+    given : fields that have none of their own.
+    """
     for name, value in (given or {}).items():
         row = known.get(name)
         if row is None:

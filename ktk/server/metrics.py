@@ -50,11 +50,23 @@ class Metrics:
         )
         for name, what, read in (
             ("ktk_requests_running", "Sequences being generated.", lambda: engine.running),
-            ("ktk_requests_waiting", "Queue depth: requests whose turn has not come.", lambda: engine.waiting),
-            ("ktk_tokens_per_second", "Generated tokens/s over the last ten seconds.", lambda: engine.tokens_per_second),
-            ("ktk_kv_cache_pages_free", "Free pages of the KV cache.", lambda: engine.cache_pages[0]),
+            (
+                "ktk_requests_waiting",
+                "Queue depth: requests whose turn has not come.",
+                lambda: engine.waiting,
+            ),
+            (
+                "ktk_tokens_per_second",
+                "Generated tokens/s over the last ten seconds.",
+                lambda: engine.tokens_per_second,
+            ),
+            (
+                "ktk_kv_cache_pages_free",
+                "Free pages of the KV cache.",
+                lambda: engine.cache_pages[0],
+            ),
             ("ktk_kv_cache_pages", "Pages of the KV cache.", lambda: engine.cache_pages[1]),
-        ):  # fmt: skip
+        ):
             Gauge(name, what, registry=self.registry).set_function(read)
 
     def text(self) -> bytes:

@@ -1,4 +1,6 @@
-"""The OpenAI API's requests, as far as this server serves them: checked, with what is not served refused (``fields.py``)."""
+"""The OpenAI API's requests, as far as this server serves them: checked,
+with what is not served refused (``fields.py``).
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,8 @@ class _Request(BaseModel):
         raise NotImplementedError
 
     def sampling(self, generation_config: Any, ends: frozenset[int]) -> Sampling:
-        """How to choose tokens: the request's values, else the model's own where it samples, else temperature 1 and all tokens.
+        """How to choose tokens: the request's values, else the model's own where it samples, else
+        temperature 1 and all tokens.
 
         ends : the tokens that end the answer.
         """

@@ -14,7 +14,9 @@ from ktk.server.app import Access, build_app
 
 
 class _Server(uvicorn.Server):
-    """On the first signal, streams get ``grace`` seconds to finish; then they end where they are, with a last chunk."""
+    """On the first signal, streams get ``grace`` seconds to finish;
+    then they end where they are, with a last chunk.
+    """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)

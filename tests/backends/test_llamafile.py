@@ -49,7 +49,9 @@ def run(runner: NativeRunner, x: np.ndarray, ids: np.ndarray, weights: np.ndarra
 
 
 def width(kind: str) -> int:
-    """The least in_features that has every tail: blocks of 256 once, else no multiple of any activation group."""
+    """The least in_features that has every tail: blocks of 256 once,
+    else no multiple of any activation group.
+    """
     return 256 if BLOCKS[kind].block == 256 else 96
 
 
@@ -128,10 +130,17 @@ def test_types_may_differ_and_sizes_be_odd(data: st.DataObject) -> None:
     step = 1 if is_float else 32
     hidden, inner = (data.draw(st.integers(1, 7 if step == 32 else 150)) * step for _ in range(2))
     spec = MoESpec(
-        3, hidden, inner, GGUF.name, activation_group=data.draw(st.sampled_from((32, 64, 128))),
-        has_gate=data.draw(st.booleans()), has_bias=data.draw(st.booleans()),
-        activation=data.draw(st.sampled_from((Activation(), Activation.swigluoai(), Activation.relu2()))),
-    )  # fmt: skip
+        3,
+        hidden,
+        inner,
+        GGUF.name,
+        activation_group=data.draw(st.sampled_from((32, 64, 128))),
+        has_gate=data.draw(st.booleans()),
+        has_bias=data.draw(st.booleans()),
+        activation=data.draw(
+            st.sampled_from((Activation(), Activation.swigluoai(), Activation.relu2()))
+        ),
+    )
     experts = random_blocks(spec, kinds, seed=hidden * inner)
     tokens = data.draw(st.integers(0, 20))
     x = random_hidden(tokens, hidden, 3)

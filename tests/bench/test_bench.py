@@ -1,4 +1,6 @@
-"""`ktk bench`: ceilings that are numbers, fractions that are right, layers that are checked, errors that say what to do."""
+"""`ktk bench`: ceilings that are numbers, fractions that are right, layers that are checked,
+errors that say what to do.
+"""
 
 from __future__ import annotations
 
@@ -387,12 +389,28 @@ def test_every_number_of_tokens_is_checked() -> None:
 # --- the whole ---------------------------------------------------------------------------------
 
 CASE_KEYS = {
-    "method": str, "kernel": str, "tokens": int, "calls": int, "median_ms": float, "min_ms": float,
-    "max_ms": float, "round_ms": list, "touched_experts": float, "touched_bytes": float, "operations": int,
-    "gb_per_s": float, "gop_per_s": float, "tokens_per_s": float, "peak": str, "bound_by": str,
-    "bound_ms": float, "fraction": float, "round_fractions": list, "steady_rounds": list,
+    "method": str,
+    "kernel": str,
+    "tokens": int,
+    "calls": int,
+    "median_ms": float,
+    "min_ms": float,
+    "max_ms": float,
+    "round_ms": list,
+    "touched_experts": float,
+    "touched_bytes": float,
+    "operations": int,
+    "gb_per_s": float,
+    "gop_per_s": float,
+    "tokens_per_s": float,
+    "peak": str,
+    "bound_by": str,
+    "bound_ms": float,
+    "fraction": float,
+    "round_fractions": list,
+    "steady_rounds": list,
     "fraction_of_medians": float,
-}  # fmt: skip
+}
 
 
 @needs_extension
@@ -418,8 +436,11 @@ def test_a_run_reports_every_case(shape: Shape) -> None:
     assert {"cpu", "threads", "huge_pages"} <= set(found["machine"])
     (one,) = found["results"]
     assert [(c["tokens"], c["method"]) for c in one["cases"]] == [
-        (1, "INT4:32"), (1, "INT8"), (3, "INT4:32"), (3, "INT8"),
-    ]  # fmt: skip
+        (1, "INT4:32"),
+        (1, "INT8"),
+        (3, "INT4:32"),
+        (3, "INT8"),
+    ]
     for c in one["cases"]:
         assert {name: type(c[name]) for name in CASE_KEYS} == CASE_KEYS
         assert set(c) == set(CASE_KEYS)
@@ -505,7 +526,8 @@ kind, buffer = sys.argv[at("--type") + 1], sys.argv[at("--buf") + 1]
 if buffer == "repack":
     sys.exit("no such buffer") if kind == "bad" else sys.exit(6)
 print("chatter")
-print(json.dumps({{"tokens": int(sys.argv[at("--tokens") + 1]), "ms_median": 2.0, "experts_touched": 8.0, "bpw": 4.5}}))
+tokens = int(sys.argv[at("--tokens") + 1])
+print(json.dumps({{"tokens": tokens, "ms_median": 2.0, "experts_touched": 8.0, "bpw": 4.5}}))
 """
 
 
@@ -547,9 +569,14 @@ def test_blocks_are_compared_with_the_better_buffer_of_the_same_type(
     (k, xs) = peers.rivals(given, SHAPES["qwen3-30b-a3b"], kinds, 2, 1)
     assert (k.method, xs.method) == ("llama.cpp q4_K cpu", "llama.cpp iq4_xs cpu")
     seconds = {
-        "LLAMAFILE:Q4_K": 1.0, "llamafile:q4_K:repack": 2.0, "LLAMAFILE:F16": 1.0, "INT8": 1.0,
-        "llama.cpp q4_K repack": 3.0, "llama.cpp q4_K cpu": 5.0, "llama.cpp q8_0 cpu": 0.1,
-    }  # fmt: skip
+        "LLAMAFILE:Q4_K": 1.0,
+        "llamafile:q4_K:repack": 2.0,
+        "LLAMAFILE:F16": 1.0,
+        "INT8": 1.0,
+        "llama.cpp q4_K repack": 3.0,
+        "llama.cpp q4_K cpu": 5.0,
+        "llama.cpp q8_0 cpu": 0.1,
+    }
     cases = [
         Case(TINY, name, "", "", 1, 4, [Round([s], [1.0], (1.0, 1.0), (1.0, 1.0))])
         for name, s in seconds.items()

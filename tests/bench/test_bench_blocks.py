@@ -126,8 +126,15 @@ def test_two_experts_take_turns_each_in_memory_of_its_own() -> None:
 
 def test_types_ktk_quantises_to_hold_normal_weights() -> None:
     assert [k for k in kernel_types() if has_quantiser(k)] == [
-        "F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "MXFP4",
-    ]  # fmt: skip
+        "F32",
+        "F16",
+        "BF16",
+        "Q4_0",
+        "Q8_0",
+        "Q4_K",
+        "Q6_K",
+        "MXFP4",
+    ]
     weights = bench_layer.expert_weights(layer("LLAMAFILE:Q4_K").two, 1)
     assert 0.015 < weights.up.std() < 0.025
 

@@ -1,4 +1,6 @@
-"""Whatever is wrong with a GGUF file, a CheckpointError says what and where, and nothing is allocated for a lie."""
+"""Whatever is wrong with a GGUF file, a CheckpointError says what and where,
+and nothing is allocated for a lie.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,12 @@ BAD_FILES: dict[str, tuple[list[bytes], list[bytes], int, str]] = {
     "a key not UTF-8": ([key(b"a\xff", U32, 1)], [], 0, "byte 33: a key is not UTF-8"),
     "a tensor's name not UTF-8": ([], [tensor(b"\xfft", [4])], 16, "byte 32.*name is not UTF-8"),
     "a value not UTF-8": ([key("a", STRING, b"\xff")], [], 0, "key 'a' is not UTF-8"),
-    "an unknown value type": ([key("a", U32, 0)[:-8] + struct.pack("<II", 13, 0)], [], 0, "value type 13"),
+    "an unknown value type": (
+        [key("a", U32, 0)[:-8] + struct.pack("<II", 13, 0)],
+        [],
+        0,
+        "value type 13",
+    ),
     "an unknown element type": ([array_of("a", 13, 0)], [], 0, "element type 13"),
     "a bool of 2": ([key("a", BOOL, 2)], [], 0, "'a' is 2: a bool is 0 or 1"),
     "2^60 strings": ([array_of("a", STRING, BIG)], [], 64, f"'a' has {BIG} elements"),
@@ -56,12 +63,29 @@ BAD_FILES: dict[str, tuple[list[bytes], list[bytes], int, str]] = {
     "2^64-1 doubles": ([array_of("a", 12, 2**64 - 1)], [], 64, f"'a' has {2**64 - 1} elements"),
     "2^60 arrays": ([array_of("a", ARRAY, BIG)], [], 64, f"'a' has {BIG} elements"),
     "arrays nested deeply": (
-        [array_of("a", ARRAY, 1) + COUNT.pack(ARRAY, 1) * 10_000], [], 0, "more than 4 deep"),
+        [array_of("a", ARRAY, 1) + COUNT.pack(ARRAY, 1) * 10_000],
+        [],
+        0,
+        "more than 4 deep",
+    ),
     "a million arrays in an array": (
-        [array_of("a", ARRAY, 1 << 20) + COUNT.pack(U8, 0) * (1 << 20)], [], 0, "more than 65536 arrays"),
-    "a string of 2^60 bytes": ([string("a") + struct.pack("<IQ", STRING, BIG)], [], 64, "'a' needs"),
+        [array_of("a", ARRAY, 1 << 20) + COUNT.pack(U8, 0) * (1 << 20)],
+        [],
+        0,
+        "more than 65536 arrays",
+    ),
+    "a string of 2^60 bytes": (
+        [string("a") + struct.pack("<IQ", STRING, BIG)],
+        [],
+        64,
+        "'a' needs",
+    ),
     "a string of 2^64-1 bytes in an array": (
-        [array_of("a", STRING, 1) + struct.pack("<Q", 2**64 - 1)], [], 64, "a string of key 'a'"),
+        [array_of("a", STRING, 1) + struct.pack("<Q", 2**64 - 1)],
+        [],
+        64,
+        "a string of key 'a'",
+    ),
     "a key of 2^60 bytes": ([struct.pack("<Q", BIG)], [], 64, f"a key has {BIG} bytes: at most"),
     "no dimension": ([], [tensor("t", [])], 16, "'t' has 0 dimensions: must be 1 to 4"),
     "5 dimensions": ([], [tensor("t", [1] * 5)], 16, "'t' has 5 dimensions"),
@@ -76,7 +100,11 @@ BAD_FILES: dict[str, tuple[list[bytes], list[bytes], int, str]] = {
     "an unknown type beyond the end": ([], [tensor("t", [4], 77, 32)], 16, "the file ends at"),
     "a misaligned offset": ([], [tensor("t", [4], 0, 8)], 64, "offset 8 is not a multiple"),
     "overlapping tensors": (
-        [], [tensor("t", [16]), tensor("u", [4], 0, 32)], 64, "'u'.* overlap tensor 't'"),
+        [],
+        [tensor("t", [16]), tensor("u", [4], 0, 32)],
+        64,
+        "'u'.* overlap tensor 't'",
+    ),
     "the same bytes twice": ([], [tensor("t", [4]), tensor("u", [4])], 64, "overlap"),
     "alignment 0": ([key("general.alignment", U32, 0)], [], 0, "alignment is 0: must be a power"),
     "alignment 24": ([key("general.alignment", U32, 24)], [], 0, "alignment is 24"),
@@ -84,10 +112,19 @@ BAD_FILES: dict[str, tuple[list[bytes], list[bytes], int, str]] = {
     "alignment a string": ([key("general.alignment", STRING, "32")], [], 0, "value type 8"),
     "part 3 of 2": ([key("split.no", U32, 3), key("split.count", U32, 2)], [], 0, "split.no 3"),
     "a part of 2^32-1": (
-        [key("split.no", U32, 3), key("split.count", U32, 2**32 - 1)], [], 0, "split.count"),
-    "a part of text": ([key("split.count", STRING, "2")], [], 0, "split.no None of split.count '2'"),
+        [key("split.no", U32, 3), key("split.count", U32, 2**32 - 1)],
+        [],
+        0,
+        "split.count",
+    ),
+    "a part of text": (
+        [key("split.count", STRING, "2")],
+        [],
+        0,
+        "split.no None of split.count '2'",
+    ),
     "a part of a list": ([key("split.count", ARRAY, (U32, [2]))], [], 0, "split.count"),
-}  # fmt: skip
+}
 
 
 def measured(path: Path) -> tuple[str, int]:

@@ -1,4 +1,6 @@
-"""GGUF files are read as the gguf package reads them: names, shapes, bytes, values; whole, split and in directories."""
+"""GGUF files are read as the gguf package reads them: names, shapes, bytes, values; whole,
+split and in directories.
+"""
 
 from __future__ import annotations
 

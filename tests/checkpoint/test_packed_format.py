@@ -1,4 +1,6 @@
-"""docs/packed-format.md is enough to read a packed directory: a reader written from the page alone."""
+"""docs/packed-format.md is enough to read a packed directory:
+a reader written from the page alone.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Page:
         assert self.begin % 4096 == self.expert_bytes % 4096 == 0
 
     def panel(self, at: int, in_features: int) -> tuple[np.ndarray, int]:
-        """The panel that begins at byte ``at``: its weights (16, in_features), and where it ends."""
+        """The panel that begins at byte ``at``: its weights (16, in_features),
+        and where it ends.
+        """
         kind, k = self.spec["weight_format"], 32 * math.ceil(in_features / 32)
         weights = np.empty((16, k), np.float32)
         if kind == "bf16":

@@ -1,4 +1,6 @@
-"""Whatever is wrong with a file, the reader says so in a CheckpointError and allocates nothing for a lie."""
+"""Whatever is wrong with a file, the reader says so in a CheckpointError and allocates nothing
+for a lie.
+"""
 
 from __future__ import annotations
 
@@ -86,12 +88,15 @@ BAD_HEADERS: dict[str, tuple[object, str]] = {
     "size too big": (changed("a", shape=[2, 4]), "'a'.*needs 32"),
     "itemsize wrong": (changed("a", dtype="F64"), "'a'.*needs 48"),
     "overlap": ({"a": entry("U8", [24], 0, 24), "b": entry("U8", [6], 23, 29)}, "'b'.*overlaps"),
-    "same bytes twice": ({"a": entry("U8", [29], 0, 29), "b": entry("U8", [29], 0, 29)}, "overlaps"),
+    "same bytes twice": (
+        {"a": entry("U8", [29], 0, 29), "b": entry("U8", [29], 0, 29)},
+        "overlaps",
+    ),
     "hole": ({"a": entry("U8", [23], 0, 23), "b": entry("U8", [5], 24, 29)}, "'b'.*hole"),
     "hole at the start": ({"a": entry("U8", [28], 1, 29)}, "'a'.*hole"),
     "bytes behind the last": ({"a": entry("F32", [2, 3], 0, 24)}, "bytes nothing names"),
     "no tensors but data": ({}, "bytes nothing names"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_HEADERS)
@@ -273,11 +278,17 @@ def test_directory_with_an_index_without_one_and_a_single_file_open(tmp_path: Pa
         ({"weight_map": {"a": "one\0.safetensors"}}, "inside the directory"),
         ({"weight_map": {"a": ""}}, "inside the directory"),
         ({"weight_map": {"a": "three.safetensors"}}, r"three.safetensors: missing"),
-        ({"weight_map": {"a": "two.safetensors", "b": "two.safetensors"}}, "two.safetensors: lacks tensor 'a'"),
-        ({"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}}, "one.safetensors: lacks tensor 'c'"),
+        (
+            {"weight_map": {"a": "two.safetensors", "b": "two.safetensors"}},
+            "two.safetensors: lacks tensor 'a'",
+        ),
+        (
+            {"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}},
+            "one.safetensors: lacks tensor 'c'",
+        ),
         ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "occurs twice"),
     ],
-)  # fmt: skip
+)
 def test_bad_index_is_refused(tmp_path: Path, index: Any, names: str) -> None:
     _, write = two_shards(tmp_path)
     write(index)
@@ -478,7 +489,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "activation a list": ({"activation": []}, "activation|ktk metadata"),
     "activation unknown": ({"activation": {"kind": "tanh"}}, "activation kind"),
     "activation alpha text": ({"activation": {"alpha": "1"}}, "ktk metadata"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_SPECS)
@@ -518,9 +529,17 @@ def test_files_that_are_no_layer_are_refused(tmp_path: Path) -> None:
         ({"quant_method": "ktk", "layout_version": LAYOUT_VERSION, "layers": [True]}, "layers"),
         ({"quant_method": "ktk", "layout_version": LAYOUT_VERSION, "layers": [-1]}, "layers"),
         ({"quant_method": "ktk", "layout_version": LAYOUT_VERSION, "layers": [0, 1]}, "00001"),
-        ({"quant_method": "ktk", "layout_version": LAYOUT_VERSION, "layers": [0], "group_size": 64}, "mixes"),
+        (
+            {
+                "quant_method": "ktk",
+                "layout_version": LAYOUT_VERSION,
+                "layers": [0],
+                "group_size": 64,
+            },
+            "mixes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_config_of_a_packed_directory_is_refused(tmp_path: Path, said: Any, names: str) -> None:
     write_layer(tmp_path, SPEC, 0, spans(SPEC))
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))

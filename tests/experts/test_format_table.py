@@ -1,4 +1,6 @@
-"""The one table of formats: what it says agrees with ggml's sizes and with the kernels' own table."""
+"""The one table of formats: what it says agrees with ggml's sizes and with the kernels' own
+table.
+"""
 
 from __future__ import annotations
 

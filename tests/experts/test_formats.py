@@ -1,4 +1,6 @@
-"""Formats, layout and packing: round trips, byte budgets, what the scale search gains, hostile values."""
+"""Formats, layout and packing: round trips, byte budgets, what the scale search gains,
+hostile values.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,13 @@ def test_panels_read_back_as_they_were_laid(name: str, group: int) -> None:
 
 
 # Relative mean squared error of normal weights: (searched at most, searched over absmax at most).
-GAIN = {("int4", 32): (0.0072, 0.75), ("int4", 64): (0.0090, 0.75), ("int4", 128): (0.0105, 0.75),
-        ("int4", 0): (0.0140, 0.70), ("int8", 0): (8e-5, 1.001)}  # fmt: skip
+GAIN = {
+    ("int4", 32): (0.0072, 0.75),
+    ("int4", 64): (0.0090, 0.75),
+    ("int4", 128): (0.0105, 0.75),
+    ("int4", 0): (0.0140, 0.70),
+    ("int8", 0): (8e-5, 1.001),
+}
 
 
 @pytest.mark.parametrize(("name", "group"), INTEGER)

@@ -1,4 +1,6 @@
-"""fp8 panels: codes and scales of a checkpoint kept bit for bit, floats rounded to the nearest code."""
+"""fp8 panels: codes and scales of a checkpoint kept bit for bit,
+floats rounded to the nearest code.
+"""
 
 from __future__ import annotations
 

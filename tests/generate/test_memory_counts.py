@@ -1,4 +1,6 @@
-"""The memory that ``describe_model`` asks for is what loading takes, layers of multi-token prediction and all."""
+"""The memory that ``describe_model`` asks for is what loading takes,
+layers of multi-token prediction and all.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from make.families import small_config
 runs = pytest.mark.skipif(
     backends.backends()["LLAMAFILE"].why_not() is not None, reason="LLAMAFILE does not run"
 )
-# model type -> where its checkpoints keep the layers of multi-token prediction; {n} is behind the last layer
+# model type -> where its checkpoints keep the layers of multi-token prediction; {n} is behind the
+# last layer
 PREDICTION = {
     "deepseek_v3": "model.layers.{n}.",
     "deepseek_v2": "model.layers.{n}.",
@@ -113,7 +116,10 @@ def test_a_gguf_files_layers_of_prediction_ask_for_no_memory(name: str, tmp_path
     tensors: dict[str, Any] = {}
     for key, tensor in source.tensors.items():
         raw = np.array(source.blocks(key))
-        value = (raw.view(np.float32) if tensor.type == "F32" else raw, gguf.GGMLQuantizationType[tensor.type])  # fmt: skip
+        value = (
+            raw.view(np.float32) if tensor.type == "F32" else raw,
+            gguf.GGMLQuantizationType[tensor.type],
+        )
         tensors[key] = value
         if key.startswith(f"blk.{layers - 1}."):
             tensors[key.replace(f"blk.{layers - 1}.", f"blk.{layers}.")] = value

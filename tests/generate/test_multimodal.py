@@ -1,4 +1,6 @@
-"""Models with towers, opened for text: the same tokens as the whole model, without the towers' weights."""
+"""Models with towers, opened for text: the same tokens as the whole model,
+without the towers' weights.
+"""
 
 from __future__ import annotations
 
@@ -67,9 +69,12 @@ def of_the_whole_model(directory: Path, ids: list[int]) -> list[int]:
     model = AutoModelForMultimodalLM.from_pretrained(directory).eval()
     model.generation_config.eos_token_id = None
     tokens = model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=STEPS, do_sample=False, pad_token_id=0,
-    )  # fmt: skip
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=STEPS,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return tokens[0, len(ids) :].tolist()
 
 
@@ -202,9 +207,18 @@ def test_eval_measures_formats_and_a_packed_directory(made: Any, tmp_path: Path)
     convert(made("qwen3_vl_moe"), tmp_path / "packed", quant_method="int8")
     (tmp_path / "text").write_text(PROMPT * 40)
     code, said, errors = ktk(
-        "eval", str(made("qwen3_vl_moe")), "--text", str(tmp_path / "text"), "--tokens", "256",
-        "-f", "int8", "-f", str(tmp_path / "packed"), "--json",
-    )  # fmt: skip
+        "eval",
+        str(made("qwen3_vl_moe")),
+        "--text",
+        str(tmp_path / "text"),
+        "--tokens",
+        "256",
+        "-f",
+        "int8",
+        "-f",
+        str(tmp_path / "packed"),
+        "--json",
+    )
     assert code == 0, errors
     of_int8, of_packed = (row["kl"] for row in json.loads(said)["rows"][1:])
     assert 0 < of_int8 == of_packed

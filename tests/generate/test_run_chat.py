@@ -39,7 +39,7 @@ def opened(model: Path) -> Any:
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KTK_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-# --- text from tokens -----------------------------------------------------------------------------------
+# --- text from tokens -----------------------------------------------------------------------------
 
 
 class Bytes:
@@ -97,7 +97,12 @@ def test_a_sampler_follows_the_distribution_and_its_seed() -> None:
 
     def draws(sampling: Sampling, count: int = 4000) -> torch.Tensor:
         sampler = Sampler(sampling)
-        return torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(count)]), minlength=4) / count  # fmt: skip
+        return (
+            torch.bincount(
+                torch.tensor([sampler.choose(logits) for _ in range(count)]), minlength=4
+            )
+            / count
+        )
 
     for temperature in (1.0, 0.5):
         want = (logits / temperature).softmax(-1)
@@ -109,7 +114,7 @@ def test_a_sampler_follows_the_distribution_and_its_seed() -> None:
     assert not torch.equal(draws(Sampling(1.0), 200), draws(Sampling(1.0), 200))
 
 
-# --- a session ------------------------------------------------------------------------------------------
+# --- a session ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -161,10 +166,15 @@ def test_a_long_prompt_is_read_in_chunks_behind_what_is_cached(
 
     prompt = list(range(5, 45))
     longer = [*prompt, *range(50, 90)]
-    whole = [Session(opened.model, opened.tokenizer).generate(ids, Sampling(0.0), 4) for ids in (prompt, longer)]  # fmt: skip
+    whole = [
+        Session(opened.model, opened.tokenizer).generate(ids, Sampling(0.0), 4)
+        for ids in (prompt, longer)
+    ]
     monkeypatch.setattr(sequence, "PREFILL_CHUNK", 16)
     session = Session(opened.model, opened.tokenizer)
-    for ids, want, expected in zip((prompt, longer), whole, ([16, 16, 8], [16, 16, 8]), strict=True):  # fmt: skip
+    for ids, want, expected in zip(
+        (prompt, longer), whole, ([16, 16, 8], [16, 16, 8]), strict=True
+    ):
         with forwarded(opened.model) as lengths:
             got = session.generate(ids, Sampling(0.0), 4)
         assert lengths == [*expected, 1, 1, 1]
@@ -203,7 +213,7 @@ def test_a_prompt_longer_than_the_context_is_refused(opened: Any) -> None:
         session.generate([], Sampling())
 
 
-# --- run ------------------------------------------------------------------------------------------------
+# --- run ------------------------------------------------------------------------------------------
 
 
 def test_run_prints_the_text_and_its_speed(model: Path) -> None:
@@ -313,8 +323,10 @@ def test_help_has_examples() -> None:
 def test_ctrl_c_ends_a_run_with_what_is_there_and_130(model: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "ktk", "run", str(model), "Why?"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **ENVIRONMENT},
-    ) as process:  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **ENVIRONMENT},
+    ) as process:
         assert process.stdout is not None
         begun = process.stdout.read(20)
         process.send_signal(signal.SIGINT)
@@ -324,12 +336,15 @@ def test_ctrl_c_ends_a_run_with_what_is_there_and_130(model: Path) -> None:
     assert b"interrupted]" in err and b"Traceback" not in err
 
 
-# --- chat -----------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 
 
 def test_chat_remembers_and_obeys_its_commands(model: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    typed = f"Why?\nAnd\\\nthen?\n/history\n/retry\n/info\n/help\n/nonsense\n/save {saved}\n/system Be brief.\n/system\n/history\n/clear\n/retry\n/quit\nnever\n"
+    typed = (
+        f"Why?\nAnd\\\nthen?\n/history\n/retry\n/info\n/help\n/nonsense\n/save {saved}\n/system "
+        "Be brief.\n/system\n/history\n/clear\n/retry\n/quit\nnever\n"
+    )
     done = ktk("chat", str(model), "-n", "5", given=typed)
     assert done.returncode == 0, done.stderr
     assert "user: Why?" in done.stdout and "user: And\nthen?" in done.stdout
@@ -405,7 +420,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat_and_ctrl_d_leaves(model: Path) 
     assert terminal.exit_code() == 0
 
 
-# --- doctor MODEL ---------------------------------------------------------------------------------------
+# --- doctor MODEL ---------------------------------------------------------------------------------
 
 
 def test_doctor_tells_what_a_model_is_and_needs(model: Path, opened: Any) -> None:

@@ -13,8 +13,10 @@ from ktk.generate.sampling import of_largest, of_likeliest
 SCORES = {
     "random": torch.randn(500, generator=torch.Generator().manual_seed(3)) * 4,
     "ties": torch.randint(0, 4, (500,), generator=torch.Generator().manual_seed(4)).float(),
-    "ends ruled out": torch.randn(64, generator=torch.Generator().manual_seed(5)).index_fill(0, torch.tensor([3, 7]), float("-inf")),
-}  # fmt: skip
+    "ends ruled out": torch.randn(64, generator=torch.Generator().manual_seed(5)).index_fill(
+        0, torch.tensor([3, 7]), float("-inf")
+    ),
+}
 IDS = torch.zeros(1, 1, dtype=torch.long)
 
 

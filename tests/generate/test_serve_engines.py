@@ -1,4 +1,6 @@
-"""The engines of `ktk serve` in this process: which one a model gets, and that its tokens are those of generate()."""
+"""The engines of `ktk serve` in this process: which one a model gets,
+and that its tokens are those of generate().
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ from ktk.integration.transformers import batches
 from make import transformers_cases as cases
 
 LIMITS = Limits(context=320, running=4, batch_tokens=96, cache_bytes=64 << 20)
-PROMPTS = [[3 + (7 * i + 5 * j) % 250 for j in range(length)] for i, length in enumerate((2, 65, 90, 230))]  # fmt: skip
+PROMPTS = [
+    [3 + (7 * i + 5 * j) % 250 for j in range(length)] for i, length in enumerate((2, 65, 90, 230))
+]
 NEW_TOKENS = 16
 
 TOKENS = {**cases.TOKENS, "max_position_embeddings": 512}
@@ -38,17 +42,38 @@ TOKENS = {**cases.TOKENS, "max_position_embeddings": 512}
 # Families with layers that keep a state instead of keys and values.
 RECURRENT = {
     "qwen3_next": Qwen3NextConfig(
-        **cases.SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=96,
-        moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
-        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+        **cases.SHAPE,
+        **TOKENS,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
         layer_types=["linear_attention", "full_attention"],
     ),
     "granitemoehybrid": GraniteMoeHybridConfig(
-        **cases.SHAPE, **TOKENS, num_key_value_heads=2, intermediate_size=64, shared_intermediate_size=64,
-        num_local_experts=4, num_experts_per_tok=2, layer_types=["mamba", "attention"], mamba_n_heads=8,
-        mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=64, position_embedding_type="rope",
+        **cases.SHAPE,
+        **TOKENS,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        shared_intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_chunk_size=64,
+        position_embedding_type="rope",
     ),
-}  # fmt: skip
+}
 
 
 class Bytes:
@@ -82,8 +107,10 @@ def recurrent(family: str) -> Any:
 def alone(model: Any, prompt: list[int]) -> list[int]:
     made = model.generate(
         torch.tensor([prompt]),
-        max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
-    )  # fmt: skip
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return made[0, len(prompt) :].tolist()
 
 
@@ -97,7 +124,9 @@ async def together(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_a_batch_gives_the_tokens_of_generate(family: str) -> None:
-    """Prompts shorter and longer than gpt-oss' window of 64, cut into chunks of what is left of 96 tokens."""
+    """Prompts shorter and longer than gpt-oss' window of 64,
+    cut into chunks of what is left of 96 tokens.
+    """
     model = cases.make_model(family, max_position_embeddings=512)
     want = [alone(model, prompt) for prompt in PROMPTS]
     engine = trial.start_engine(opened(model), LIMITS)
@@ -127,9 +156,15 @@ def test_what_cannot_be_batched_is_served_one_after_another(family: str) -> None
 
 def test_a_model_with_a_cache_of_its_own_is_served() -> None:
     config = MiniMaxConfig(
-        **cases.SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=64, num_local_experts=4,
-        num_experts_per_tok=2, block_size=32,
-    )  # fmt: skip
+        **cases.SHAPE,
+        **TOKENS,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        block_size=32,
+    )
     torch.manual_seed(cases.SEED)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None

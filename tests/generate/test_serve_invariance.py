@@ -1,4 +1,6 @@
-"""A served answer has the same bits whatever else is in the batch, was there before, or shares the KV cache's pages."""
+"""A served answer has the same bits whatever else is in the batch, was there before,
+or shares the KV cache's pages.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,7 @@ def test_rows_have_the_same_bits_in_any_batch(name: str, dtype: torch.dtype, thr
     assert all(torch.equal(a, b) for a, b in zip(outputs(x), own, strict=True))
 
 
-# --- attention ------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 16, 200
 
@@ -110,7 +112,9 @@ HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 16, 200
 def test_attention_does_not_depend_on_how_a_sequence_is_cut(
     window: int | None, sinks: bool, dtype: torch.dtype
 ) -> None:
-    """Down to single tokens, and where what was answered is read again; against attention written out."""
+    """Down to single tokens, and where what was answered is read again;
+    against attention written out.
+    """
     torch.manual_seed(cases.SEED)
     q = torch.randn(1, HEADS, LENGTH, WIDTH).to(dtype)
     k, v = (torch.randn(1, KV_HEADS, LENGTH, WIDTH).to(dtype) for _ in range(2))
@@ -121,10 +125,17 @@ def test_attention_does_not_depend_on_how_a_sequence_is_cut(
         for end in [*cuts, LENGTH]:
             oldest = 0 if window is None else max(0, begin - window + 1)
             out, _ = paged_attention(
-                None, q[:, :, begin:end], k[:, :, oldest:end], v[:, :, oldest:end], None, sliding_window=window,
-                s_aux=aux, cu_seq_lens_q=torch.tensor([0, end - begin]), cu_seq_lens_k=torch.tensor([0, end - oldest]),
+                None,
+                q[:, :, begin:end],
+                k[:, :, oldest:end],
+                v[:, :, oldest:end],
+                None,
+                sliding_window=window,
+                s_aux=aux,
+                cu_seq_lens_q=torch.tensor([0, end - begin]),
+                cu_seq_lens_k=torch.tensor([0, end - oldest]),
                 ktk_spans=[Span(begin, prompt)],
-            )  # fmt: skip
+            )
             parts.append(out)
             begin = end
         return torch.cat(parts, 1)[0].transpose(0, 1)  # (heads, tokens, width)
@@ -152,7 +163,7 @@ def test_attention_does_not_depend_on_how_a_sequence_is_cut(
             assert torch.equal(run(cuts, prompt), whole), (prompt, cuts)
 
 
-# --- the engine -----------------------------------------------------------------------------------------
+# --- the engine -----------------------------------------------------------------------------------
 
 GREEDY = Sampling(0.0, num_logprobs=0)
 
@@ -199,7 +210,9 @@ def alone(opened: OpenModel) -> Any:
 def test_a_prompt_that_finds_its_pages_is_answered_as_when_it_was_new(
     opened: OpenModel, alone: Any
 ) -> None:
-    """One token is left to be read of 65, 129: read alone it must have the bits that it has among others."""
+    """One token is left to be read of 65, 129: read alone it must have the bits that it has
+    among others.
+    """
     engine = engine_of(opened)
     try:
         for prompt in prompts_of((65, 129, 150)):
@@ -212,7 +225,9 @@ def test_a_prompt_that_finds_its_pages_is_answered_as_when_it_was_new(
 def test_a_conversation_that_goes_on_is_answered_as_a_new_one(
     opened: OpenModel, alone: Any
 ) -> None:
-    """Pages that hold a piece of an earlier answer were computed token by token, and are not its prompt's."""
+    """Pages that hold a piece of an earlier answer were computed token by token,
+    and are not its prompt's.
+    """
     engine = engine_of(opened)
     try:
         prompt = prompts_of((100,))[0]
@@ -235,7 +250,10 @@ def test_answers_put_off_for_want_of_pages_go_on_with_the_same_bits(
     put_off = []
     scheduler = engine._batches._manager.batch_processor.scheduler
     add = scheduler.add_waiting_request
-    scheduler.add_waiting_request = lambda state: (put_off.append(state._true_initial_tokens), add(state))  # fmt: skip
+    scheduler.add_waiting_request = lambda state: (
+        put_off.append(state._true_initial_tokens),
+        add(state),
+    )
 
     async def together() -> list[list[Token]]:
         return list(await asyncio.gather(*(answer(engine, prompt, 100) for prompt in prompts)))

@@ -1,4 +1,6 @@
-"""What the KV cache of continuous batches is given, whoever gives it, and that its geometry is the layers' own."""
+"""What the KV cache of continuous batches is given, whoever gives it,
+and that its geometry is the layers' own.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def shapes_of(family: str) -> set[tuple[int, int]]:
 def test_what_layers_cache_is_seen() -> None:
     assert shapes_of("qwen3_moe") == {(2, 16)}
     attention = cases.make_model("deepseek_v3").model.layers[0].self_attn
-    # The latent of 16 and the rotary part of 8, one head; in 5.20 to 5.23 every head's keys, 24 wide, and values.
+    # The latent of 16 and the rotary part of 8, one head; in 5.20 to 5.23 every head's keys, 24
+    # wide, and values.
     latent = hf.takes(type(attention).forward, "cache")
     assert shapes_of("deepseek_v3") == ({(1, 16)} if latent else {(4, 24)})
 

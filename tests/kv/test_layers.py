@@ -1,4 +1,6 @@
-"""``GrowingRows``: the rows that were cached stay, wherever the view of them was cut; few copies, none of it written to before."""
+"""``GrowingRows``: the rows that were cached stay, wherever the view of them was cut;
+few copies, none of it written to before.
+"""
 
 from __future__ import annotations
 

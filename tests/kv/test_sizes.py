@@ -1,4 +1,6 @@
-"""What keys and values take, from what a config.json or a GGUF file says, and how much of it a server gets."""
+"""What keys and values take, from what a config.json or a GGUF file says,
+and how much of it a server gets.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ GROUPED: dict[str, Any] = {"num_hidden_layers": 6, "num_attention_heads": 8, "hi
         ({"num_key_value_heads": 2, "head_dim": 48}, (6, 2, 48, 48)),
         ({"head_dim": None, "num_key_value_heads": None}, (6, 8, 32, 32)),
         ({"kv_lora_rank": 64, "qk_rope_head_dim": 16, "head_dim": 48}, (6, 1, 64, 16)),
-        # Linear attention keeps no keys; layers of multi-token prediction at the end are not loaded.
+        # Linear attention keeps no keys; layers of multi-token prediction at the end are not
+        # loaded.
         ({"layer_types": ["linear_attention", "full_attention"] * 4}, (3, 8, 32, 32)),
         ({"layer_types": ["mamba", "sliding_attention", "attention"] * 2}, (4, 8, 32, 32)),
     ],

@@ -60,7 +60,9 @@ def test_refused_tiles_are_named_as_refused(monkeypatch, number: int, words: str
 
 @pytest.mark.skipif(native_module() is None, reason="the compiled extension is not built")
 def test_nobody_asks_for_tiles_that_are_to_be_emulated(monkeypatch) -> None:
-    """The kernel takes permission back from no process, and with it the instructions trap no more."""
+    """The kernel takes permission back from no process,
+    and with it the instructions trap no more.
+    """
     asked: list[bool] = []
     monkeypatch.setattr(
         native_module(), "probe_features", lambda asks: (asked.append(asks) or [*cpu.FEATURES], 0)

@@ -1,4 +1,7 @@
-"""Two NUMA nodes: the same bits, workers beside the weights they read. `make test-numa` has such a machine."""
+"""Two NUMA nodes: the same bits, workers beside the weights they read.
+
+`make test-numa` has such a machine.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,9 @@ def inputs(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[np.ndarray, np.n
 
 
 def bound_ranges() -> list[tuple[int, int, int]]:
-    """(node, address, bytes) of this process's memory with a NUMA policy, as the kernel tells it."""
+    """(node, address, bytes) of this process's memory with a NUMA policy,
+    as the kernel tells it.
+    """
     maps = Path("/proc/self/maps").read_text()
     ends = {int(a, 16): int(b, 16) for a, b in re.findall(r"^(\w+)-(\w+) ", maps, re.M)}
     policies = re.findall(
@@ -148,7 +153,9 @@ def misplaced_weights(layout: engine.EngineLayout, packed: StoredExperts) -> str
 
 
 def assert_placed(layout: engine.EngineLayout, packed: StoredExperts) -> None:
-    """Workers pinned as the layout says, soon (a thread pins itself after it started), and weights with them."""
+    """Workers pinned as the layout says, soon (a thread pins itself after it started),
+    and weights with them.
+    """
     deadline = time.monotonic() + 10
     while misplaced_workers(layout) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -156,7 +163,8 @@ def assert_placed(layout: engine.EngineLayout, packed: StoredExperts) -> None:
     assert misplaced_weights(layout, packed) is None
 
 
-# -- the machine and the tools above -----------------------------------------------------------------
+# -- the machine and the tools above
+# -----------------------------------------------------------------
 
 
 def test_binding_moves_pages_to_either_node_and_back() -> None:
@@ -196,7 +204,8 @@ def test_the_placement_checks_see_what_is_missing() -> None:
     assert "the layout has" in str(misplaced_weights(one, large()))
 
 
-# -- the same bits -----------------------------------------------------------------------------------
+# -- the same bits
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 4])
@@ -270,7 +279,8 @@ def test_a_forked_child_gives_the_same_bits() -> None:
         del moe
 
 
-# -- placement ---------------------------------------------------------------------------------------
+# -- placement
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.skipif(cpu.best_isa() is None, reason="no compiled kern
 
 @pytest.fixture
 def native() -> Iterator[Any]:
-    """The extension; afterwards threads are borrowed as they are in a program that imported torch."""
+    """The extension; afterwards threads are borrowed as they are in a program that imported
+    torch.
+    """
     torch.set_num_threads(2)  # a team that ktk's threads may be
     yield native_module()
     torch.set_num_threads(1)
@@ -110,7 +112,9 @@ def test_the_callers_float_mode_changes_nothing() -> None:
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize(("name", "group"), [("int4", 32), ("int8", 0), ("bf16", 0)])
 def test_experts_split_over_nodes_give_the_same_bits(name: str, group: int, count: int) -> None:
-    """Parts on one node: what two nodes run (tests/machine/test_numa.py) but for where the memory is."""
+    """Parts on one node: what two nodes run (tests/machine/test_numa.py)
+    but for where the memory is.
+    """
     spec = MoESpec(
         6, 208, 272, name, group, has_bias=True
     )  # 13 and 17 panels: nothing halves evenly
@@ -162,7 +166,8 @@ def made(count):
         ktk.MoE(packed, num_threads=2)(x, ids, weights)
     gc.collect()
     pages = int(open("/proc/self/statm").read().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE"), len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+    threads, files = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd"))
+    return pages * os.sysconf("SC_PAGESIZE"), threads, files
 before, after = made(500), made(10000)
 assert after[0] - before[0] < 2 << 20, (before, after)
 assert after[1] <= before[1] and after[2] <= before[2], (before, after)
@@ -170,6 +175,9 @@ print("nothing")
 """
     done = subprocess.run(
         [sys.executable, "-c", code, TESTS],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.stdout == "nothing\n", done.stderr

@@ -1,4 +1,6 @@
-"""What tests are made of: random experts, checkpoints, files, models, servers; and tables of cases."""
+"""What tests are made of: random experts, checkpoints, files, models, servers;
+and tables of cases.
+"""
 
 from pathlib import Path
 

@@ -15,7 +15,9 @@ from ktk.reference.moe import ExactExperts
 
 
 class ExactBlocks(ExactExperts):
-    """The stated arithmetic on what the kernels' own unpacking finds (test_llamafile holds that against gguf)."""
+    """The stated arithmetic on what the kernels' own unpacking finds (test_llamafile holds that
+    against gguf).
+    """
 
     def __init__(self, experts: StoredExperts, isa: str) -> None:
         self.spec, self.blocks, self.isa = experts.spec, experts, isa
@@ -52,14 +54,19 @@ class ExactBlocks(ExactExperts):
 def unpack(
     matrix: StoredMatrix, expert: int, isa: str
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Codes (out, in), scales and minima (out, groups) of one expert; out_features a multiple of 16."""
+    """Codes (out, in), scales and minima (out, groups) of one expert;
+    out_features a multiple of 16.
+    """
     native, layout = native_module(), layout_of(matrix, 0)
     panels = [
         native.unpack_blocks(
-            np.ascontiguousarray(matrix.data[expert, p : p + PANEL]), layout, isa, matrix.is_repacked
+            np.ascontiguousarray(matrix.data[expert, p : p + PANEL]),
+            layout,
+            isa,
+            matrix.is_repacked,
         )
         for p in range(0, matrix.data.shape[1], PANEL)
-    ]  # fmt: skip
+    ]
     codes, scales, minima = zip(*panels, strict=True)
     if scales[0] is None:
         return np.concatenate(codes, axis=1).T, None, None

@@ -61,7 +61,10 @@ def random_hidden(num_tokens: int, hidden_size: int, seed: int) -> np.ndarray:
 
 
 def assert_exact(expected: np.ndarray, got: np.ndarray) -> None:
-    """Same dtype, shape and bits; NaN equals NaN whatever its payload. Names the first differing element."""
+    """Same dtype, shape and bits; NaN equals NaN whatever its payload.
+
+    Names the first differing element.
+    """
     if expected.dtype != got.dtype or expected.shape != got.shape:
         raise AssertionError(
             f"expected {expected.dtype} {expected.shape}, got {got.dtype} {got.shape}"

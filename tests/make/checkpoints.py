@@ -26,7 +26,9 @@ NUMPY_NAMES = {
 
 @dataclass
 class Expected:
-    """What a written checkpoint holds: experts[layer][expert][gate|up|down(_bias)], float32; plain tensors' bytes."""
+    """What a written checkpoint holds: experts[layer][expert][gate|up|down(_bias)], float32;
+    plain tensors' bytes.
+    """
 
     experts: dict[int, list[dict[str, np.ndarray]]] = field(default_factory=dict)
     plain: dict[str, bytes] = field(default_factory=dict)
@@ -137,9 +139,15 @@ def base_config(style: str) -> dict[str, Any]:
 
 
 def make(
-    path: Path, style: str, dtype: str = "bf16", prefix: str = "model.layers", seed: int = 0, shards: int = 1,
-    config: dict[str, Any] | None = None, sizes: tuple[int, int, int, int] = (LAYERS, EXPERTS, HIDDEN, INTERMEDIATE),
-) -> Expected:  # fmt: skip
+    path: Path,
+    style: str,
+    dtype: str = "bf16",
+    prefix: str = "model.layers",
+    seed: int = 0,
+    shards: int = 1,
+    config: dict[str, Any] | None = None,
+    sizes: tuple[int, int, int, int] = (LAYERS, EXPERTS, HIDDEN, INTERMEDIATE),
+) -> Expected:
     """Write a checkpoint of a naming style and return what it holds."""
     rng = np.random.default_rng(seed)
     expected = Expected()

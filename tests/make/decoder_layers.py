@@ -29,7 +29,9 @@ LATENT, NOPE, TURNED, VALUE, Q_RANK = 32, 32, 16, 16, 48  # of latent attention
 
 @dataclass
 class Weights:
-    """Float weights of a layer, and its spec: fp32 panels, so that only the order of sums differs from float64."""
+    """Float weights of a layer, and its spec: fp32 panels,
+    so that only the order of sums differs from float64.
+    """
 
     heads: int = 4
     kv_heads: int = 2
@@ -55,11 +57,15 @@ class Weights:
             return np.asarray(rng.standard_normal(shape), np.float32)
 
         self.w = {
-            "q": draw(heads * head_dim, HIDDEN), "k": draw(kv_heads * head_dim, HIDDEN),
-            "v": draw(kv_heads * head_dim, HIDDEN), "o": draw(HIDDEN, heads * head_dim) * 0.1,
+            "q": draw(heads * head_dim, HIDDEN),
+            "k": draw(kv_heads * head_dim, HIDDEN),
+            "v": draw(kv_heads * head_dim, HIDDEN),
+            "o": draw(HIDDEN, heads * head_dim) * 0.1,
             "logits": draw(EXPERTS, HIDDEN) * 0.2,
-            "gate": draw(INNER, HIDDEN) * 0.2, "up": draw(INNER, HIDDEN) * 0.2, "down": draw(HIDDEN, INNER) * 0.2,
-        }  # fmt: skip
+            "gate": draw(INNER, HIDDEN) * 0.2,
+            "up": draw(INNER, HIDDEN) * 0.2,
+            "down": draw(HIDDEN, INNER) * 0.2,
+        }
         self.experts = [draw(EXPERTS, INNER, HIDDEN) * np.float32(0.2) for _ in range(2)]
         self.experts.append(draw(EXPERTS, HIDDEN, INNER) * np.float32(0.2))
         self.bias = {name: draw(len(self.w[name])) * 0.3 for name in ("q", "k", "v", "logits")}
@@ -110,10 +116,13 @@ class Weights:
         heads = self.heads
         has_norm = self.latent == "norm"
         self.w |= {
-            "q_a": draw(Q_RANK, HIDDEN), "q": draw(heads * (NOPE + TURNED), Q_RANK if has_norm else HIDDEN) * 0.3,
-            "latent": draw(LATENT + TURNED, HIDDEN), "to_key": draw(heads, NOPE, LATENT) * 0.3,
-            "to_value": draw(heads, VALUE, LATENT) * 0.3, "o": draw(HIDDEN, heads * VALUE) * 0.1,
-        }  # fmt: skip
+            "q_a": draw(Q_RANK, HIDDEN),
+            "q": draw(heads * (NOPE + TURNED), Q_RANK if has_norm else HIDDEN) * 0.3,
+            "latent": draw(LATENT + TURNED, HIDDEN),
+            "to_key": draw(heads, NOPE, LATENT) * 0.3,
+            "to_value": draw(heads, VALUE, LATENT) * 0.3,
+            "o": draw(HIDDEN, heads * VALUE) * 0.1,
+        }
         self.bias["q"] = draw(len(self.w["q"])) * 0.3
         absorb = self.w["to_key"].transpose(0, 2, 1).reshape(heads * LATENT, NOPE)
         expand = self.w["to_value"].reshape(heads * VALUE, LATENT)
@@ -132,9 +141,17 @@ class Weights:
         )
 
     def forward(
-        self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray, keys: np.ndarray, values: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-        """Float64; keys, values (heads, cached, width). Returns the output, the new key and the new value."""
+        self,
+        x: np.ndarray,
+        cosines: np.ndarray,
+        sines: np.ndarray,
+        keys: np.ndarray,
+        values: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Float64; keys, values (heads, cached, width).
+
+        Returns the output, the new key and the new value.
+        """
         residual, key, value = x.astype(np.float64), keys, values
         seen = cosines, sines, keys, values
         for branch in self.spec.branches:
@@ -157,8 +174,14 @@ class Weights:
         return self.w[name].astype(np.float64) @ x + self.bias.get(name, 0)
 
     def _attend(
-        self, s: Attention, n: np.ndarray, cosines: np.ndarray, sines: np.ndarray, keys: np.ndarray, values: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        self,
+        s: Attention,
+        n: np.ndarray,
+        cosines: np.ndarray,
+        sines: np.ndarray,
+        keys: np.ndarray,
+        values: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         heads = []
         for name, its_norm in (("q", s.q_norm), ("k", s.k_norm)):
             y = self._times(name, n)
@@ -177,13 +200,22 @@ class Weights:
         return self._times("o", np.concatenate(out)), k, v
 
     def _attend_to_latents(
-        self, s: LatentAttention, n: np.ndarray, cosines: np.ndarray, sines: np.ndarray, keys: np.ndarray, values: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        self,
+        s: LatentAttention,
+        n: np.ndarray,
+        cosines: np.ndarray,
+        sines: np.ndarray,
+        keys: np.ndarray,
+        values: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As it is defined: latents expanded to keys and values of all heads."""
         q = self._times("q", norm(self._times("q_a", n), s.q_norm) if s.q_a is not None else n)
         q = q.reshape(s.num_heads, NOPE + TURNED)
         latent, turned = np.split(self._times("latent", n), [LATENT])
-        latent, turned = norm(latent, s.latent_norm), rotate(turned[None], cosines, sines, s.rotary.order)  # fmt: skip
+        latent, turned = (
+            norm(latent, s.latent_norm),
+            rotate(turned[None], cosines, sines, s.rotary.order),
+        )
         q_turned = rotate(q[:, NOPE:], cosines, sines, s.rotary.order)
         keys, values = appended(keys, latent[None]), appended(values, turned)
         out = []
@@ -229,14 +261,22 @@ def inputs(spec: DecoderSpec, cached: int, seed: int = 1) -> tuple[np.ndarray, .
     keys, values = ((heads, cached + 3, width) for heads, width in spec.attention.cached_shapes)
     return (
         rng.standard_normal(HIDDEN).astype(np.float32),
-        np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32),
-        rng.standard_normal(keys).astype(np.float32), rng.standard_normal(values).astype(np.float32),
-    )  # fmt: skip
+        np.cos(angles).astype(np.float32),
+        np.sin(angles).astype(np.float32),
+        rng.standard_normal(keys).astype(np.float32),
+        rng.standard_normal(values).astype(np.float32),
+    )
 
 
 def run_row(
-    layer: DecoderLayer, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray, keys: np.ndarray, values: np.ndarray, cached: int
-) -> np.ndarray:  # fmt: skip
+    layer: DecoderLayer,
+    x: np.ndarray,
+    cosines: np.ndarray,
+    sines: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    cached: int,
+) -> np.ndarray:
     """One row of one sequence in one page."""
     pages = Pages([keys], [values])
     return layer(x[None], cosines[None], sines[None], [pages], [0], [cached])[0]
@@ -245,7 +285,10 @@ def run_row(
 def rotate(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray, order: str) -> np.ndarray:
     half = len(cosines)
     out = x.copy()
-    halves, pairs = (slice(0, half), slice(half, 2 * half)), (slice(0, 2 * half, 2), slice(1, 2 * half, 2))  # fmt: skip
+    halves, pairs = (
+        (slice(0, half), slice(half, 2 * half)),
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)),
+    )
     first, second = halves if order == "halves" else pairs
     to_first, to_second = pairs if order == "pairs" else halves
     out[:, to_first] = x[:, first] * cosines - x[:, second] * sines

@@ -20,7 +20,9 @@ MODELS = Path(transformers.__file__).parent / "models"
 
 
 def experts_classes() -> Iterator[tuple[str, str]]:
-    """(module, class) of every class called ...Experts, by the source text: nothing is imported to collect tests."""
+    """(module, class) of every class called ...Experts, by the source text:
+    nothing is imported to collect tests.
+    """
     for file in sorted(MODELS.glob("*/modeling_*.py")):
         for match in re.finditer(r"^class (\w*Experts)\(", file.read_text(encoding="utf-8"), re.M):
             yield f"transformers.models.{file.parent.name}.{file.stem}", match[1]
@@ -30,36 +32,90 @@ CLASSES = list(experts_classes())
 
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "num_experts": 4,
-    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "num_shared_experts": 1, "n_shared_experts": 1, "shared_expert_intermediate_size": 32, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16, "v_head_dim": 8,
-    "max_position_embeddings": 64, "first_k_dense_replace": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "moe_num_experts": 4, "moe_k": 2, "moe_topk": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
-    "mamba_expand": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8,
-    "moe_shared_expert_intermediate_size": 32, "shared_intermediate_size": 32, "num_experts_per_token": 2,
-    "top_k_experts": 2, "experts_per_token": 2, "decoder_sparse_step": 1, "expert_layer_period": 1,
-    "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 0, "num_dense_layers": 0,
-    "ffn_hidden_size": 48, "o_lora_rank": 16, "o_groups": 2, "ssm_state_size": 8, "mamba_num_heads": 4,
-    "mamba_head_dim": 16, "n_groups": 2, "moe_latent_size": None, "moe_shared_expert_overlap": False,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 32,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    "max_position_embeddings": 64,
+    "first_k_dense_replace": 0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    "moe_shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "num_experts_per_token": 2,
+    "top_k_experts": 2,
+    "experts_per_token": 2,
+    "decoder_sparse_step": 1,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 0,
+    "num_dense_layers": 0,
+    "ffn_hidden_size": 48,
+    "o_lora_rank": 16,
+    "o_groups": 2,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "moe_latent_size": None,
+    "moe_shared_expert_overlap": False,
     "unpadded_vocab_size": 64,
-}  # fmt: skip
+}
 
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["sparse", "sparse"]},
     "flint": {"mlp_only_layers": []},
-    "kimi_linear": {"mlp_layer_types": ["sparse", "sparse"], "linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": {
+        "mlp_layer_types": ["sparse", "sparse"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
     "gemma4_text": {
-        "enable_moe_block": True, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 64,
         "global_head_dim": 8,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"num_layers": 2, "expert_ffn_hidden_size": 32, "zero_expert_num": 1},
     "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 
 
 # Their text model has a row of its own; alone they come with a vision tower.

@@ -46,7 +46,14 @@ FUSED = {
 @pytest.fixture(autouse=True)
 def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_layers, "SMALLEST", 1)
-    sizes = {"head_dim": 16, "hidden_size": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "qk_head_dim": 32, "v_head_dim": 16}  # fmt: skip
+    sizes = {
+        "head_dim": 16,
+        "hidden_size": 64,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "qk_head_dim": 32,
+        "v_head_dim": 16,
+    }
     for name, value in sizes.items():
         monkeypatch.setitem(SMALL, name, value)
 

@@ -187,7 +187,10 @@ def _kept(errors: list[CheckpointError]) -> Iterator[None]:
 
 
 def run(directory: Path, inputs: int, seed: int, limit_memory: bool = True) -> Counter[str]:
-    """Try ``inputs`` files; counts of "read" and "refused". Raises Escaped, leaving the file as escaped.gguf."""
+    """Try ``inputs`` files; counts of "read" and "refused".
+
+    Raises Escaped, leaving the file as escaped.gguf.
+    """
     files = seeds(directory / "seeds")
     rng = np.random.default_rng(seed)
     path = directory / "input.gguf"

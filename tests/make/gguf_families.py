@@ -1,4 +1,6 @@
-"""Tiny GGUF files of experts as every family has them, and what their metadata and architecture say."""
+"""Tiny GGUF files of experts as every family has them,
+and what their metadata and architecture say.
+"""
 
 from __future__ import annotations
 

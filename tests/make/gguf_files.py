@@ -1,4 +1,6 @@
-"""Tiny GGUF files for tests: whole models by the gguf package's writer, and raw bytes however wrong."""
+"""Tiny GGUF files for tests: whole models by the gguf package's writer,
+and raw bytes however wrong.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def raw_file(
     counts: tuple[int, int] | None = None,
     alignment: int = 32,
 ) -> Path:
-    """A GGUF file with any header, however wrong; ``counts`` are what it says of tensors and keys."""
+    """A GGUF file with any header, however wrong;
+    ``counts`` are what it says of tensors and keys.
+    """
     head = magic + struct.pack("<I", version)
     head += struct.pack("<II" if version == 1 else "<QQ", *(counts or (len(tensors), len(keys))))
     head += b"".join(keys) + b"".join(tensors)
@@ -65,7 +69,9 @@ def raw_file(
 
 
 def random_blocks(rng: np.random.Generator, kind: Type, *shape: int) -> tuple[np.ndarray, Type]:
-    """Blocks of ``shape`` weights of any type, random bytes: (uint8 (*shape[:-1], row bytes), type)."""
+    """Blocks of ``shape`` weights of any type, random bytes: (uint8 (*shape[:-1], row bytes),
+    type).
+    """
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return rng.integers(0, 256, (*shape[:-1], shape[-1] // block * size), np.uint8), kind
 
@@ -82,7 +88,8 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """Write arrays, or (blocks, type), under their names; metadata of str, bool, int, float and lists of them.
+    """Write arrays, or (blocks, type), under their names; metadata of str, bool, int, float and
+    lists of them.
 
     options go to GGUFWriter; split_max_tensors=n writes parts, whose names it makes from ``path``.
     """

@@ -57,18 +57,29 @@ def make_model(directory: Path, longest: int = 32768) -> Path:
 
     fast, make_config = make_tokenizer(), cast("Any", Qwen3MoeConfig)
     config = make_config(
-        vocab_size=len(fast), hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,
-        num_experts_per_tok=2, max_position_embeddings=longest, eos_token_id=fast.eos_token_id, pad_token_id=0,
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=longest,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=0,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0, 0.15)
-        # By a channel that is 5 in every token and that no layer writes. With a logit of 0, 0.13 % a token, one answer in six ended.
+        # By a channel that is 5 in every token and that no layer writes. With a logit of 0, 0.13 %
+        # a token, one answer in six ended.
         model.model.embed_tokens.weight[:, 0] = 5
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0

@@ -1,5 +1,6 @@
-"""Tile instructions as machine code, and a way to run some with chosen registers; written from the manual's
-encoding tables, apart from the emulator's decoder."""
+"""Tile instructions as machine code, and a way to run some with chosen registers; written from the
+manual's encoding tables, apart from the emulator's decoder.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def memory(
     wide: bool = False,
     **fields: int,
 ) -> bytes:
-    """An instruction with [base + index * scale + disp]; base None = disp alone; wide = disp in 4 bytes."""
+    """An instruction with [base + index * scale + disp]; base None = disp alone;
+    wide = disp in 4 bytes.
+    """
     opcode, pp = _MEMORY[name]
     b, i = (5 if base is None else base), (4 if index is None else index)
     assert i != RSP or index is None, "rsp cannot be an index"

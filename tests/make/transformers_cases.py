@@ -1,4 +1,6 @@
-"""Tiny random models and experts modules of transformers, and what their tests compare; for tests."""
+"""Tiny random models and experts modules of transformers, and what their tests compare;
+for tests.
+"""
 
 from __future__ import annotations
 
@@ -40,23 +42,53 @@ TOKENS: dict[str, Any] = {
 }
 FAMILIES: dict[str, Any] = {
     "qwen3_moe": Qwen3MoeConfig(  # type: ignore[call-arg]
-        **SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=96,
-        moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2,
+        **SHAPE,
+        **TOKENS,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
     ),
     "mixtral": MixtralConfig(
-        **SHAPE, **TOKENS, num_key_value_heads=2, intermediate_size=80, num_local_experts=4, num_experts_per_tok=2,
+        **SHAPE,
+        **TOKENS,
+        num_key_value_heads=2,
+        intermediate_size=80,
+        num_local_experts=4,
+        num_experts_per_tok=2,
     ),
     "deepseek_v3": DeepseekV3Config(
-        **SHAPE, **TOKENS, num_key_value_heads=4, intermediate_size=96, moe_intermediate_size=32,
-        n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, n_shared_experts=1,
-        first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        **SHAPE,
+        **TOKENS,
+        num_key_value_heads=4,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
         v_head_dim=16,
     ),
     "gpt_oss": GptOssConfig(
-        **SHAPE, **TOKENS, num_key_value_heads=2, head_dim=16, intermediate_size=64, num_local_experts=4,
-        num_experts_per_tok=2, sliding_window=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **SHAPE,
+        **TOKENS,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
-}  # fmt: skip
+}
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Any:
@@ -143,9 +175,16 @@ def restore_dequantised(module: torch.nn.Module, experts: ExactExperts) -> None:
 
 # transformers' class, its config, the activation ktk must find (None: the module's own is called)
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_local_experts": 4, "num_experts": 4,
-    "n_routed_experts": 4, "moe_hidden_size": 32, "moe_latent_size": None, "post_norm_eps": 1e-6,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 48,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_hidden_size": 32,
+    "moe_latent_size": None,
+    "post_norm_eps": 1e-6,
+}
 MODULES: dict[str, tuple[dict[str, Any], Activation | None]] = {
     "mixtral.MixtralExperts": ({"hidden_act": "silu"}, Activation.silu()),
     "lfm2_moe.Lfm2MoeExperts": ({}, Activation.silu()),

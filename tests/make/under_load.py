@@ -1,6 +1,8 @@
-"""`python under_load.py signals|forks|threads tiles|vectors`: MoE calls while something goes on beside them.
+"""`python under_load.py signals|forks|threads tiles|vectors`: MoE calls while something goes on
+beside them.
 
-Prints the calls made and the events beside them; fails if a call's result has another bit than one made in peace.
+Prints the calls made and the events beside them; fails if a call's result has another bit than one
+made in peace.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tiny random models of every architecture that loads whole from GGUF, as Hugging Face directories with a tokenizer.
+"""Tiny random models of every architecture that loads whole from GGUF, as Hugging Face directories
+with a tokenizer.
 
 ``PYTHONPATH=tests python -m make.whole_models DIR qwen3moe`` writes one.
 """
@@ -221,7 +222,9 @@ def model(name: str, seed: int = 0) -> Any:
 
 
 def write(directory: Path, name: str, seed: int = 0) -> Any:
-    """The model and a tokenizer, as ``from_pretrained`` and ``ktk convert`` read them; returns the model."""
+    """The model and a tokenizer, as ``from_pretrained`` and ``ktk convert`` read them;
+    returns the model.
+    """
     made = model(name, seed)
     made.save_pretrained(directory)
     tokenizer().save_pretrained(directory)

@@ -48,7 +48,9 @@ def loaded(layer_idx: int = 0, seed: int = 0, **arguments: Any) -> ktk.KTMoEWrap
 def routed(
     num_tokens: int, seed: int = 0, top_k: int = K
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 hidden (tokens, H), int64 ids of distinct experts, float32 weights (tokens, top_k)."""
+    """float32 hidden (tokens, H), int64 ids of distinct experts, float32 weights (tokens,
+    top_k).
+    """
     rng = np.random.default_rng(seed)
     hidden = rng.standard_normal((num_tokens, H)).astype(np.float32)
     ids = (

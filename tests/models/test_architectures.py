@@ -1,4 +1,6 @@
-"""The table of architectures: no name twice, no file left out, what two rows could both read is one's."""
+"""The table of architectures: no name twice, no file left out,
+what two rows could both read is one's.
+"""
 
 from __future__ import annotations
 

@@ -203,30 +203,54 @@ def spoiled(tensors: dict[str, Any], **changes: Any) -> dict[str, Any]:
 BF16 = np.uint16
 SPOILED: dict[str, tuple[dict[str, Any], str]] = {
     "projection missing": ({"up_proj__weight": None}, "expert 1: tensor up_proj.weight is missing"),
-    "rows missing": ({"up_proj__weight": np.zeros((31, 64), BF16)}, r"experts.1.up_proj.*\(31, 64\)"),
-    "transposed": ({"down_proj__weight": np.zeros((32, 64), BF16)}, r"experts.1.down_proj.*must be \(64, 32\)"),
+    "rows missing": (
+        {"up_proj__weight": np.zeros((31, 64), BF16)},
+        r"experts.1.up_proj.*\(31, 64\)",
+    ),
+    "transposed": (
+        {"down_proj__weight": np.zeros((32, 64), BF16)},
+        r"experts.1.down_proj.*must be \(64, 32\)",
+    ),
     "three dimensions": ({"up_proj__weight": np.zeros((1, 32, 64), BF16)}, "must be a matrix"),
     "no rows": ({"up_proj__weight": np.zeros((0, 64), BF16)}, "must be a matrix"),
     "int weights": ({"up_proj__weight": np.zeros((32, 64), np.int64)}, "I64 without a scale"),
-    "fp8 without scale": ({"up_proj__weight": ("F8_E4M3", np.zeros((32, 64), np.uint8))}, "its scale tensor is missing"),
+    "fp8 without scale": (
+        {"up_proj__weight": ("F8_E4M3", np.zeros((32, 64), np.uint8))},
+        "its scale tensor is missing",
+    ),
     "fp8 e5m2": (
-        {"up_proj__weight": ("F8_E5M2", np.zeros((32, 64), np.uint8)), "up_proj__weight_scale": np.ones(32, np.float32)},
+        {
+            "up_proj__weight": ("F8_E5M2", np.zeros((32, 64), np.uint8)),
+            "up_proj__weight_scale": np.ones(32, np.float32),
+        },
         "only F8_E4M3",
     ),
     "scale of a wrong shape": (
-        {"up_proj__weight": ("F8_E4M3", np.zeros((32, 64), np.uint8)), "up_proj__weight_scale": np.ones(31, np.float32)},
+        {
+            "up_proj__weight": ("F8_E4M3", np.zeros((32, 64), np.uint8)),
+            "up_proj__weight_scale": np.ones(31, np.float32),
+        },
         "per channel",
     ),
     "scale of a wrong dtype": (
-        {"up_proj__weight": ("F8_E4M3", np.zeros((32, 64), np.uint8)), "up_proj__weight_scale": np.ones(32, np.int64)},
+        {
+            "up_proj__weight": ("F8_E4M3", np.zeros((32, 64), np.uint8)),
+            "up_proj__weight_scale": np.ones(32, np.int64),
+        },
         "scales must be one of",
     ),
     "scale of plain weights": ({"up_proj__weight_scale": np.ones(32, np.float32)}, "only F8_E4M3"),
     "gptq": ({"up_proj__qweight": np.zeros((4, 4), np.int64)}, "is named as GPTQ names it"),
-    "compressed": ({"up_proj__weight_packed": np.zeros((4, 4), np.int64)}, "is named as compressed-tensors"),
-    "unknown suffix": ({"up_proj__lora": np.zeros((4, 4), np.float32)}, "does not know what this is"),
+    "compressed": (
+        {"up_proj__weight_packed": np.zeros((4, 4), np.int64)},
+        "is named as compressed-tensors",
+    ),
+    "unknown suffix": (
+        {"up_proj__lora": np.zeros((4, 4), np.float32)},
+        "does not know what this is",
+    ),
     "bias of one": ({"up_proj__bias": np.zeros(32, np.float32)}, "biases of up"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SPOILED)

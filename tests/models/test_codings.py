@@ -169,7 +169,9 @@ def test_scale_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> No
 
 
 def test_gpt_oss_mxfp4_equals_the_published_dequantisation(tmp_path: Path) -> None:
-    """Two independent statements of the format: ours, and value by value from the OCP definition."""
+    """Two independent statements of the format: ours,
+    and value by value from the OCP definition.
+    """
     from ktk.checkpoint.safetensors import TensorInfo
 
     info = TensorInfo("U8", (1, 16), tmp_path, 0, 16)

@@ -1,4 +1,6 @@
-"""What ends an answer of a GGUF model: written from a directory, read as llama.cpp reads it, and how tokens are typed."""
+"""What ends an answer of a GGUF model: written from a directory, read as llama.cpp reads it,
+and how tokens are typed.
+"""
 
 from __future__ import annotations
 
@@ -107,8 +109,17 @@ def test_a_directory_without_ends_keeps_the_tokenizers(directory: Path, tmp_path
 @pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
 @pytest.mark.parametrize(
     "text",
-    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "[EOT]", "<|end_of_text|>"],
-)  # fmt: skip
+    [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<|end|>",
+        "<|return|>",
+        "[EOT]",
+        "<|end_of_text|>",
+    ],
+)
 def test_the_end_of_a_turn_is_known_by_its_text_whatever_its_type(
     text: str, kind: int, tmp_path: Path
 ) -> None:
@@ -151,7 +162,9 @@ def test_the_end_of_a_message_gets_its_own_role() -> None:
     tokens = ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]  # Llama 3
     keys, unsaid = end_keys([0, 1, 2], 2, tokens)
     assert not unsaid
-    assert keys == {f"tokenizer.ggml.{role}_token_id": i for role, i in (("eos", 2), ("eom", 1), ("eot", 0))}  # fmt: skip
+    assert keys == {
+        f"tokenizer.ggml.{role}_token_id": i for role, i in (("eos", 2), ("eom", 1), ("eot", 0))
+    }
 
 
 def test_special_tokens_are_typed_control_and_added_words_user_defined(tmp_path: Path) -> None:
@@ -166,10 +179,8 @@ def test_special_tokens_are_typed_control_and_added_words_user_defined(tmp_path:
     path.write_text(json.dumps(described))
     metadata = tokenizer_metadata(tmp_path, whole_models.VOCAB)
     types = dict(
-        zip(
-            metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True
-        )
-    )  # fmt: skip
+        zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
+    )
     assert types["<think>"] == USER_DEFINED
     assert {types[text] for text in (*whole_models.SPECIAL, "<|tool|>")} == {CONTROL}
     assert UNKNOWN not in types.values()

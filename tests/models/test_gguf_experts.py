@@ -1,4 +1,6 @@
-"""Experts of GGUF models: every family's names, shapes, activation and routing, as views of the file."""
+"""Experts of GGUF models: every family's names, shapes, activation and routing,
+as views of the file.
+"""
 
 from __future__ import annotations
 

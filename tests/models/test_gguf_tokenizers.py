@@ -1,4 +1,6 @@
-"""Tokenizers of GGUF files: as the Hugging Face ones they were written from, and as llama.cpp, where it is installed."""
+"""Tokenizers of GGUF files: as the Hugging Face ones they were written from, and as llama.cpp,
+where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from ktk.integration.transformers.gguf import load_gguf_tokenizer
 from ktk.models.arch import PRE_TOKENIZERS
 from make import gguf_files
 
-# What pre-tokenizers differ in: runs of space, digits, case, contractions, scripts, marks, punctuation.
+# What pre-tokenizers differ in: runs of space, digits, case, contractions, scripts, marks,
+# punctuation.
 HARD = (
     "Hello  world\n\n\tcafé ÀÉÎ naïve ÑANDÚ ǅenan",
     "你好世界，今天天气很好。これはテストです。カタカナ 한국어 텍스트",
@@ -67,7 +70,10 @@ def smollm2() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> dict[str, Any]:
-    """A SentencePiece vocabulary in small: bytes, and pieces with scores. Emoji and snowman are no pieces."""
+    """A SentencePiece vocabulary in small: bytes, and pieces with scores.
+
+    Emoji and snowman are no pieces.
+    """
     trained = Tokenizer(models.BPE())
     words = " ".join(HARD).replace(" ", "▁").replace("☃", "").replace("🎉", "")
     trainer = trainers.BpeTrainer(vocab_size=700, max_token_length=6, show_progress=False)
@@ -138,7 +144,8 @@ def test_a_real_tokenizer_is_the_one_transformers_reads(tmp_path: Path) -> None:
         pytest.skip(str(error))
     ours = load_gguf_tokenizer(path)
     theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    # As the model's tokenizer.json has it; transformers reads GGUF files without the rule for digits.
+    # As the model's tokenizer.json has it; transformers reads GGUF files without the rule for
+    # digits.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -217,7 +224,8 @@ def test_metadata_that_makes_no_tokenizer_is_named(
         load_gguf_tokenizer(path)
 
 
-# From tokenizer.json to a file and back ----------------------------------------------------------------------------
+# From tokenizer.json to a file and back
+# ----------------------------------------------------------------------------
 
 
 def round_trip(tokenizer: Any, folder: Path, vocab_size: int) -> Any:

@@ -1,4 +1,6 @@
-"""Whole models from GGUF files: as transformers' float models of the same weights, and as llama.cpp, where it is installed."""
+"""Whole models from GGUF files: as transformers' float models of the same weights,
+and as llama.cpp, where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ Made = Callable[..., tuple[Any, Path]]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """(float model, GGUF file) of a name of MODELS, experts and the rest in the given types; each made once."""
+    """(float model, GGUF file) of a name of MODELS, experts and the rest in the given types;
+    each made once.
+    """
     models: dict[str, tuple[Any, Path]] = {}
 
     def make(name: str, experts: str = "f32", rest: str = "f32") -> tuple[Any, Path]:
@@ -67,9 +71,14 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 def greedy(model: Any) -> list[int]:
     count = 8 if model.config.num_hidden_layers < 9 else 2
     out = model.generate(
-        IDS[:, :16], attention_mask=torch.ones(1, 16), max_new_tokens=count, min_new_tokens=count,
-        do_sample=False, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        IDS[:, :16],
+        attention_mask=torch.ones(1, 16),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
     return out[0].tolist()
 
 
@@ -187,7 +196,8 @@ def test_llama_cpp_gives_the_same_logits(name: str, made: Made, tmp_path: Path) 
     assert agreement(torch.tensor(theirs.scores[: IDS.shape[1]]), logits(model)) > 0.999
 
 
-# Linear layers in the file's blocks --------------------------------------------------------------------------------
+# Linear layers in the file's blocks
+# --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -306,7 +316,8 @@ def test_the_memory_of_linear_layers_is_told(name: str, made: Made, small: None)
         assert opened.description.rest_bytes > told.rest_bytes
 
 
-# Files that others write ----------------------------------------------------------------------------------------
+# Files that others write
+# ----------------------------------------------------------------------------------------
 
 
 def test_kv_b_in_one_piece_and_older_key_lengths(made: Made, tmp_path: Path) -> None:
@@ -392,13 +403,22 @@ def _unsay(key: str) -> Callable[..., None]:
         (_drop("blk.1.attn_k.weight"), r"1 tensors are missing: blk\.1\.attn_k\.weight"),
         (_drop("output_norm.weight"), "1 tensors are missing: output_norm.weight"),
         (_drop("token_embd.weight"), "no tensor 'token_embd.weight'"),
-        (_add("blk.1.attn_post_norm.weight", H), r"no place in Qwen3MoeForCausalLM: blk\.1\.attn_post"),
-        (_add("blk.0.attn_q.weight", 64, H), r"'blk\.0\.attn_q\.weight' \(byte \d+\) gives \(64, 256\)"),
+        (
+            _add("blk.1.attn_post_norm.weight", H),
+            r"no place in Qwen3MoeForCausalLM: blk\.1\.attn_post",
+        ),
+        (
+            _add("blk.0.attn_q.weight", 64, H),
+            r"'blk\.0\.attn_q\.weight' \(byte \d+\) gives \(64, 256\)",
+        ),
         (_say("architecture", "dbrx"), "whole models of qwen3moe, deepseek2, llama"),
         (_say("qwen3moe.rope.scaling.type", "longrope"), "ktk knows none, linear and yarn"),
         (_say("qwen3moe.rope.dimension_count", 8), "must be the head's size, 32"),
         (_say("qwen3moe.attention.head_count", "four"), "must be an int of 0"),
-        (_unsay("qwen3moe.attention.head_count"), "attention.head_count is None: the model's config needs it"),
+        (
+            _unsay("qwen3moe.attention.head_count"),
+            "attention.head_count is None: the model's config needs it",
+        ),
         (_say("qwen3moe.attention.head_count_kv", [2, 4, 2]), "differs between layers"),
         (_say("qwen3moe.attention.head_count", 3), "head_count=3: must be a multiple of 2"),
         (_say("qwen3moe.attention.head_count_kv", 0), "transformers makes no qwen3_moe of what"),
@@ -406,7 +426,7 @@ def _unsay(key: str) -> Callable[..., None]:
         (_say("qwen3moe.block_count", 4), r"11 tensors are missing: blk\.3\."),
         (_say("qwen3moe.attention.layer_norm_rms_epsilon", "small"), "must be a number of 0 to 1"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(
     change: Callable[..., None], text: str, made: Made, tmp_path: Path
 ) -> None:
@@ -449,7 +469,8 @@ def test_a_loaded_model_cannot_be_saved_without_its_experts(made: Made, tmp_path
         load_gguf_model(file).save_pretrained(tmp_path)
 
 
-# Writing ---------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_config_goes_into_a_file_and_back(made: Made) -> None:
@@ -483,9 +504,12 @@ def test_what_no_gguf_file_can_say_is_refused(made: Made, tmp_path: Path) -> Non
     _, file = made("qwen3moe")
     for change, text in (
         ({"mlp_only_layers": [0]}, "layers without experts"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling of type 'llama3'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope scaling of type 'llama3'",
+        ),
         ({"model_type": "qwen4_exp"}, "a whole GGUF file is written of"),
-    ):  # fmt: skip
+    ):
         folder = tmp_path / next(iter(change))
         shutil.copytree(file.parent, folder, ignore=shutil.ignore_patterns("*.gguf"))
         config = json.loads((folder / "config.json").read_text())

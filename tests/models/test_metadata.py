@@ -1,4 +1,6 @@
-"""Metadata that cannot be meant is refused at every door, with file, key, value and what is allowed; metadata that can be is not."""
+"""Metadata that cannot be meant is refused at every door, with file, key,
+value and what is allowed; metadata that can be is not.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ def changed(directory: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-# Doors -------------------------------------------------------------------------------------------------------
+# Doors
+# --------------------------------------------------------------------------------------------------
 
 
 def refuse(door: Callable[[Path], object], path: Path, *texts: str) -> None:
@@ -105,13 +108,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"torch_dtype": "float99"}, "torch_dtype='float99': must be one of"),
     ({"num_attention_heads": 0}, "num_attention_heads=0: must be an int of 1"),
     ({"num_key_value_heads": 3}, "num_attention_heads=4: must be a multiple of 3"),
-    ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: factor=None: must be a number"),
+    (
+        {"rope_parameters": {"rope_type": "linear"}},
+        "rope_parameters: factor=None: must be a number",
+    ),
     ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "full_attention: rope_theta=-1"),
     ({"vocab_size": -3}, "vocab_size=-3: must be an int of 1"),
     ({"pad_token_id": 384}, "pad_token_id=384: must be below 384, the vocab_size"),
     ({"architectures": 7}, "architectures=7: must be text"),
     ({"quantization_config": {"quant_method": 7}}, "quantization_config: quant_method=7"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -127,13 +133,16 @@ def test_a_config_that_contradicts_itself_is_refused_at_every_door(
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"rope_parameters": {"rope_type": "zzz"}}, "rope_type='zzz': must be one of default, linear"),
+        (
+            {"rope_parameters": {"rope_type": "zzz"}},
+            "rope_type='zzz': must be one of default, linear",
+        ),
         ({"layer_types": ["x"]}, "transformers takes no such 'qwen3_moe'"),
         ({"mlp_only_layers": 3}, "mlp_only_layers"),
         ({"attention_bias": "x"}, "attention_bias"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("door", ["describe_model", "open_model", "load_model"])
 def test_what_only_transformers_knows_is_refused_with_the_file(
     values: dict[str, Any], text: str, door: str, changed: Callable[..., Path]
@@ -188,7 +197,11 @@ GGUF_DOORS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("qwen3moe.expert_used_count", 9, "expert_used_count=9: must be at most 8: qwen3moe.expert_count is 8"),
+        (
+            "qwen3moe.expert_used_count",
+            9,
+            "expert_used_count=9: must be at most 8: qwen3moe.expert_count is 8",
+        ),
         ("qwen3moe.attention.head_count", "four", "attention.head_count='four': must be an int"),
         ("qwen3moe.attention.head_count_kv", 3, "attention.head_count=4: must be a multiple of 3"),
         ("qwen3moe.attention.layer_norm_rms_epsilon", "small", "must be a number of 0 to 1"),
@@ -198,7 +211,7 @@ GGUF_DOORS: dict[str, Callable[[Path], object]] = {
         ("tokenizer.ggml.eot_token_id", [1, 2], "tokenizer.ggml.eot_token_id='a list of 2'"),
         ("ktk.eos_token_ids", ["x"], "ktk.eos_token_ids=['x']"),
     ],
-)  # fmt: skip
+)
 def test_gguf_metadata_that_contradicts_itself_is_refused_at_every_door(
     key: str, value: Any, text: str, door: str, gguf_file: Path, tmp_path: Path
 ) -> None:
@@ -206,7 +219,8 @@ def test_gguf_metadata_that_contradicts_itself_is_refused_at_every_door(
     refuse(GGUF_DOORS[door], path, str(path), text)
 
 
-# Tables --------------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", CONFIG)
@@ -253,7 +267,8 @@ def test_every_key_of_a_gguf_file_is_checked(key: str) -> None:
             check_gguf(Said({name: value}), "arch", "here")
 
 
-# No false refusals -----------------------------------------------------------------------------------------------
+# No false refusals
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,10 +293,21 @@ def test_configs_of_every_family_of_transformers_pass(kind: str, tmp_path: Path)
 
 def test_what_real_generation_configs_hold_passes(tmp_path: Path) -> None:
     for said in (
-        {"bos_token_id": 128000, "do_sample": True, "eos_token_id": [128001, 128008, 128009], "temperature": 0.6, "top_p": 0.9},
+        {
+            "bos_token_id": 128000,
+            "do_sample": True,
+            "eos_token_id": [128001, 128008, 128009],
+            "temperature": 0.6,
+            "top_p": 0.9,
+        },
         {"do_sample": False, "top_k": -1, "top_p": 1, "temperature": 0, "pad_token_id": None},
-        {"max_length": 2048, "repetition_penalty": 1.05, "transformers_version": "4.55.0", "cache_config": {}},
-    ):  # fmt: skip
+        {
+            "max_length": 2048,
+            "repetition_penalty": 1.05,
+            "transformers_version": "4.55.0",
+            "cache_config": {},
+        },
+    ):
         (tmp_path / "generation_config.json").write_text(json.dumps(said))
         assert read_generation(tmp_path) == said
 

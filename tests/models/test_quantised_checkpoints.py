@@ -1,4 +1,6 @@
-"""Checkpoints that other tools quantised: GPTQ, compressed-tensors, fp8, MXFP4, into packed experts without a bf16 detour."""
+"""Checkpoints that other tools quantised: GPTQ, compressed-tensors, fp8, MXFP4,
+into packed experts without a bf16 detour.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,10 @@ def compressed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) 
 
 
 class Int4Checkpoint:
-    """A tiny Qwen3-MoE directory whose linear layers are 4-bit codes. weights : name -> float32 they stand for."""
+    """A tiny Qwen3-MoE directory whose linear layers are 4-bit codes.
+
+    weights : name -> float32 they stand for.
+    """
 
     def __init__(
         self,
@@ -137,9 +142,10 @@ class Int4Checkpoint:
                 "group_size": group or None,
             }
             said = {
-                "quant_method": "compressed-tensors", "format": "pack-quantized",
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
                 "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            }  # fmt: skip
+            }
         self.config["quantization_config"] = said
         (path / "config.json").write_text(json.dumps(self.config))
 

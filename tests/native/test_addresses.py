@@ -1,4 +1,6 @@
-"""Experts that move, go and come back between calls: same bits, or an error before anything is computed."""
+"""Experts that move, go and come back between calls: same bits,
+or an error before anything is computed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One table of kernels: every level has one for every format, and every symbol stands in its source."""
+"""One table of kernels: every level has one for every format,
+and every symbol stands in its source.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def sources() -> dict[Path, str]:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_takes_what_it_has_not_from_the_one_below(level: str) -> None:
-    """Its own kernels: packed integers on tiles, BF16 blocks with VDPBF16PS, everything up to VNNI."""
+    """Its own kernels: packed integers on tiles, BF16 blocks with VDPBF16PS,
+    everything up to VNNI.
+    """
     native = native_module()
     below = LEVELS[: LEVELS.index(level) + 1]
     for name in native.formats():
@@ -45,7 +49,9 @@ def test_an_unknown_level_is_refused_with_those_there_are() -> None:
 
 
 def test_every_symbol_of_a_kernel_stands_in_its_source() -> None:
-    """Names are pasted together from the level and the format; a profile's must be found by grep."""
+    """Names are pasted together from the level and the format;
+    a profile's must be found by grep.
+    """
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     command = ["nm", "-D", "--defined-only", native_module().__file__]

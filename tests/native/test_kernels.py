@@ -175,7 +175,9 @@ def test_long_reductions_with_few_rows_per_expert(
 def test_rows_around_tile_edges(
     implementation: tuple[str, str], name: str, group: int, activation_group: int
 ) -> None:
-    """One expert's rows in blocks of 64; K 416 and 224, no multiple of 64 or 128; 14 and 26 panels, 7 an odd part."""
+    """One expert's rows in blocks of 64; K 416 and 224, no multiple of 64 or 128;
+    14 and 26 panels, 7 an odd part.
+    """
     spec = MoESpec(1, 416, 210, name, group, activation_group)
     case = exact_case(spec, 113, 1, seed=81)
     runner = load(implementation, case.packed)

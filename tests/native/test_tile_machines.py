@@ -1,4 +1,6 @@
-"""AMX silicon: the tile cases on it and, in a process that never asks for it, on the emulator; kernels under load."""
+"""AMX silicon: the tile cases on it and, in a process that never asks for it, on the emulator;
+kernels under load.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def has_tiles() -> bool:
 def child(
     arguments: list[str], environment: dict[str, str], timeout: int
 ) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own: permission for tiles passes through fork, not through exec."""
+    """Python in a process of its own: permission for tiles passes through fork,
+    not through exec.
+    """
     return subprocess.run(
         [sys.executable, *arguments],
         env=os.environ
@@ -70,7 +74,9 @@ def test_emulated_kernels_on_a_cpu_with_tiles_are_the_exact_model() -> None:
 @pytest.mark.parametrize("what", ["signals", "forks", "threads"])
 @pytest.mark.parametrize("kind", ["tiles", "vectors"])
 def test_kernels_under_load_change_no_bit(what: str, kind: str) -> None:
-    """Signals whose handler uses the kernels' registers, children that compute again, six threads at once."""
+    """Signals whose handler uses the kernels' registers, children that compute again,
+    six threads at once.
+    """
     if native_module() is None:
         pytest.skip("the compiled extension is not built")
     if kind == "tiles" and not has_tiles():

@@ -1,4 +1,6 @@
-"""Tile instructions against the NumPy model: the emulator, and silicon where there is some (test_tile_machines.py)."""
+"""Tile instructions against the NumPy model: the emulator,
+and silicon where there is some (test_tile_machines.py).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ TILES_UNDER_TEST = "TILES_UNDER_TEST"  # test_tile_machines.py sets it to silico
 
 
 def machine() -> Any:
-    """The emulator, installed; None in a process that tries the CPU's own tiles. Skips where there is neither."""
+    """The emulator, installed; None in a process that tries the CPU's own tiles.
+
+    Skips where there is neither.
+    """
     if os.environ.get(TILES_UNDER_TEST) == "silicon":
         assert "amx_tile" in cpu.detect()
         return None
@@ -47,7 +52,9 @@ def machine() -> Any:
 
 @cache
 def is_emulated(kind: str) -> bool:
-    """Whether an instruction traps: without permission for tile data, a CPU that has tiles may run those that touch none."""
+    """Whether an instruction traps: without permission for tile data,
+    a CPU that has tiles may run those that touch none.
+    """
     stored = aligned_buffer(64)
     code = {
         "tilerelease": tc.tilerelease(),
@@ -59,7 +66,9 @@ def is_emulated(kind: str) -> bool:
 
 
 def needs(kind: str) -> None:
-    """Skip a case that shows nothing where the emulator is installed and the CPU runs ``kind`` itself."""
+    """Skip a case that shows nothing where the emulator is installed and the CPU runs ``kind``
+    itself.
+    """
     if machine() is not None and not is_emulated(kind):
         pytest.skip(f"{kind} does not trap on this CPU, though its tiles are not permitted")
 
@@ -352,7 +361,9 @@ def test_tilezero_clears_one_tile() -> None:
 
 
 def test_threads_have_their_own_tiles() -> None:
-    """Eight threads at once, each with its own shapes and values, all over the same instructions."""
+    """Eight threads at once, each with its own shapes and values,
+    all over the same instructions.
+    """
     failures: list[str] = []
 
     def work(number: int) -> None:
@@ -419,7 +430,8 @@ def test_bad_configurations_are_named(emulator: Any, name: str, config: np.ndarr
     assert_exact(configuration([3], [20]), stored)  # the good one stands
 
 
-# tiles: 0 C 5x7 dwords, 1 A 5x4, 2 B 4x7, 3 A 6x4, 4 B 5x7, 5 B 4x8, 6 A with 15 bytes a row; 7 has no shape
+# tiles: 0 C 5x7 dwords, 1 A 5x4, 2 B 4x7, 3 A 6x4, 4 B 5x7, 5 B 4x8, 6 A with 15 bytes a row; 7 has
+# no shape
 ROWS, COLSB = [5, 5, 4, 6, 5, 4, 5], [28, 16, 28, 16, 28, 32, 15]
 BAD_DOTS = [
     ("dot_same_tile", 0, 0, 2),
@@ -582,18 +594,20 @@ def test_a_sent_signal_is_passed_on(emulator: Any) -> None:
 
 
 def test_the_handler_that_was_there_gets_what_is_not_ours(emulator: Any) -> None:
-    """A handler written in machine code steps over ud2; tile instructions around it still run, and so do
-    those that a handler of another signal executes between."""
+    """A handler written in machine code steps over ud2; tile instructions around it still run, and
+    so do those that a handler of another signal executes between.
+    """
     done = script(
         """
 libc = ctypes.CDLL(None)
 # void handler(int, siginfo_t *, ucontext_t *c): c->rip += 2, which lies at byte 168; [counter]++
 counter = np.zeros(1, np.int64)
 # Its own code, not a Program: that would keep registers as a callee must, and so may this one.
-skip = tc.Program(b"\\x48\\x83\\x82\\xa8\\x00\\x00\\x00\\x02" + tc.load(0, counter.ctypes.data) + b"\\x48\\xff\\x00")
+add_2 = b"\\x48\\x83\\x82\\xa8\\x00\\x00\\x00\\x02"
+skip = tc.Program(add_2 + tc.load(0, counter.ctypes.data) + b"\\x48\\xff\\x00")
 class Action(ctypes.Structure):
-    _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_byte * 128), ("flags", ctypes.c_int),
-                ("restorer", ctypes.c_void_p)]
+    _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_byte * 128),
+                ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
 SA_SIGINFO = 4
 action = Action(skip.address, (ctypes.c_byte * 128)(), SA_SIGINFO, None)
 assert libc.sigaction(int(signal.SIGILL), ctypes.byref(action), None) == 0

@@ -1,9 +1,11 @@
-"""Run Python in a virtual machine with two NUMA nodes: python tests/numa/run.py -- -m pytest tests/machine/test_numa.py
+"""Run Python in a virtual machine with two NUMA nodes: python tests/numa/run.py -- -m pytest
+tests/machine/test_numa.py
 
-qemu emulates four AVX2 CPUs, so neither KVM nor a NUMA machine is needed. The guest's root is this machine's,
-by virtio-9p and read-only under a tmpfs overlay: the interpreter that runs this file, its packages and this
-tree are there under the same paths, and what the guest writes is gone with it. Kernel and busybox are Debian's
-packages, unpacked into a cache folder, never installed. Exit code: the guest command's, 124 past the time limit.
+qemu emulates four AVX2 CPUs, so neither KVM nor a NUMA machine is needed. The guest's root is this
+machine's, by virtio-9p and read-only under a tmpfs overlay: the interpreter that runs this file,
+its packages and this tree are there under the same paths, and what the guest writes is gone with
+it. Kernel and busybox are Debian's packages, unpacked into a cache folder, never installed. Exit
+code: the guest command's, 124 past the time limit.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ stop() { echo "$*"; poweroff -f; }
 for module in /modules/*; do insmod $module || stop $module; done
 mount -t 9p -o trans=virtio,version=9p2000.L,cache=loose,msize=512000,ro host /host || stop 9p
 mount -t tmpfs tmpfs /writes && mkdir /writes/upper /writes/work
-mount -t overlay -o lowerdir=/host,upperdir=/writes/upper,workdir=/writes/work root /root || stop overlay
+mount -t overlay -o lowerdir=/host,upperdir=/writes/upper,workdir=/writes/work root /root \\
+    || stop overlay
 mount -t proc proc /root/proc && mount -t sysfs sys /root/sys && mount -t devtmpfs dev /root/dev
 mkdir -p /root/dev/shm && mount -t tmpfs tmpfs /root/dev/shm
 # Or every test would be skipped, and nothing said.
@@ -72,7 +75,9 @@ def download(name: str, folder: Path) -> tarfile.TarFile:
 
 
 def unpack(guest: Path) -> None:
-    """Into ``guest``, whole or not at all: vmlinuz, busybox and the modules that might be needed."""
+    """Into ``guest``, whole or not at all: vmlinuz,
+    busybox and the modules that might be needed.
+    """
     guest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=guest.parent) as folder:
         taken = Path(folder, "guest")
@@ -92,7 +97,10 @@ def unpack(guest: Path) -> None:
 
 
 def modules_in_order(guest: Path, names: tuple[str, ...]) -> list[str]:
-    """``names`` and what they depend on, dependencies first. Source: the modinfo section's depends=."""
+    """``names`` and what they depend on, dependencies first.
+
+    Source: the modinfo section's depends=.
+    """
     order: list[str] = []
     for name in names:
         found = re.search(rb"\0depends=([^\0]*)\0", (guest / f"{name}.ko").read_bytes())

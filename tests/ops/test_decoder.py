@@ -1,4 +1,6 @@
-"""DecoderLayer against the same layer in float64, whatever its parts, the length of its cache and the threads."""
+"""DecoderLayer against the same layer in float64, whatever its parts,
+the length of its cache and the threads.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,7 @@ def _wide(dtype: str) -> Any:
     return bf16_to_f32 if dtype == "bf16" else (lambda a: a.astype(np.float32))
 
 
-# --- rows and pages -----------------------------------------------------------------------------------
+# --- rows and pages -------------------------------------------------------------------------------
 
 LENGTHS = (0, 5, 300, 511)  # tokens cached of each sequence
 # (sequence, how many tokens behind the cached ones): several of one sequence at once, in no order.
@@ -121,7 +123,9 @@ class Batch:
         self.positions = [LENGTHS[sequence] + more for sequence, more in ROWS]
 
     def paged(self, page_tokens: int, tokens_first: bool = False) -> list[list[list[np.ndarray]]]:
-        """(sequences, keys or values) pages that hold what is cached, and room for 3 more; nonsense elsewhere."""
+        """(sequences, keys or values) pages that hold what is cached, and room for 3 more;
+        nonsense elsewhere.
+        """
         rng = np.random.default_rng(4)
         found = []
         for keys_values, length in zip(self.cached, LENGTHS, strict=True):
@@ -157,7 +161,14 @@ class Batch:
         )
 
 
-PAGED = ["plain", "wide heads", "a window", "norms after", "shared experts", "latents, neighbours put apart"]  # fmt: skip
+PAGED = [
+    "plain",
+    "wide heads",
+    "a window",
+    "norms after",
+    "shared experts",
+    "latents, neighbours put apart",
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
@@ -215,20 +226,16 @@ def test_many_rows_over_many_keys_run_in_pieces() -> None:
 
 def test_rows_of_a_longer_buffer_and_any_number_of_threads() -> None:
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "import numpy as np, hashlib\n"
-        "from make.decoder_layers import Weights, inputs, run_row\n"
-        "from test_decoder import CASES, ROWS, Batch\n"
-        "from ktk.ops.decoder import DecoderLayer\n"
-        "w = Weights(head_norms='each', mlp='scaled', has_sinks=True)\n"
-        "x, c, s, k, v = inputs(w.spec, 900)\n"
-        "buffer = np.zeros((2, 2000, 32), np.float32); buffer[:, 5:908] = k\n"
-        "y = run_row(DecoderLayer(w.spec), x, c, s, buffer[:, 5:908], v, 900)\n"
-        "digest = hashlib.sha256(y.tobytes() + buffer[:, 905].tobytes())\n"
-        "for name in ('shared experts', 'latents, neighbours put apart'):\n"
-        "    w = Weights(**CASES[name]); b = Batch(w.spec)\n"
-        "    digest.update(b.run(DecoderLayer(w.spec), b.paged(16), list(range(len(ROWS)))).tobytes())\n"
-        "print(digest.hexdigest())\n"
+        "import sys; sys.path[:0] = sys.argv[1:]\nimport numpy as np, hashlib\nfrom "
+        "make.decoder_layers import Weights, inputs, run_row\nfrom test_decoder import CASES, "
+        "ROWS, Batch\nfrom ktk.ops.decoder import DecoderLayer\nw = Weights(head_norms='each', "
+        "mlp='scaled', has_sinks=True)\nx, c, s, k, v = inputs(w.spec, 900)\nbuffer = "
+        "np.zeros((2, 2000, 32), np.float32); buffer[:, 5:908] = k\ny = "
+        "run_row(DecoderLayer(w.spec), x, c, s, buffer[:, 5:908], v, 900)\ndigest = "
+        "hashlib.sha256(y.tobytes() + buffer[:, 905].tobytes())\nfor name in ('shared experts', "
+        "'latents, neighbours put apart'):\n    w = Weights(**CASES[name]); b = Batch(w.spec)\n"
+        "    digest.update(b.run(DecoderLayer(w.spec), b.paged(16), "
+        "list(range(len(ROWS)))).tobytes())\nprint(digest.hexdigest())\n"
     )
     found = set()
     for threads in ("1", "2", "3", "16"):
@@ -263,7 +270,7 @@ def test_nan_of_one_row_stays_in_it() -> None:
     assert np.array_equal(got[[0, 2]], want[[0, 2]])
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_components_that_do_not_fit_are_refused_by_name() -> None:
@@ -323,12 +330,15 @@ def test_rows_and_pages_that_do_not_fit_are_refused_by_name() -> None:
     for given, message in (
         ((x[:5], cosines, sines, keys, values, 4), "hidden is"),
         ((x, cosines[:2], sines, keys, values, 4), "cosines is"),
-        ((x, cosines, sines, keys.astype(np.float16), values, 4), "must have one shape, dtype|keys and values are"),
+        (
+            (x, cosines, sines, keys.astype(np.float16), values, 4),
+            "must have one shape, dtype|keys and values are",
+        ),
         ((x, cosines, sines, keys, values, 7), "position=7"),
         ((x, cosines, sines, keys[:, :, ::-1], values, 4), "contiguous"),
         ((x, cosines, sines, keys[:1], values[:1], 4), "keys and values are"),
         ((x, cosines, sines, keys[:, :3], values, 4), "pages of 7 tokens"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             run_row(layer, *given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pages of 7 tokens: must be a multiple of 16"):

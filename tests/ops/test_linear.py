@@ -1,4 +1,6 @@
-"""Dense linear layers: the exact arithmetic of panels and of blocks, whatever the batch, the dtype and the threads."""
+"""Dense linear layers: the exact arithmetic of panels and of blocks, whatever the batch,
+the dtype and the threads.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,20 @@ def test_forward_is_the_exact_model(fmt: str, group: int | None, sizes: tuple[in
 
 
 # Mean error, of the mean output: activations of 8 bits, of bf16 (BF16 on AVX512-BF16), of float32.
-BLOCK_ERRORS = {"Q8_0": 0.02, "Q6_K": 0.02, "Q5_1": 0.02, "Q4_0": 0.02, "Q4_K": 0.02, "IQ4_XS": 0.02, "Q3_K": 0.02,
-                "IQ2_S": 0.02, "MXFP4": 0.02, "BF16": 0.01, "F16": 1e-5, "F32": 1e-5}  # fmt: skip
+BLOCK_ERRORS = {
+    "Q8_0": 0.02,
+    "Q6_K": 0.02,
+    "Q5_1": 0.02,
+    "Q4_0": 0.02,
+    "Q4_K": 0.02,
+    "IQ4_XS": 0.02,
+    "Q3_K": 0.02,
+    "IQ2_S": 0.02,
+    "MXFP4": 0.02,
+    "BF16": 0.01,
+    "F16": 1e-5,
+    "F32": 1e-5,
+}
 
 
 @pytest.mark.parametrize("kind", BLOCK_ERRORS)
@@ -160,7 +174,8 @@ import sys, numpy as np
 from ktk.bench.blocks import random_matrix
 from ktk.ops.linear import Linear
 r, threads = np.random.default_rng(0), int(sys.argv[1])
-packed = Linear(r.standard_normal((700, 256), dtype=np.float32), weight_format="int4", num_threads=threads)
+weights = r.standard_normal((700, 256), dtype=np.float32)
+packed = Linear(weights, weight_format="int4", num_threads=threads)
 blocks = Linear.of_blocks(random_matrix("Q5_K", 1, 700, 256, 0), num_threads=threads)
 for made in (packed, blocks):
     sys.stdout.buffer.write(made(r.standard_normal((70, 256), dtype=np.float32)).tobytes())
@@ -233,8 +248,12 @@ def test_where_kernels_do_not_run_layers_stay_with_torch(
 def test_shared_linears_run_on_the_modules_own_weights(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = torch.nn.ModuleDict(
-        {"a": torch.nn.Linear(256, 192), "b": torch.nn.Linear(192, 150, bias=False), "gate": torch.nn.Linear(256, 256)}
-    ).to(dtype)  # fmt: skip
+        {
+            "a": torch.nn.Linear(256, 192),
+            "b": torch.nn.Linear(192, 150, bias=False),
+            "gate": torch.nn.Linear(256, 256),
+        }
+    ).to(dtype)
     assert share_linears(model) == ["a", "b"]
     x = torch.randn(3, 2, 256).to(dtype)
 

@@ -1,4 +1,6 @@
-"""MoE at the border: what it takes, what it refuses, what it leaves alone; the registry and the engine."""
+"""MoE at the border: what it takes, what it refuses, what it leaves alone;
+the registry and the engine.
+"""
 
 from __future__ import annotations
 

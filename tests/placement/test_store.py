@@ -1,4 +1,6 @@
-"""Experts that are elsewhere: stores whose experts move, go and come, and layers that hold some of theirs."""
+"""Experts that are elsewhere: stores whose experts move, go and come,
+and layers that hold some of theirs.
+"""
 
 from __future__ import annotations
 
@@ -167,7 +169,9 @@ def test_spans_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("method", ["auto", "NUMPY"])
 def test_a_rank_holds_its_own_experts(method: str) -> None:
-    """Half of the spans, the others -1: the same bits as the whole layer with the others skipped."""
+    """Half of the spans, the others -1: the same bits as the whole layer with the others
+    skipped.
+    """
     whole = packed("int8")
     mine = np.array([1, 4, 6])
     order = np.full(EXPERTS, -1)

@@ -1,4 +1,6 @@
-"""Rounding with error feedback: against a textbook GPTQ, what it gains in every format, and inputs that say little."""
+"""Rounding with error feedback: against a textbook GPTQ, what it gains in every format,
+and inputs that say little.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def weights(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 
 def textbook(w: np.ndarray, h: np.ndarray, scales: np.ndarray, low: int, high: int) -> np.ndarray:
-    """GPTQ as its paper has it, in float64: the inverse's Cholesky factor, one column after the other.
+    """GPTQ as its paper has it, in float64: the inverse's Cholesky factor, one column after the
+    other.
 
     scales : (rows, columns), each column's.
     """
@@ -66,7 +69,8 @@ def test_codes_are_those_of_a_textbook_gptq(columns: int, group: int) -> None:
     found = round_matrix(w, factorise(h), Grid(group, (6.0, 7.0, 8.0), -8, 7))
     scales = found.scales.T.repeat(group, axis=1)
     expected = textbook(w, damped, scales, -8, 7)
-    # the kernel computes in float32: a weight on the edge between two codes may fall to the other side, and its row changes
+    # the kernel computes in float32: a weight on the edge between two codes may fall to the other
+    # side, and its row changes
     same = (expected == found.codes.T).all(axis=1)
     assert same.mean() > 0.9
     e = w - expected * scales

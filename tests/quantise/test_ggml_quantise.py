@@ -1,4 +1,6 @@
-"""Quantisers of ggml blocks: what the gguf package reads back, errors bounded per format, Numba and NumPy equal to the byte."""
+"""Quantisers of ggml blocks: what the gguf package reads back, errors bounded per format,
+Numba and NumPy equal to the byte.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ from ktk.quantise.blocks import (
 
 F = np.float32
 TYPES = sorted(BLOCK_TYPES)
-# Root of mean squared error, relative to that of normally distributed weights; measured 0.00536, 0.0808, 0.0703, 0.0166, 0.1113.
+# Root of mean squared error, relative to that of normally distributed weights; measured 0.00536,
+# 0.0808, 0.0703, 0.0166, 0.1113.
 GAUSSIAN_ERROR = {"Q8_0": 0.0055, "Q4_0": 0.082, "Q4_K": 0.0713, "Q6_K": 0.0171, "MXFP4": 0.1135}
-# Largest error of any weight, relative to its block's peak: half a step, and what clipping and stored scales add.
+# Largest error of any weight, relative to its block's peak: half a step, and what clipping and
+# stored scales add.
 WORST_ERROR = {"Q8_0": 0.0042, "Q4_0": 0.18, "Q4_K": 0.16, "Q6_K": 0.045, "MXFP4": 0.26}
 
 
@@ -98,7 +102,8 @@ def test_no_weight_is_far_off(name: str) -> None:
         got = decode(quantise_rows(w, name), name).reshape(blocks.shape)
         assert np.isfinite(got).all(), label
         peak = np.abs(blocks).max(axis=1, keepdims=True)
-        # Half precision's smallest step, by the largest code of a group, where scales are that small.
+        # Half precision's smallest step, by the largest code of a group, where scales are that
+        # small.
         bound = WORST_ERROR[name] * peak + (0 if name == "MXFP4" else 2.0**-24 * 16)
         worst = float((np.abs(got - blocks) - bound).max())
         assert worst <= 1e-30, f"{label}: {worst}"
@@ -170,7 +175,9 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
 
 def test_bf16_bits_and_strided_rows_are_taken() -> None:
     bits = f32_to_bf16(distributions(4)["gaussian"])
-    np.testing.assert_array_equal(quantise_rows(bits, "q4_0"), quantise_rows(bf16_to_f32(bits), "Q4_0"))  # fmt: skip
+    np.testing.assert_array_equal(
+        quantise_rows(bits, "q4_0"), quantise_rows(bf16_to_f32(bits), "Q4_0")
+    )
     wide = np.repeat(bf16_to_f32(bits), 2, axis=1)[:, ::2]
     np.testing.assert_array_equal(quantise_rows(wide, "Q4_0"), quantise_rows(bits, "Q4_0"))
 
@@ -203,15 +210,27 @@ def test_weights_beyond_half_precision_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: quantise_rows(np.zeros((2, 576), F), "Q4_K"), "multiple of 256, or take MXFP4, Q4_0, Q8_0"),
-        (lambda: quantise_rows(np.zeros((2, 33), F), "Q8_0"), "in_features=33: Q8_0 needs a multiple of 32"),
+        (
+            lambda: quantise_rows(np.zeros((2, 576), F), "Q4_K"),
+            "multiple of 256, or take MXFP4, Q4_0, Q8_0",
+        ),
+        (
+            lambda: quantise_rows(np.zeros((2, 33), F), "Q8_0"),
+            "in_features=33: Q8_0 needs a multiple of 32",
+        ),
         (lambda: quantise_rows(np.zeros((2, 0), F), "Q8_0"), "in_features=0"),
-        (lambda: quantise_rows(np.zeros((2, 32), F), "Q5_K"), "must be one of MXFP4, Q4_0, Q4_K, Q6_K, Q8_0"),
+        (
+            lambda: quantise_rows(np.zeros((2, 32), F), "Q5_K"),
+            "must be one of MXFP4, Q4_0, Q4_K, Q6_K, Q8_0",
+        ),
         (lambda: quantise_rows(np.zeros((2, 32)), "Q8_0"), "weights are float64"),
         (lambda: quantise_rows(np.zeros(32, F), "Q8_0"), "must be float32 or uint16"),
-        (lambda: quantise_rows(np.zeros((2, 32), F), "Q8_0", np.empty((2, 33), np.uint8)), r"uint8 \(2, 34\)"),
+        (
+            lambda: quantise_rows(np.zeros((2, 32), F), "Q8_0", np.empty((2, 33), np.uint8)),
+            r"uint8 \(2, 34\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_do_not_fit(call: Callable[[], object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
@@ -240,7 +259,9 @@ def test_an_expert_is_decoded_to_float32(name: str) -> None:
         got = getattr(weights, projection)
         assert got.dtype == F and got.flags.c_contiguous
         np.testing.assert_array_equal(got, decode(matrix.data[1].copy(), name))
-        np.testing.assert_array_equal(getattr(weights, f"{projection}_bias"), experts.biases[projection][1])  # fmt: skip
+        np.testing.assert_array_equal(
+            getattr(weights, f"{projection}_bias"), experts.biases[projection][1]
+        )
     gateless = expert_weights(block_experts(name, has_gate=False), 2)
     assert gateless.gate is None and gateless.up_bias is None
 

@@ -52,7 +52,7 @@ def question(text: str = "Why?") -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# --- OpenAI's client ------------------------------------------------------------------------------------
+# --- OpenAI's client ------------------------------------------------------------------------------
 
 
 def test_models_lists_the_model(client: Any) -> None:
@@ -99,7 +99,9 @@ def test_completions_from_text_and_tokens_agree(client: Any, model: Path) -> Non
 
 
 def test_greedy_text_is_that_of_transformers(client: Any, model: Path) -> None:
-    """Beside the same int8 experts in generate(): batching, attention by sequence and sampling change nothing."""
+    """Beside the same int8 experts in generate(): batching,
+    attention by sequence and sampling change nothing.
+    """
     import torch
 
     from ktk.generate.open import open_model
@@ -146,7 +148,9 @@ def test_stop_strings_end_the_text_before_them(client: Any) -> None:
 
 
 def test_logprobs_are_those_of_the_model(client: Any, model: Path) -> None:
-    """Against a plain forward pass of the same int8 model: 1e-3 nats, which is float32 through two layers."""
+    """Against a plain forward pass of the same int8 model: 1e-3 nats,
+    which is float32 through two layers.
+    """
     import torch
 
     from ktk.generate.open import open_model
@@ -170,8 +174,13 @@ def test_logprobs_are_those_of_the_model(client: Any, model: Path) -> None:
             torch.tensor(sorted(top.values())[::-1]), row.topk(3).values, atol=1e-3
         )
     chat = client.chat.completions.create(
-        model="tiny-moe", messages=question(), temperature=0, max_tokens=4, logprobs=True, top_logprobs=2
-    )  # fmt: skip
+        model="tiny-moe",
+        messages=question(),
+        temperature=0,
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=2,
+    )
     content = chat.choices[0].logprobs and chat.choices[0].logprobs.content
     assert content and len(content) == 4
     for entry in content:
@@ -185,14 +194,15 @@ def test_messages_may_have_parts_and_developer_roles(client: Any) -> None:
     asked: dict[str, Any] = {"model": "tiny-moe", "temperature": 0, "max_tokens": 8}
     plain, developer = (
         client.chat.completions.create(
-            messages=[{"role": role, "content": "Be brief."}, {"role": "user", "content": content}], **asked
+            messages=[{"role": role, "content": "Be brief."}, {"role": "user", "content": content}],
+            **asked,
         )
         for role, content in (("system", "Why?"), ("developer", parts))
-    )  # fmt: skip
+    )
     assert plain.choices[0].message == developer.choices[0].message
 
 
-# --- curl -----------------------------------------------------------------------------------------------
+# --- curl -----------------------------------------------------------------------------------------
 
 
 def curl(*arguments: str) -> str:
@@ -223,7 +233,14 @@ def test_metrics_count_requests_and_tokens(server: Server) -> None:
         lines = curl(server.url + "/metrics").splitlines()
         return next(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
 
-    before = {n: value(n) for n in ("ktk_generated_tokens_total", "ktk_prompt_tokens_total", "ktk_request_seconds_count")}  # fmt: skip
+    before = {
+        n: value(n)
+        for n in (
+            "ktk_generated_tokens_total",
+            "ktk_prompt_tokens_total",
+            "ktk_request_seconds_count",
+        )
+    }
     done = server.request("/v1/completions", {"prompt": "The", "max_tokens": 9, "temperature": 0})[
         1
     ]
@@ -245,7 +262,7 @@ def test_health_and_description(server: Server) -> None:
     assert "int8" in found["kernel"] and found["expert_bytes"] > 0
 
 
-# --- what is refused ------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 WRONG = {
     "messages missing": ({}, "messages"),
@@ -355,11 +372,13 @@ def test_other_hosts_and_large_bodies_are_refused(server: Server) -> None:
     assert answer.startswith(b"HTTP/1.1 413")
 
 
-# --- many clients, and bad ones -------------------------------------------------------------------------
+# --- many clients, and bad ones -------------------------------------------------------------------
 
 
 def test_sixteen_concurrent_greedy_answers_equal_those_alone(server: Server) -> None:
-    """Bit by bit, log probabilities too; prompts of 3 to 1500 tokens, cut into chunks wherever the others leave room."""
+    """Bit by bit, log probabilities too; prompts of 3 to 1500 tokens,
+    cut into chunks wherever the others leave room.
+    """
     prompts = [[3 + (7 * i + j) % 300 for j in range(3 + 100 * i)] for i in range(16)]
 
     def text(prompt: list[int]) -> tuple[str, tuple[float, ...]]:
@@ -382,7 +401,10 @@ def open_stream(server: Server, max_tokens: int, waits: bool = True) -> socket.s
     body = json.dumps({"prompt": "The", "max_tokens": max_tokens, "stream": True, "temperature": 0})
     raw = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        f"application/json\r\nContent-Length: {len(body)}\r\n"
+    )
     key = f"Authorization: Bearer {server.key}\r\n" if server.key else ""
     raw.sendall(f"{head}{key}\r\n{body}".encode())
     got = b""
@@ -413,7 +435,10 @@ def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(server: Serv
     body = json.dumps({"prompt": "The", "max_tokens": 8000, "temperature": 0}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            (
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                b"application/json\r\n"
+            )
             + f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
@@ -452,7 +477,7 @@ def test_many_cancelled_requests_leak_nothing(server: Server) -> None:
     )  # the allocator's; a kept request would hold its pages, too
 
 
-# --- the end, keys, options -----------------------------------------------------------------------------
+# --- the end, keys, options -----------------------------------------------------------------------
 
 
 def test_a_key_is_asked_for_everywhere_but_on_the_page(keyed: Server) -> None:

@@ -1,4 +1,6 @@
-"""What goes wrong in one request is that request's error: the others get their bits, and the server stays healthy."""
+"""What goes wrong in one request is that request's error: the others get their bits,
+and the server stays healthy.
+"""
 
 from __future__ import annotations
 

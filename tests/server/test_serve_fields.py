@@ -1,4 +1,6 @@
-"""No field of a request that would change its answer is ignored: it is served, or refused by name."""
+"""No field of a request that would change its answer is ignored: it is served,
+or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -55,29 +57,106 @@ def plain(client: TestClient, **more: Any) -> dict[str, Any]:
 
 # A value of each field that another server would act on.
 ACTS: dict[str, Any] = {
-    "n": 2, "best_of": 3, "echo": True, "suffix": "x", "logit_bias": {"5": 1}, "presence_penalty": 0.5,
-    "frequency_penalty": 0.5, "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
-    "functions": [{"name": "f"}], "function_call": {"name": "f"}, "response_format": {"type": "json_object"},
-    "modalities": ["text", "audio"], "audio": {"voice": "x"}, "prediction": {"type": "content", "content": "x"},
-    "reasoning_effort": "high", "verbosity": "low", "web_search_options": {}, "store": True, "service_tier": "flex",
-    "guided_json": {"type": "object"}, "guided_regex": "a+", "guided_choice": ["a", "b"], "guided_grammar": "root ::= x",
-    "structured_outputs": {"choice": ["a"]}, "structural_tag": {}, "json_schema": {"type": "object"}, "regex": "a", "ebnf": "x",
-    "grammar": "root ::= x", "bad_words": ["x"], "bad_words_ids": [[5]], "allowed_token_ids": [5], "typical_p": 0.5,
-    "min_p": 0.1, "repetition_penalty": 1.1, "repeat_penalty": 1.1, "length_penalty": 2, "use_beam_search": True,
-    "mirostat": 2, "mirostat_tau": 3, "mirostat_eta": 0.2, "tfs_z": 0.5, "top_n_sigma": 1, "xtc_probability": 0.5,
-    "dry_multiplier": 0.8, "dynatemp_range": 0.5, "samplers": ["top_k"], "penalize_nl": True, "min_keep": 1,
-    "truncate_prompt_tokens": 5, "truncate": 5, "skip_special_tokens": False, "detokenize": False,
-    "chat_template": "{{ messages }}", "chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False,
-    "thinking": {"type": "enabled"}, "continue_final_message": True, "add_generation_prompt": False, "documents": [{}],
-    "add_special_tokens": True, "n_predict": 5, "max_new_tokens": 5, "min_new_tokens": 5, "stop_regex": "a", "n_probs": 3,
-    "do_sample": True, "watermark": True, "details": True, "return_full_text": True, "prompt_logprobs": 1,
-    "return_token_ids": True, "return_tokens_as_token_ids": True, "lora": [{"id": 0}], "lora_path": "x", "n_keep": 5,
-    "t_max_predict_ms": 5, "n_indent": 2, "id_slot": 1, "ignore_eos_token": True, "temprature": 0.3, "prompt": "x",
-    "repetition_detection": {}, "kv_transfer_params": {}, "vllm_xargs": {"a": 1}, "logits_processors": ["x"],
-    "priority": 5, "reasoning_budget": 0, "reasoning_format": "deepseek", "include_reasoning": False, "stop_sequences": ["a"],
-    "early_stopping": True, "return_hidden_states": True, "custom_params": {}, "input_ids": [5], "prompt_embeds": "x",
-    "timings_per_token": True, "no_stop_trim": True,
-}  # fmt: skip
+    "n": 2,
+    "best_of": 3,
+    "echo": True,
+    "suffix": "x",
+    "logit_bias": {"5": 1},
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "response_format": {"type": "json_object"},
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "x"},
+    "prediction": {"type": "content", "content": "x"},
+    "reasoning_effort": "high",
+    "verbosity": "low",
+    "web_search_options": {},
+    "store": True,
+    "service_tier": "flex",
+    "guided_json": {"type": "object"},
+    "guided_regex": "a+",
+    "guided_choice": ["a", "b"],
+    "guided_grammar": "root ::= x",
+    "structured_outputs": {"choice": ["a"]},
+    "structural_tag": {},
+    "json_schema": {"type": "object"},
+    "regex": "a",
+    "ebnf": "x",
+    "grammar": "root ::= x",
+    "bad_words": ["x"],
+    "bad_words_ids": [[5]],
+    "allowed_token_ids": [5],
+    "typical_p": 0.5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "repeat_penalty": 1.1,
+    "length_penalty": 2,
+    "use_beam_search": True,
+    "mirostat": 2,
+    "mirostat_tau": 3,
+    "mirostat_eta": 0.2,
+    "tfs_z": 0.5,
+    "top_n_sigma": 1,
+    "xtc_probability": 0.5,
+    "dry_multiplier": 0.8,
+    "dynatemp_range": 0.5,
+    "samplers": ["top_k"],
+    "penalize_nl": True,
+    "min_keep": 1,
+    "truncate_prompt_tokens": 5,
+    "truncate": 5,
+    "skip_special_tokens": False,
+    "detokenize": False,
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "enable_thinking": False,
+    "thinking": {"type": "enabled"},
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "documents": [{}],
+    "add_special_tokens": True,
+    "n_predict": 5,
+    "max_new_tokens": 5,
+    "min_new_tokens": 5,
+    "stop_regex": "a",
+    "n_probs": 3,
+    "do_sample": True,
+    "watermark": True,
+    "details": True,
+    "return_full_text": True,
+    "prompt_logprobs": 1,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "lora": [{"id": 0}],
+    "lora_path": "x",
+    "n_keep": 5,
+    "t_max_predict_ms": 5,
+    "n_indent": 2,
+    "id_slot": 1,
+    "ignore_eos_token": True,
+    "temprature": 0.3,
+    "prompt": "x",
+    "repetition_detection": {},
+    "kv_transfer_params": {},
+    "vllm_xargs": {"a": 1},
+    "logits_processors": ["x"],
+    "priority": 5,
+    "reasoning_budget": 0,
+    "reasoning_format": "deepseek",
+    "include_reasoning": False,
+    "stop_sequences": ["a"],
+    "early_stopping": True,
+    "return_hidden_states": True,
+    "custom_params": {},
+    "input_ids": [5],
+    "prompt_embeds": "x",
+    "timings_per_token": True,
+    "no_stop_trim": True,
+}
 
 
 @pytest.mark.parametrize("name", ACTS)
@@ -117,12 +196,18 @@ def test_true_is_not_one_and_no_field_is_known_twice() -> None:
         ({"messages": [{**QUESTION[0], "tool_calls": [{"id": "1"}]}]}, "messages.0: tool_calls="),
         ({"messages": [{**QUESTION[0], "nmae": "x"}]}, "messages.0: nmae='x'"),
         ({"messages": [{**QUESTION[0], "reasoning_content": "x"}]}, "reasoning_content='x'"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}, "x=1"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "x=1",
+        ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "continuous_usage_stats"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "continuous_usage_stats",
+        ),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options: usage=True"),
     ],
-)  # fmt: skip
+)
 def test_nested_fields_are_looked_at_too(
     client: TestClient, more: dict[str, Any], says: str
 ) -> None:
@@ -141,30 +226,52 @@ def test_openais_client_makes_its_ordinary_calls(client: TestClient) -> None:
         )
 
     asked = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?", "name": "Ann"},
-        {"role": "assistant", "content": "So."}, {"role": "user", "content": [{"type": "text", "text": "Oh?"}]},
-    ]  # fmt: skip
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why?", "name": "Ann"},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": [{"type": "text", "text": "Oh?"}]},
+    ]
     calls: list[dict[str, Any]] = [
         {},
         {"stream": True, "stream_options": {"include_usage": True}},
-        {"temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["x", "y"], "n": 1, "user": "u", "logit_bias": {}},
-        {"response_format": {"type": "text"}, "store": False, "metadata": {"a": "b"}, "service_tier": "auto"},
+        {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "seed": 1,
+            "stop": ["x", "y"],
+            "n": 1,
+            "user": "u",
+            "logit_bias": {},
+        },
+        {
+            "response_format": {"type": "text"},
+            "store": False,
+            "metadata": {"a": "b"},
+            "service_tier": "auto",
+        },
         {"logprobs": True, "top_logprobs": 2, "presence_penalty": 0, "frequency_penalty": 0.0},
-        {"parallel_tool_calls": False, "tool_choice": "none", "tools": [], "safety_identifier": "s"},
-    ]  # fmt: skip
+        {
+            "parallel_tool_calls": False,
+            "tool_choice": "none",
+            "tools": [],
+            "safety_identifier": "s",
+        },
+    ]
     real = openai.OpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0)
     for call in calls:
         request = real._build_request(
             openai._models.FinalRequestOptions(
-                method="post", url="/chat/completions", json_data={"messages": asked, "model": "tiny-moe", "max_tokens": 3, **call},
+                method="post",
+                url="/chat/completions",
+                json_data={"messages": asked, "model": "tiny-moe", "max_tokens": 3, **call},
             )
-        )  # fmt: skip
+        )
         answer = post(request)
         assert answer.status_code == 200, answer.text
     assert len(sent) == len(calls)
 
 
-# --- what is served beside OpenAI's fields ------------------------------------------------------------------
+# --- what is served beside OpenAI's fields --------------------------------------------------------
 
 
 def test_min_tokens_keeps_ends_away(client: TestClient, opened: OpenModel) -> None:

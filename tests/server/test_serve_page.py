@@ -15,9 +15,16 @@ pytestmark = pytest.mark.browser
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=900,720",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=900,720",
+)
 
 
 for needed in ("transformers", "fastapi", "uvicorn", "prometheus_client"):
@@ -98,7 +105,9 @@ def test_the_page_shows_what_runs(page: Any, server: Server) -> None:
 
 
 def test_a_question_by_keyboard_alone(page: Any, server: Server) -> None:
-    """Enter sends, Shift+Enter begins a line, the answer grows while it comes, Esc stops it, and the server stops too."""
+    """Enter sends, Shift+Enter begins a line, the answer grows while it comes, Esc stops it,
+    and the server stops too.
+    """
     assert page.switch_to.active_element.get_attribute("id") == "prompt"
     press(page, "Why", Keys.SHIFT + Keys.ENTER, Keys.NULL, "so?")
     assert by_id(page, "prompt").get_property("value") == "Why\nso?"
@@ -144,7 +153,10 @@ def test_errors_are_shown_and_the_question_is_not_kept(page: Any) -> None:
 
 
 def test_what_a_model_writes_never_becomes_html(page: Any) -> None:
-    text = "<img src=x onerror=\"document.title='hacked'\"> and `<b>`\n\n```html\n<script>1</script>\n```\nend\n\n```\nopen"
+    text = (
+        "<img src=x onerror=\"document.title='hacked'\"> and "
+        "`<b>`\n\n```html\n<script>1</script>\n```\nend\n\n```\nopen"
+    )
     page.execute_script(
         "const b = bubble('assistant', ''); b.body.id = 'made'; render(b.body, arguments[0])", text
     )
@@ -153,7 +165,10 @@ def test_what_a_model_writes_never_becomes_html(page: Any) -> None:
         "return [...document.querySelectorAll('#made *')].map(e => e.tagName)"
     )
     assert set(tags) == {"P", "CODE", "PRE"}
-    assert [c.text for c in made.find_elements(By.CSS_SELECTOR, "pre code")] == ["<script>1</script>", "open"]  # fmt: skip
+    assert [c.text for c in made.find_elements(By.CSS_SELECTOR, "pre code")] == [
+        "<script>1</script>",
+        "open",
+    ]
     assert "<img src=x" in made.find_elements(By.TAG_NAME, "p")[0].text
     assert "hacked" not in page.title
     assert ".innerHTML" not in page.page_source

@@ -1,4 +1,6 @@
-"""Log probabilities tell each token's true bytes: joined they are the text's, for every kind of tokenizer."""
+"""Log probabilities tell each token's true bytes: joined they are the text's,
+for every kind of tokenizer.
+"""
 
 from __future__ import annotations
 

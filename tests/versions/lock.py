@@ -1,8 +1,10 @@
-"""Write constraints.txt: the newest release of everything ktk, its tests and its build need, direct and transitive (`make lock`).
+"""Write constraints.txt: the newest release of everything ktk, its tests and its build need, direct
+and transitive (`make lock`).
 
-pip resolves, without installing anything, for this interpreter and platform. torch keeps the version that constraints.txt has, or
-gets the one of --torch: indexes differ in which of its releases they have a CPU build of. A build's local tag
-(+cpu) and the packages of its CUDA builds are left out, so that one file serves every build.
+pip resolves, without installing anything, for this interpreter and platform. torch keeps the
+version that constraints.txt has, or gets the one of --torch: indexes differ in which of its
+releases they have a CPU build of. A build's local tag (+cpu) and the packages of its CUDA builds
+are left out, so that one file serves every build.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def main() -> None:
     asked = [r for r in all_required() if name_of(r) != "torch"]
     found = resolve([*asked, "torch" if torch is None else f"torch=={torch}"])
     lines = [
-        f"# Written by `make lock` on {datetime.date.today()}, for Python {platform.python_version()} on {platform.system()} {platform.machine()}.",
+        f"# Written by `make lock` on {datetime.date.today()}, for Python "
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}.",
         *sorted(f"{n}=={v}" for n, v in found.items() if not OF_CUDA.match(n)),
     ]
     CONSTRAINTS.write_text("\n".join(lines) + "\n")

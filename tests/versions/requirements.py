@@ -12,7 +12,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def name_of(requirement: str) -> str:
-    """A requirement's or a pin's package, as indexes spell it: "Prometheus_Client>=0.20" is prometheus-client."""
+    """A requirement's or a pin's package, as indexes spell it:
+    "Prometheus_Client>=0.20" is prometheus-client.
+    """
     found = _NAME.match(requirement)
     assert found, requirement
     return re.sub(r"[-_.]+", "-", found[0]).lower()

@@ -1,12 +1,15 @@
-"""Run the integration tests with the oldest and the newest packages that pyproject.toml allows: python tests/versions/run.py (`make test-versions`)
+"""Run the integration tests with the oldest and the newest packages that pyproject.toml allows:
+python tests/versions/run.py (`make test-versions`)
 
-A wheel of this tree is built as anybody's `pip install .` builds it, and installed into throw-away environments, one after another:
+A wheel of this tree is built as anybody's `pip install .` builds it, and installed into throw-away
+environments, one after another:
 
-    oldest    every lower bound in pyproject.toml of what runs: NumPy, torch, Numba, transformers, ...
-    LINES     constraints.txt, but the last release of transformers before it renamed something
-    newest    whatever pip takes today
+    oldest  every lower bound in pyproject.toml of what runs: NumPy, torch, Numba, ...
+    LINES   constraints.txt, but the last release of transformers before it renamed something
+    newest  whatever pip takes today
 
-Prints a Markdown table: bench/RESULTS.md holds the last one. Where pip finds a CUDA build of torch only, an environment takes several GB.
+Prints a Markdown table: bench/RESULTS.md holds the last one. Where pip finds a CUDA build of torch
+only, an environment takes several GB.
 Exit code: 1 if a test failed or an environment could not be made.
 """
 
@@ -73,7 +76,9 @@ class Result:
     error: str = ""
 
     def row(self) -> str:
-        said = self.error or f"{self.passed} passed, {self.skipped} skipped, {len(self.failed)} failed"  # fmt: skip
+        said = (
+            self.error or f"{self.passed} passed, {self.skipped} skipped, {len(self.failed)} failed"
+        )
         shown = [self.versions.get(name, "") for name in SHOWN]
         return f"| {' | '.join([self.name, self.versions.get('python', ''), *shown, said])} |"
 
@@ -88,7 +93,9 @@ def build_wheel(folder: Path) -> Path:
 
 
 def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -> Result:
-    """Make an environment in a folder, unless one is there, run the tests in it, and say how it went."""
+    """Make an environment in a folder, unless one is there, run the tests in it,
+    and say how it went.
+    """
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -100,7 +107,16 @@ def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -
         ]
         install = [str(python), "-m", "pip", "install", "-q", "-c", str(held), *wanted]
     else:
-        install = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)]  # fmt: skip
+        install = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--force-reinstall",
+            str(wheel),
+        ]
     installed = subprocess.run(
         install, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -116,9 +132,19 @@ def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -
     # From another folder, so that `import ktk` there, and in what tests start, finds the wheel.
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     tested = subprocess.run(
-        [str(python), "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--junitxml={report}", *tests],
-        check=False, cwd=work, env=variables,
-    )  # fmt: skip
+        [
+            str(python),
+            "-m",
+            "pytest",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            f"--junitxml={report}",
+            *tests,
+        ],
+        check=False,
+        cwd=work,
+        env=variables,
+    )
     if tested.returncode not in (0, 1) or not report.is_file():
         return Result(environment.name, versions, error=f"pytest ended with {tested.returncode}")
     return counted(environment.name, versions, report)
@@ -137,8 +163,10 @@ def counted(name: str, versions: dict[str, str], report: Path) -> Result:
 def installed_versions(python: Path) -> dict[str, str]:
     listed = subprocess.run(
         [str(python), "-m", "pip", "list", "--format", "json"],
-        check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     found = {name_of(item["name"]): item["version"] for item in json.loads(listed.stdout)}
     return {**found, "python": platform.python_version()}
 

@@ -1,4 +1,5 @@
-/* From bytes to codes, scales and minima: what the decoders of blocks/ are made of, and they themselves. */
+/* From bytes to codes, scales and minima: what the decoders of blocks/ are made of, and they
+ * themselves. */
 #ifndef LF_DECODE_H
 #define LF_DECODE_H
 
@@ -7,7 +8,8 @@
 #include "grids.h"
 #include "multiply.h"
 
-/* Where what is decoded goes: multiplied with the MR rows of a tile at once, or, MR 0, laid down. */
+/* Where what is decoded goes: multiplied with the MR rows of a tile at once, or, MR 0, laid down.
+ */
 typedef struct {
     laid to;
     tile rows;
@@ -15,7 +17,8 @@ typedef struct {
     const uint8_t *ahead; /* where the strip that is wanted next goes on */
 } sink;
 
-/* The part of the next strip that 32 k of this one are worth, so that memory is read evenly and not in bursts. */
+/* The part of the next strip that 32 k of this one are worth, so that memory is read evenly and not
+ * in bursts. */
 INLINE void fetch_ahead(const int FORMAT, sink *s) {
     const int BYTES = LANES * TRAITS[FORMAT].bytes * 32 / TRAITS[FORMAT].weights;
     UNROLL
@@ -29,8 +32,8 @@ INLINE void put_32(const int MR, const int FORMAT, sink *s, const VI *codes, con
     const int FINE = TRAITS[FORMAT].fine, HAS_MIN = TRAITS[FORMAT].has_min;
     fetch_ahead(FORMAT, s);
     if (MR) {
-        accumulate(MR, FINE, HAS_MIN, TRAITS[FORMAT].most, s->activation_group, &s->rows, codes, scale,
-                   minimum);
+        accumulate(MR, FINE, HAS_MIN, TRAITS[FORMAT].most, s->activation_group, &s->rows, codes,
+                   scale, minimum);
         return;
     }
     UNROLL
@@ -58,8 +61,12 @@ INLINE void nibbles_16(block b, int i, VI low[4], VI high[4]) {
         high[j] = VI_AND(VI_SRL16(x, 4), mask);
     }
 }
-INLINE VF unsigned_byte(VI x, int i) { return VF_CVT(VI_AND(i ? VI_SRL32(x, 8 * i) : x, VI_SET32(255))); }
-INLINE VF signed_byte(VI x, int i) { return VF_CVT(VI_SRA32(i == 3 ? x : VI_SLL32(x, 24 - 8 * i), 24)); }
+INLINE VF unsigned_byte(VI x, int i) {
+    return VF_CVT(VI_AND(i ? VI_SRL32(x, 8 * i) : x, VI_SET32(255)));
+}
+INLINE VF signed_byte(VI x, int i) {
+    return VF_CVT(VI_SRA32(i == 3 ? x : VI_SLL32(x, 24 - 8 * i), 24));
+}
 /* The low six bits of byte i, signed. */
 INLINE VF signed_six_bits(VI x, int i) { return VF_CVT(VI_SRA32(VI_SLL32(x, 26 - 8 * i), 26)); }
 INLINE VF high_half(VI x) { return VF_LOW_HALF(VI_SRL32(x, 16)); }
@@ -142,8 +149,8 @@ INLINE VI ternary_digit(VI *x) {
 
 /* -- grids */
 
-/* Entries of 8 bytes at LANES indices, of `bytes` bytes, 4 bytes apart: two dwords a lane. Scalar loads: Zen 4
- * takes 20 cycles for a gather of 16 dwords. */
+/* Entries of 8 bytes at LANES indices, of `bytes` bytes, 4 bytes apart: two dwords a lane. Scalar
+ * loads: Zen 4 takes 20 cycles for a gather of 16 dwords. */
 INLINE void grid_8(const uint64_t *grid, const uint8_t *index, const int bytes, VI out[2]) {
 #define ENTRY(n) (grid + (bytes == 1 ? index[4 * (n)] : load16(index + 4 * (n))))
     __m256i low[LANES / 8], high[LANES / 8];
@@ -191,9 +198,10 @@ INLINE VI grid_4(const uint32_t *grid, const uint8_t *index, const int bytes) {
 #undef ENTRY
 }
 
-/* Indices of more than eight bits, stored as words: at[0] those of bytes 0 and 2 of `bytes`, at[1] of 1 and 3. Where their
- * high bits are, masked by `mask`: one dword for each byte. */
-INLINE void word_indices(VI bytes, uint8_t at[][64], VI mask, VI high_0, VI high_2, VI high_1, VI high_3) {
+/* Indices of more than eight bits, stored as words: at[0] those of bytes 0 and 2 of `bytes`, at[1]
+ * of 1 and 3. Where their high bits are, masked by `mask`: one dword for each byte. */
+INLINE void word_indices(VI bytes, uint8_t at[][64], VI mask, VI high_0, VI high_2, VI high_1,
+                         VI high_3) {
     const VI low = VI_SET32(0x00ff00ff), first = VI_SET32(0x0000ffff);
     VI even = VI_OR(VI_AND(high_0, first), VI_ANDNOT(first, high_2));
     VI odd = VI_OR(VI_AND(high_1, first), VI_ANDNOT(first, high_3));
@@ -203,16 +211,19 @@ INLINE void word_indices(VI bytes, uint8_t at[][64], VI mask, VI high_0, VI high
 
 /* Bit 7 of each byte becomes the parity of the other seven: an even number of signs. */
 INLINE VI with_parity(VI x) {
-    static const uint8_t PARITY[16] = {0, 128, 128, 0, 128, 0, 0, 128, 128, 0, 0, 128, 0, 128, 128, 0};
+    static const uint8_t PARITY[16] = {0,   128, 128, 0,   128, 0,   0,   128,
+                                       128, 0,   0,   128, 0,   128, 128, 0};
     const VI table = VI_LOAD_TABLE(PARITY), mask = VI_SET8(15);
-    VI parity = VI_XOR(VI_SHUFFLE8(table, VI_AND(x, mask)), VI_SHUFFLE8(table, VI_AND(VI_SRL16(x, 4), mask)));
+    VI parity = VI_XOR(VI_SHUFFLE8(table, VI_AND(x, mask)),
+                       VI_SHUFFLE8(table, VI_AND(VI_SRL16(x, 4), mask)));
     return VI_OR(x, parity);
 }
 
 /* Four times seven bits of sign from a dword's lowest, a byte each. */
 INLINE VI seven_bit_signs(VI x) {
     VI a = VI_AND(x, VI_SET32(0x7f)), b = VI_AND(VI_SLL32(x, 1), VI_SET32(0x7f00));
-    VI c = VI_AND(VI_SLL32(x, 2), VI_SET32(0x7f0000)), d = VI_AND(VI_SLL32(x, 3), VI_SET32(0x7f000000));
+    VI c = VI_AND(VI_SLL32(x, 2), VI_SET32(0x7f0000)),
+       d = VI_AND(VI_SLL32(x, 3), VI_SET32(0x7f000000));
     return with_parity(VI_OR(VI_OR(a, b), VI_OR(c, d)));
 }
 
@@ -226,7 +237,8 @@ INLINE void negate_where(VI codes[8], VI signs, int twice_zero) {
     UNROLL
     for (int i = 0; i < 8; i++) {
         VI negated = VI_SUB8(VI_SET8((char)twice_zero), codes[i]);
-        codes[i] = VI_WHERE_BIT(byte_everywhere(signs, i / 2), nibble_bits(i % 2), negated, codes[i]);
+        codes[i] =
+            VI_WHERE_BIT(byte_everywhere(signs, i / 2), nibble_bits(i % 2), negated, codes[i]);
     }
 }
 

@@ -39,8 +39,9 @@ INLINE __m128i load_128(const uint8_t *p) { return _mm_loadu_si128((const __m128
 /* The address of row n of a strip, from those of every fourth. */
 #define STRIP_ROW(n) (row[(n) / 4] + ((n) % 4 == 3 ? stride_3 : (n) % 4 * stride))
 
-/* QUADS times four dwords of LANES rows, transposed: x[i] holds dword i of all. Rows outside, dwords inside: rows that lie
- * whole pages apart share a cache set, and a line must be used up before the others push it out. */
+/* QUADS times four dwords of LANES rows, transposed: x[i] holds dword i of all. Rows outside,
+ * dwords inside: rows that lie whole pages apart share a cache set, and a line must be used up
+ * before the others push it out. */
 INLINE void transpose_dwords(const int QUADS, const uint8_t *const row[LANES / 4], int64_t stride,
                              int64_t stride_3, int offset, VI *x) {
     VI r[4][4];
@@ -51,8 +52,9 @@ INLINE void transpose_dwords(const int QUADS, const uint8_t *const row[LANES / 4
         __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(STRIP_ROW(i) + at)),
                                               load_128(STRIP_ROW(i + 4) + at), 1);
 #ifdef __AVX512F__
-        __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(STRIP_ROW(i + 8) + at)),
-                                               load_128(STRIP_ROW(i + 12) + at), 1);
+        __m256i high =
+            _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(STRIP_ROW(i + 8) + at)),
+                                    load_128(STRIP_ROW(i + 12) + at), 1);
         r[q][i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #else
         r[q][i] = low;
@@ -69,20 +71,22 @@ INLINE void transpose_dwords(const int QUADS, const uint8_t *const row[LANES / 4
     }
 }
 
-/* Built in registers: a wide load of what narrow stores have just written waits until they reach the cache. */
+/* Built in registers: a wide load of what narrow stores have just written waits until they reach
+ * the cache. */
 INLINE head_words gather_heads(const int BYTES, const uint8_t *const row[LANES / 4], int64_t stride,
                                int64_t stride_3, int offset) {
     __m128i x[2] = {_mm_setzero_si128(), _mm_setzero_si128()};
-#define PUT_WORD(i, n)                                                                                       \
-    {                                                                                                        \
-        uint16_t v;                                                                                          \
-        memcpy(&v, STRIP_ROW(n) + offset, 2);                                                                \
-        x[(n) / 8] = _mm_insert_epi16(x[(n) / 8], v, i);                                                     \
+#define PUT_WORD(i, n)                                                                             \
+    {                                                                                              \
+        uint16_t v;                                                                                \
+        memcpy(&v, STRIP_ROW(n) + offset, 2);                                                      \
+        x[(n) / 8] = _mm_insert_epi16(x[(n) / 8], v, i);                                           \
     }
 #define PUT_BYTE(i, n) x[0] = _mm_insert_epi8(x[0], *(STRIP_ROW(n) + offset), n);
-#define EIGHT(PUT, n)                                                                                        \
-    PUT(0, n)                                                                                                \
-    PUT(1, n + 1) PUT(2, n + 2) PUT(3, n + 3) PUT(4, n + 4) PUT(5, n + 5) PUT(6, n + 6) PUT(7, n + 7)
+#define EIGHT(PUT, n)                                                                              \
+    PUT(0, n)                                                                                      \
+    PUT(1, n + 1)                                                                                  \
+    PUT(2, n + 2) PUT(3, n + 3) PUT(4, n + 4) PUT(5, n + 5) PUT(6, n + 6) PUT(7, n + 7)
     if (BYTES == 2) {
         EIGHT(PUT_WORD, 0)
 #ifdef __AVX512F__
@@ -120,7 +124,8 @@ INLINE void store_heads(const int BYTES, head_words heads, uint8_t *p) {
 
 enum { FEW_DWORDS = 8 }; /* of a block that stays in registers */
 
-/* Where a block of a strip stands in rows 0, 4, 8, 12, and the distance of rows: six registers address all sixteen. */
+/* Where a block of a strip stands in rows 0, 4, 8, 12, and the distance of rows: six registers
+ * address all sixteen. */
 typedef struct {
     const uint8_t *row[LANES / 4];
     int64_t stride, stride_3;
@@ -133,7 +138,8 @@ INLINE strip_rows rows_at(const uint8_t *first, int64_t stride) {
     return s;
 }
 
-/* To the next block. GCC would derive every address from the first one anew, and spill: it is not told how they go together. */
+/* To the next block. GCC would derive every address from the first one anew, and spill: it is not
+ * told how they go together. */
 INLINE void step_rows(strip_rows *s, int bytes) {
     UNROLL
     for (int i = 0; i < LANES / 4; i++) {
@@ -146,9 +152,10 @@ INLINE void step_rows(strip_rows *s, int bytes) {
 /* The next four dwords at least: the last ones of a run overlap. */
 #define QUAD_AT(i) (i + 4 <= t->dwords ? i : t->dwords - 4)
 
-/* One block of a strip: its dwords to few where there are few, else to `raw`, whose lane 0 is the strip's, STRIDE bytes
- * apart; gives its heads. */
-INLINE head_words gather(const int FORMAT, const int STRIDE, const strip_rows *from, uint8_t *raw, VI *few) {
+/* One block of a strip: its dwords to few where there are few, else to `raw`, whose lane 0 is the
+ * strip's, STRIDE bytes apart; gives its heads. */
+INLINE head_words gather(const int FORMAT, const int STRIDE, const strip_rows *from, uint8_t *raw,
+                         VI *few) {
     const traits *t = &TRAITS[FORMAT];
     const uint8_t *const *row = from->row;
     const int64_t stride = from->stride, stride_3 = from->stride_3;

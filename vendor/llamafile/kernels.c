@@ -1,15 +1,18 @@
-/* Experts in GGUF block formats times rows of activations, straight from the file's bytes: the kernels of one ISA level.
- * Compiled once per level with KTK_ISA its name; one with instructions for BF16 alone has no other kernel.
+/* Experts in GGUF block formats times rows of activations, straight from the file's bytes: the
+ * kernels of one ISA level. Compiled once per level with KTK_ISA its name; one with instructions
+ * for BF16 alone has no other kernel.
  *
- * Weights: rows of out features, each row its blocks one behind the other, as the file has them. Sixteen rows (a panel)
- * are run at a time, one row a lane: their bytes are transposed four at a time, so that a vector holds the same four
- * bytes of all rows, and a format says what these bytes mean (blocks/NAME.h). Few rows of activations are multiplied
- * with what comes out at once; for many it is laid down for a whole panel first, in a buffer that stays in cache.
- * Both ways add the same numbers in the same order, so a token's result does not depend on what it is batched with.
+ * Weights: rows of out features, each row its blocks one behind the other, as the file has them.
+ * Sixteen rows (a panel) are run at a time, one row a lane: their bytes are transposed four at a
+ * time, so that a vector holds the same four bytes of all rows, and a format says what these bytes
+ * mean (blocks/NAME.h). Few rows of activations are multiplied with what comes out at once; for
+ * many it is laid down for a whole panel first, in a buffer that stays in cache. Both ways add the
+ * same numbers in the same order, so a token's result does not depend on what it is batched with.
  *
- * A strip is LANES rows of weights, one a lane: gather.h puts the bytes of a block of its rows side by side, decode.h makes
- * codes and scales of them. For few rows of activations multiply.h takes these as they come, in registers. For more they
- * are laid down in a buffer, a chunk of k at a time, and tiles of up to MAX_ROWS rows run over it.
+ * A strip is LANES rows of weights, one a lane: gather.h puts the bytes of a block of its rows side
+ * by side, decode.h makes codes and scales of them. For few rows of activations multiply.h takes
+ * these as they come, in registers. For more they are laid down in a buffer, a chunk of k at a
+ * time, and tiles of up to MAX_ROWS rows run over it.
  *
  * Symbols: lf_gemm_f32_avx2 lf_gemm_f32_avx512 lf_gemm_f32_avx512vnni lf_gemm_f16_avx2
  *   lf_gemm_f16_avx512 lf_gemm_f16_avx512vnni lf_gemm_bf16_avx2 lf_gemm_bf16_avx512
@@ -19,8 +22,8 @@
 #include "interleave.h"
 #include "decode.h"
 
-/* k that are laid down at a time: for up to two tiles they stay in the first-level cache (7-12 % faster at 8 and 16 rows); for
- * more starting tiles anew would cost what that saves. */
+/* k that are laid down at a time: for up to two tiles they stay in the first-level cache (7-12 %
+ * faster at 8 and 16 rows); for more starting tiles anew would cost what that saves. */
 enum { SHORT_CHUNK = 512, CHUNK = 4096, MAX_TILES = CALL_ROWS / MAX_ROWS };
 /* What is laid down of a chunk: dwords of floats, or codes with a scale and a minimum for 16. */
 enum { LAID_BYTES = CHUNK * LANES * 4 };
@@ -31,20 +34,24 @@ enum { FUSED_ROWS = 4, FEW_FUSED_ROWS = 2 };
 enum { FUSED_ROWS = 2, FEW_FUSED_ROWS = 2 };
 #endif
 
-/* -- blocks through the decoder -------------------------------------------------------------------------------- */
+/* -- blocks through the decoder
+ * -------------------------------------------------------------------------------- */
 
-/* Blocks [first, first + num_blocks) of a strip; MR as in sink. ahead: the strip that is wanted next, or NULL.
+/* Blocks [first, first + num_blocks) of a strip; MR as in sink. ahead: the strip that is wanted
+ * next, or NULL.
  *
- * The decoder comes as an argument, not out of a switch over FORMAT: GCC would inline every format's decoder into every format's
- * kernels before it sees which one is meant: a fifth of its time, and half the memory. */
+ * The decoder comes as an argument, not out of a switch over FORMAT: GCC would inline every
+ * format's decoder into every format's kernels before it sees which one is meant: a fifth of its
+ * time, and half the memory. */
 INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, const ktk_matrix *w,
-                       const uint8_t *panel, int strip, int first, int num_blocks, const uint8_t *ahead,
-                       sink *s) {
+                       const uint8_t *panel, int strip, int first, int num_blocks,
+                       const uint8_t *ahead, sink *s) {
     const traits *t = &TRAITS[FORMAT];
     const int64_t row_bytes = (int64_t)w->padded_in / t->weights * t->bytes;
     const int lane = w->is_repacked ? strip * LANES : 0;
     const int step = w->is_repacked ? raw_bytes(FORMAT) : t->bytes;
-    const uint8_t *at = panel + (w->is_repacked ? 0 : strip * LANES * row_bytes) + (int64_t)first * step;
+    const uint8_t *at =
+        panel + (w->is_repacked ? 0 : strip * LANES * row_bytes) + (int64_t)first * step;
     uint8_t buffer[RAW_BYTES] __attribute__((aligned(64)));
     strip_rows rows = rows_at(at, row_bytes);
     /* Without a next strip: this one again, which costs little. */
@@ -63,12 +70,12 @@ INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, 
             else
                 s->to.codes += t->dwords * VI_BYTES;
         } else if (t->dwords > FEW_DWORDS && FORMAT != KTK_BLOCK_q3_k) {
-            /* Both orders of bytes through one copy of a long decoder (40 to 95 KB of code a format were twice that) at the
-             * same speed; Q3_K's takes 5-20 % longer so. */
+            /* Both orders of bytes through one copy of a long decoder (40 to 95 KB of code a format
+             * were twice that) at the same speed; Q3_K's takes 5-20 % longer so. */
             const int is_there = w->is_repacked;
             const uint8_t *words = at + 64 * t->dwords + t->head_bytes * lane;
-            const head_words heads =
-                is_there ? load_heads(t->head_bytes, words) : gather(FORMAT, 64, &rows, buffer, NULL);
+            const head_words heads = is_there ? load_heads(t->head_bytes, words)
+                                              : gather(FORMAT, 64, &rows, buffer, NULL);
             decode(MR, (block){is_there ? at + 4 * lane : buffer, NULL, heads}, s);
         } else if (w->is_repacked) {
             const uint8_t *heads = at + 64 * t->dwords + t->head_bytes * lane;
@@ -88,13 +95,15 @@ INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, 
 INLINE void fused(const int FORMAT, decode_fn *const decode, const int MR, const ktk_matrix *w,
                   const uint8_t *panel, int strip, const uint8_t *ahead, tile *rows) {
     sink s = {.rows = begin(MR, rows), .activation_group = w->activation_group};
-    run_blocks(FORMAT, decode, MR, w, panel, strip, 0, w->padded_in / TRAITS[FORMAT].weights, ahead, &s);
+    run_blocks(FORMAT, decode, MR, w, panel, strip, 0, w->padded_in / TRAITS[FORMAT].weights, ahead,
+               &s);
     end(MR, &s.rows, rows);
 }
 
 typedef void lay_fn(const ktk_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,
                     const uint8_t *ahead, laid p);
-typedef void fused_fn(const ktk_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead, tile *rows);
+typedef void fused_fn(const ktk_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead,
+                      tile *rows);
 
 INLINE void repack(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, uint8_t *out) {
     const traits *t = &TRAITS[FORMAT];
@@ -102,7 +111,8 @@ INLINE void repack(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, 
     const int64_t row_bytes = (int64_t)num_blocks * t->bytes;
     for (int b = 0; b < num_blocks; b++, out += raw_bytes(FORMAT))
         for (int strip = 0; strip < STRIPS; strip++) {
-            const strip_rows rows = rows_at(panel + strip * LANES * row_bytes + b * t->bytes, row_bytes);
+            const strip_rows rows =
+                rows_at(panel + strip * LANES * row_bytes + b * t->bytes, row_bytes);
             const head_words heads = gather(FORMAT, 64, &rows, out + strip * VI_BYTES, NULL);
             store_heads(t->head_bytes, heads, out + 64 * t->dwords + t->head_bytes * LANES * strip);
         }
@@ -112,10 +122,11 @@ typedef void repack_fn(const ktk_matrix *w, const uint8_t *panel, uint8_t *out);
 
 /* A constant expression, so that GCC does not even look at what a format does not have. */
 #define FUSED_BIT(NAME) | UINT64_C(1) << KTK_BLOCK_##NAME
-#define FUSED_ROWS_OF(FORMAT)                                                                                \
+#define FUSED_ROWS_OF(FORMAT)                                                                      \
     (((0 LF_FUSED_FORMATS(FUSED_BIT)) >> (FORMAT) & 1) ? FUSED_ROWS : FEW_FUSED_ROWS)
 
-/* -- rows of activations --------------------------------------------------------------------------------------- */
+/* -- rows of activations
+ * --------------------------------------------------------------------------------------- */
 
 INLINE int dwords_of_row(const int FORMAT, const ktk_matrix *w) { /* units of four bytes */
     const traits *t = &TRAITS[FORMAT];
@@ -143,9 +154,10 @@ INLINE void restart(const ktk_matrix *w, const start *from, tile *t) {
     for (int m = 0; m < t->num_rows; m++) t->inner[m] = t->y[m] = VF_ZERO();
 }
 
-/* Rows index[0 .. num_rows) side by side, at work (unless they are there); returns the end of them. */
-INLINE uint8_t *pack_tile(const int FORMAT, const ktk_matrix *w, const ktk_rows *a, const int32_t *index,
-                          int num_rows, uint8_t *work, start *t) {
+/* Rows index[0 .. num_rows) side by side, at work (unless they are there); returns the end of them.
+ */
+INLINE uint8_t *pack_tile(const int FORMAT, const ktk_matrix *w, const ktk_rows *a,
+                          const int32_t *index, int num_rows, uint8_t *work, start *t) {
     const traits *f = &TRAITS[FORMAT];
     const int units = dwords_of_row(FORMAT, w);
     t->a = num_rows == 1 && !IS_WIDE(f->most) ? a->codes + index[0] * a->code_stride : work;
@@ -180,13 +192,16 @@ INLINE uint8_t *pack_tile(const int FORMAT, const ktk_matrix *w, const ktk_rows 
             int32_t sum = f->fine == 16 ? sums[g] : sums[2 * g] + sums[2 * g + 1];
             float value = (float)sum;
             sum *= -f->zero;
-            memcpy(correction + g * num_rows + m, f->has_min ? (const void *)&value : (const void *)&sum, 4);
+            memcpy(correction + g * num_rows + m,
+                   f->has_min ? (const void *)&value : (const void *)&sum, 4);
         }
     }
     return align_64((uint8_t *)(correction + (int64_t)fines * num_rows) + 64);
 }
 
-/* -- the kernels ----------------------------------------------------------------------------------------------- */
+/* -- the kernels
+ * -----------------------------------------------------------------------------------------------
+ */
 
 INLINE laid laid_at(const int FORMAT, int num_k, uint8_t *at) {
     const int fine = TRAITS[FORMAT].fine;
@@ -195,7 +210,8 @@ INLINE laid laid_at(const int FORMAT, int num_k, uint8_t *at) {
     return (laid){at, scales, scales + (int64_t)num_k / fine * LANES};
 }
 
-INLINE void gemm(const int FORMAT, const ktk_gemm_args *args, lay_fn *lay_down, fused_fn *straight) {
+INLINE void gemm(const int FORMAT, const ktk_gemm_args *args, lay_fn *lay_down,
+                 fused_fn *straight) {
     const ktk_matrix *w = args->w;
     const ktk_rows *a = args->a;
     const uint8_t *panels = args->panels, *next = args->next;
@@ -234,42 +250,44 @@ INLINE void gemm(const int FORMAT, const ktk_gemm_args *args, lay_fn *lay_down, 
             float *to = out + strip * LANES;
             for (int t = 0; t < num_tiles; t++)
                 for (int m = 0; m < tiles[t].num_rows; m++, to += out_stride)
-                    VF_STORE(to, TRAITS[FORMAT].float_bytes ? VF_ADD(tiles[t].inner[m], tiles[t].y[m])
-                                                            : tiles[t].y[m]);
+                    VF_STORE(to, TRAITS[FORMAT].float_bytes
+                                     ? VF_ADD(tiles[t].inner[m], tiles[t].y[m])
+                                     : tiles[t].y[m]);
         }
     }
 }
 
-#define FUSED(MR, NAME, DECODE)                                                                              \
-    case MR:                                                                                                 \
-        fused(KTK_BLOCK_##NAME, DECODE, MR, w, panel, strip, ahead, rows);                                   \
+#define FUSED(MR, NAME, DECODE)                                                                    \
+    case MR:                                                                                       \
+        fused(KTK_BLOCK_##NAME, DECODE, MR, w, panel, strip, ahead, rows);                         \
         break;
-#define KERNELS_OF(NAME, DECODE)                                                                             \
-    static void lay_##NAME(const ktk_matrix *w, const uint8_t *panel, int strip, int first, int num_blocks,  \
-                           const uint8_t *ahead, laid p) {                                                   \
-        sink s = {.to = p};                                                                                  \
-        run_blocks(KTK_BLOCK_##NAME, DECODE, 0, w, panel, strip, first, num_blocks, ahead, &s);              \
-    }                                                                                                        \
-    static void fused_##NAME(const ktk_matrix *w, const uint8_t *panel, int strip, const uint8_t *ahead,     \
-                             tile *rows) {                                                                   \
-        switch (rows->num_rows) { FUSED(1, NAME, DECODE) FUSED(2, NAME, DECODE) }                            \
-        if (FUSED_ROWS_OF(KTK_BLOCK_##NAME) > 2) switch (rows->num_rows) {                                   \
-                FUSED(3, NAME, DECODE) FUSED(4, NAME, DECODE)                                                \
-            }                                                                                                \
-    }                                                                                                        \
-    void CAT(lf_gemm_##NAME##_, KTK_ISA)(const ktk_gemm_args *args) {                                        \
-        gemm(KTK_BLOCK_##NAME, args, lay_##NAME, fused_##NAME);                                              \
+#define KERNELS_OF(NAME, DECODE)                                                                   \
+    static void lay_##NAME(const ktk_matrix *w, const uint8_t *panel, int strip, int first,        \
+                           int num_blocks, const uint8_t *ahead, laid p) {                         \
+        sink s = {.to = p};                                                                        \
+        run_blocks(KTK_BLOCK_##NAME, DECODE, 0, w, panel, strip, first, num_blocks, ahead, &s);    \
+    }                                                                                              \
+    static void fused_##NAME(const ktk_matrix *w, const uint8_t *panel, int strip,                 \
+                             const uint8_t *ahead, tile *rows) {                                   \
+        switch (rows->num_rows) { FUSED(1, NAME, DECODE) FUSED(2, NAME, DECODE) }                  \
+        if (FUSED_ROWS_OF(KTK_BLOCK_##NAME) > 2) switch (rows->num_rows) {                         \
+                FUSED(3, NAME, DECODE) FUSED(4, NAME, DECODE)                                      \
+            }                                                                                      \
+    }                                                                                              \
+    void CAT(lf_gemm_##NAME##_, KTK_ISA)(const ktk_gemm_args *args) {                              \
+        gemm(KTK_BLOCK_##NAME, args, lay_##NAME, fused_##NAME);                                    \
     }
 
-/* Rows of a call: a panel is unpacked once for them all, but activations must stay in the L2 cache. Work: a chunk as it is
- * laid down; codes of four bytes at most, a scale for 32, a correction for 16; and what lies between tiles. */
-#define GEMM(NAME, CODES)                                                                                    \
-    [KTK_BLOCK_##NAME] = {.run = CAT(lf_gemm_##NAME##_, KTK_ISA),                                            \
-                          .isa = KTK_TEXT(KTK_ISA),                                                          \
-                          .codes_kind = CODES,                                                               \
-                          .fewest_rows = 32,                                                                 \
-                          .most_rows = CALL_ROWS,                                                            \
-                          .rows_bytes = 256 << 10,                                                           \
+/* Rows of a call: a panel is unpacked once for them all, but activations must stay in the L2 cache.
+ * Work: a chunk as it is laid down; codes of four bytes at most, a scale for 32, a correction for
+ * 16; and what lies between tiles. */
+#define GEMM(NAME, CODES)                                                                          \
+    [KTK_BLOCK_##NAME] = {.run = CAT(lf_gemm_##NAME##_, KTK_ISA),                                  \
+                          .isa = KTK_TEXT(KTK_ISA),                                                \
+                          .codes_kind = CODES,                                                     \
+                          .fewest_rows = 32,                                                       \
+                          .most_rows = CALL_ROWS,                                                  \
+                          .rows_bytes = 256 << 10,                                                 \
                           .work = {4 * KTK_PANEL * CHUNK + 4096, 128, 4 * 32 + 4 + 8}},
 
 #ifdef __AVX512BF16__
@@ -283,9 +301,9 @@ const ktk_kernels CAT(lf_blocks_, KTK_ISA) = {
 
 #else
 
-#define REPACK_OF(NAME)                                                                                      \
-    static void repack_##NAME(const ktk_matrix *w, const uint8_t *panel, uint8_t *out) {                     \
-        repack(KTK_BLOCK_##NAME, w, panel, out);                                                             \
+#define REPACK_OF(NAME)                                                                            \
+    static void repack_##NAME(const ktk_matrix *w, const uint8_t *panel, uint8_t *out) {           \
+        repack(KTK_BLOCK_##NAME, w, panel, out);                                                   \
     }
 #define FLOAT_ROW(NAME, ...) KERNELS_OF(NAME, NULL) REPACK_OF(NAME)
 #define ROW(NAME, ...) KERNELS_OF(NAME, decode_##NAME) REPACK_OF(NAME)
@@ -320,8 +338,8 @@ static float float_of(const uint8_t *p, int format, int i) {
     return v;
 }
 
-static void unpack_any(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales, float *minima,
-                       uint8_t *work) {
+static void unpack_any(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales,
+                       float *minima, uint8_t *work) {
     const traits *t = &TRAITS[w->format];
     const int K = w->padded_in;
     for (int strip = 0; strip < STRIPS; strip++) {
@@ -332,13 +350,15 @@ static void unpack_any(const ktk_matrix *w, const uint8_t *panel, float *codes, 
             for (int n = 0; n < LANES; n++) {
                 const uint8_t *at = p.codes + (int64_t)(k / per_dword) * VI_BYTES + 4 * n;
                 float *to = codes + (int64_t)k * KTK_PANEL + strip * LANES + n;
-                *to = t->float_bytes ? float_of(at, w->format, k % per_dword) : (float)(at[k % 4] - t->zero);
+                *to = t->float_bytes ? float_of(at, w->format, k % per_dword)
+                                     : (float)(at[k % 4] - t->zero);
             }
         if (t->float_bytes) continue;
         for (int g = 0; g < K / t->fine; g++)
             for (int n = 0; n < LANES; n++) {
                 scales[g * KTK_PANEL + strip * LANES + n] = p.scales[g * LANES + n];
-                minima[g * KTK_PANEL + strip * LANES + n] = t->has_min ? p.minima[g * LANES + n] : 0.0f;
+                minima[g * KTK_PANEL + strip * LANES + n] =
+                    t->has_min ? p.minima[g * LANES + n] : 0.0f;
             }
     }
 }

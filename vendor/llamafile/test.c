@@ -1,5 +1,6 @@
-/* Every format on every ISA of this CPU: known blocks, products against sums in double, and equal bits whatever the batch,
- * the ISA and the order of the weights. What is read or written ends at a page that may not be touched. */
+/* Every format on every ISA of this CPU: known blocks, products against sums in double, and equal
+ * bits whatever the batch, the ISA and the order of the weights. What is read or written ends at a
+ * page that may not be touched. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -10,20 +11,26 @@
 #include "ktk_kernels.h"
 #include "test_vectors.h"
 
-enum { NUM_PANELS = 4, NUM_CHANNELS = NUM_PANELS * KTK_PANEL, MAX_K = 768, NUM_ROWS = 40, OUT_STRIDE = 80 };
+enum {
+    NUM_PANELS = 4,
+    NUM_CHANNELS = NUM_PANELS * KTK_PANEL,
+    MAX_K = 768,
+    NUM_ROWS = 40,
+    OUT_STRIDE = 80
+};
 enum { NUM_VECTORS = sizeof VECTORS / sizeof *VECTORS };
 static const int ROW_COUNTS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, NUM_ROWS};
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
 static int failures;
-#define CHECK(claim, ...)                                                                                    \
-    do {                                                                                                     \
-        if (!(claim)) {                                                                                      \
-            failures++;                                                                                      \
-            printf("FAILED %s: ", #claim);                                                                   \
-            printf(__VA_ARGS__);                                                                             \
-            printf("\n");                                                                                    \
-        }                                                                                                    \
+#define CHECK(claim, ...)                                                                          \
+    do {                                                                                           \
+        if (!(claim)) {                                                                            \
+            failures++;                                                                            \
+            printf("FAILED %s: ", #claim);                                                         \
+            printf(__VA_ARGS__);                                                                   \
+            printf("\n");                                                                          \
+        }                                                                                          \
     } while (0)
 
 static uint64_t random_state = 1;
@@ -62,11 +69,13 @@ static int is_here(const char *isa) {
     return !strcmp(isa, "avx512bf16") && __builtin_cpu_supports("avx512bf16");
 }
 
-extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni, lf_blocks_avx512bf16;
+extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni,
+    lf_blocks_avx512bf16;
 
 /* The levels, slowest first; NULL past the last. */
 static const ktk_kernels *kernels_row(int index) {
-    static const ktk_kernels *const ROWS[] = {&lf_blocks_avx2, &lf_blocks_avx512, &lf_blocks_avx512vnni};
+    static const ktk_kernels *const ROWS[] = {&lf_blocks_avx2, &lf_blocks_avx512,
+                                              &lf_blocks_avx512vnni};
     static ktk_kernels with_bf16;
     if (index < COUNT(ROWS)) return ROWS[index];
     with_bf16 = lf_blocks_avx512vnni;
@@ -81,9 +90,11 @@ static const vector *vector_of(const ktk_format_row *f) {
     return NULL;
 }
 
-/* -- weights and activations ----------------------------------------------------------------------------------- */
+/* -- weights and activations
+ * ----------------------------------------------------------------------------------- */
 
-static guarded panel_pages, repacked_pages, row_pages, scale_pages, sum_pages, work_pages, out_pages;
+static guarded panel_pages, repacked_pages, row_pages, scale_pages, sum_pages, work_pages,
+    out_pages;
 
 static int64_t row_bytes(const ktk_matrix *w) { return w->panel_bytes / KTK_PANEL; }
 
@@ -96,12 +107,15 @@ static ktk_matrix matrix_of(int format, int in_features, int activation_group) {
                             (int64_t)KTK_PANEL * (in_features / f->block_weights) * f->block_bytes};
 }
 
-/* Blocks of random bits, in a panel's first two rows of ones and of zeros; scales from the known ones. */
+/* Blocks of random bits, in a panel's first two rows of ones and of zeros; scales from the known
+ * ones. */
 static void random_panels(const ktk_matrix *w, const vector *v, uint8_t *panels, int num_panels) {
     const ktk_format_row *f = &ktk_formats[w->format];
-    const int num_blocks = w->padded_in / f->block_weights, known = v->num_weights / f->block_weights;
+    const int num_blocks = w->padded_in / f->block_weights,
+              known = v->num_weights / f->block_weights;
     for (int i = 0; i < num_panels * KTK_PANEL * num_blocks; i++, panels += f->block_bytes) {
-        const uint8_t *from = v->blocks + random_bits() % (uint32_t)known * (uint32_t)f->block_bytes;
+        const uint8_t *from =
+            v->blocks + random_bits() % (uint32_t)known * (uint32_t)f->block_bytes;
         const int row = i / num_blocks % KTK_PANEL;
         for (int j = 0; j < f->block_bytes; j++)
             panels[j] = (uint8_t)(row == 0 ? 0xff : row == 1 ? 0 : random_bits());
@@ -120,7 +134,9 @@ typedef struct {
 
 static void random_rows(const ktk_matrix *w, int codes, activations *a) {
     const int K = w->padded_in, groups = (K + w->activation_group - 1) / w->activation_group;
-    const int64_t stride = (int64_t)K * (codes == KTK_CODES_I8 ? 1 : codes == KTK_CODES_F32 ? 4 : 2);
+    const int64_t stride = (int64_t)K * (codes == KTK_CODES_I8    ? 1
+                                         : codes == KTK_CODES_F32 ? 4
+                                                                  : 2);
     uint8_t *row = last(&row_pages, (size_t)(NUM_ROWS * stride));
     float *scales = last(&scale_pages, 4 * (size_t)(NUM_ROWS * groups));
     int32_t *sums = last(&sum_pages, 4 * (size_t)(NUM_ROWS * K / 16));
@@ -131,7 +147,8 @@ static void random_rows(const ktk_matrix *w, int codes, activations *a) {
                          .scale_stride = groups,
                          .correction_stride = K / 16};
     for (int m = 0; m < NUM_ROWS; m++, row += stride) {
-        for (int g = 0; g < groups; g++) scales[m * groups + g] = 0.01f + 0.01f * fabsf(random_float());
+        for (int g = 0; g < groups; g++)
+            scales[m * groups + g] = 0.01f + 0.01f * fabsf(random_float());
         for (int k = 0; k < K; k++) {
             const float value = random_float();
             if (codes == KTK_CODES_F32) {
@@ -152,19 +169,22 @@ static void random_rows(const ktk_matrix *w, int codes, activations *a) {
                 row[k] = (uint8_t)(int8_t)code;
                 int32_t *sum = &sums[m * (K / 16) + k / 16];
                 *sum = (k % 16 ? *sum : 0) + code;
-                a->value[m][k] = (double)code * (double)scales[m * groups + k / w->activation_group];
+                a->value[m][k] =
+                    (double)code * (double)scales[m * groups + k / w->activation_group];
             }
         }
     }
 }
 
-/* -- what is tested -------------------------------------------------------------------------------------------- */
+/* -- what is tested
+ * -------------------------------------------------------------------------------------------- */
 
 typedef struct {
     float codes[MAX_K][KTK_PANEL], scales[MAX_K][KTK_PANEL], minima[MAX_K][KTK_PANEL];
 } unpacked;
 
-static void unpack(const ktk_kernels *kernels, const ktk_matrix *w, const uint8_t *panel, unpacked *u) {
+static void unpack(const ktk_kernels *kernels, const ktk_matrix *w, const uint8_t *panel,
+                   unpacked *u) {
     memset(u, 0, sizeof *u);
     uint8_t *work = last(&work_pages, 64 * (size_t)w->padded_in);
     kernels->unpack(w, panel, u->codes[0], u->scales[0], u->minima[0], work);
@@ -183,11 +203,13 @@ static uint8_t *repacked(const ktk_kernels *kernels, const ktk_matrix *w, const 
     return out;
 }
 
-static void known_blocks_have_known_weights(const ktk_kernels *kernels, int format, const vector *v) {
+static void known_blocks_have_known_weights(const ktk_kernels *kernels, int format,
+                                            const vector *v) {
     static unpacked u;
     ktk_matrix w = matrix_of(format, v->num_weights, 64);
     uint8_t *panel = last(&panel_pages, (size_t)w.panel_bytes);
-    for (int n = 0; n < KTK_PANEL; n++) memcpy(panel + n * row_bytes(&w), v->blocks, (size_t)row_bytes(&w));
+    for (int n = 0; n < KTK_PANEL; n++)
+        memcpy(panel + n * row_bytes(&w), v->blocks, (size_t)row_bytes(&w));
     for (w.is_repacked = 0; w.is_repacked < 2; w.is_repacked++) {
         unpack(kernels, &w, w.is_repacked ? repacked(kernels, &w, panel, 1) : panel, &u);
         int wrong = 0;
@@ -197,11 +219,13 @@ static void known_blocks_have_known_weights(const ktk_kernels *kernels, int form
                 memcpy(&expected, &v->weights[k], 4);
                 wrong += weight_of(&ktk_formats[format], &u, k, n) != expected;
             }
-        CHECK(wrong == 0, "%s on %s: %d weights, repacked %d", v->name, kernels->name, wrong, w.is_repacked);
+        CHECK(wrong == 0, "%s on %s: %d weights, repacked %d", v->name, kernels->name, wrong,
+              w.is_repacked);
     }
 }
 
-static void rows_of_weights_stay_apart(const ktk_kernels *kernels, const ktk_matrix *w, uint8_t *panel) {
+static void rows_of_weights_stay_apart(const ktk_kernels *kernels, const ktk_matrix *w,
+                                       uint8_t *panel) {
     static unpacked u, rotated;
     const size_t bytes = (size_t)row_bytes(w);
     uint8_t *first = malloc(bytes);
@@ -220,9 +244,9 @@ static void rows_of_weights_stay_apart(const ktk_kernels *kernels, const ktk_mat
 }
 
 /* Products in double, and the sum of their sizes, which rounding errors are measured by. */
-static void expected_products(const ktk_kernels *kernels, const ktk_matrix *w, const uint8_t *panels,
-                              const activations *a, double (*product)[NUM_CHANNELS],
-                              double (*size)[NUM_CHANNELS]) {
+static void expected_products(const ktk_kernels *kernels, const ktk_matrix *w,
+                              const uint8_t *panels, const activations *a,
+                              double (*product)[NUM_CHANNELS], double (*size)[NUM_CHANNELS]) {
     static unpacked u;
     const ktk_format_row *f = &ktk_formats[w->format];
     for (int i = 0; i < NUM_PANELS; i++) {
@@ -232,7 +256,8 @@ static void expected_products(const ktk_kernels *kernels, const ktk_matrix *w, c
         for (int k = 0; k < w->padded_in; k++)
             for (int n = 0; n < KTK_PANEL; n++) {
                 const double minimum = f->is_float ? 0 : u.minima[k / f->fine][n];
-                const double value = (f->is_float ? 1 : (double)u.scales[k / f->fine][n]) * u.codes[k][n];
+                const double value =
+                    (f->is_float ? 1 : (double)u.scales[k / f->fine][n]) * u.codes[k][n];
                 for (int m = 0; m < NUM_ROWS; m++) {
                     product[m][16 * i + n] += (value + minimum) * a->value[m][k];
                     size[m][16 * i + n] += (fabs(value) + fabs(minimum)) * fabs(a->value[m][k]);
@@ -248,7 +273,8 @@ static size_t work_bytes(const ktk_gemm *gemm, const ktk_matrix *w, int num_rows
 
 /* reference: what another ISA gave for the same, if has_reference. */
 static void products_are_right(const ktk_kernels *kernels, ktk_matrix w, const uint8_t *panels,
-                               const activations *a, float (*reference)[NUM_CHANNELS], int has_reference) {
+                               const activations *a, float (*reference)[NUM_CHANNELS],
+                               int has_reference) {
     static double product[NUM_ROWS][NUM_CHANNELS], size[NUM_ROWS][NUM_CHANNELS];
     const char *name = ktk_formats[w.format].name;
     const ktk_gemm *gemm = &kernels->gemm[w.format];
@@ -265,8 +291,8 @@ static void products_are_right(const ktk_kernels *kernels, ktk_matrix w, const u
             for (size_t i = 0; i < floats; i++) out[i] = NAN;
             const int32_t *rows = index + NUM_ROWS - num_rows;
             const uint8_t *from = w.is_repacked ? other : panels;
-            gemm->run(&(ktk_gemm_args){&w, from, NUM_PANELS, &a->rows, rows, num_rows, out, OUT_STRIDE, from,
-                                       work});
+            gemm->run(&(ktk_gemm_args){&w, from, NUM_PANELS, &a->rows, rows, num_rows, out,
+                                       OUT_STRIDE, from, work});
             int wrong = 0, other_bits = 0, touched = 0;
             for (int i = 0; i < num_rows; i++) {
                 const float *y = out + i * OUT_STRIDE;
@@ -275,14 +301,16 @@ static void products_are_right(const ktk_kernels *kernels, ktk_matrix w, const u
                     wrong += !(fabs(y[n] - product[m][n]) <= 2e-6 * size[m][n]);
                     if (has_reference) other_bits += memcmp(&y[n], &reference[m][n], 4) != 0;
                 }
-                for (int n = NUM_CHANNELS; n < OUT_STRIDE && i < num_rows - 1; n++) touched += !isnan(y[n]);
+                for (int n = NUM_CHANNELS; n < OUT_STRIDE && i < num_rows - 1; n++)
+                    touched += !isnan(y[n]);
                 if (!has_reference) memcpy(reference[m], y, sizeof reference[m]);
             }
             has_reference = 1;
             CHECK(wrong == 0 && other_bits == 0 && touched == 0,
-                  "%s on %s: K %d, group %d, %d rows, repacked %d: %d wrong, %d other bits, %d between rows",
-                  name, kernels->name, w.padded_in, w.activation_group, num_rows, w.is_repacked, wrong,
-                  other_bits, touched);
+                  "%s on %s: K %d, group %d, %d rows, repacked %d: %d wrong, %d other bits, "
+                  "%d between rows",
+                  name, kernels->name, w.padded_in, w.activation_group, num_rows, w.is_repacked,
+                  wrong, other_bits, touched);
         }
 }
 

@@ -1,4 +1,5 @@
-/* What every part of the kernels knows: the width of a strip, and what a format's row says, folded at compile time. */
+/* What every part of the kernels knows: the width of a strip, and what a format's row says, folded
+ * at compile time. */
 #ifndef LF_TRAITS_H
 #define LF_TRAITS_H
 
@@ -13,16 +14,20 @@ typedef struct {
     int weights, bytes, run, dwords, head, head_bytes, fine, zero, has_min, most, float_bytes;
 } traits;
 static const traits TRAITS[KTK_NUM_FORMATS] = {
-#define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN, MOST)      \
-    [KTK_BLOCK_##NAME] = {WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN, MOST, 0},
-#define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD)                                                        \
+#define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN,  \
+            MOST)                                                                                  \
+    [KTK_BLOCK_##NAME] = {WEIGHTS, BYTES, RUN,     DWORDS, HEAD, HEAD_BYTES,                       \
+                          FINE,    ZERO,  HAS_MIN, MOST,   0},
+#define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD)                                              \
     [KTK_BLOCK_##NAME] = {32, 32 * BYTES, 0, 8 * BYTES, 0, 0, 0, 0, 0, 0, BYTES},
     LF_FLOAT_FORMATS(FLOAT_ROW) LF_INTEGER_FORMATS(ROW)
 #undef ROW
 #undef FLOAT_ROW
 };
 enum { MAX_DWORDS = 64, RAW_BYTES = MAX_DWORDS * 64 + 64 };
-INLINE int raw_bytes(const int FORMAT) { return 64 * TRAITS[FORMAT].dwords + 16 * TRAITS[FORMAT].head_bytes; }
+INLINE int raw_bytes(const int FORMAT) {
+    return 64 * TRAITS[FORMAT].dwords + 16 * TRAITS[FORMAT].head_bytes;
+}
 
 /* How bytes are multiplied: as they are where that is exact, else widened to 16 bits. */
 #ifdef __AVX512VNNI__

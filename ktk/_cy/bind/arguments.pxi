@@ -1,17 +1,21 @@
-# Python's arguments as C takes them: addresses of arrays, numbers of enums, structs of what describes a layer.
+# Python's arguments as C takes them: addresses of arrays, numbers of enums, structs of what
+# describes a layer.
 
 from cpython.buffer cimport PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-_FORMATS = {ktk_formats[i].name.decode(): i for i in range(KTK_NUM_FORMATS)}  # name to index in the table
+# name to index in the table
+_FORMATS = {ktk_formats[i].name.decode(): i for i in range(KTK_NUM_FORMATS)}
 _ACTIVATIONS = {"sigmoid_glu": KTK_SIGMOID_GLU, "gelu_tanh": KTK_GELU_TANH, "relu2": KTK_RELU2}
 # By NumPy's dtype.char; bf16 comes as uint16.
 _DTYPES = {"f": KTK_DTYPE_F32, "e": KTK_DTYPE_F16, "H": KTK_DTYPE_BF16}
 
 
 cdef void *_address(array) except? NULL:
-    """Where a contiguous array's data begins (its __array_interface__ takes a microsecond to build)."""
+    """Where a contiguous array's data begins (its __array_interface__ takes a microsecond to
+    build).
+    """
     cdef Py_buffer view
     PyObject_GetBuffer(array, &view, PyBUF_STRIDED_RO)
     cdef void *at = view.buf

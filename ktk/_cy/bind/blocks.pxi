@@ -7,7 +7,9 @@ def formats():
 
 
 def block_formats():
-    """{ggml type's name: (weights of a block, bytes of a block, weights that share a scale or 0: floats)}."""
+    """{ggml type's name: (weights of a block, bytes of a block,
+    weights that share a scale or 0: floats)}.
+    """
     found = {}
     for name, i in _FORMATS.items():
         f = &ktk_formats[<int>i]
@@ -17,8 +19,10 @@ def block_formats():
 
 
 def repack_blocks(rows, layout, str isa, out):
-    """One expert's rows, uint8 (out_features, row bytes), out_features a multiple of 16, to the same bytes in the order
-    the kernels read. layout : MatrixLayout. out : uint8 of as many bytes, 64-byte aligned."""
+    """One expert's rows, uint8 (out_features, row bytes), out_features a multiple of 16, to the
+    same bytes in the order the kernels read. layout : MatrixLayout. out : uint8 of as many bytes,
+    64-byte aligned.
+    """
     cdef const ktk_kernels *kernels = _kernels(isa)
     cdef ktk_matrix w
     _fill_matrix(&w, layout, False)
@@ -31,7 +35,8 @@ def repack_blocks(rows, layout, str isa, out):
 
 
 def unpack_blocks(rows, layout, str isa, bint is_repacked):
-    """What 16 rows, uint8 (16, row bytes), hold: float32 codes (padded_in, 16), scales and minima (groups, 16).
+    """What 16 rows, uint8 (16, row bytes), hold: float32 codes (padded_in, 16), scales and minima
+    (groups, 16).
 
     Value = code * scale + minimum; of float formats codes are the values, and the rest is None.
     """
@@ -45,6 +50,7 @@ def unpack_blocks(rows, layout, str isa, bint is_repacked):
     work = np.zeros(64 * w.padded_in + 64, np.uint8)
     cdef uint8_t *at = <uint8_t *>_address(work)
     at += -<uintptr_t>at & 63
-    kernels.unpack(&w, <const uint8_t *>_address(rows), <float *>_address(codes), <float *>_address(scales),
+    kernels.unpack(&w, <const uint8_t *>_address(rows), <float *>_address(codes),
+                   <float *>_address(scales),
                    <float *>_address(minima), at)
     return (codes, scales, minima) if fine else (codes, None, None)

@@ -4,14 +4,19 @@ _SCORES = {"softmax": KTK_SOFTMAX, "sigmoid": KTK_SIGMOID}
 
 
 cdef class Matrix(_OnPool):
-    """One dense matrix with the kernels of one ISA row. The caller has checked shapes and dtypes."""
+    """One dense matrix with the kernels of one ISA row.
+
+    The caller has checked shapes and dtypes.
+    """
 
     cdef ktk_dense dense
     cdef object panels, bias
 
     def __init__(self, layout, bint is_repacked, panels, bias, str isa, engine):
-        """layout : MatrixLayout, of panels or of blocks. panels : uint8 (num_panels, panel_bytes), or rows of blocks, contiguous.
-        bias : float32 (16 * num_panels,) or None."""
+        """layout : MatrixLayout, of panels or of blocks. panels : uint8 (num_panels, panel_bytes),
+            or rows of blocks, contiguous.
+        bias : float32 (16 * num_panels,) or None.
+        """
         self._take_pool(isa, engine)
         self.panels, self.bias = panels, bias  # they outlive dense
         self.dense.panels, self.dense.bias = <const uint8_t *>_address(panels), _floats(bias)
@@ -20,7 +25,10 @@ cdef class Matrix(_OnPool):
         ktk_use_kernels(&self.dense.w, self.kernels)
 
     def forward(self, x, out):
-        """out = x W^T + bias. x, out : C-contiguous (rows, features), both float32, float16 or bf16 bits as uint16."""
+        """out = x W^T + bias.
+
+        x, out : C-contiguous (rows, features), both float32, float16 or bf16 bits as uint16.
+        """
         cdef _Pool pool = self._pool()
         cdef int64_t num_rows = x.shape[0]
         cdef int dtype = _DTYPES[x.dtype.char]
@@ -28,7 +36,8 @@ cdef class Matrix(_OnPool):
         cdef void *y = <void *>_address(out)
         cdef int status
         with nogil:
-            status = ktk_linear_forward(&self.dense, self.kernels, pool.pool, num_rows, dtype, rows, y)
+            status = ktk_linear_forward(&self.dense, self.kernels, pool.pool, num_rows, dtype,
+                                        rows, y)
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
 
@@ -47,7 +56,9 @@ cdef void _fill_router(ktk_router *r, router) except *:
 
 
 def route(router, logits):
-    """ktk.ops.router.Router over float32 (tokens, num_experts): int64 ids and float32 weights, (tokens, top_k)."""
+    """ktk.ops.router.Router over float32 (tokens, num_experts): int64 ids and float32 weights,
+    (tokens, top_k).
+    """
     cdef ktk_router r
     _fill_router(&r, router)
     cdef int64_t i, num_tokens = logits.shape[0]
@@ -80,7 +91,8 @@ cdef ktk_norm _norm(norm) except *:
     return n
 
 
-_ROTARY_ORDERS = {"halves": KTK_ROTARY_HALVES, "pairs": KTK_ROTARY_PAIRS, "pairs to halves": KTK_ROTARY_PAIRS_TO_HALVES}
+_ROTARY_ORDERS = {"halves": KTK_ROTARY_HALVES, "pairs": KTK_ROTARY_PAIRS,
+                  "pairs to halves": KTK_ROTARY_PAIRS_TO_HALVES}
 
 
 cdef ktk_rotary _rotary(rotary) except *:
@@ -100,7 +112,8 @@ cdef class DecoderLayer(_OnPool):
         """spec : ktk.ops.decoder.DecoderSpec. engine : ktk.machine.threads.EngineLayout."""
         self._take_pool(isa, engine)
         self.spec, self.memory = spec, []
-        cdef ktk_branch *branches = <ktk_branch *>self._room(len(spec.branches) * sizeof(ktk_branch))
+        cdef size_t size = len(spec.branches) * sizeof(ktk_branch)
+        cdef ktk_branch *branches = <ktk_branch *>self._room(size)
         cdef ktk_branch *b = branches
         self.layer.hidden_size, self.layer.num_branches = spec.hidden_size, len(spec.branches)
         self.layer.branches = branches
@@ -136,8 +149,10 @@ cdef class DecoderLayer(_OnPool):
         return c
 
     cdef const void *_latent_attention(self, a) except NULL:
-        cdef ktk_latent_attention *c = <ktk_latent_attention *>self._room(sizeof(ktk_latent_attention))
-        c.num_heads, c.nope_dim, c.latent_dim, c.value_dim = a.num_heads, a.nope_dim, a.latent_dim, a.value_dim
+        cdef ktk_latent_attention *c
+        c = <ktk_latent_attention *>self._room(sizeof(ktk_latent_attention))
+        c.num_heads, c.nope_dim = a.num_heads, a.nope_dim
+        c.latent_dim, c.value_dim = a.latent_dim, a.value_dim
         c.scaling, c.rotary = a.scaling, _rotary(a.rotary)
         c.q_a, c.q_norm, c.q = _dense(a.q_a), _norm(a.q_norm), _dense(a.q)
         c.latent, c.latent_norm = _dense(a.latent), _norm(a.latent_norm)
@@ -146,7 +161,8 @@ cdef class DecoderLayer(_OnPool):
 
     cdef const void *_mlp(self, m) except NULL:
         cdef ktk_mlp *c = <ktk_mlp *>self._room(sizeof(ktk_mlp))
-        c.gate, c.up, c.down, c.scale = _dense(m.gate), _dense(m.up), _dense(m.down), _floats(m.scale)
+        c.gate, c.up, c.down = _dense(m.gate), _dense(m.up), _dense(m.down)
+        c.scale = _floats(m.scale)
         _fill_activation(&c.activation, m.activation, True)
         return c
 
@@ -156,10 +172,13 @@ cdef class DecoderLayer(_OnPool):
         _fill_router(&c.router, r.router)
         return c
 
-    def forward(self, str dtype, int num_rows, uintptr_t hidden, uintptr_t cosines, uintptr_t sines, pages, sequence,
+    def forward(self, str dtype, int num_rows, uintptr_t hidden, uintptr_t cosines,
+                uintptr_t sines, pages, sequence,
                 position, uintptr_t out):
-        """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). pages : for each sequence (address of the keys' table, head and row
-        stride, of the values' likewise, page_tokens). sequence, position : num_rows of each. The rest: addresses."""
+        """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). pages : for each sequence (address of
+        the keys' table, head and row stride, of the values' likewise, page_tokens). sequence,
+        position : num_rows of each. The rest: addresses.
+        """
         cdef _Pool pool = self._pool()
         cdef int kind = _DTYPES[dtype], status
         cdef ktk_decoder_rows rows
@@ -175,23 +194,28 @@ cdef class DecoderLayer(_OnPool):
             of_sequences = bytearray(len(pages) * sizeof(ktk_sequence))
             sequences = <ktk_sequence *>_address(of_sequences)
         if num_rows > 1:
-            of_indices, of_places = bytearray(num_rows * sizeof(int32_t)), bytearray(num_rows * sizeof(int64_t))
+            of_indices = bytearray(num_rows * sizeof(int32_t))
+            of_places = bytearray(num_rows * sizeof(int64_t))
             index, place = <int32_t *>_address(of_indices), <int64_t *>_address(of_places)
         for i in range(<int>len(pages)):
             _fill_sequence(&sequences[i], pages[i])
         for i in range(num_rows):
             index[i], place[i] = sequence[i], position[i]
-        rows.num_rows, rows.sequences, rows.sequence, rows.position = num_rows, sequences, index, place
+        rows.num_rows, rows.sequences = num_rows, sequences
+        rows.sequence, rows.position = index, place
         rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
         with nogil:
-            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, kind, <const void *>hidden, &rows,
+            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, kind,
+                                               <const void *>hidden, &rows,
                                                <void *>out)
         if status == KTK_ABSENT:
-            raise BackendError("experts that the rows are routed to are not in memory: bring them back first")
+            raise BackendError("experts that the rows are routed to are not in memory: bring them "
+                               "back first")
         if status:
             raise MemoryError(f"no memory for {num_rows} rows at {max(position)} tokens")
 
 
 cdef void _fill_sequence(ktk_sequence *s, given) except *:
-    keys, s.keys.head_stride, s.keys.row_stride, values, s.values.head_stride, s.values.row_stride, s.page_tokens = given
+    keys, s.keys.head_stride, s.keys.row_stride = given[:3]
+    values, s.values.head_stride, s.values.row_stride, s.page_tokens = given[3:]
     s.keys.pages, s.values.pages = <void **><uintptr_t>keys, <void **><uintptr_t>values

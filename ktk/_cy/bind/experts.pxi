@@ -2,7 +2,10 @@
 
 
 cdef class Experts(_OnPool):
-    """One layer's experts with the kernels of one ISA level. The caller has checked shapes and dtypes."""
+    """One layer's experts with the kernels of one ISA level.
+
+    The caller has checked shapes and dtypes.
+    """
 
     cdef ktk_layer layer
     cdef object parts, names
@@ -14,7 +17,8 @@ cdef class Experts(_OnPool):
 
     def __init__(self, spec, matrices, parts, order, str isa, engine):
         """matrices : {"gate", "up", "down": (MatrixLayout, is_repacked)}, no gate without one.
-        parts : list of ktk.placement.parts.Part. order : as StoredExperts has it. engine : ktk.machine.threads.EngineLayout.
+        parts : list of ktk.placement.parts.Part. order : as StoredExperts has it. engine :
+            ktk.machine.threads.EngineLayout.
         """
         self._take_pool(isa, engine)
         self._take_lock()
@@ -34,9 +38,11 @@ cdef class Experts(_OnPool):
             self._use(&layer.up, matrices["up"])
         self._use(&layer.down, matrices["down"])
         tables = [first, *(["up"] if spec.has_gate and not is_one else []), "down"]
-        tables += [f"{name}_bias" for name in matrices if getattr(parts[0], f"{name}_bias") is not None]
+        tables += [f"{name}_bias" for name in matrices if getattr(parts[0],
+                                                                  f"{name}_bias") is not None]
         self.names = tuple(tables)
-        self.entries = <const void **>malloc(<size_t>(len(parts) * len(tables) * spec.num_experts) * sizeof(void *))
+        cdef size_t num_entries = len(parts) * len(tables) * spec.num_experts
+        self.entries = <const void **>malloc(num_entries * sizeof(void *))
         if self.entries == NULL:
             raise MemoryError("no memory for the experts' addresses")
         cdef ktk_part *part
@@ -45,7 +51,9 @@ cdef class Experts(_OnPool):
                 self._fill(self._table(i, name), getattr(given, name), order)
             part = &layer.parts[i]
             part.gate_up = <const uint8_t **>self._table(i, first)
-            part.up = <const uint8_t **>self._table(i, "up") if "up" in tables and first != "up" else NULL
+            part.up = NULL
+            if first != "up":
+                part.up = <const uint8_t **>self._table(i, "up")
             part.down = <const uint8_t **>self._table(i, "down")
             part.gate_bias = <const float **>self._table(i, "gate_bias")
             part.up_bias = <const float **>self._table(i, "up_bias")
@@ -61,7 +69,9 @@ cdef class Experts(_OnPool):
             raise MemoryError("no memory for a lock")
 
     cdef _Pool _pool(self):
-        """After a fork a new lock, too: who held the old one may be gone, so that one is left alone."""
+        """After a fork a new lock, too: who held the old one may be gone,
+        so that one is left alone.
+        """
         if self.made_in != process():
             self._take_lock()
         return _OnPool._pool(self)
@@ -93,24 +103,32 @@ cdef class Experts(_OnPool):
             self.layer.num_absent += table[e] == NULL
 
     cdef const void **_entry(self, int part, str table, int64_t expert) except NULL:
-        if table not in self.names or not 0 <= part < self.layer.num_parts or not 0 <= expert < self.layer.num_experts:
+        is_part = 0 <= part < self.layer.num_parts and table in self.names
+        if not is_part or not 0 <= expert < self.layer.num_experts:
             raise ValueError(
-                f"part={part}, table={table!r}, expert={expert}: there are {self.layer.num_parts} parts, tables "
+                f"part={part}, table={table!r}, expert={expert}: there are {self.layer.num_parts} "
+                f"parts, tables "
                 f"{', '.join(self.names)} and {self.layer.num_experts} experts"
             )
         return self._table(part, table) + expert
 
     @property
     def tables(self):
-        """Names of the tables of addresses: of packed experts "gate" stands for gate and up, whose panels alternate."""
+        """Names of the tables of addresses: of packed experts "gate" stands for gate and up,
+        whose panels alternate.
+        """
         return self.names
 
     def address(self, int part, str table, int64_t expert):
-        """Where an expert's bytes of a table are, int; 0 = elsewhere. ValueError for what there is not."""
+        """Where an expert's bytes of a table are, int; 0 = elsewhere.
+
+        ValueError for what there is not.
+        """
         return <uintptr_t>self._entry(part, table, expert)[0]
 
     def set_address(self, int part, str table, int64_t expert, uintptr_t address):
-        """Move an expert; 0 = it is elsewhere now. Returns when no call reads the old address any more.
+        """Move an expert; 0 = it is elsewhere now. Returns when no call reads the old address any
+        more.
 
         The memory is the caller's to keep. ValueError for what there is not.
         """
@@ -122,10 +140,13 @@ cdef class Experts(_OnPool):
 
     def _absent(self, ids, skip):
         """The error for a call whose tokens go to experts that are elsewhere."""
-        found = [e for e in np.unique(ids).tolist() if 0 <= e < self.layer.num_experts and not (skip is not None and skip[e])]
+        named = [e for e in np.unique(ids).tolist() if 0 <= e < self.layer.num_experts]
+        found = [e for e in named if skip is None or not skip[e]]
         found = [e for e in found if any(
-            not self.address(part, table, e) for part in range(self.layer.num_parts) for table in self.names)]
-        return BackendError(f"experts {', '.join(map(str, found))} are not in memory: bring them back first")
+            not self.address(part, table,
+                             e) for part in range(self.layer.num_parts) for table in self.names)]
+        return BackendError(f"experts {', '.join(map(str, found))} are not in memory: bring them "
+                            f"back first")
 
     def forward(self, hidden, topk_ids, topk_weights, skip, out, add):
         """See ktk.backends.base.Runner.forward."""
@@ -145,12 +166,14 @@ cdef class Experts(_OnPool):
         cdef void *y = <void *>_address(out)
         cdef int status
         with nogil:
-            status = ktk_moe_forward(&self.layer, self.kernels, pool.pool, num_tokens, top_k, dtype, x, ids,
+            status = ktk_moe_forward(&self.layer, self.kernels, pool.pool, num_tokens, top_k,
+                                     dtype, x, ids,
                                      weights, mask, partial, y)
         if status == KTK_ABSENT:
             raise self._absent(topk_ids, skip)
         if status:
-            raise MemoryError(f"no scratch memory for {num_tokens} tokens x top_k {top_k}: pass fewer tokens a call")
+            raise MemoryError(f"no scratch memory for {num_tokens} tokens x top_k {top_k}: pass "
+                              f"fewer tokens a call")
 
     def linear(self, str projection, x, expert_ids):
         """See ktk.backends.base.Runner.linear."""
@@ -166,7 +189,8 @@ cdef class Experts(_OnPool):
         cdef float *y = <float *>_address(result)
         cdef int status
         with nogil:
-            status = ktk_moe_linear(&self.layer, self.kernels, pool.pool, is_down, num_rows, rows, ids, y)
+            status = ktk_moe_linear(&self.layer, self.kernels, pool.pool, is_down, num_rows, rows,
+                                    ids, y)
         if status == KTK_ABSENT:
             raise self._absent(expert_ids, None)
         if status:

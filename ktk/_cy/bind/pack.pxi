@@ -2,7 +2,8 @@
 
 
 def pack_matrix(w, layout, str isa, ladder, int refits, panels):
-    """Quantise float32 or bf16-bit rows (out, in) into panels, uint8 (num_panels, panel_bytes) with any row stride.
+    """Quantise float32 or bf16-bit rows (out, in) into panels, uint8 (num_panels, panel_bytes) with
+    any row stride.
 
     ValueError if a weight is NaN or inf.
     """
@@ -31,7 +32,8 @@ def pack_matrix(w, layout, str isa, ladder, int refits, panels):
             for n in range(16):
                 row = p * 16 + n
                 rows[n] = <const void *>(first + row * row_bytes) if row < num_rows else NULL
-            status = kernels.pack_panel(&m, in_features, rows, is_bf16, steps, num_steps, refits, work,
+            status = kernels.pack_panel(&m, in_features, rows, is_bf16, steps, num_steps, refits,
+                                        work,
                                         panel + p * panel_stride)
             if status:
                 break

@@ -14,7 +14,8 @@ cdef class _Pool:
         self.made_in = process()
         if num_threads < num_parts or (cores and len(cores) != num_threads):
             raise ValueError(
-                f"num_threads={num_threads}, {num_parts} parts, {len(cores)} cores: each part needs a thread, each "
+                f"num_threads={num_threads}, {num_parts} parts, {len(cores)} cores: each part "
+                f"needs a thread, each "
                 "thread a core (or none has one)"
             )
         if cores and max(max(cpus) for cpus in cores) < CPU_SETSIZE:
@@ -31,13 +32,16 @@ cdef class _Pool:
             raise MemoryError(f"cannot start {num_threads} threads")
 
     def __dealloc__(self):
-        # After a fork the threads exist in the parent only: nothing to join, the memory is left alone.
+        # After a fork the threads exist in the parent only: nothing to join, the memory is left
+        # alone.
         if self.pool != NULL and self.made_in == process():
             ktk_pool_free(self.pool)
 
 
 def borrow_threads(address):
-    """Run on the threads of the OpenMP runtime whose GOMP_parallel stands at ``address``, int; 0 = own threads again."""
+    """Run on the threads of the OpenMP runtime whose GOMP_parallel stands at ``address``, int;
+    0 = own threads again.
+    """
     cdef uintptr_t at = address
     ktk_pool_borrow(<void *>at)
 
@@ -52,7 +56,8 @@ _pools = weakref.WeakValueDictionary()
 
 def _pool_of(engine):
     # Borrowed threads stay where torch has them: not for weights bound to a node.
-    key = (process(), engine.num_threads, engine.threadpool_count, engine.cores, not engine.is_bound)
+    key = (process(), engine.num_threads, engine.threadpool_count, engine.cores,
+           not engine.is_bound)
     # Several threads may come here first.
     return _pools.get(key) or _pools.setdefault(key, _Pool(*key[1:]))
 

@@ -26,8 +26,11 @@ def kernel_isa(str isa, str format):
 
 
 def probe_features(asks_for_tiles=True):
-    """(CPU features that this CPU and OS support, list of str; errno of refused tiles, or 0); see ktk_probe.h."""
+    """(CPU features that this CPU and OS support, list of str; errno of refused tiles, or 0);
+    see ktk_probe.h.
+    """
     cdef int refused
     cdef uint64_t found = ktk_probe_features(bool(asks_for_tiles), &refused)
-    names = [ktk_probe_feature_name(i).decode() for i in range(ktk_probe_num_features()) if found >> i & 1]
+    bits = range(ktk_probe_num_features())
+    names = [ktk_probe_feature_name(i).decode() for i in bits if found >> i & 1]
     return names, refused

@@ -1,11 +1,13 @@
 /* The SIGILL handler: decode, check, compute, step over the instruction.
  *
- * Only what a signal handler may do: no locks, no malloc, no stdio. A thread's tiles come from mmap at its
- * first tile instruction and stay when it ends (9 KiB; pools keep their threads). Memory is read and written
- * through process_vm_readv and writev, which report a bad address instead of raising SIGSEGV in here.
- * A signal handler that itself uses tiles shares them with the code it interrupted, unlike on silicon.
+ * Only what a signal handler may do: no locks, no malloc, no stdio. A thread's tiles come from mmap
+ * at its first tile instruction and stay when it ends (9 KiB; pools keep their threads). Memory is
+ * read and written through process_vm_readv and writev, which report a bad address instead of
+ * raising SIGSEGV in here. A signal handler that itself uses tiles shares them with the code it
+ * interrupted, unlike on silicon.
  *
- * Source: Intel SDM vol. 2, chapters 2.3 (VEX) and 3 to 4 (the instructions); vol. 1, chapter 18. */
+ * Source: Intel SDM vol. 2, chapters 2.3 (VEX) and 3 to 4 (the instructions); vol. 1, chapter 18.
+ */
 #define _GNU_SOURCE
 #include "tile_emulator.h"
 
@@ -59,12 +61,16 @@ typedef struct {
 } instruction;
 
 static int is_dot(int kind) { return kind >= KTK_TILE_TDPBSSD; }
-static int is_configuration(int kind) { return kind == KTK_TILE_LDTILECFG || kind == KTK_TILE_STTILECFG; }
+static int is_configuration(int kind) {
+    return kind == KTK_TILE_LDTILECFG || kind == KTK_TILE_STTILECFG;
+}
 
 /* Opcode, VEX.pp and whether ModRM names memory tell the kind; -1 = not ours. */
 static int kind_of(int opcode, int pp, int modrm) {
-    static const int load_store[] = {-1, KTK_TILE_TILELOADDT1, KTK_TILE_TILESTORED, KTK_TILE_TILELOADD};
-    static const int dot[] = {KTK_TILE_TDPBUUD, KTK_TILE_TDPBUSD, KTK_TILE_TDPBSUD, KTK_TILE_TDPBSSD};
+    static const int load_store[] = {-1, KTK_TILE_TILELOADDT1, KTK_TILE_TILESTORED,
+                                     KTK_TILE_TILELOADD};
+    static const int dot[] = {KTK_TILE_TDPBUUD, KTK_TILE_TDPBUSD, KTK_TILE_TDPBSUD,
+                              KTK_TILE_TDPBSSD};
     int is_memory = modrm >> 6 != 3;
     switch (opcode) {
     case 0x49:
@@ -83,8 +89,9 @@ static int kind_of(int opcode, int pp, int modrm) {
 }
 
 static uint64_t general_register(const greg_t *regs, int number) {
-    static const int place[] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
-                                REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+    static const int place[] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
+                                REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
+                                REG_R12, REG_R13, REG_R14, REG_R15};
     return (uint64_t)regs[place[number]];
 }
 
@@ -94,8 +101,10 @@ static int64_t signed32(const uint8_t *p) {
     return v;
 }
 
-/* The memory operand behind ModRM at p; sets address and stride, returns its bytes, ModRM counted. */
-static int decode_address(const uint8_t *p, int vex_x, int vex_b, const greg_t *regs, instruction *in) {
+/* The memory operand behind ModRM at p; sets address and stride, returns its bytes, ModRM counted.
+ */
+static int decode_address(const uint8_t *p, int vex_x, int vex_b, const greg_t *regs,
+                          instruction *in) {
     int mod = p[0] >> 6, rm = p[0] & 7, n = 1;
     if (rm == 4) {
         int sib = p[n++], index = (sib >> 3 & 7) | vex_x << 3, base = sib & 7;
@@ -123,7 +132,8 @@ static int decode_address(const uint8_t *p, int vex_x, int vex_b, const greg_t *
 static int decode(const uint8_t *code, const greg_t *regs, instruction *in) {
     const uint8_t *p = code;
     *in = (instruction){0};
-    while (*p == 0x64 || *p == 0x65 || *p == 0x67 || *p == 0x2e || *p == 0x36 || *p == 0x3e || *p == 0x26) {
+    while (*p == 0x64 || *p == 0x65 || *p == 0x67 || *p == 0x2e || *p == 0x36 || *p == 0x3e ||
+           *p == 0x26) {
         if (p - code == 8) return 0;
         p++;
     }
@@ -142,9 +152,11 @@ static int decode(const uint8_t *code, const greg_t *regs, instruction *in) {
 
     int has_tile = !is_configuration(in->kind) && in->kind != KTK_TILE_TILERELEASE;
     if (p != code) in->fault = FAULT(PREFIX);
-    if (p[2] & 0x84) in->fault = FAULT(ENCODING);                      /* W, L */
-    if (!is_dot(in->kind) && vvvv) in->fault = FAULT(ENCODING);        /* must be 1111, stored inverted */
-    if (!has_tile && (in->dest || vex_r)) in->fault = FAULT(ENCODING); /* ModRM.reg is part of the opcode */
+    if (p[2] & 0x84) in->fault = FAULT(ENCODING); /* W, L */
+    /* must be 1111, stored inverted */
+    if (!is_dot(in->kind) && vvvv) in->fault = FAULT(ENCODING);
+    /* ModRM.reg is part of the opcode */
+    if (!has_tile && (in->dest || vex_r)) in->fault = FAULT(ENCODING);
     if (has_tile && in->dest >= NUM_TILES) in->fault = FAULT(TILE_NUMBER);
     if (is_dot(in->kind) && (in->source1 >= NUM_TILES || in->source2 >= NUM_TILES))
         in->fault = FAULT(TILE_NUMBER);
@@ -152,8 +164,8 @@ static int decode(const uint8_t *code, const greg_t *regs, instruction *in) {
 }
 
 /* num_rows rows of `bytes` at address + r * stride, to or from one 64-byte row of `rows` each. */
-static int copy_rows(uint8_t (*rows)[MAX_COLSB], int num_rows, int bytes, uint64_t address, int64_t stride,
-                     int is_write) {
+static int copy_rows(uint8_t (*rows)[MAX_COLSB], int num_rows, int bytes, uint64_t address,
+                     int64_t stride, int is_write) {
     if (bytes == MAX_COLSB && stride == MAX_COLSB) { /* one piece: half the cost of sixteen */
         bytes *= num_rows;
         num_rows = 1;
@@ -161,12 +173,15 @@ static int copy_rows(uint8_t (*rows)[MAX_COLSB], int num_rows, int bytes, uint64
     struct iovec local[MAX_ROWS], remote[MAX_ROWS];
     for (int r = 0; r < num_rows; r++) {
         local[r] = (struct iovec){rows[r], (size_t)bytes};
-        remote[r] = (struct iovec){(void *)(address + (uint64_t)stride * (uint64_t)r), (size_t)bytes};
+        remote[r] =
+            (struct iovec){(void *)(address + (uint64_t)stride * (uint64_t)r), (size_t)bytes};
     }
     unsigned long n = (unsigned long)num_rows;
-    ssize_t done = (is_write ? process_vm_writev : process_vm_readv)(getpid(), local, n, remote, n, 0);
+    ssize_t done =
+        (is_write ? process_vm_writev : process_vm_readv)(getpid(), local, n, remote, n, 0);
     if (done == (ssize_t)num_rows * bytes) return 0;
-    if (done < 0 && (errno == EPERM || errno == ENOSYS)) { /* a sandbox: a bad address is SIGSEGV then */
+    /* a sandbox: a bad address is SIGSEGV then */
+    if (done < 0 && (errno == EPERM || errno == ENOSYS)) {
         for (int r = 0; r < num_rows; r++)
             memcpy(is_write ? remote[r].iov_base : local[r].iov_base,
                    is_write ? local[r].iov_base : remote[r].iov_base, (size_t)bytes);
@@ -241,12 +256,15 @@ static int dot_fault(const tiles *t, int c, int a, int b) {
 }
 
 /* Beyond their shapes tiles are zero, so whole tiles are computed. Sums wrap, hence unsigned. */
-__attribute__((target("avx2"))) static void dot_bytes(uint8_t (*c)[MAX_COLSB], uint8_t (*a)[MAX_COLSB],
-                                                      uint8_t (*b)[MAX_COLSB], int a_signed, int b_signed) {
+__attribute__((target("avx2"))) static void dot_bytes(uint8_t (*c)[MAX_COLSB],
+                                                      uint8_t (*a)[MAX_COLSB],
+                                                      uint8_t (*b)[MAX_COLSB], int a_signed,
+                                                      int b_signed) {
     int32_t wide[MAX_ROWS][4][16];
     for (int k = 0; k < MAX_ROWS; k++)
         for (int n = 0; n < 16; n++)
-            for (int j = 0; j < 4; j++) wide[k][j][n] = b_signed ? (int8_t)b[k][4 * n + j] : b[k][4 * n + j];
+            for (int j = 0; j < 4; j++)
+                wide[k][j][n] = b_signed ? (int8_t)b[k][4 * n + j] : b[k][4 * n + j];
     for (int m = 0; m < MAX_ROWS; m++) {
         uint32_t sum[16];
         memcpy(sum, c[m], sizeof sum);
@@ -266,12 +284,12 @@ static float bf16(const uint8_t *p) {
     return x;
 }
 
-/* Even and odd k are summed apart, by fma in order of k, then together, then onto the result. Not inlined:
- * the caller sets the float mode around it. */
+/* Even and odd k are summed apart, by fma in order of k, then together, then onto the result. Not
+ * inlined: the caller sets the float mode around it. */
 __attribute__((target("fma"), noinline)) static void dot_bf16(uint8_t (*c)[MAX_COLSB],
                                                               uint8_t (*a)[MAX_COLSB],
-                                                              uint8_t (*b)[MAX_COLSB], int rows, int num_k,
-                                                              int columns) {
+                                                              uint8_t (*b)[MAX_COLSB], int rows,
+                                                              int num_k, int columns) {
     for (int m = 0; m < rows; m++)
         for (int n = 0; n < columns; n++) {
             float even = 0, odd = 0, sum;
@@ -366,7 +384,8 @@ static void on_sigill(int signal_number, siginfo_t *info, void *context) {
     ucontext_t *user = context;
     greg_t *regs = user->uc_mcontext.gregs;
     instruction in;
-    if (info->si_code <= 0 || !decode((const uint8_t *)regs[REG_RIP], regs, &in)) { /* sent, or not ours */
+    /* sent, or not ours */
+    if (info->si_code <= 0 || !decode((const uint8_t *)regs[REG_RIP], regs, &in)) {
         pass_on(signal_number, info, context);
         errno = callers_errno;
         return;
@@ -385,8 +404,9 @@ static void on_sigill(int signal_number, siginfo_t *info, void *context) {
     errno = callers_errno;
 }
 
-/* Tile instructions go through to the CPU: XCR0 bits 17 and 18, and this process has asked for permission. Before that they trap
- * (XFD, a SIGILL as well) except those that touch no tile data: the CPU may run sttilecfg and tilerelease. */
+/* Tile instructions go through to the CPU: XCR0 bits 17 and 18, and this process has asked for
+ * permission. Before that they trap (XFD, a SIGILL as well) except those that touch no tile data:
+ * the CPU may run sttilecfg and tilerelease. */
 static int has_own_tiles(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;
@@ -395,7 +415,8 @@ static int has_own_tiles(void) {
     if (!(low >> 17 & 3)) return 0;
     enum { ARCH_GET_XCOMP_PERM = 0x1022, XFEATURE_XTILEDATA = 18 };
     uint64_t permitted = 0;
-    if (syscall(SYS_arch_prctl, ARCH_GET_XCOMP_PERM, &permitted)) return 1; /* a system that does not say */
+    /* a system that does not say */
+    if (syscall(SYS_arch_prctl, ARCH_GET_XCOMP_PERM, &permitted)) return 1;
     return permitted >> XFEATURE_XTILEDATA & 1;
 }
 

@@ -1,4 +1,5 @@
-/* The C side of ktk: shapes of a layer, the operator and the thread pool. Plain C11, no Python.h. */
+/* The C side of ktk: shapes of a layer, the operator and the thread pool. Plain C11, no Python.h.
+ */
 #ifndef KTK_H
 #define KTK_H
 
@@ -12,9 +13,10 @@ enum { KTK_MAX_PARTS = 16 }; /* NUMA parts of a layer */
 #define KTK_PAUSE() ((void)0)
 #endif
 
-/* A part of every expert: some panels of gate|up and of down, and all biases. One part: the expert as it is. The tables
- * hold a pointer for each expert, NULL for one that is elsewhere. up: NULL where the panels of gate and up alternate
- * behind gate_up (or there is no gate). Biases: NULL without. */
+/* A part of every expert: some panels of gate|up and of down, and all biases. One part: the expert
+ * as it is. The tables hold a pointer for each expert, NULL for one that is elsewhere. up: NULL
+ * where the panels of gate and up alternate behind gate_up (or there is no gate). Biases: NULL
+ * without. */
 typedef struct {
     const uint8_t *const *gate_up, *const *up, *const *down;
     const float *const *gate_bias, *const *up_bias, *const *down_bias; /* whole, padded to panels */
@@ -34,25 +36,28 @@ typedef struct {
 struct ktk_lock *ktk_lock_new(void); /* NULL: no memory */
 void ktk_lock_free(struct ktk_lock *lock);
 
-/* What an operator says: done; scratch memory cannot be had; a token goes to an expert that is elsewhere, and nothing was
- * computed. */
+/* What an operator says: done; scratch memory cannot be had; a token goes to an expert that is
+ * elsewhere, and nothing was computed. */
 enum ktk_status { KTK_DONE, KTK_NO_MEMORY, KTK_ABSENT };
 
-/* An entry of the layer's tables; waits until no operator reads them. address NULL: the expert is elsewhere. */
+/* An entry of the layer's tables; waits until no operator reads them. address NULL: the expert is
+ * elsewhere. */
 void ktk_set_address(ktk_layer *layer, const void **entry, const void *address);
 
 /* The levels of this build, slowest first (ktk/_cy/isa.py); NULL past the last. */
 const ktk_kernels *ktk_kernels_row(int index);
 
-/* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread). The threads are split evenly over
- * num_parts; task lists [begin[i], begin[i + 1]) belong to part i, whose threads take from them first, in order.
- * num_threads >= num_parts. cores: num_threads masks of the CPUs that each may run on, or NULL; the caller's is left free.
- * Workers spin for a moment after a run, then sleep. The pool also owns the operator's scratch memory. */
+/* Thread pool: the caller and num_threads - 1 workers run fn(context, task, thread). The threads
+ * are split evenly over num_parts; task lists [begin[i], begin[i + 1]) belong to part i, whose
+ * threads take from them first, in order. num_threads >= num_parts. cores: num_threads masks of the
+ * CPUs that each may run on, or NULL; the caller's is left free. Workers spin for a moment after a
+ * run, then sleep. The pool also owns the operator's scratch memory. */
 typedef struct ktk_pool ktk_pool;
 typedef void ktk_task_fn(void *context, int64_t task, int thread);
 /* may_borrow: see ktk_pool_borrow. NULL: no memory or no threads. */
 ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int may_borrow);
-void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin, int num_lists);
+void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin,
+                  int num_lists);
 int ktk_pool_num_threads(const ktk_pool *pool);
 void ktk_pool_lock(ktk_pool *pool); /* one operator at a time */
 void ktk_pool_unlock(ktk_pool *pool);
@@ -61,7 +66,8 @@ void ktk_pool_free(ktk_pool *pool);
 /* IEEE rounding and denormals on this thread; gives and takes back the mode the caller had. */
 unsigned ktk_float_mode_enter(void);
 void ktk_float_mode_leave(unsigned callers);
-/* From now on runs use the threads of the OpenMP runtime whose GOMP_parallel this is (until a fork; NULL: no more) ... */
+/* From now on runs use the threads of the OpenMP runtime whose GOMP_parallel this is (until a fork;
+ * NULL: no more) ... */
 void ktk_pool_borrow(void *gomp_parallel);
 /* ... but not those that the calling thread starts. */
 void ktk_pool_own_threads_only(void);
@@ -72,17 +78,19 @@ void ktk_use_kernels(ktk_matrix *m, const ktk_kernels *kernels);
 /* The operator (see moe.c). Returns a ktk_status.
  * hidden, out (num_tokens, hidden_size) of dtype; ids, weights (num_tokens, top_k); skip
  * (num_experts) or NULL; add float (num_tokens, hidden_size) or NULL. */
-int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
-                    int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
-                    const uint8_t *skip, const float *add, void *out);
+int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                    int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                    const int64_t *ids, const float *weights, const uint8_t *skip, const float *add,
+                    void *out);
 
 /* The same for who holds the pool's lock already. scratch: bytes for so many tokens, 64-byte
  * aligned. out may be add. */
 int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
                               int64_t num_tokens, int top_k);
-int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
-                int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
-                const uint8_t *skip, const float *add, void *out, void *scratch);
+int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                int64_t num_tokens, int top_k, int dtype, const void *hidden, const int64_t *ids,
+                const float *weights, const uint8_t *skip, const float *add, void *out,
+                void *scratch);
 
 /* One projection of given experts, no bias: x float (rows, in) -> y float (rows, out); gate_up
  * gives gate, then up. Returns a ktk_status. */
@@ -97,9 +105,9 @@ typedef struct {
     int32_t in_features, out_features;
 } ktk_dense;
 
-/* y = x W^T + bias (see linear.c). 0, or 1 when scratch memory cannot be had. x (num_rows, in_features),
- * y (num_rows, out_features) of dtype. */
-int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
-                       int dtype, const void *x, void *y);
+/* y = x W^T + bias (see linear.c). 0, or 1 when scratch memory cannot be had. x (num_rows,
+ * in_features), y (num_rows, out_features) of dtype. */
+int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool,
+                       int64_t num_rows, int dtype, const void *x, void *y);
 
 #endif

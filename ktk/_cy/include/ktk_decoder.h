@@ -5,8 +5,8 @@
 #include "ktk.h"
 
 /* Keys and values of one sequence in one layer: token t of head h is at
- * pages[t / page_tokens] + h * head_stride + t % page_tokens * row_stride, in elements of the model's dtype.
- * page_tokens: a multiple of KTK_ATTEND_TILE, or no fewer than there are tokens. */
+ * pages[t / page_tokens] + h * head_stride + t % page_tokens * row_stride, in elements of the
+ * model's dtype. page_tokens: a multiple of KTK_ATTEND_TILE, or no fewer than there are tokens. */
 typedef struct {
     void *const *pages;
     int64_t head_stride, row_stride;
@@ -17,8 +17,8 @@ typedef struct {
     int64_t page_tokens;
 } ktk_sequence;
 
-/* What a call gives new tokens, a row each. A row's key and value are written at its position among its sequence's
- * tokens, and it attends to those up to it; no two rows of a call have the same. */
+/* What a call gives new tokens, a row each. A row's key and value are written at its position among
+ * its sequence's tokens, and it attends to those up to it; no two rows of a call have the same. */
 typedef struct {
     int32_t num_rows;
     const ktk_sequence *sequences;
@@ -34,7 +34,8 @@ typedef struct {
     float epsilon;
 } ktk_norm;
 
-/* Pairs of a head that turn together: half of dim apart, or neighbours; or neighbours that are put half of dim apart. */
+/* Pairs of a head that turn together: half of dim apart, or neighbours; or neighbours that are put
+ * half of dim apart. */
 enum ktk_rotary_order { KTK_ROTARY_HALVES, KTK_ROTARY_PAIRS, KTK_ROTARY_PAIRS_TO_HALVES };
 typedef struct {
     int32_t dim, order; /* dim: even, those that turn */
@@ -43,18 +44,21 @@ typedef struct {
 /* Attention of groups of query heads. */
 typedef struct {
     int32_t num_heads, num_kv_heads, head_dim; /* head_dim: a multiple of 16 */
-    int32_t window;                            /* the last tokens that are seen, its own included; 0: all */
-    float scaling;                             /* of scores */
-    ktk_rotary rotary;                         /* of the first of a head */
-    ktk_norm q_norm, k_norm;                   /* of size head_dim: of each head, else of all */
-    const float *sinks;                        /* (num_heads): a score without a value; or NULL */
+    /* the last tokens that are seen, its own included; 0: all */
+    int32_t window;
+    float scaling;           /* of scores */
+    ktk_rotary rotary;       /* of the first of a head */
+    ktk_norm q_norm, k_norm; /* of size head_dim: of each head, else of all */
+    const float *sinks;      /* (num_heads): a score without a value; or NULL */
     ktk_dense q, k, v, o;
 } ktk_attention;
 
-/* Attention over latents (DeepSeek V2, V3), absorbed: what makes keys of latents is applied to queries, what makes values
- * to the sum, so that latents are read as they are. Dims are multiples of 16. */
+/* Attention over latents (DeepSeek V2, V3), absorbed: what makes keys of latents is applied to
+ * queries, what makes values to the sum, so that latents are read as they are. Dims are multiples
+ * of 16. */
 typedef struct {
-    int32_t num_heads, nope_dim, latent_dim, value_dim; /* a head's query: nope_dim, then rotary.dim */
+    /* a head's query: nope_dim, then rotary.dim */
+    int32_t num_heads, nope_dim, latent_dim, value_dim;
     float scaling;
     ktk_rotary rotary;
     ktk_dense q_a; /* or none */
@@ -76,17 +80,19 @@ typedef struct {
 enum ktk_score { KTK_SOFTMAX, KTK_SIGMOID };
 enum { KTK_MAX_GROUPS = 256 };
 
-/* How logits choose experts: scores, plus the correction for the choice alone; of num_groups equal groups the top_groups with
- * the largest sum of their best_of_group best; of their experts the top_k best. Weights: scores, over their
- * sum if is_normalised, times scale. */
+/* How logits choose experts: scores, plus the correction for the choice alone; of num_groups equal
+ * groups the top_groups with the largest sum of their best_of_group best; of their experts the
+ * top_k best. Weights: scores, over their sum if is_normalised, times scale. */
 typedef struct {
     int32_t num_experts, top_k, score, num_groups, top_groups, best_of_group, is_normalised;
     float scale;
     const float *correction; /* (num_experts) or NULL */
 } ktk_router;
 
-/* logits (num_experts) -> ids, weights (top_k), best first. scores: 2 * num_experts floats of work. */
-void ktk_route(const ktk_router *router, const float *logits, float *scores, int64_t *ids, float *weights);
+/* logits (num_experts) -> ids, weights (top_k), best first. scores: 2 * num_experts floats of work.
+ */
+void ktk_route(const ktk_router *router, const float *logits, float *scores, int64_t *ids,
+               float *weights);
 
 typedef struct {
     ktk_dense logits;
@@ -100,7 +106,8 @@ typedef struct {
     const void *part; /* the kind's struct */
 } ktk_component;
 
-/* residual += multiplier * output_norm(sum of what the components make of norm(residual)), added in their order. */
+/* residual += multiplier * output_norm(sum of what the components make of norm(residual)), added in
+ * their order. */
 enum { KTK_MAX_COMPONENTS = 3 };
 typedef struct {
     ktk_norm norm, output_norm;
@@ -115,9 +122,10 @@ typedef struct {
     const ktk_branch *branches;
 } ktk_decoder_layer;
 
-/* hidden, out (num_rows, hidden_size) of dtype, as are keys and values. A row has the same bits whatever other rows, pages and
- * threads there are. A ktk_status. */
-int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
-                              int dtype, const void *hidden, const ktk_decoder_rows *rows, void *out);
+/* hidden, out (num_rows, hidden_size) of dtype, as are keys and values. A row has the same bits
+ * whatever other rows, pages and threads there are. A ktk_status. */
+int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels,
+                              ktk_pool *pool, int dtype, const void *hidden,
+                              const ktk_decoder_rows *rows, void *out);
 
 #endif

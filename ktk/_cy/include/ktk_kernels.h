@@ -1,5 +1,5 @@
-/* What kernels are given and what a table of them holds: formats, a matrix, rows of activations, one
- * ktk_kernels per ISA level. Plain C11; vendor/llamafile includes it, too. */
+/* What kernels are given and what a table of them holds: formats, a matrix, rows of activations,
+ * one ktk_kernels per ISA level. Plain C11; vendor/llamafile includes it, too. */
 #ifndef KTK_KERNELS_H
 #define KTK_KERNELS_H
 
@@ -9,7 +9,8 @@
 
 enum { KTK_PANEL = 16 }; /* output channels of a panel */
 
-/* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are floats). */
+/* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are
+ * floats). */
 #define KTK_PANEL_FORMATS(ROW)                                                                     \
     ROW(INT4, "int4", 8, 0)                                                                        \
     ROW(INT8, "int8", 128, 0)                                                                      \
@@ -33,7 +34,8 @@ typedef struct {
     int32_t is_float;
     /* correction = -zero_point * sum of codes; of blocks -1: the sum itself, of 16 codes each */
     int32_t zero_point, sums_of; /* sums_of 0: as many as the smaller group has */
-    int32_t block_weights, block_bytes, fine; /* of blocks; fine: weights that share a scale, 0: floats */
+    /* of blocks; fine: weights that share a scale, 0: floats */
+    int32_t block_weights, block_bytes, fine;
 } ktk_format_row;
 extern const ktk_format_row ktk_formats[KTK_NUM_FORMATS];
 
@@ -47,8 +49,9 @@ enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32, KTK_CODES_BF16 };
 typedef struct ktk_gemm_args ktk_gemm_args;
 typedef void ktk_gemm_fn(const ktk_gemm_args *args);
 
-/* Sixteen rows of weights are a panel. Packed ones: scales first, then codes, see layout.py. Blocks: 16
- * rows as the file has them, or the same bytes in the order kernels read them (is_repacked). */
+/* Sixteen rows of weights are a panel. Packed ones: scales first, then codes, see layout.py.
+ * Blocks: 16 rows as the file has them, or the same bytes in the order kernels read them
+ * (is_repacked). */
 typedef struct {
     int32_t format;           /* ktk_format */
     int32_t padded_in;        /* multiple of 32, and of a block's weights */
@@ -75,14 +78,16 @@ typedef struct {
     int32_t *correction; /* [rows][correction_stride]: -zero_point * sum of codes, per fine group */
     int64_t code_stride; /* bytes */
     int64_t scale_stride, correction_stride;
-    /* The work memory still holds these rows as the call before packed them, for the same kernel. */
+    /* The work memory still holds these rows as the call before packed them, for the same kernel.
+     */
     int are_packed;
 } ktk_rows;
 
 /* One call of a gemm: out[i*out_stride + 16*p + n] = channel n of panel p times row rows[i]. */
 struct ktk_gemm_args {
     const ktk_matrix *w;
-    const uint8_t *panels; /* panel p at panels + p * w->panel_bytes; repacked blocks 64-byte aligned */
+    const uint8_t
+        *panels; /* panel p at panels + p * w->panel_bytes; repacked blocks 64-byte aligned */
     int num_panels;
     const ktk_rows *a;
     const int32_t *rows;
@@ -106,7 +111,8 @@ typedef struct {
     } work;
 } ktk_gemm;
 
-/* Panels of the operator's tasks, most: of gate or up, of down; and of down where threads would idle. */
+/* Panels of the operator's tasks, most: of gate or up, of down; and of down where threads would
+ * idle. */
 enum { KTK_MAX_UP_PANELS = 16, KTK_MAX_DOWN_PANELS = 64 };
 typedef struct {
     int32_t up_panels, down_panels, least_down_panels;
@@ -128,7 +134,8 @@ typedef struct {
     int32_t dim;        /* a multiple of 16 */
 } ktk_tiles;
 
-/* Query rows of one token over `count` <= KTK_ATTEND_KEYS tokens from `first` < KTK_ATTEND_TILE on. */
+/* Query rows of one token over `count` <= KTK_ATTEND_KEYS tokens from `first` < KTK_ATTEND_TILE on.
+ */
 typedef struct {
     int32_t dtype, group, first, count;
     const float *q;               /* (group, keys.dim + more.dim), already scaled */
@@ -145,7 +152,8 @@ typedef struct {
     const char *name;
     ktk_gemm gemm[KTK_NUM_FORMATS];
     ktk_task_sizes tasks;
-    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group. */
+    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group.
+     */
     void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
                      uint8_t *codes, float *scales, int32_t *correction);
     /* Columns in panels of 16 that lie `step` floats apart (gate: NULL without one) -> h, 16*panels
@@ -159,9 +167,9 @@ typedef struct {
     void (*combine)(const float *y, int64_t stride, const int32_t *place, const float *weights,
                     int top_k, int n, float *acc);
     void (*add)(float *acc, const float *y, int64_t n);
-    /* out (group, values.dim) = sum over tokens of exp(score - most[0]) * value; most (group, 2): the
-     * largest score, and the sum of these exponentials. work: KTK_ATTEND_TILE * ktk_attend_width +
-     * group * KTK_ATTEND_KEYS floats. */
+    /* out (group, values.dim) = sum over tokens of exp(score - most[0]) * value; most (group, 2):
+     * the largest score, and the sum of these exponentials. work: KTK_ATTEND_TILE *
+     * ktk_attend_width + group * KTK_ATTEND_KEYS floats. */
     void (*attend)(const ktk_attend *a, float *work, float *out, float *most);
     /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
      * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
@@ -170,16 +178,18 @@ typedef struct {
     /* One panel of blocks as it lies in a file to the same bytes in the order they are read in. */
     void (*repack)(const ktk_matrix *w, const uint8_t *panel, uint8_t *out);
     /* What a panel of blocks holds: signed codes float [padded_in][16], scales and minima
-     * [padded_in / fine][16]; value = code * scale + minimum. Float formats: codes are the values, the
-     * rest is not written. work: 64 * padded_in bytes, 64-byte aligned. For tests. */
+     * [padded_in / fine][16]; value = code * scale + minimum. Float formats: codes are the values,
+     * the rest is not written. work: 64 * padded_in bytes, 64-byte aligned. For tests. */
     void (*unpack)(const ktk_matrix *w, const uint8_t *panel, float *codes, float *scales,
                    float *minima, uint8_t *work);
 } ktk_kernels;
 
 /* Every function of ktk_kernels, in order. */
 #define KTK_FUNCTIONS(EACH)                                                                        \
-    EACH(quantise) EACH(activate) EACH(load) EACH(store) EACH(combine) EACH(add) EACH(attend)      \
-    EACH(pack_panel) EACH(repack) EACH(unpack)
+    EACH(quantise)                                                                                 \
+    EACH(activate)                                                                                 \
+    EACH(load)                                                                                     \
+    EACH(store) EACH(combine) EACH(add) EACH(attend) EACH(pack_panel) EACH(repack) EACH(unpack)
 
 /* Text of a macro's value: the names of levels. */
 #define KTK_TEXT_(x) #x

@@ -1,6 +1,8 @@
-/* Attention of one row over some of its keys: a flash-attention step whose partial results attention.c joins.
+/* Attention of one row over some of its keys: a flash-attention step whose partial results
+ * attention.c joins.
  *
- * Keys and values are converted to fp32 a tile at a time, which stays in L1 for all query heads of a key-value head.
+ * Keys and values are converted to fp32 a tile at a time, which stays in L1 for all query heads of
+ * a key-value head.
  *
  * Symbols: ktk_attend_avx2 ktk_attend_avx512 ktk_attend_avx512vnni. */
 #include <math.h>
@@ -10,7 +12,8 @@
 #include "row.h"
 
 /* n rows from `at` on, which lie in one tile, as fp32; *stride: floats from one to the next. */
-INLINE const float *rows_of(int dtype, const ktk_tiles *t, int at, int n, float *buffer, int64_t *stride) {
+INLINE const float *rows_of(int dtype, const ktk_tiles *t, int at, int n, float *buffer,
+                            int64_t *stride) {
     const int64_t first = at % KTK_ATTEND_TILE * t->row_stride;
     const void *tile = t->tiles[at / KTK_ATTEND_TILE];
     *stride = dtype == KTK_DTYPE_F32 ? t->row_stride : t->dim;
@@ -36,8 +39,8 @@ INLINE __m128 sums_of_four(VF a, VF b, VF c, VF d) {
 #undef HALVES
 }
 
-/* Scores of a tile's n keys with one row of q, added to what is there or not; n is rounded up to four, the last key standing in
- * for those missing. */
+/* Scores of a tile's n keys with one row of q, added to what is there or not; n is rounded up to
+ * four, the last key standing in for those missing. */
 INLINE void score_tile(int dim, const float *q, const float *tile, int64_t stride, int n, int adds,
                        float *scores) {
     for (int k = 0; k < n; k += 4) {
@@ -56,7 +59,8 @@ INLINE void score_tile(int dim, const float *q, const float *tile, int64_t strid
     }
 }
 
-/* Scores to exp(score - largest); returns the largest, and *sum. What is past count up to whole vectors is overwritten. */
+/* Scores to exp(score - largest); returns the largest, and *sum. What is past count up to whole
+ * vectors is overwritten. */
 INLINE float exponentials(float *scores, int count, float *sum) {
     float most = scores[0];
     for (int k = 1; k < count; k++) most = scores[k] > most ? scores[k] : most;
@@ -69,15 +73,16 @@ INLINE float exponentials(float *scores, int count, float *sum) {
 }
 
 /* out += sum over a tile's n values, in order, of weight * value; N vectors of it at i. */
-INLINE void add_values(const int N, const float *weights, const float *tile, int64_t stride, int n, int i,
-                       float *out) {
+INLINE void add_values(const int N, const float *weights, const float *tile, int64_t stride, int n,
+                       int i, float *out) {
     VF acc[4];
     UNROLL
     for (int j = 0; j < N; j++) acc[j] = VF_LOAD(out + i + j * LANES);
     for (int k = 0; k < n; k++) {
         const float *value = tile + k * stride + i;
         UNROLL
-        for (int j = 0; j < N; j++) acc[j] = VF_FMA(VF_SET(weights[k]), VF_LOAD(value + j * LANES), acc[j]);
+        for (int j = 0; j < N; j++)
+            acc[j] = VF_FMA(VF_SET(weights[k]), VF_LOAD(value + j * LANES), acc[j]);
     }
     UNROLL
     for (int j = 0; j < N; j++) VF_STORE(out + i + j * LANES, acc[j]);
@@ -118,7 +123,8 @@ void CAT(ktk_attend_, KTK_ISA)(const ktk_attend *a, float *tile, float *out, flo
             const float *weights = scores + g * KTK_ATTEND_KEYS + k;
             float *sum = out + (int64_t)g * dim;
             int i = 0;
-            for (; i + 4 * LANES <= dim; i += 4 * LANES) add_values(4, weights, rows, stride, n, i, sum);
+            for (; i + 4 * LANES <= dim; i += 4 * LANES)
+                add_values(4, weights, rows, stride, n, i, sum);
             for (; i < dim; i += LANES) add_values(1, weights, rows, stride, n, i, sum);
         }
     }

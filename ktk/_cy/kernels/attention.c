@@ -14,7 +14,9 @@
 enum { MAX_PARTIAL = 16 << 20 }; /* bytes of partial results at a time, but one row's anyway */
 
 static int heads_of_task(const queries *q) { return min_int(q->group, KTK_ATTEND_HEADS); }
-static int blocks_of(const queries *q) { return (q->group + heads_of_task(q) - 1) / heads_of_task(q); }
+static int blocks_of(const queries *q) {
+    return (q->group + heads_of_task(q) - 1) / heads_of_task(q);
+}
 
 /* First of the tokens that a row sees. */
 static int64_t first_token(const queries *q, int64_t row) {
@@ -59,7 +61,8 @@ static void *place_of(const step *s, const ktk_paged *pages, int64_t row, int he
     return (uint8_t *)pages->pages[token / page_tokens] + at * dtype_bytes(s->dtype);
 }
 
-void ktk_cache_row(const step *s, const ktk_paged *pages, int64_t row, int head, const float *x, int n) {
+void ktk_cache_row(const step *s, const ktk_paged *pages, int64_t row, int head, const float *x,
+                   int n) {
     s->crew.kernels->store(s->dtype, x, n, place_of(s, pages, row, head, s->rows->position[row]));
 }
 
@@ -75,10 +78,12 @@ static void attend_task(void *context, int64_t index, int thread) {
     const step *s = q->s;
     int64_t row = q->first_row;
     while (index >= q->first_task[row + 1]) row++;
-    const int64_t chunks = chunks_of(q, row), heads = heads_of_task(q), piece = index - q->first_task[row];
+    const int64_t chunks = chunks_of(q, row), heads = heads_of_task(q),
+                  piece = index - q->first_task[row];
     const int64_t block = piece / chunks % blocks_of(q), kv_head = piece / chunks / blocks_of(q);
     int64_t first = first_token(q, row);
-    const int64_t chunk = first / KTK_ATTEND_KEYS + piece % chunks, end = s->rows->position[row] + 1;
+    const int64_t chunk = first / KTK_ATTEND_KEYS + piece % chunks,
+                  end = s->rows->position[row] + 1;
     if (first < chunk * KTK_ATTEND_KEYS) first = chunk * KTK_ATTEND_KEYS;
     const int64_t left =
         (chunk + 1) * KTK_ATTEND_KEYS < end ? (chunk + 1) * KTK_ATTEND_KEYS - first : end - first;
@@ -93,7 +98,8 @@ static void attend_task(void *context, int64_t index, int thread) {
                     .count = (int)left,
                     .q = q->q + row * q->q_stride + (kv_head * q->group + block * heads) * width};
     a.keys = tiles_of(q, &sequence->keys, q->key_dim, row, (int)kv_head, tile, num_tiles, keys);
-    a.values = tiles_of(q, &sequence->values, q->value_dim, row, (int)kv_head, tile, num_tiles, values);
+    a.values =
+        tiles_of(q, &sequence->values, q->value_dim, row, (int)kv_head, tile, num_tiles, values);
     if (q->more_dim) {
         a.more = (ktk_tiles){values, sequence->values.row_stride, q->more_dim};
         a.values = a.keys;
@@ -109,7 +115,8 @@ void ktk_attend_rows(queries *q, ktk_task_fn *fn, void *context) {
         q->first_row = row;
         q->first_task[row] = 0;
         for (int64_t i = row; i < end; i++)
-            q->first_task[i + 1] = q->first_task[i] + q->num_kv_heads * blocks_of(q) * chunks_of(q, i);
+            q->first_task[i + 1] =
+                q->first_task[i] + q->num_kv_heads * blocks_of(q) * chunks_of(q, i);
         const int64_t begin[] = {0, tasks};
         ktk_pool_run(c->pool, attend_task, q, begin, 1);
         ktk_each_row(c, row, end, fn, context);
@@ -155,7 +162,8 @@ static void place_row(void *context, int64_t row, int thread) {
     const int d = l->head_dim;
     norm_heads(&l->q_norm, of[Q], l->num_heads * d);
     norm_heads(&l->k_norm, of[K], l->num_kv_heads * d);
-    for (int h = 0; h < l->num_heads; h++) ktk_rotate(&l->rotary, rows, row, of[Q] + h * d, of[Q] + h * d);
+    for (int h = 0; h < l->num_heads; h++)
+        ktk_rotate(&l->rotary, rows, row, of[Q] + h * d, of[Q] + h * d);
     for (int i = 0; i < l->num_heads * d; i++) of[Q][i] *= l->scaling;
     const ktk_sequence *sequence = &rows->sequences[rows->sequence[row]];
     for (int h = 0; h < l->num_kv_heads; h++) {
@@ -169,7 +177,8 @@ static void join_row(void *context, int64_t row, int thread) {
     const component *c = context;
     const ktk_attention *l = c->part;
     float *attended = float_buffer(&c->s->crew, thread);
-    for (int h = 0; h < l->num_heads; h++) ktk_join(&c->queries, row, h, attended + (int64_t)h * l->head_dim);
+    for (int h = 0; h < l->num_heads; h++)
+        ktk_join(&c->queries, row, h, attended + (int64_t)h * l->head_dim);
     ktk_put(&c->s->crew, &c->output, 1, row, attended);
 }
 

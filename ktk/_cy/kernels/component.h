@@ -1,4 +1,5 @@
-/* Components of a decoder layer at work: each says what scratch its rows need (lay_out) and computes them (run). */
+/* Components of a decoder layer at work: each says what scratch its rows need (lay_out) and
+ * computes them (run). */
 #ifndef KTK_COMPONENT_H
 #define KTK_COMPONENT_H
 
@@ -12,18 +13,22 @@ typedef struct {
     const ktk_decoder_rows *rows;
     int dtype, hidden_size, status; /* status: what the experts' operator said */
     float *residual, *x,
-        *sum; /* (rows, hidden_size): x the branch's input, sum where its output is not the residual's */
+        /* (rows, hidden_size): x the branch's input, sum where its output is not the residual's */
+        *sum;
     product inputs[MAX_INPUTS]; /* of x, all in one run */
     int num_inputs;
 } step;
 
-/* Query heads over cached tokens: chunks of KTK_ATTEND_KEYS tokens at fixed places, joined in order. */
+/* Query heads over cached tokens: chunks of KTK_ATTEND_KEYS tokens at fixed places, joined in
+ * order. */
 typedef struct {
     step *s;
     int num_kv_heads, group, window;
     int key_dim, more_dim,
-        value_dim;          /* more_dim: keys go on in the pages of values, and are the values themselves */
-    const float *q, *sinks; /* q (rows, heads, key_dim + more_dim) with q_stride between rows, scaled */
+        /* more_dim: keys go on in the pages of values, and are the values themselves */
+        value_dim;
+    /* q (rows, heads, key_dim + more_dim) with q_stride between rows, scaled */
+    const float *q, *sinks;
     int64_t q_stride;
     int64_t first_row;   /* of those whose tasks run */
     int64_t *first_task; /* (rows + 1) */
@@ -65,8 +70,10 @@ void ktk_add_rows(step *s, const product *p, float *out);
 float ktk_dot(const float *a, const float *b, int n);
 void ktk_rms_norm(const ktk_norm *norm, const float *x, float *out);
 /* x and out may be the same, unless the order changes. */
-void ktk_rotate(const ktk_rotary *r, const ktk_decoder_rows *rows, int64_t row, const float *x, float *out);
+void ktk_rotate(const ktk_rotary *r, const ktk_decoder_rows *rows, int64_t row, const float *x,
+                float *out);
 /* A row of fp32 to its place in the pages of its sequence. */
-void ktk_cache_row(const step *s, const ktk_paged *pages, int64_t row, int head, const float *x, int n);
+void ktk_cache_row(const step *s, const ktk_paged *pages, int64_t row, int head, const float *x,
+                   int n);
 
 #endif

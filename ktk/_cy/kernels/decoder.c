@@ -1,13 +1,14 @@
-/* Rows through a decoder layer: branches of a residual stream, each a norm, components that read it, and what becomes of
- * their sum.
+/* Rows through a decoder layer: branches of a residual stream, each a norm, components that read
+ * it, and what becomes of their sum.
  *
  *   a row     residual, norm                  -> x, quantised for the inputs of all components
  *   inputs    what is multiplied by x, in one run of the pool (q, k, v; gate, up, logits)
  *   components, in order: attention.c, latent.c, the MLP and routed experts
- *   a row     output norm, multiplier; where there is neither the components have added to the residual itself
+ *   a row     output norm, multiplier; where there is neither the components have added to the
+ * residual itself
  *
- * With one row the caller works alone between runs: some microseconds. All in fp32; only what is cached and given back has
- * the model's dtype. */
+ * With one row the caller works alone between runs: some microseconds. All in fp32; only what is
+ * cached and given back has the model's dtype. */
 #include <math.h>
 
 #include "component.h"
@@ -28,7 +29,8 @@ void ktk_rms_norm(const ktk_norm *norm, const float *x, float *out) {
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * norm->weight[i];
 }
 
-void ktk_rotate(const ktk_rotary *r, const ktk_decoder_rows *rows, int64_t row, const float *x, float *out) {
+void ktk_rotate(const ktk_rotary *r, const ktk_decoder_rows *rows, int64_t row, const float *x,
+                float *out) {
     const int half = r->dim / 2, is_apart = r->order == KTK_ROTARY_HALVES,
               ends_apart = r->order != KTK_ROTARY_PAIRS;
     const float *cosines = rows->cosines + row * half, *sines = rows->sines + row * half;
@@ -42,7 +44,8 @@ void ktk_rotate(const ktk_rotary *r, const ktk_decoder_rows *rows, int64_t row, 
 }
 
 void ktk_add_input(step *s, arena *a, const ktk_dense *m) {
-    s->inputs[s->num_inputs] = ktk_lay_out_product(&s->crew, a, m, s->num_inputs ? s->inputs : NULL);
+    s->inputs[s->num_inputs] =
+        ktk_lay_out_product(&s->crew, a, m, s->num_inputs ? s->inputs : NULL);
     s->num_inputs++;
 }
 
@@ -52,7 +55,8 @@ void ktk_add_rows(step *s, const product *p, float *out) {
                              s->hidden_size);
 }
 
-/* --- MLP ------------------------------------------------------------------------------------------ */
+/* --- MLP
+ * ------------------------------------------------------------------------------------------ */
 
 static void activate_row(void *context, int64_t row, int thread) {
     const component *c = context;
@@ -60,8 +64,8 @@ static void activate_row(void *context, int64_t row, int thread) {
     const product *gate = &c->inputs[0], *up = &c->inputs[1];
     float *h = float_buffer(&c->s->crew, thread);
     c->s->crew.kernels->activate(&mlp->activation, (const float *)gate->y + row * gate->stride,
-                                 (const float *)up->y + row * up->stride, KTK_PANEL, gate->num_panels, NULL,
-                                 NULL, h);
+                                 (const float *)up->y + row * up->stride, KTK_PANEL,
+                                 gate->num_panels, NULL, NULL, h);
     ktk_put(&c->s->crew, &c->output, 1, row, h);
 }
 
@@ -87,7 +91,8 @@ static void lay_out_mlp(component *c, arena *a) {
     ktk_want_floats(&c->s->crew, mlp->gate.w.num_panels * KTK_PANEL);
 }
 
-/* --- routed experts ------------------------------------------------------------------------------- */
+/* --- routed experts
+ * ------------------------------------------------------------------------------- */
 
 static void route_row(void *context, int64_t row, int thread) {
     const component *c = context;
@@ -101,8 +106,9 @@ static void run_routed(component *c, float *out) {
     const ktk_routed *l = c->part;
     const crew *crew = &c->s->crew;
     ktk_each_row(&c->s->crew, 0, crew->num_rows, route_row, c);
-    c->s->status = ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows, l->router.top_k,
-                               KTK_DTYPE_F32, c->s->x, c->ids, c->weights, NULL, out, out, c->scratch);
+    c->s->status =
+        ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows, l->router.top_k,
+                    KTK_DTYPE_F32, c->s->x, c->ids, c->weights, NULL, out, out, c->scratch);
 }
 
 static void lay_out_routed(component *c, arena *a) {
@@ -114,11 +120,12 @@ static void lay_out_routed(component *c, arena *a) {
     ktk_want_floats(&c->s->crew, 2 * l->router.num_experts);
     c->ids = take(a, 8 * pairs);
     c->weights = take(a, 4 * pairs);
-    c->scratch = take(a, ktk_moe_scratch_bytes(l->experts, crew->kernels, crew->num_threads, crew->num_rows,
-                                               l->router.top_k));
+    c->scratch = take(a, ktk_moe_scratch_bytes(l->experts, crew->kernels, crew->num_threads,
+                                               crew->num_rows, l->router.top_k));
 }
 
-/* --- the layer ------------------------------------------------------------------------------------ */
+/* --- the layer
+ * ------------------------------------------------------------------------------------ */
 
 static lay_out_fn *const LAY_OUT[] = {[KTK_ATTENTION] = ktk_lay_out_attention,
                                       [KTK_LATENT_ATTENTION] = ktk_lay_out_latent_attention,
@@ -194,8 +201,9 @@ static int64_t most_branch_bytes(step *s, const ktk_decoder_layer *layer) {
     return most;
 }
 
-int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
-                              int dtype, const void *hidden, const ktk_decoder_rows *rows, void *out) {
+int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels,
+                              ktk_pool *pool, int dtype, const void *hidden,
+                              const ktk_decoder_rows *rows, void *out) {
     step s = {.rows = rows, .dtype = dtype, .hidden_size = layer->hidden_size};
     s.crew = (crew){.kernels = kernels,
                     .pool = pool,

@@ -29,7 +29,8 @@ INLINE VF exp_clamped(VF x) {
     p = VF_FMA(p, r, VF_SET(1.6666665459e-1f));
     p = VF_FMA(p, r, VF_SET(5.0000001201e-1f));
     p = VF_ADD(VF_FMA(p, VF_MUL(r, r), r), VF_SET(1.0f));
-    /* n + MAGIC holds the integer n in its low bits, NaN holds nonsense that p, a NaN too, swallows. */
+    /* n + MAGIC holds the integer n in its low bits, NaN holds nonsense that p, a NaN too,
+     * swallows. */
     VI power = VI_SUB32(VI_BITS(VF_ADD(n, magic)), VI_SET32((int)bits_of(MAGIC) - 127));
     return VF_MUL(p, VF_BITS(VI_SLL32(power, 23)));
 }

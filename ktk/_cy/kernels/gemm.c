@@ -1,12 +1,14 @@
 /* y[row][channel] of 16-channel panels, for every weight format; compiled once per ISA row.
  *
- * Integer formats, per channel lane: acc = -z * sum(a) + sum(a * u) exactly in int32 per fine group;
- * inner = fma(acc, fine scale, inner) over the coarse group; y = fma(inner, coarse scale, y). Nothing else
- * touches the sum, so every row, tile size and vector width gives the same bits (ktk/reference/linear.py).
+ * Integer formats, per channel lane: acc = -z * sum(a) + sum(a * u) exactly in int32 per fine
+ * group; inner = fma(acc, fine scale, inner) over the coarse group; y = fma(inner, coarse scale,
+ * y). Nothing else touches the sum, so every row, tile size and vector width gives the same bits
+ * (ktk/reference/linear.py).
  *
- * The rows of a call are split into tiles of at most MAX_ROWS and copied to `work`, a tile's rows side by side
- * for every four k: one stream of memory, one address register, every activation an embedded broadcast. Loop
- * order: panels, tiles, k. While the tiles run over a panel, the next panel is fetched.
+ * The rows of a call are split into tiles of at most MAX_ROWS and copied to `work`, a tile's rows
+ * side by side for every four k: one stream of memory, one address register, every activation an
+ * embedded broadcast. Loop order: panels, tiles, k. While the tiles run over a panel, the next
+ * panel is fetched.
  *
  * VPDPBUSD, VPMADDUBSW, VPMADDWD: Intel SDM vol. 2.
  *
@@ -21,9 +23,9 @@
 #include "row.h"
 #include "vec.h"
 
-/* Rows of a tile: the most, and the best where there are more. 512 bit: integer and float sums of 8 rows, weights, mask
- * and scales fit 32 registers with room to begin the next group; 12 rows are 4-7 % slower. 256 bit: 4 rows fit, but
- * up to 6 in one tile beat two tiles. */
+/* Rows of a tile: the most, and the best where there are more. 512 bit: integer and float sums of 8
+ * rows, weights, mask and scales fit 32 registers with room to begin the next group; 12 rows are
+ * 4-7 % slower. 256 bit: 4 rows fit, but up to 6 in one tile beat two tiles. */
 #ifdef __AVX512F__
 #define MAX_ROWS 8
 enum { BEST_ROWS = 8 };
@@ -37,16 +39,17 @@ enum { INT8_UNIT = 4 }; /* bytes of four activation codes */
 enum { INT8_UNIT = 8 };
 #endif
 
-/* Rows of a call, and the work that they take: codes of two bytes at most, a scale and a sum for each 32, and what
- * interleave touches behind them. */
+/* Rows of a call, and the work that they take: codes of two bytes at most, a scale and a sum for
+ * each 32, and what interleave touches behind them. */
 enum { CALL_ROWS = 64 };
 #define BLOCK_SIZES .fewest_rows = CALL_ROWS, .most_rows = CALL_ROWS, .work = {4096, 64, 128}
 
-/* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them, and any help only
- * costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
+/* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them,
+ * and any help only costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
 #define STREAMED_ROWS(FORMAT) (PV == 1 && (FORMAT) == KTK_INT8 ? 4 : 2)
 
-/* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale comes first. */
+/* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale
+ * comes first. */
 enum { WEIGHT_FINE, ACTIVATION_FINE, EQUAL };
 
 typedef struct {
@@ -66,7 +69,8 @@ INLINE void prefetch(const uint8_t *p, int bytes) {
     for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)p + i, _MM_HINT_T1);
 }
 
-/* Sums of a row that run side by side where few rows would leave VPDPBUSD waiting for its own result. */
+/* Sums of a row that run side by side where few rows would leave VPDPBUSD waiting for its own
+ * result. */
 #ifdef __AVX512VNNI__
 #define CHAINS(MR) ((MR) == 1 ? 4 : (MR) < 4 ? 2 : 1)
 #else
@@ -93,7 +97,8 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
             VI low = VI_AND(w, mask), high = VI_AND(VI_SRL16(w, 4), mask);
             UNROLL
             for (int m = 0; m < MR; m++)
-                VI_DOT_BROADCAST(acc[m + 2 * r % CHAINS(MR) * MR][0], low, a + 4 * (MR * 2 * r + m));
+                VI_DOT_BROADCAST(acc[m + 2 * r % CHAINS(MR) * MR][0], low,
+                                 a + 4 * (MR * 2 * r + m));
             UNROLL
             for (int m = 0; m < MR; m++)
                 VI_DOT_BROADCAST(acc[m + (2 * r + 1) % CHAINS(MR) * MR][0], high,
@@ -101,7 +106,8 @@ INLINE void dot32(const int MR, const int FORMAT, const uint8_t *codes, const ui
         }
     }
 #else
-    if (FORMAT == KTK_INT8) { /* widen, not maddubs: 255*127*2 overflows i16; a is int16, k order 0 2 1 3 */
+    if (FORMAT ==
+        KTK_INT8) { /* widen, not maddubs: 255*127*2 overflows i16; a is int16, k order 0 2 1 3 */
         VI mask = VI_SET16(255);
         UNROLL
         for (int r = 0; r < 8; r++) {
@@ -160,7 +166,8 @@ INLINE VF weight_scale(const ktk_matrix *w, const uint8_t *scales, int v) {
     return VF_LOAD(scales + 4 * v * LANES);
 }
 
-/* A panel to fetch meanwhile, or NULL: the turn-th of every `turns` steps of 32 k, so that a panel's tiles share it. */
+/* A panel to fetch meanwhile, or NULL: the turn-th of every `turns` steps of 32 k, so that a
+ * panel's tiles share it. */
 typedef struct {
     const uint8_t *ahead;
     int turn, turns;
@@ -168,8 +175,8 @@ typedef struct {
 
 /* One panel, one tile. Sums over coarse groups wait in out. */
 INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const ktk_matrix *w,
-                         const uint8_t *panel, fetching fetch, const tile_rows *rows, float *restrict out,
-                         int64_t out_stride) {
+                         const uint8_t *panel, fetching fetch, const tile_rows *rows,
+                         float *restrict out, int64_t out_stride) {
     const int bytes_32k = FORMAT == KTK_INT8 ? 512 : 256, unit = FORMAT == KTK_INT8 ? INT8_UNIT : 4;
     const int num_k = w->padded_in, scale_bytes = KTK_PANEL * (w->scales_are_bf16 ? 2 : 4);
     const int fine = KIND == ACTIVATION_FINE ? w->activation_group : w->group_size;
@@ -192,7 +199,8 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
             const int f_end = f + fine < c_end ? f + fine : c_end;
             VI acc[MAX_ROWS][PV];
             for (int m = 0; m < MR * CHAINS(MR); m++)
-                for (int v = 0; v < PV; v++) acc[m][v] = m < MR ? VI_SET32(correction[m]) : VI_ZERO();
+                for (int v = 0; v < PV; v++)
+                    acc[m][v] = m < MR ? VI_SET32(correction[m]) : VI_ZERO();
             correction += MR;
             for (int k = f; k < f_end; k += 32, codes += bytes_32k, a += 8 * unit * MR) {
                 if (MR > STREAMED_ROWS(FORMAT) && fetch.ahead && until-- == 0) {
@@ -246,11 +254,13 @@ INLINE void tile_integer(const int MR, const int FORMAT, const int KIND, const k
 }
 
 /* Rows index[0 .. num_rows) side by side, at work; returns the end of what it wrote. */
-INLINE uint8_t *pack_tile(const int UNIT, const ktk_matrix *w, const ktk_rows *a, const int32_t *index,
-                          int num_rows, uint8_t *work, tile_rows *tile) {
-    int num_units = w->padded_in / 4, scales = (int)a->scale_stride, sums = (int)a->correction_stride;
+INLINE uint8_t *pack_tile(const int UNIT, const ktk_matrix *w, const ktk_rows *a,
+                          const int32_t *index, int num_rows, uint8_t *work, tile_rows *tile) {
+    int num_units = w->padded_in / 4, scales = (int)a->scale_stride,
+        sums = (int)a->correction_stride;
     if (num_rows == 1) { /* as it lies */
-        *tile = (tile_rows){a->codes + index[0] * a->code_stride, a->scales + index[0] * a->scale_stride,
+        *tile = (tile_rows){a->codes + index[0] * a->code_stride,
+                            a->scales + index[0] * a->scale_stride,
                             a->correction + index[0] * a->correction_stride};
         return work;
     }
@@ -270,12 +280,13 @@ INLINE uint8_t *pack_tile(const int UNIT, const ktk_matrix *w, const ktk_rows *a
     return correction_at + 4 * (int64_t)sums * num_rows;
 }
 
-INLINE void tile_of(const int FORMAT, const int KIND, int num_rows, const ktk_matrix *w, const uint8_t *panel,
-                    fetching fetch, const tile_rows *rows, float *out, int64_t out_stride) {
+INLINE void tile_of(const int FORMAT, const int KIND, int num_rows, const ktk_matrix *w,
+                    const uint8_t *panel, fetching fetch, const tile_rows *rows, float *out,
+                    int64_t out_stride) {
     switch (num_rows) {
-#define TILE(MR)                                                                                             \
-    case MR:                                                                                                 \
-        tile_integer(MR, FORMAT, KIND, w, panel, fetch, rows, out, out_stride);                              \
+#define TILE(MR)                                                                                   \
+    case MR:                                                                                       \
+        tile_integer(MR, FORMAT, KIND, w, panel, fetch, rows, out, out_stride);                    \
         break;
         TILE(1)
         TILE(2)
@@ -291,21 +302,25 @@ INLINE void tile_of(const int FORMAT, const int KIND, int num_rows, const ktk_ma
     }
 }
 
-INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w, const uint8_t *panels,
-                         int num_panels, const ktk_rows *a, const int32_t *rows, int num_rows, float *out,
-                         int64_t out_stride, const uint8_t *next, uint8_t *work) {
+INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w,
+                         const uint8_t *panels, int num_panels, const ktk_rows *a,
+                         const int32_t *rows, int num_rows, float *out, int64_t out_stride,
+                         const uint8_t *next, uint8_t *work) {
     const int num_tiles =
-        num_rows <= MAX_ROWS ? 1 : (num_rows + BEST_ROWS - 1) / BEST_ROWS; /* of nearly equal height */
+        /* of nearly equal height */
+        num_rows <= MAX_ROWS ? 1 : (num_rows + BEST_ROWS - 1) / BEST_ROWS;
     tile_rows tile[(CALL_ROWS + BEST_ROWS - 1) / BEST_ROWS];
     for (int t = 0; t < num_tiles; t++) {
         int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
-        work = pack_tile(FORMAT == KTK_INT8 ? INT8_UNIT : 4, w, a, rows + first, end - first, work, &tile[t]);
+        work = pack_tile(FORMAT == KTK_INT8 ? INT8_UNIT : 4, w, a, rows + first, end - first, work,
+                         &tile[t]);
     }
     for (int p = 0; p < num_panels; p++) {
         const uint8_t *panel = panels + p * w->panel_bytes;
         const uint8_t *ahead = p + 1 < num_panels ? panel + w->panel_bytes : next;
         /* All scales at once, so that memory is read in one stream: they lie before the codes. */
-        for (int i = 0; i < w->code_offset; i += 64) _mm_prefetch((const char *)panel + i, _MM_HINT_T0);
+        for (int i = 0; i < w->code_offset; i += 64)
+            _mm_prefetch((const char *)panel + i, _MM_HINT_T0);
         for (int t = 0; t < num_tiles; t++) {
             int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
             tile_of(FORMAT, KIND, end - first, w, panel, (fetching){ahead, t, num_tiles}, &tile[t],
@@ -314,17 +329,19 @@ INLINE void gemm_integer(const int FORMAT, const int KIND, const ktk_matrix *w, 
     }
 }
 
-/* Ten arguments, not their struct: read out of one GCC 12 keeps fewer of them in registers and spills up to twelve vectors
- * more for 32 k of int4_equal. */
-#define GEMM_INTEGER(NAME, FORMAT, KIND)                                                                     \
-    static __attribute__((noipa)) void NAME(                                                                 \
-        const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a, const int32_t *rows,  \
-        int num_rows, float *out, int64_t out_stride, const uint8_t *next, uint8_t *work) {                  \
-        gemm_integer(FORMAT, KIND, w, panels, num_panels, a, rows, num_rows, out, out_stride, next, work);   \
+/* Ten arguments, not their struct: read out of one GCC 12 keeps fewer of them in registers and
+ * spills up to twelve vectors more for 32 k of int4_equal. */
+#define GEMM_INTEGER(NAME, FORMAT, KIND)                                                           \
+    static __attribute__((noipa)) void NAME(                                                       \
+        const ktk_matrix *w, const uint8_t *panels, int num_panels, const ktk_rows *a,             \
+        const int32_t *rows, int num_rows, float *out, int64_t out_stride, const uint8_t *next,    \
+        uint8_t *work) {                                                                           \
+        gemm_integer(FORMAT, KIND, w, panels, num_panels, a, rows, num_rows, out, out_stride,      \
+                     next, work);                                                                  \
     }
-#define SPREAD(g)                                                                                            \
-    (g)->w, (g)->panels, (g)->num_panels, (g)->a, (g)->rows, (g)->num_rows, (g)->out, (g)->out_stride,       \
-        (g)->next, (g)->work
+#define SPREAD(g)                                                                                  \
+    (g)->w, (g)->panels, (g)->num_panels, (g)->a, (g)->rows, (g)->num_rows, (g)->out,              \
+        (g)->out_stride, (g)->next, (g)->work
 
 GEMM_INTEGER(int4_weight_fine, KTK_INT4, WEIGHT_FINE)
 GEMM_INTEGER(int4_activation_fine, KTK_INT4, ACTIVATION_FINE)
@@ -384,54 +401,56 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const ktk_m
     UNROLL
     for (int p = 0; p < NP; p++) UNROLL
     for (int m = 0; m < MR; m++) UNROLL
-    for (int v = 0; v < PV; v++) VF_STORE(out + m * out_stride + p * KTK_PANEL + v * LANES, y[p][m][v]);
+    for (int v = 0; v < PV; v++)
+        VF_STORE(out + m * out_stride + p * KTK_PANEL + v * LANES, y[p][m][v]);
 }
 
 /* Four panels at a time where few rows leave registers and latency to fill, then one by one. */
-#define ROWS_OF(MR, NP, FORMAT)                                                                              \
-    for (; i + MR <= num_rows; i += MR)                                                                      \
-        tile_float(MR, NP, FORMAT, w, panel, a, rows + i, out + i * out_stride + p * KTK_PANEL, out_stride);
+#define ROWS_OF(MR, NP, FORMAT)                                                                    \
+    for (; i + MR <= num_rows; i += MR)                                                            \
+        tile_float(MR, NP, FORMAT, w, panel, a, rows + i, out + i * out_stride + p * KTK_PANEL,    \
+                   out_stride);
 
 #ifdef __AVX512F__
-#define ALL_ROWS(NP, FORMAT)                                                                                 \
-    if (NP == 1) {                                                                                           \
-        ROWS_OF(8, 1, FORMAT)                                                                                \
-    }                                                                                                        \
-    if (NP <= 2) {                                                                                           \
-        ROWS_OF(4, NP, FORMAT)                                                                               \
-    }                                                                                                        \
-    ROWS_OF(2, NP, FORMAT)                                                                                   \
+#define ALL_ROWS(NP, FORMAT)                                                                       \
+    if (NP == 1) {                                                                                 \
+        ROWS_OF(8, 1, FORMAT)                                                                      \
+    }                                                                                              \
+    if (NP <= 2) {                                                                                 \
+        ROWS_OF(4, NP, FORMAT)                                                                     \
+    }                                                                                              \
+    ROWS_OF(2, NP, FORMAT)                                                                         \
     ROWS_OF(1, NP, FORMAT)
 #else
-#define ALL_ROWS(NP, FORMAT)                                                                                 \
-    if (NP == 1) {                                                                                           \
-        ROWS_OF(4, 1, FORMAT)                                                                                \
-    }                                                                                                        \
-    ROWS_OF(2, NP, FORMAT)                                                                                   \
+#define ALL_ROWS(NP, FORMAT)                                                                       \
+    if (NP == 1) {                                                                                 \
+        ROWS_OF(4, 1, FORMAT)                                                                      \
+    }                                                                                              \
+    ROWS_OF(2, NP, FORMAT)                                                                         \
     ROWS_OF(1, NP, FORMAT)
 #endif
 
-#define GEMM_FLOAT(NAME, FORMAT)                                                                             \
-    void NAME(const ktk_gemm_args *g) {                                                                      \
-        const ktk_matrix *w = g->w;                                                                          \
-        const uint8_t *const panels = g->panels;                                                             \
-        const ktk_rows *a = g->a;                                                                            \
-        const int32_t *rows = g->rows;                                                                       \
-        const int num_panels = g->num_panels, num_rows = g->num_rows;                                        \
-        float *out = g->out;                                                                                 \
-        const int64_t out_stride = g->out_stride;                                                            \
-        int p = 0;                                                                                           \
-        if (num_rows <= 3)                                                                                   \
-            for (; p + 4 / PV <= num_panels; p += 4 / PV) {                                                  \
-                const uint8_t *panel = panels + p * w->panel_bytes;                                          \
-                int i = 0;                                                                                   \
-                ALL_ROWS(4 / PV, FORMAT)                                                                     \
-            }                                                                                                \
-        for (; p < num_panels; p++) {                                                                        \
-            const uint8_t *panel = panels + p * w->panel_bytes;                                              \
-            int i = 0;                                                                                       \
-            ALL_ROWS(1, FORMAT)                                                                              \
-        }                                                                                                    \
+#define GEMM_FLOAT(NAME, FORMAT)                                                                   \
+    void NAME(const ktk_gemm_args *g) {                                                            \
+        const ktk_matrix *w = g->w;                                                                \
+        const uint8_t *const panels = g->panels;                                                   \
+        const ktk_rows *a = g->a;                                                                  \
+        const int32_t *rows = g->rows;                                                             \
+        const int num_panels = g->num_panels, num_rows = g->num_rows;                              \
+        float *out = g->out;                                                                       \
+        const int64_t out_stride = g->out_stride;                                                  \
+        int p = 0;                                                                                 \
+        if (num_rows <= 3)                                                                         \
+            for (; p + 4 / PV <= num_panels; p += 4 / PV) {                                        \
+                const uint8_t *panel = panels + p * w->panel_bytes;                                \
+                int i = 0;                                                                         \
+                ALL_ROWS(4 / PV, FORMAT)                                                           \
+            }                                                                                      \
+        for (; p < num_panels; p++) {                                                              \
+            const uint8_t *panel = panels + p * w->panel_bytes;                                    \
+            int i = 0;                                                                             \
+            ALL_ROWS(1, FORMAT)                                                                    \
+        }                                                                                          \
     }
 
 GEMM_FLOAT(CAT(ktk_gemm_bf16_, KTK_ISA), KTK_BF16)

@@ -1,21 +1,24 @@
-/* y = A * B on AMX tiles, for the integer formats and up to 64 rows; fewer rows go to gemm.c's kernels.
- * The floats are added in gemm.c's order, so outputs are its bits.
+/* y = A * B on AMX tiles, for the integer formats and up to 64 rows; fewer rows go to gemm.c's
+ * kernels. The floats are added in gemm.c's order, so outputs are its bits.
  *
- * Tiles: 0-3 C (2 row tiles x 2 panels), 4-5 A (row tiles), 6-7 B (panels): four products for four loads.
- * A row tile has as many rows as divide evenly, at most 16: a product takes a cycle a row.
+ * Tiles: 0-3 C (2 row tiles x 2 panels), 4-5 A (row tiles), 6-7 B (panels): four products for four
+ * loads. A row tile has as many rows as divide evenly, at most 16: a product takes a cycle a row.
  *
- * A fine group's sum leaves the tiles through memory, 16 stores a tile, so tile work and vector work must overlap.
- * A step is STEP_GROUPS fine groups of one pair of row tiles and one pair of panels. While the tile unit makes a
- * step's sums, one group at a time, the vector units read the previous step's: convert, scale, add. Order: panel
- * pairs, steps along k, row pairs; the sums in the making (inner, y) wait in memory between the steps of a row.
+ * A fine group's sum leaves the tiles through memory, 16 stores a tile, so tile work and vector
+ * work must overlap. A step is STEP_GROUPS fine groups of one pair of row tiles and one pair of
+ * panels. While the tile unit makes a step's sums, one group at a time, the vector units read the
+ * previous step's: convert, scale, add. Order: panel pairs, steps along k, row pairs; the sums in
+ * the making (inner, y) wait in memory between the steps of a row.
  *
- * B is a signed copy of the codes, made once for all rows as soon as the room of the step before is free. With it
- * TDPBSSD sums need no zero-point correction, which would be one more vector instruction per row and group
- * (16 a tile, against 8 per 32 k of a panel for the copy). Groups of 32 k use half of a tile's depth.
+ * B is a signed copy of the codes, made once for all rows as soon as the room of the step before is
+ * free. With it TDPBSSD sums need no zero-point correction, which would be one more vector
+ * instruction per row and group (16 a tile, against 8 per 32 k of a panel for the copy). Groups of
+ * 32 k use half of a tile's depth.
  *
- * All of `work` but A stays in L1: 16 KiB sums, 8 KiB codes, 16 KiB inner and y, of which a step with
- * groups up to 64 touches half. Counted instructions and what they cost, and what ran on silicon: bench/RESULTS.md.
- * Intel SDM vol. 2, TDPBSSD; Intel optimization manual, chapter 20 (a product 16 cycles, a load 8, a store 16). */
+ * All of `work` but A stays in L1: 16 KiB sums, 8 KiB codes, 16 KiB inner and y, of which a step
+ * with groups up to 64 touches half. Counted instructions and what they cost, and what ran on
+ * silicon: bench/RESULTS.md. Intel SDM vol. 2, TDPBSSD; Intel optimization manual, chapter 20 (a
+ * product 16 cycles, a load 8, a store 16). */
 #include <string.h>
 
 #include "ktk_kernels.h"
@@ -32,7 +35,8 @@ enum {
     GROUP_SUMS = 2 * PANEL_SUMS,               /* of both panels */
     STEP_SUMS = STEP_GROUPS * GROUP_SUMS,      /* of a step */
     STEP_SCALES = STEP_GROUPS * 2 * KTK_PANEL, /* weight scales of a step, fp32 */
-    SCALES_KEPT = 4,          /* steps back: the next one's are made before the last one's are read */
+    /* steps back: the next one's are made before the last one's are read */
+    SCALES_KEPT = 4,
     ROW_SUMS = 2 * KTK_PANEL, /* inner or y of a row, fp32 */
 };
 
@@ -46,7 +50,8 @@ typedef struct {
     const float *a_scales[MAX_ROWS];
 } buffers;
 enum { WORK_FIXED = 65536 };
-_Static_assert(sizeof(buffers) + 32 * MAX_ROWS <= WORK_FIXED, "work must hold buffers and the padding of A");
+_Static_assert(sizeof(buffers) + 32 * MAX_ROWS <= WORK_FIXED,
+               "work must hold buffers and the padding of A");
 
 /* One call. */
 typedef struct {
@@ -78,11 +83,13 @@ typedef struct {
     const float *scales;
 } step;
 
-/* "memory": the compiler must not move stores to what a tile reads, or loads of what it wrote, past it. */
-#define TILE_LOAD(T, FROM, STRIDE)                                                                           \
+/* "memory": the compiler must not move stores to what a tile reads, or loads of what it wrote, past
+ * it. */
+#define TILE_LOAD(T, FROM, STRIDE)                                                                 \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #T::"r"(FROM), "r"((int64_t)(STRIDE)) : "memory")
-#define TILE_STORE(T, TO, STRIDE)                                                                            \
-    __asm__ volatile("tilestored %%tmm" #T ", (%0,%1,1)" ::"r"(TO), "r"((int64_t)(STRIDE)) : "memory")
+#define TILE_STORE(T, TO, STRIDE)                                                                  \
+    __asm__ volatile("tilestored %%tmm" #T ", (%0,%1,1)" ::"r"(TO), "r"((int64_t)(STRIDE))         \
+                     : "memory")
 #define TILE_ZERO(T) __asm__ volatile("tilezero %%tmm" #T::)
 #define TILE_DOT(C, A, B) __asm__ volatile("tdpbssd %%tmm" #B ", %%tmm" #A ", %%tmm" #C::)
 
@@ -99,7 +106,8 @@ static void configure(int tile_rows, int depth) {
     __asm__ volatile("ldtilecfg %0" ::"m"(c));
 }
 
-/* Rows of A side by side for every depth of k; what lies past the last row or the last k is zero. */
+/* Rows of A side by side for every depth of k; what lies past the last row or the last k is zero.
+ */
 static void pack_rows(const gemm *g, int num_rows, int padded_rows) {
     const int k = g->w->padded_in;
     for (int i = 0; i < num_rows; i++) {
@@ -107,7 +115,8 @@ static void pack_rows(const gemm *g, int num_rows, int padded_rows) {
         uint8_t *to = g->packed + (int64_t)i * g->depth;
         int at = 0;
         if (g->depth == 64)
-            for (; at + 64 <= k; at += 64, to += g->packed_step) _mm512_store_si512(to, VI_LOAD(from + at));
+            for (; at + 64 <= k; at += 64, to += g->packed_step)
+                _mm512_store_si512(to, VI_LOAD(from + at));
         for (; at < k; at += 32, to += g->packed_step) {
             _mm256_store_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)(from + at)));
             if (g->depth == 64) _mm256_store_si256((__m256i *)(to + 32), _mm256_setzero_si256());
@@ -124,10 +133,12 @@ INLINE __m512 weight_scale(const ktk_matrix *w, const uint8_t *panel, int group)
     return VF_BITS(VI_SLL32(VI_BF16(panel + 32 * (int64_t)group), 16));
 }
 
-/* Signed codes and the fine scales of one fine group, for a pair of panels, as group `place` of its step. */
+/* Signed codes and the fine scales of one fine group, for a pair of panels, as group `place` of its
+ * step. */
 static void unpack_group(const gemm *g, int panel, int group, int place, float *scales) {
     const ktk_matrix *w = g->w;
-    const int begin = group * g->fine, k = w->padded_in - begin < g->fine ? w->padded_in - begin : g->fine;
+    const int begin = group * g->fine,
+              k = w->padded_in - begin < g->fine ? w->padded_in - begin : g->fine;
     for (int p = 0; p < 2 && panel + p < g->num_panels; p++) {
         const uint8_t *from = g->panels + (panel + p) * w->panel_bytes;
         uint8_t *to = g->b->codes[place][p];
@@ -147,21 +158,23 @@ static void unpack_group(const gemm *g, int panel, int group, int place, float *
             for (int i = 0; i < 256; i += 64) {
                 VI v = VI_LOAD(from + i);
                 _mm512_store_si512(to + 2 * i, _mm512_sub_epi8(VI_AND(v, mask), zero));
-                _mm512_store_si512(to + 2 * i + 64, _mm512_sub_epi8(VI_AND(VI_SRL16(v, 4), mask), zero));
+                _mm512_store_si512(to + 2 * i + 64,
+                                   _mm512_sub_epi8(VI_AND(VI_SRL16(v, 4), mask), zero));
             }
         }
     }
 }
 
-/* Sums of fine group `place` of a step, through the tiles to memory: [panel][row][16]. Codes past a group that
- * ends within a depth are left over from before; A is zero there. */
+/* Sums of fine group `place` of a step, through the tiles to memory: [panel][row][16]. Codes past a
+ * group that ends within a depth are left over from before; A is zero there. */
 static void multiply_group(const gemm *g, const step *s, int place) {
     const int depth = g->depth, tile_rows = g->tile_rows, two_panels = s->num_panels == 2;
     const int two_tiles = s->num_rows > tile_rows;
     const int begin = (s->group + place) * g->fine;
     const int left = g->w->padded_in - begin, k = left < g->fine ? left : g->fine;
     const int64_t packed_step = g->packed_step, tile_bytes = (int64_t)tile_rows * depth;
-    const uint8_t *a = g->packed + (begin >> g->depth_shift) * packed_step + (int64_t)s->first_row * depth;
+    const uint8_t *a =
+        g->packed + (begin >> g->depth_shift) * packed_step + (int64_t)s->first_row * depth;
     const uint8_t *b = g->b->codes[place][0];
     int32_t *to = (int32_t *)s->sums + place * GROUP_SUMS;
     TILE_ZERO(0);
@@ -192,19 +205,20 @@ static void multiply_group(const gemm *g, const step *s, int place) {
 
 enum { READ_ROWS = 8 };
 
-/* inner += sum * fine scale, for `run` fine groups from the step's group u on. Array sizes are constants: with
- * [MR] they would be variable to the compiler, which then leaves them in memory. */
-INLINE void add_groups(const int MR, const int NP, const int WEIGHT_IS_FINE, const int run, const gemm *g,
-                       const step *s, int i, int u, VF inner[2][READ_ROWS]) {
+/* inner += sum * fine scale, for `run` fine groups from the step's group u on. Array sizes are
+ * constants: with [MR] they would be variable to the compiler, which then leaves them in memory. */
+INLINE void add_groups(const int MR, const int NP, const int WEIGHT_IS_FINE, const int run,
+                       const gemm *g, const step *s, int i, int u, VF inner[2][READ_ROWS]) {
     const int32_t *sums = s->sums + u * GROUP_SUMS + i * KTK_PANEL;
     const float *const *a_scales = g->b->a_scales + s->first_row + i;
-    /* Hides where both come from, so that what they point at is loaded where it is used: hoisted out of the
-     * branches around this, it does not fit the registers. */
+    /* Hides where both come from, so that what they point at is loaded where it is used: hoisted
+     * out of the branches around this, it does not fit the registers. */
     __asm__ volatile("" : "+r"(a_scales), "+r"(sums));
     VF scale[STEP_GROUPS][2];
     for (int v = 0; v < run; v++) UNROLL
     for (int p = 0; p < NP; p++)
-        scale[v][p] = WEIGHT_IS_FINE ? VF_LOAD(s->scales + (2 * (u + v) + p) * KTK_PANEL) : VF_ZERO();
+        scale[v][p] =
+            WEIGHT_IS_FINE ? VF_LOAD(s->scales + (2 * (u + v) + p) * KTK_PANEL) : VF_ZERO();
     UNROLL
     for (int m = 0; m < MR; m++) {
         const float *a_scale = WEIGHT_IS_FINE ? NULL : a_scales[m] + s->group + u;
@@ -220,9 +234,10 @@ INLINE void add_groups(const int MR, const int NP, const int WEIGHT_IS_FINE, con
     }
 }
 
-/* y += inner * coarse scale, in memory: with y in registers too, eight rows of inner would not fit. */
-INLINE void add_inner(const int MR, const int NP, const int WEIGHT_IS_FINE, const gemm *g, const step *s,
-                      int i, int coarse, VF inner[2][READ_ROWS]) {
+/* y += inner * coarse scale, in memory: with y in registers too, eight rows of inner would not fit.
+ */
+INLINE void add_inner(const int MR, const int NP, const int WEIGHT_IS_FINE, const gemm *g,
+                      const step *s, int i, int coarse, VF inner[2][READ_ROWS]) {
     const float *const *a_scales = g->b->a_scales + s->first_row + i;
     float *y = g->b->y[s->first_row + i];
     VF scale[2] = {VF_ZERO(), VF_ZERO()};
@@ -242,8 +257,8 @@ INLINE void add_inner(const int MR, const int NP, const int WEIGHT_IS_FINE, cons
 }
 
 /* MR rows from row i of a step, NP panels. */
-INLINE void read_rows(const int MR, const int NP, const int WEIGHT_IS_FINE, const gemm *g, const step *s,
-                      int i) {
+INLINE void read_rows(const int MR, const int NP, const int WEIGHT_IS_FINE, const gemm *g,
+                      const step *s, int i) {
     float *const kept = g->b->inner[s->first_row + i];
     VF inner[2][READ_ROWS];
     UNROLL
@@ -268,11 +283,11 @@ INLINE void read_rows(const int MR, const int NP, const int WEIGHT_IS_FINE, cons
 }
 
 /* Eight rows of two panels: 16 chains of FMAs, and half the registers left for what they need. */
-#define READ_ALL(NP, FINE)                                                                                   \
-    static void read_##NP##_##FINE(const gemm *g, const step *s, int i, int end) {                           \
-        for (; i + 8 <= end; i += 8) read_rows(8, NP, FINE, g, s, i);                                        \
-        for (; i + 2 <= end; i += 2) read_rows(2, NP, FINE, g, s, i);                                        \
-        for (; i < end; i++) read_rows(1, NP, FINE, g, s, i);                                                \
+#define READ_ALL(NP, FINE)                                                                         \
+    static void read_##NP##_##FINE(const gemm *g, const step *s, int i, int end) {                 \
+        for (; i + 8 <= end; i += 8) read_rows(8, NP, FINE, g, s, i);                              \
+        for (; i + 2 <= end; i += 2) read_rows(2, NP, FINE, g, s, i);                              \
+        for (; i < end; i++) read_rows(1, NP, FINE, g, s, i);                                      \
     }
 READ_ALL(1, 0)
 READ_ALL(1, 1)
@@ -333,7 +348,8 @@ static void gemm_tiles(const ktk_gemm_args *args) {
 
     int steps = 0, parity = 0;
     step made[2] = {{0}}, *s = &made[0], *last = &made[1]; /* last: made, not yet read */
-    for (int u = 0; u < STEP_GROUPS && u < g.num_fine; u++) unpack_group(&g, 0, u, u, g.b->scales[0]);
+    for (int u = 0; u < STEP_GROUPS && u < g.num_fine; u++)
+        unpack_group(&g, 0, u, u, g.b->scales[0]);
     for (int panel = 0; panel < num_panels; panel += 2)
         for (int group = 0; group < g.num_fine; group += STEP_GROUPS, steps++) {
             int next_panel = panel, next_group = group + STEP_GROUPS;
@@ -363,8 +379,9 @@ static void gemm_tiles(const ktk_gemm_args *args) {
     __asm__ volatile("tilerelease" ::);
 }
 
-/* By counted instructions tiles are ahead from 4 rows with groups of 128 k, from 7 with groups of 32; the whole tile of 8
- * rows stays in gemm.c, where the count is close and needs no model of a CPU nobody measured. */
+/* By counted instructions tiles are ahead from 4 rows with groups of 128 k, from 7 with groups of
+ * 32; the whole tile of 8 rows stays in gemm.c, where the count is close and needs no model of a
+ * CPU nobody measured. */
 enum { TILE_MIN_ROWS = 9 };
 ktk_gemm_fn ktk_gemm_int4_avx512vnni, ktk_gemm_int8_avx512vnni;
 
@@ -376,12 +393,12 @@ void ktk_gemm_int8_amx(const ktk_gemm_args *args) {
     (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_int8_avx512vnni)(args);
 }
 
-#define GEMM(NAME)                                                                                           \
-    {.run = NAME,                                                                                            \
-     .isa = "amx",                                                                                           \
-     .codes_kind = KTK_CODES_I8,                                                                             \
-     .fewest_rows = MAX_ROWS,                                                                                \
-     .most_rows = MAX_ROWS,                                                                                  \
+#define GEMM(NAME)                                                                                 \
+    {.run = NAME,                                                                                  \
+     .isa = "amx",                                                                                 \
+     .codes_kind = KTK_CODES_I8,                                                                   \
+     .fewest_rows = MAX_ROWS,                                                                      \
+     .most_rows = MAX_ROWS,                                                                        \
      .work = {WORK_FIXED, 0, 128}}
 const ktk_kernels ktk_tiles_amx = {
     .name = "amx",

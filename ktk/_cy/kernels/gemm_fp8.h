@@ -1,14 +1,18 @@
-/* fp8: e4m3 codes [K][16], and before them one fp32 scale a panel for each group_size k; activations as they are.
+/* fp8: e4m3 codes [K][16], and before them one fp32 scale a panel for each group_size k;
+ * activations as they are.
  *
- * inner = fma(a[k], code, inner) for k of a group in order, from +0; y = fma(inner, scale, y) (ktk/reference/linear.py).
+ * inner = fma(a[k], code, inner) for k of a group in order, from +0; y = fma(inner, scale, y)
+ * (ktk/reference/linear.py).
  *
- * A code's low seven bits are the exponent and mantissa of a half whose exponent is 8 smaller: shifted by seven they become
- * fp16, denormals too, and VCVTPH2PS then 256 is exact. Sixteen weights: one load, four integer operations, two (AVX2) or one
- * (AVX-512) conversions and products. Registers, 256 bit: 8 sums, 2 weights, an activation, 3 constants. Included by gemm.c. */
+ * A code's low seven bits are the exponent and mantissa of a half whose exponent is 8 smaller:
+ * shifted by seven they become fp16, denormals too, and VCVTPH2PS then 256 is exact. Sixteen
+ * weights: one load, four integer operations, two (AVX2) or one (AVX-512) conversions and products.
+ * Registers, 256 bit: 8 sums, 2 weights, an activation, 3 constants. Included by gemm.c. */
 INLINE void fp8_weights(const uint8_t *codes, VF w[PV]) {
     const __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes));
     const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(c, 7), _mm256_set1_epi16(0x3f80));
-    const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(c, 8), _mm256_set1_epi16((short)0x8000));
+    const __m256i sign =
+        _mm256_and_si256(_mm256_slli_epi16(c, 8), _mm256_set1_epi16((short)0x8000));
     const __m256i half = _mm256_or_si256(magnitude, sign);
 #ifdef __AVX512F__
     w[0] = VF_MUL(VF_HALF(half), VF_SET(256.0f));
@@ -18,8 +22,8 @@ INLINE void fp8_weights(const uint8_t *codes, VF w[PV]) {
 #endif
 }
 
-INLINE void tile_fp8(const int MR, const int NP, const ktk_matrix *w, const uint8_t *panel, const ktk_rows *rows,
-                     const int32_t *index, float *out, int64_t out_stride) {
+INLINE void tile_fp8(const int MR, const int NP, const ktk_matrix *w, const uint8_t *panel,
+                     const ktk_rows *rows, const int32_t *index, float *out, int64_t out_stride) {
     const float *a[8];
     UNROLL
     for (int m = 0; m < MR; m++) a[m] = (const float *)(rows->codes + index[m] * rows->code_stride);
@@ -33,7 +37,8 @@ INLINE void tile_fp8(const int MR, const int NP, const ktk_matrix *w, const uint
         for (; k < end; k++) UNROLL
         for (int p = 0; p < NP; p++) {
             VF weights[PV];
-            fp8_weights(panel + p * w->panel_bytes + w->code_offset + (int64_t)k * KTK_PANEL, weights);
+            fp8_weights(panel + p * w->panel_bytes + w->code_offset + (int64_t)k * KTK_PANEL,
+                        weights);
             UNROLL
             for (int m = 0; m < MR; m++) {
                 const VF x = VF_SET(a[m][k]);
@@ -56,7 +61,8 @@ INLINE void tile_fp8(const int MR, const int NP, const ktk_matrix *w, const uint
 
 #define FP8_ROWS(MR, NP)                                                                           \
     for (; i + MR <= g->num_rows; i += MR)                                                         \
-        tile_fp8(MR, NP, g->w, panel, g->a, g->rows + i, g->out + i * g->out_stride + p * KTK_PANEL, g->out_stride);
+        tile_fp8(MR, NP, g->w, panel, g->a, g->rows + i,                                           \
+                 g->out + i * g->out_stride + p * KTK_PANEL, g->out_stride);
 
 void CAT(ktk_gemm_fp8_, KTK_ISA)(const ktk_gemm_args *g) {
     int p = 0;

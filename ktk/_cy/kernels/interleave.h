@@ -4,10 +4,11 @@
 
 #include "vec.h"
 
-/* out[k][m] = in[m][k], units of four bytes; in: row m at in + index[m] * stride. Four rows by four units at a time, the
- * last rows first: what is too much in them is then written over. Up to 12 * num_rows + 12 bytes past the end are touched. */
-INLINE void interleave(const uint8_t *in, int64_t stride, const int32_t *index, int num_rows, int num_units,
-                       uint8_t *out) {
+/* out[k][m] = in[m][k], units of four bytes; in: row m at in + index[m] * stride. Four rows by four
+ * units at a time, the last rows first: what is too much in them is then written over. Up to 12 *
+ * num_rows + 12 bytes past the end are touched. */
+INLINE void interleave(const uint8_t *in, int64_t stride, const int32_t *index, int num_rows,
+                       int num_units, uint8_t *out) {
     for (int m = (num_rows - 1) / 4 * 4; m >= 0; m -= 4) {
         const uint8_t *r[4];
         for (int i = 0; i < 4; i++) r[i] = in + index[m + i < num_rows ? m + i : m] * stride;

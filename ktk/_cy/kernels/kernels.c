@@ -1,14 +1,16 @@
-/* The table of kernels: a row a level, filled from the lowest up. A level has what its own sources give it, and
- * of the level below it the rest. */
+/* The table of kernels: a row a level, filled from the lowest up. A level has what its own sources
+ * give it, and of the level below it the rest. */
 #include <pthread.h>
 #include <stddef.h>
 #include <string.h>
 
 #include "ktk.h"
 
-/* From gemm.c, gemm_amx.c and vendor/llamafile/kernels.c, each compiled for the level it is named for. */
+/* From gemm.c, gemm_amx.c and vendor/llamafile/kernels.c, each compiled for the level it is named
+ * for. */
 extern const ktk_kernels ktk_panels_avx2, ktk_panels_avx512, ktk_panels_avx512vnni, ktk_tiles_amx;
-extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni, lf_blocks_avx512bf16;
+extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni,
+    lf_blocks_avx512bf16;
 
 /* Slowest level first, as ktk/_cy/isa.py and ktk.machine.cpu.ISA_LEVELS have them. */
 static const ktk_kernels *const SOURCES[] = {
@@ -23,8 +25,8 @@ static ktk_kernels levels[NUM_SOURCES];
 static int num_levels;
 
 #define COUNT(NAME) +1
-_Static_assert(sizeof(ktk_kernels) ==
-                   offsetof(ktk_kernels, quantise) + (0 KTK_FUNCTIONS(COUNT)) * sizeof(void (*)(void)),
+_Static_assert(sizeof(ktk_kernels) == offsetof(ktk_kernels, quantise) +
+                                          (0 KTK_FUNCTIONS(COUNT)) * sizeof(void (*)(void)),
                "KTK_FUNCTIONS names every function");
 
 static void take(ktk_kernels *level, const ktk_kernels *from) {
@@ -32,7 +34,7 @@ static void take(ktk_kernels *level, const ktk_kernels *from) {
     if (from->tasks.up_panels) level->tasks = from->tasks;
     for (int f = 0; f < KTK_NUM_FORMATS; f++)
         if (from->gemm[f].run) level->gemm[f] = from->gemm[f];
-#define TAKE(NAME)                                                                                           \
+#define TAKE(NAME)                                                                                 \
     if (from->NAME) level->NAME = from->NAME;
     KTK_FUNCTIONS(TAKE)
 #undef TAKE
@@ -65,5 +67,6 @@ void ktk_use_kernels(ktk_matrix *m, const ktk_kernels *kernels) {
                   : rows < gemm->fewest_rows ? gemm->fewest_rows
                                              : rows;
     m->work_bytes =
-        gemm->work.fixed + m->max_rows * (gemm->work.row + m->padded_in / 32 * (int64_t)gemm->work.row_32k);
+        gemm->work.fixed +
+        m->max_rows * (gemm->work.row + m->padded_in / 32 * (int64_t)gemm->work.row_32k);
 }

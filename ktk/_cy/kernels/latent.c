@@ -1,11 +1,11 @@
-/* Attention of rows over pages of latents, absorbed: one key and value for all heads, latent_dim wide.
+/* Attention of rows over pages of latents, absorbed: one key and value for all heads, latent_dim
+ * wide.
  *
  *   q_a, latent   inputs of the branch; norm of q_a's output, q
- *   a row         norm, rotation; the latent to its page of keys, the keys' rotated part to its page of values
- *   absorb        a product a head: queries become latent_dim wide
- *   attend        scores over latent and rotated part, sums of latents
- *   expand        a product a head: sums become values
- *   o             one run */
+ *   a row         norm, rotation; the latent to its page of keys, the keys' rotated part to its
+ * page of values absorb        a product a head: queries become latent_dim wide attend scores over
+ * latent and rotated part, sums of latents expand        a product a head: sums become values o one
+ * run */
 #include "component.h"
 
 static int query_dim(const ktk_latent_attention *l) { return l->nope_dim + l->rotary.dim; }
@@ -81,13 +81,15 @@ static void run_latent_attention(component *c, float *out) {
     ktk_add_rows(c->s, &c->output, out);
 }
 
-/* A matrix of all heads' outputs as a product a head, of rows and into y of its own: y (rows, heads, step floats). */
+/* A matrix of all heads' outputs as a product a head, of rows and into y of its own: y (rows,
+ * heads, step floats). */
 static product *products_of_heads(component *c, arena *a, const ktk_dense *m, float *y, int step) {
     crew *crew = &c->s->crew;
-    const int heads = ((const ktk_latent_attention *)c->part)->num_heads, panels = m->w.num_panels / heads;
+    const int heads = ((const ktk_latent_attention *)c->part)->num_heads,
+              panels = m->w.num_panels / heads;
     product *products = take(a, (int64_t)sizeof(product) * heads);
-    product of_all = ktk_lay_out_product_into(crew, a, m, heads * crew->num_rows, KTK_DTYPE_F32, NULL,
-                                              (int64_t)heads * step);
+    product of_all = ktk_lay_out_product_into(crew, a, m, heads * crew->num_rows, KTK_DTYPE_F32,
+                                              NULL, (int64_t)heads * step);
     for (int h = 0; a->base && h < heads; h++) {
         product *p = &products[h];
         const int64_t first = h * crew->num_rows;

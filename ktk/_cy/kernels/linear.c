@@ -1,9 +1,11 @@
 /* y = x W^T + bias: dense matrices over the same rows, for the linear layers around the experts.
  *
  *   quantise  rows of x; few of them by the caller, which then saves a run of the pool
- *   multiply  columns x up to max_rows rows; columns outside, so that rows of a large batch meet their panels in L2
+ *   multiply  columns x up to max_rows rows; columns outside, so that rows of a large batch meet
+ * their panels in L2
  *
- * Every output element is computed by the same chain of operations whatever the batch, the tasks and the threads. */
+ * Every output element is computed by the same chain of operations whatever the batch, the tasks
+ * and the threads. */
 #include "products.h"
 
 /* Panels of a task, most and least; tasks for each thread below which they get narrower. */
@@ -27,12 +29,13 @@ void ktk_lay_out_crew(crew *c, arena *a) {
 }
 
 static int have_one_form(const ktk_matrix *a, const ktk_matrix *b) {
-    return a->padded_in == b->padded_in && a->codes_kind == b->codes_kind && a->zero_point == b->zero_point &&
-           a->activation_group == b->activation_group && a->fine_group == b->fine_group;
+    return a->padded_in == b->padded_in && a->codes_kind == b->codes_kind &&
+           a->zero_point == b->zero_point && a->activation_group == b->activation_group &&
+           a->fine_group == b->fine_group;
 }
 
-product ktk_lay_out_product_into(crew *c, arena *a, const ktk_dense *m, int64_t num_rows, int dtype, void *y,
-                                 int64_t stride) {
+product ktk_lay_out_product_into(crew *c, arena *a, const ktk_dense *m, int64_t num_rows, int dtype,
+                                 void *y, int64_t stride) {
     ktk_want_floats(c, max_int(m->w.padded_in, m->w.max_rows * PANELS * KTK_PANEL));
     ktk_want_work(c, m->w.work_bytes);
     return (product){.w = &m->w,
@@ -50,7 +53,8 @@ product ktk_lay_out_product_into(crew *c, arena *a, const ktk_dense *m, int64_t 
 product ktk_lay_out_product(crew *c, arena *a, const ktk_dense *m, const product *shared) {
     const int columns = m->w.num_panels * KTK_PANEL;
     const int is_shared = shared && have_one_form(shared->w, &m->w);
-    product p = ktk_lay_out_product_into(c, a, m, is_shared ? 0 : c->num_rows, KTK_DTYPE_F32, NULL, columns);
+    product p = ktk_lay_out_product_into(c, a, m, is_shared ? 0 : c->num_rows, KTK_DTYPE_F32, NULL,
+                                         columns);
     if (is_shared) p.rows = shared->rows;
     p.columns = columns;
     p.y = take(a, 4 * c->num_rows * columns);
@@ -102,8 +106,8 @@ static piece piece_of(const multiplication *m, int64_t task) {
     task -= p->first_task;
     const int64_t blocks = row_blocks(m->crew, p), block = task % blocks, rows = m->crew->num_rows;
     const int panel = (int)(task / blocks) * m->panels_of_task;
-    return (piece){p, panel, min_int(m->panels_of_task, p->num_panels - panel), rows * block / blocks,
-                   rows * (block + 1) / blocks};
+    return (piece){p, panel, min_int(m->panels_of_task, p->num_panels - panel),
+                   rows * block / blocks, rows * (block + 1) / blocks};
 }
 
 static void multiply_task(void *context, int64_t index, int thread) {
@@ -123,8 +127,8 @@ static void multiply_task(void *context, int64_t index, int thread) {
     float *v = is_direct ? (float *)y : float_buffer(c, thread);
     const int64_t stride = is_direct ? p->stride : t.panels * KTK_PANEL;
     const uint8_t *panels = p->panels + t.panel * p->w->panel_bytes;
-    p->w->gemm(&(ktk_gemm_args){p->w, panels, t.panels, &p->rows, c->row_index + t.first, count, v, stride,
-                                next, work_buffer(c, thread)});
+    p->w->gemm(&(ktk_gemm_args){p->w, panels, t.panels, &p->rows, c->row_index + t.first, count, v,
+                                stride, next, work_buffer(c, thread)});
     for (int i = 0; i < count; i++, y += p->stride * size) {
         if (p->bias) c->kernels->add(v + i * stride, p->bias + column, n);
         if (!is_direct) c->kernels->store(p->dtype, v + i * stride, n, y);
@@ -186,11 +190,13 @@ static void quantise_row(void *context, int64_t row, int thread) {
     ktk_put(&l->crew, &l->product, 1, row, x);
 }
 
-int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_rows,
-                       int dtype, const void *x, void *y) {
+int ktk_linear_forward(const ktk_dense *m, const ktk_kernels *kernels, ktk_pool *pool,
+                       int64_t num_rows, int dtype, const void *x, void *y) {
     linear l = {.dtype = dtype, .x = x};
-    l.crew = (crew){
-        .kernels = kernels, .pool = pool, .num_threads = ktk_pool_num_threads(pool), .num_rows = num_rows};
+    l.crew = (crew){.kernels = kernels,
+                    .pool = pool,
+                    .num_threads = ktk_pool_num_threads(pool),
+                    .num_rows = num_rows};
     ktk_pool_lock(pool);
     int status = 0;
     arena a = {0};

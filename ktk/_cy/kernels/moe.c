@@ -6,21 +6,27 @@
  *   down      expert x up to 64 rows x columns; bias                               -> y rows, fp32
  *   combine   tokens x columns: out = sum over slots, in top-k order, of weight * y; cast once
  *
- * A task waits until a counter is down to zero and lowers another when done: gate|up waits for the tokens, down for
- * its expert's gate|up, combine for its columns' down. Every list (one a NUMA part) has them in this order and a thread
- * of its own, so what a task waits for is done or being done: no barrier, no deadlock. Down goes column block by
- * column block, and combine follows one block behind: y is two blocks of columns, not all of them.
+ * A task waits until a counter is down to zero and lowers another when done: gate|up waits for the
+ * tokens, down for its expert's gate|up, combine for its columns' down. Every list (one a NUMA
+ * part) has them in this order and a thread of its own, so what a task waits for is done or being
+ * done: no barrier, no deadlock. Down goes column block by column block, and combine follows one
+ * block behind: y is two blocks of columns, not all of them.
  *
- * Every output element is computed by the same chain of operations whatever the batch, the tasks and
- * the threads. */
+ * Every output element is computed by the same chain of operations whatever the batch, the tasks
+ * and the threads. */
 #include <string.h>
 
 #include "moe.h"
 
 /* Tasks for each thread below which they get narrower than the level's table says. */
 enum { TASKS_PER_THREAD = 16 };
-enum { COMBINE_TOKENS = 64, QUANTISE_TOKENS = 16, UP_STEP = 128 /* every activation group divides it */ };
-/* Pairs in one go: two blocks of y are then at most 64 MiB a part. MAX_WHOLE_Y: bytes up to which y is kept whole. */
+enum {
+    COMBINE_TOKENS = 64,
+    QUANTISE_TOKENS = 16,
+    UP_STEP = 128 /* every activation group divides it */
+};
+/* Pairs in one go: two blocks of y are then at most 64 MiB a part. MAX_WHOLE_Y: bytes up to which y
+ * is kept whole. */
 enum { MAX_PAIRS = 8192, MAX_WHOLE_Y = 4 << 20 };
 /* Rows of each expert, in token order. */
 static void group_pairs(operation *op, const uint8_t *skip) {
@@ -56,7 +62,8 @@ static void put_task(operation *op, task t) {
 static void put_quantise(operation *op, int part, int num_parts) {
     int64_t n = op->num_tokens / ((int64_t)op->num_threads * 4);
     int size = n < 1 ? 1 : n < QUANTISE_TOKENS ? (int)n : QUANTISE_TOKENS;
-    int64_t begin = op->num_tokens * part / num_parts, end = op->num_tokens * (part + 1) / num_parts;
+    int64_t begin = op->num_tokens * part / num_parts,
+            end = op->num_tokens * (part + 1) / num_parts;
     for (int64_t i = begin; i < end; i += size)
         put_task(op, (task){.run = ktk_quantise_task,
                             .first = (int32_t)i,
@@ -65,9 +72,12 @@ static void put_quantise(operation *op, int part, int num_parts) {
 }
 
 /* Calls that so many rows of an expert take. */
-static int row_blocks(const operation *op, int rows) { return (rows + op->max_rows - 1) / op->max_rows; }
+static int row_blocks(const operation *op, int rows) {
+    return (rows + op->max_rows - 1) / op->max_rows;
+}
 
-/* The expert part of the list: t for every expert's rows and every `width` panels of [panel, end). */
+/* The expert part of the list: t for every expert's rows and every `width` panels of [panel, end).
+ */
 static void put_experts(operation *op, task t, int panel, int end, int width) {
     for (t.expert = 0; t.expert < op->layer->num_experts; t.expert++) {
         if (t.run == ktk_down_task) t.wait = FIRST_EXPERT + t.expert;
@@ -77,7 +87,8 @@ static void put_experts(operation *op, task t, int panel, int end, int width) {
         for (int b = 0; b < blocks; b++) { /* of nearly equal height */
             const int rows = last - op->first_row[t.expert];
             t.first = op->first_row[t.expert] + (int32_t)((int64_t)rows * b / blocks);
-            t.count = op->first_row[t.expert] + (int32_t)((int64_t)rows * (b + 1) / blocks) - t.first;
+            t.count =
+                op->first_row[t.expert] + (int32_t)((int64_t)rows * (b + 1) / blocks) - t.first;
             for (t.panel = panel; t.panel < end; t.panel += width) {
                 t.panels = min_int(width, end - t.panel);
                 put_task(op, t);
@@ -107,8 +118,8 @@ static void put_part(operation *op, int p) {
     }
     const int down = FIRST_EXPERT + layer->num_experts + first_block, combine = down + all_blocks;
     put_quantise(op, p, layer->num_parts);
-    put_experts(op, (task){.run = ktk_gate_up_task, .part = p, .wait = TOKENS}, 0, num_up_panels(layer, part),
-                op->up_columns / KTK_PANEL);
+    put_experts(op, (task){.run = ktk_gate_up_task, .part = p, .wait = TOKENS}, 0,
+                num_up_panels(layer, part), op->up_columns / KTK_PANEL);
     for (int b = 0; b <= blocks; b++) {
         if (b < blocks) {
             task t = {.run = ktk_down_task,
@@ -165,9 +176,9 @@ static int64_t max_int64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static void take_thread_buffers(arena *a, operation *op) {
     const ktk_layer *layer = op->layer;
-    int64_t floats =
-        max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
-                2 * op->max_rows * op->kernels->tasks.up_panels * KTK_PANEL); /* gate and up of a task */
+    int64_t floats = max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
+                             /* gate and up of a task */
+                             2 * op->max_rows * op->kernels->tasks.up_panels * KTK_PANEL);
     int64_t work = max_int64(layer->gate_up.work_bytes, layer->down.work_bytes);
     if (up_is_apart(layer)) work = max_int64(work, layer->up.work_bytes);
     op->work_offset = round_up(4 * floats, 64);
@@ -206,12 +217,13 @@ static void lay_out_chunk(operation *op, arena *a) {
     for (int p = 0; p < layer->num_parts; p++) {
         int blocks = num_blocks(&layer->parts[p], least_columns);
         most_blocks += blocks;
-        if (y_columns < (int64_t)blocks * least_columns) y_columns = (int64_t)blocks * least_columns;
+        if (y_columns < (int64_t)blocks * least_columns)
+            y_columns = (int64_t)blocks * least_columns;
     }
     int is_whole = 4 * pairs * y_columns <= MAX_WHOLE_Y;
     if (!is_whole || y_columns < 2 * most_columns) y_columns = 2 * most_columns;
-    int64_t most_tasks =
-        most_row_blocks(op, pairs) * (most_blocks + layer->down.padded_in / UP_STEP + layer->num_parts);
+    int64_t most_tasks = most_row_blocks(op, pairs) *
+                         (most_blocks + layer->down.padded_in / UP_STEP + layer->num_parts);
     most_tasks += op->num_tokens + (op->num_tokens / COMBINE_TOKENS + 1) * most_blocks;
     op->y_columns = y_columns;
     take_groups(a, op, pairs);
@@ -253,10 +265,12 @@ int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels
     return counted.used;
 }
 
-int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
-                int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
-                const uint8_t *skip, const float *add, void *out, void *scratch) {
-    const int64_t chunk = tokens_of_chunk(top_k), row_bytes = layer->hidden_size * dtype_bytes(dtype);
+int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                int64_t num_tokens, int top_k, int dtype, const void *hidden, const int64_t *ids,
+                const float *weights, const uint8_t *skip, const float *add, void *out,
+                void *scratch) {
+    const int64_t chunk = tokens_of_chunk(top_k),
+                  row_bytes = layer->hidden_size * dtype_bytes(dtype);
     ktk_lock_to_read(layer);
     const int status = ktk_has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
     for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
@@ -280,16 +294,17 @@ int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *po
     return status;
 }
 
-int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
-                    int top_k, int dtype, const void *hidden, const int64_t *ids, const float *weights,
-                    const uint8_t *skip, const float *add, void *out) {
+int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                    int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                    const int64_t *ids, const float *weights, const uint8_t *skip, const float *add,
+                    void *out) {
     int status = KTK_NO_MEMORY;
     ktk_pool_lock(pool);
     void *scratch = ktk_pool_scratch(
         pool, ktk_moe_scratch_bytes(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k));
     if (scratch)
-        status = ktk_moe_run(layer, kernels, pool, num_tokens, top_k, dtype, hidden, ids, weights, skip, add,
-                             out, scratch);
+        status = ktk_moe_run(layer, kernels, pool, num_tokens, top_k, dtype, hidden, ids, weights,
+                             skip, add, out, scratch);
     ktk_pool_unlock(pool);
     return status;
 }
@@ -308,7 +323,8 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
                     .ids = ids,
                     .is_down = is_down,
                     .linear_out = y};
-    int64_t most = most_row_blocks(&op, num_rows) * (w->num_panels * KTK_PANEL / UP_STEP + layer->num_parts);
+    int64_t most =
+        most_row_blocks(&op, num_rows) * (w->num_panels * KTK_PANEL / UP_STEP + layer->num_parts);
     arena a = {0};
     ktk_pool_lock(pool);
     ktk_lock_to_read(layer);
@@ -330,7 +346,8 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
             const ktk_part *part = &layer->parts[p];
             op.list_begin[p] = op.num_tasks;
             put_quantise(&op, p, layer->num_parts);
-            put_experts(&op, (task){.run = ktk_linear_task, .part = p, .wait = TOKENS, .lower = LAST}, 0,
+            put_experts(&op,
+                        (task){.run = ktk_linear_task, .part = p, .wait = TOKENS, .lower = LAST}, 0,
                         is_down ? part->num_down_panels : part->num_up_panels, UP_STEP / KTK_PANEL);
         }
         op.list_begin[layer->num_parts] = op.num_tasks;

@@ -17,7 +17,8 @@ typedef struct {
     int32_t buffer;                /* of y */
 } task;
 
-/* Counters: nobody lowers NONE and nobody waits for LAST; one per expert and two per column block follow. */
+/* Counters: nobody lowers NONE and nobody waits for LAST; one per expert and two per column block
+ * follow. */
 enum { NONE, LAST, TOKENS, FIRST_EXPERT };
 
 struct operation {
@@ -52,7 +53,9 @@ static inline int up_is_apart(const ktk_layer *layer) { return layer->parts[0].u
 static inline int up_has_own_rows(const ktk_layer *layer) {
     return up_is_apart(layer) && layer->up.codes_kind != layer->gate_up.codes_kind;
 }
-static inline int num_projections(const ktk_layer *layer) { return layer->activation.has_gate ? 2 : 1; }
+static inline int num_projections(const ktk_layer *layer) {
+    return layer->activation.has_gate ? 2 : 1;
+}
 
 /* Kinds of tasks; index: into op->tasks. */
 typedef void task_fn(operation *op, int64_t index, int thread);
@@ -60,7 +63,8 @@ task_fn ktk_quantise_task, ktk_gate_up_task, ktk_down_task, ktk_combine_task, kt
 /* A task of any kind, once what it waits for is done: what the pool runs. */
 void ktk_run_task(void *operation, int64_t index, int thread);
 
-/* Whether every expert that ids (num_ids) choose is there; call with the layer's lock (addresses.c). */
+/* Whether every expert that ids (num_ids) choose is there; call with the layer's lock
+ * (addresses.c). */
 int ktk_has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, const uint8_t *skip);
 void ktk_lock_to_read(const ktk_layer *layer);
 void ktk_unlock(const ktk_layer *layer);

@@ -4,7 +4,10 @@
 
 #include "moe.h"
 
-enum { MAX_UP_COLUMNS = KTK_MAX_UP_PANELS * KTK_PANEL, MAX_DOWN_COLUMNS = KTK_MAX_DOWN_PANELS * KTK_PANEL };
+enum {
+    MAX_UP_COLUMNS = KTK_MAX_UP_PANELS * KTK_PANEL,
+    MAX_DOWN_COLUMNS = KTK_MAX_DOWN_PANELS * KTK_PANEL
+};
 enum { SPINS = 2000 }; /* pauses before a waiting thread yields */
 
 static float *float_buffer(const operation *op, int thread) {
@@ -22,9 +25,11 @@ void ktk_quantise_task(operation *op, int64_t index, int thread) {
     int n = op->is_down ? layer->intermediate_size : layer->hidden_size;
     const ktk_matrix *w = op->is_down ? &layer->down : &layer->gate_up;
     for (int64_t token = t->first; token < t->first + t->count; token++) {
-        op->kernels->load(op->dtype, (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
+        op->kernels->load(op->dtype,
+                          (const uint8_t *)op->hidden + token * n * dtype_bytes(op->dtype), n, x);
         memset(x + n, 0, 4 * (size_t)(w->padded_in - n));
-        if (!op->is_down && up_has_own_rows(layer)) put_token(op->kernels, &layer->up, &op->x_up, token, x);
+        if (!op->is_down && up_has_own_rows(layer))
+            put_token(op->kernels, &layer->up, &op->x_up, token, x);
         put_token(op->kernels, w, &op->x, token, x);
     }
 }
@@ -50,7 +55,8 @@ static const uint8_t *panels_of(const operation *op, int64_t index) {
     return NULL;
 }
 
-/* Where gate and up columns lie: channel 16 * p + n of row i at i * stride + p * step + n. gate NULL: there is none. */
+/* Where gate and up columns lie: channel 16 * p + n of row i at i * stride + p * step + n. gate
+ * NULL: there is none. */
 typedef struct {
     const float *gate, *up;
     int stride, step;
@@ -65,18 +71,19 @@ static columns multiply_up(const operation *op, const task *t, int panels, int t
     const int n = num_projections(layer) * panels, stride = n * KTK_PANEL;
     const uint8_t *first = up_panels(op, t, 0);
     if (!up_is_apart(layer)) {
-        layer->gate_up.gemm(
-            &(ktk_gemm_args){&layer->gate_up, first, n, &op->x, rows, t->count, v, stride, next, work});
+        layer->gate_up.gemm(&(ktk_gemm_args){&layer->gate_up, first, n, &op->x, rows, t->count, v,
+                                             stride, next, work});
         if (n == panels) return (columns){NULL, v, stride, KTK_PANEL};
         return (columns){v, v + KTK_PANEL, stride, 2 * KTK_PANEL};
     }
     const uint8_t *second = up_panels(op, t, 1);
     float *up = v + panels * KTK_PANEL;
-    layer->gate_up.gemm(
-        &(ktk_gemm_args){&layer->gate_up, first, panels, &op->x, rows, t->count, v, stride, second, work});
+    layer->gate_up.gemm(&(ktk_gemm_args){&layer->gate_up, first, panels, &op->x, rows, t->count, v,
+                                         stride, second, work});
     ktk_rows x = op->x_up;
     x.are_packed = layer->up.gemm == layer->gate_up.gemm;
-    layer->up.gemm(&(ktk_gemm_args){&layer->up, second, panels, &x, rows, t->count, up, stride, next, work});
+    layer->up.gemm(
+        &(ktk_gemm_args){&layer->up, second, panels, &x, rows, t->count, up, stride, next, work});
     return (columns){v, up, stride, KTK_PANEL};
 }
 
@@ -95,13 +102,14 @@ void ktk_gate_up_task(operation *op, int64_t index, int thread) {
     int real = min_int(panels * KTK_PANEL, layer->intermediate_size - column);
     const float *gate_bias = bias_of(part->gate_bias, t, column),
                 *up_bias = bias_of(part->up_bias, t, column);
-    columns c =
-        multiply_up(op, t, panels, thread, float_buffer(op, thread), panels_of(op, index + op->num_threads));
+    columns c = multiply_up(op, t, panels, thread, float_buffer(op, thread),
+                            panels_of(op, index + op->num_threads));
     for (int i = 0; i < t->count; i++) {
         const int64_t at = (int64_t)i * c.stride;
-        op->kernels->activate(&layer->activation, c.gate ? c.gate + at : NULL, c.up + at, c.step, panels,
-                              gate_bias, up_bias, h);
-        /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must not spread. */
+        op->kernels->activate(&layer->activation, c.gate ? c.gate + at : NULL, c.up + at, c.step,
+                              panels, gate_bias, up_bias, h);
+        /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must
+         * not spread. */
         memset(h + real, 0, 4 * (size_t)(n - real));
         put_row(op->kernels, &layer->down, &op->h, t->first + i, column, h, n);
     }
@@ -117,10 +125,11 @@ void ktk_down_task(operation *op, int64_t index, int thread) {
     const ktk_part *part = &layer->parts[t->part];
     int64_t stride = t->panels * KTK_PANEL;
     float *y = y_buffer(op, t) + t->first * stride;
-    layer->down.gemm(&(ktk_gemm_args){&layer->down, panels_of(op, index), t->panels, &op->h,
-                                      op->row_index + t->first, t->count, y, stride,
-                                      panels_of(op, index + op->num_threads), work_buffer(op, thread)});
-    const float *bias = bias_of(part->down_bias, t, (part->first_down_panel + t->panel) * KTK_PANEL);
+    layer->down.gemm(&(ktk_gemm_args){
+        &layer->down, panels_of(op, index), t->panels, &op->h, op->row_index + t->first, t->count,
+        y, stride, panels_of(op, index + op->num_threads), work_buffer(op, thread)});
+    const float *bias =
+        bias_of(part->down_bias, t, (part->first_down_panel + t->panel) * KTK_PANEL);
     for (int i = 0; bias && i < t->count; i++) op->kernels->add(y + i * stride, bias, stride);
 }
 
@@ -134,7 +143,8 @@ void ktk_combine_task(operation *op, int64_t index, int thread) {
     float acc[MAX_DOWN_COLUMNS];
     for (int64_t token = t->first; token < t->first + t->count; token++) {
         const int64_t pair = token * op->top_k;
-        op->kernels->combine(y, stride, op->place + pair, op->weights + pair, op->top_k, (int)stride, acc);
+        op->kernels->combine(y, stride, op->place + pair, op->weights + pair, op->top_k,
+                             (int)stride, acc);
         int64_t at = token * hidden + column;
         if (op->add) op->kernels->add(acc, op->add + at, n);
         op->kernels->store(op->dtype, acc, n, (uint8_t *)op->out + at * dtype_bytes(op->dtype));
@@ -146,7 +156,8 @@ static void wait_for(const operation *op, int counter, int64_t index) {
     const uint8_t *panel = panels_of(op, index); /* time to fetch what the task will begin with */
     for (int64_t i = 0; panel && i < op->layer->gate_up.panel_bytes; i += 64)
         __builtin_prefetch(panel + i, 0, 2);
-    for (int spins = 0; atomic_load_explicit(&op->counters[counter], memory_order_acquire) > 0; spins++) {
+    for (int spins = 0; atomic_load_explicit(&op->counters[counter], memory_order_acquire) > 0;
+         spins++) {
         if (spins < SPINS)
             KTK_PAUSE();
         else
@@ -163,14 +174,16 @@ void ktk_run_task(void *context, int64_t index, int thread) {
     atomic_fetch_sub_explicit(&op->counters[t->lower], 1, memory_order_release);
 }
 
-/* Panels of columns [column, ...) to the task's rows of the result, where they are the part-th of `width` columns. */
-static void put_linear(const operation *op, const task *t, const float *v, int stride, int step, int column,
-                       int part, int parts, int width) {
+/* Panels of columns [column, ...) to the task's rows of the result, where they are the part-th of
+ * `width` columns. */
+static void put_linear(const operation *op, const task *t, const float *v, int stride, int step,
+                       int column, int part, int parts, int width) {
     for (int i = 0; i < t->count; i++) {
         float *row = op->linear_out + ((int64_t)op->token_of[t->first + i] * parts + part) * width;
         for (int p = 0; p < t->panels; p++) {
             int at = column + p * KTK_PANEL;
-            memcpy(row + at, v + (int64_t)i * stride + p * step, 4 * (size_t)min_int(KTK_PANEL, width - at));
+            memcpy(row + at, v + (int64_t)i * stride + p * step,
+                   4 * (size_t)min_int(KTK_PANEL, width - at));
         }
     }
 }
@@ -191,6 +204,7 @@ void ktk_linear_task(operation *op, int64_t index, int thread) {
         return;
     }
     columns c = multiply_up(op, t, t->panels, thread, v, NULL);
-    if (c.gate) put_linear(op, t, c.gate, c.stride, c.step, column, 0, parts, layer->intermediate_size);
+    if (c.gate)
+        put_linear(op, t, c.gate, c.stride, c.step, column, 0, parts, layer->intermediate_size);
     put_linear(op, t, c.up, c.stride, c.step, column, parts - 1, parts, layer->intermediate_size);
 }

@@ -1,4 +1,5 @@
-/* Activations as the kernels take them: where rows lie in scratch memory, and how one is put there. */
+/* Activations as the kernels take them: where rows lie in scratch memory, and how one is put there.
+ */
 #ifndef KTK_OPERAND_H
 #define KTK_OPERAND_H
 
@@ -28,14 +29,16 @@ static inline void *take(arena *a, int64_t bytes) {
     return at;
 }
 
-/* Rows lie an odd number of cache lines apart: equal distances of whole pages would share few cache sets. */
+/* Rows lie an odd number of cache lines apart: equal distances of whole pages would share few cache
+ * sets. */
 static inline ktk_rows take_rows(arena *a, const ktk_matrix *w, int64_t num_rows) {
     static const int bytes_of[] = {1, 2, 4, 2};
     ktk_rows r = {0};
     r.code_stride = round_up((int64_t)w->padded_in * bytes_of[w->codes_kind], 128) + 64;
     r.codes = take(a, r.code_stride * num_rows);
     if (is_float(w)) return r;
-    /* Whole steps of gemm.c's interleave: it would read into the next row, which another thread may be writing. */
+    /* Whole steps of gemm.c's interleave: it would read into the next row, which another thread may
+     * be writing. */
     r.scale_stride = round_up((w->padded_in + w->activation_group - 1) / w->activation_group, 4);
     r.correction_stride = round_up((w->padded_in + w->fine_group - 1) / w->fine_group, 4);
     r.scales = take(a, 4 * r.scale_stride * num_rows);
@@ -44,8 +47,8 @@ static inline ktk_rows take_rows(arena *a, const ktk_matrix *w, int64_t num_rows
 }
 
 /* Columns [column, column + n) of one row. column is a multiple of both groups. */
-static inline void put_row(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_rows *rows, int64_t row,
-                           int column, const float *values, int n) {
+static inline void put_row(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_rows *rows,
+                           int64_t row, int column, const float *values, int n) {
     uint8_t *codes = rows->codes + row * rows->code_stride;
     if (w->codes_kind == KTK_CODES_F32) {
         memcpy(codes + 4 * (int64_t)column, values, 4 * (size_t)n);
@@ -72,8 +75,8 @@ static inline int is_finite_row(const float *x, int n) {
     return most < 0x7f800000u;
 }
 
-/* A whole row. Integer formats make a group with inf or NaN NaN; float ones must make the row NaN: a clamp would make
- * inf finite. */
+/* A whole row. Integer formats make a group with inf or NaN NaN; float ones must make the row NaN:
+ * a clamp would make inf finite. */
 static inline void put_token(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_rows *rows,
                              int64_t token, float *x) {
     if (is_float(w) && !is_finite_row(x, w->padded_in))

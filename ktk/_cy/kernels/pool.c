@@ -1,7 +1,8 @@
 /* Thread pool: one run at a time, tasks handed out by an atomic counter a part, spin then sleep.
  *
- * ticket = epoch << 32 | OPEN | workers inside. A worker enters an open run by raising the count with a
- * compare-and-swap, so the pool waits for no worker that has not woken (a task may: moe.c); closing it and seeing zero ends it.
+ * ticket = epoch << 32 | OPEN | workers inside. A worker enters an open run by raising the count
+ * with a compare-and-swap, so the pool waits for no worker that has not woken (a task may: moe.c);
+ * closing it and seeing zero ends it.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -43,9 +44,10 @@ struct ktk_pool {
     int64_t scratch_size;
 };
 
-/* Another OpenMP runtime's threads may stand on the cores already: torch's spin for milliseconds after each of its
- * regions, and workers beside them get part of a core. Its GOMP_parallel then runs the tasks on those very threads:
- * prefill of a whole small model is 26-29 % faster so (bench/RESULTS.md). */
+/* Another OpenMP runtime's threads may stand on the cores already: torch's spin for milliseconds
+ * after each of its regions, and workers beside them get part of a core. Its GOMP_parallel then
+ * runs the tasks on those very threads: prefill of a whole small model is 26-29 % faster so
+ * (bench/RESULTS.md). */
 typedef void parallel_fn(void (*body)(void *), void *context, unsigned num_threads, unsigned flags);
 static _Atomic(parallel_fn *) borrowed_parallel;
 static _Thread_local int is_own_only;
@@ -64,8 +66,9 @@ void ktk_pool_borrow(void *gomp_parallel) {
 
 void ktk_pool_own_threads_only(void) { is_own_only = 1; }
 
-/* The caller may have set flush-to-zero (torch.set_flush_denormal, -ffast-math libraries); workers have not. All
- * tasks run with IEEE rounding and denormals, so that it does not matter which thread takes which. */
+/* The caller may have set flush-to-zero (torch.set_flush_denormal, -ffast-math libraries); workers
+ * have not. All tasks run with IEEE rounding and denormals, so that it does not matter which thread
+ * takes which. */
 unsigned ktk_float_mode_enter(void) {
 #if defined(__x86_64__)
     unsigned callers = __builtin_ia32_stmxcsr();
@@ -84,7 +87,9 @@ void ktk_float_mode_leave(unsigned callers) {
 #endif
 }
 
-static int part_of(const ktk_pool *pool, int thread) { return thread * pool->num_parts / pool->num_threads; }
+static int part_of(const ktk_pool *pool, int thread) {
+    return thread * pool->num_parts / pool->num_threads;
+}
 
 /* The part's own list, then what the others have left. */
 static void run_tasks(ktk_pool *pool, int thread) {
@@ -105,7 +110,9 @@ static void run_borrowed(void *context) {
     run_tasks(pool, atomic_fetch_add(&pool->arrivals, 1));
 }
 
-static int is_open_for(uint64_t ticket, uint64_t seen) { return (ticket & OPEN) && ticket >> 32 != seen; }
+static int is_open_for(uint64_t ticket, uint64_t seen) {
+    return (ticket & OPEN) && ticket >> 32 != seen;
+}
 
 static void *work(void *argument) {
     worker *self = argument;
@@ -188,8 +195,9 @@ void ktk_pool_free(ktk_pool *pool) {
 
 int ktk_pool_num_threads(const ktk_pool *pool) { return pool->num_threads; }
 
-/* The caller works too, wherever the OS has put it: the worker pinned to that core, if there is one, takes the core
- * kept for the caller. A pool of several parts needs its caller in the first: callers_cpus then gets what to restore. */
+/* The caller works too, wherever the OS has put it: the worker pinned to that core, if there is
+ * one, takes the core kept for the caller. A pool of several parts needs its caller in the first:
+ * callers_cpus then gets what to restore. */
 static int place_caller(ktk_pool *pool, cpu_set_t *callers_cpus) {
     int cpu = sched_getcpu(), first_part = 1;
     if (cpu < 0 || CPU_ISSET(cpu, &pool->cores[0])) return 0;
@@ -202,12 +210,14 @@ static int place_caller(ktk_pool *pool, cpu_set_t *callers_cpus) {
             pthread_setaffinity_np(pool->threads[i], sizeof(cpu_set_t), &pool->cores[i]);
             return 0;
         }
-    if (pool->num_parts == 1 || pthread_getaffinity_np(pthread_self(), sizeof *callers_cpus, callers_cpus))
+    if (pool->num_parts == 1 ||
+        pthread_getaffinity_np(pthread_self(), sizeof *callers_cpus, callers_cpus))
         return 0;
     return pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &pool->cores[0]) == 0;
 }
 
-void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin, int num_lists) {
+void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t *begin,
+                  int num_lists) {
     int64_t num_tasks = begin[num_lists] - begin[0];
     pool->fn = fn;
     pool->context = context;
@@ -220,7 +230,8 @@ void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t 
         run_tasks(pool, 0);
         return;
     }
-    parallel_fn *parallel = is_own_only || !pool->may_borrow ? NULL : atomic_load(&borrowed_parallel);
+    parallel_fn *parallel =
+        is_own_only || !pool->may_borrow ? NULL : atomic_load(&borrowed_parallel);
     if (parallel) {
         atomic_store(&pool->arrivals, 0);
         parallel(run_borrowed, pool, (unsigned)pool->num_threads, 0);

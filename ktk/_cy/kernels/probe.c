@@ -55,7 +55,8 @@ static uint64_t read_xcr0(void) {
 static int has_palette1(void) {
     if (cpuid(0x1d, 0).eax < 1) return 0;
     cpuid_regs p = cpuid(0x1d, 1);
-    return p.eax >> 16 == 1024 && p.ebx >> 16 == 8 && (p.ebx & 0xffff) == 64 && (p.ecx & 0xffff) == 16;
+    return p.eax >> 16 == 1024 && p.ebx >> 16 == 8 && (p.ebx & 0xffff) == 64 &&
+           (p.ecx & 0xffff) == 16;
 }
 
 int ktk_probe_request_tiles(void) {
@@ -83,7 +84,7 @@ uint64_t ktk_probe_features(int asks_for_tiles, int *refused) {
     const int tiles = has_tiles && *refused == 0;
 
     uint64_t found = 0;
-#define ADD(suffix, usable, reg, bit)                                                                        \
+#define ADD(suffix, usable, reg, bit)                                                              \
     if ((usable) && ((reg) >> (bit) & 1)) found |= UINT64_C(1) << KTK_FEATURE_##suffix
     ADD(AVX2, avx, leaf7.ebx, 5);
     ADD(FMA, avx, leaf1.ecx, 12);

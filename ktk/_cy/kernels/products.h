@@ -1,11 +1,13 @@
-/* Products of rows with dense matrices: what linear.c and the components of a decoder layer share. */
+/* Products of rows with dense matrices: what linear.c and the components of a decoder layer share.
+ */
 #ifndef KTK_PRODUCTS_H
 #define KTK_PRODUCTS_H
 
 #include "ktk_decoder.h"
 #include "operand.h"
 
-/* y = x W^T + bias for the rows of a call. y: row i at i * stride values of dtype, `columns` of them. */
+/* y = x W^T + bias for the rows of a call. y: row i at i * stride values of dtype, `columns` of
+ * them. */
 typedef struct {
     const ktk_matrix *w;
     const uint8_t *panels;
@@ -16,7 +18,8 @@ typedef struct {
     int64_t stride, first_task;
 } product;
 
-/* What runs on the pool while it is locked. A thread has float_bytes for a row in fp32, then what kernels need. */
+/* What runs on the pool while it is locked. A thread has float_bytes for a row in fp32, then what
+ * kernels need. */
 typedef struct {
     const ktk_kernels *kernels;
     ktk_pool *pool;
@@ -40,12 +43,14 @@ void ktk_want_floats(crew *c, int64_t floats);
 void ktk_want_work(crew *c, int64_t bytes);
 
 /* A product of num_rows rows, for which it takes scratch, into y. */
-product ktk_lay_out_product_into(crew *c, arena *a, const ktk_dense *m, int64_t num_rows, int dtype, void *y,
-                                 int64_t stride);
-/* Of the crew's rows, y of fp32 in whole panels. The rows of `shared` (or NULL) serve where they have the same form. */
+product ktk_lay_out_product_into(crew *c, arena *a, const ktk_dense *m, int64_t num_rows, int dtype,
+                                 void *y, int64_t stride);
+/* Of the crew's rows, y of fp32 in whole panels. The rows of `shared` (or NULL) serve where they
+ * have the same form. */
 product ktk_lay_out_product(crew *c, arena *a, const ktk_dense *m, const product *shared);
 
-/* Row x as the operand of n products. x (in_features) lies in a thread's float buffer; what is behind it becomes zero. */
+/* Row x as the operand of n products. x (in_features) lies in a thread's float buffer; what is
+ * behind it becomes zero. */
 void ktk_put(const crew *c, const product *products, int n, int64_t row, float *x);
 
 /* All n in one run of the pool. */

@@ -1,8 +1,9 @@
-/* The weight quantiser of one ISA row: searched scales for a panel of 16 channels, one channel a lane.
+/* The weight quantiser of one ISA row: searched scales for a panel of 16 channels, one channel a
+ * lane.
  *
- * Same operations in the same order as ktk/reference/pack.py: sums run over k, no FMA, so every row (and
- * Numba and NumPy) finds the same codes. A candidate costs 9 vector operations per k, bound by the two
- * multiply ports.
+ * Same operations in the same order as ktk/reference/pack.py: sums run over k, no FMA, so every row
+ * (and Numba and NumPy) finds the same codes. A candidate costs 9 vector operations per k, bound by
+ * the two multiply ports.
  *
  * Symbols: ktk_pack_panel_avx2 ktk_pack_panel_avx512 ktk_pack_panel_avx512vnni. */
 #include <string.h>
@@ -14,15 +15,16 @@
 enum { L = 16 };
 
 static const float MAGIC =
-    12582912.0f;                       /* 1.5 * 2^23: adding and subtracting rounds half to even below 2^22 */
-static const float TINY_PEAK = 1e-30f; /* a group whose weights are all smaller is stored as zeros */
+    12582912.0f; /* 1.5 * 2^23: adding and subtracting rounds half to even below 2^22 */
+/* a group whose weights are all smaller is stored as zeros */
+static const float TINY_PEAK = 1e-30f;
 
 typedef struct {
     VF v[PV];
 } lanes; /* 16 channels */
 
-#define EACH                                                                                                 \
-    UNROLL                                                                                                   \
+#define EACH                                                                                       \
+    UNROLL                                                                                         \
     for (int i = 0; i < PV; i++)
 
 INLINE lanes load_lanes(const float *p) {
@@ -61,16 +63,19 @@ INLINE VF round_bf16(VF x) {
     return VF_BITS(VI_AND(VI_ADD32(VI_ADD32(b, VI_SET32(0x7fff)), odd), VI_SET32((int)0xffff0000)));
 }
 
-/* What a group's candidates are judged by: weights relative to the peak, so that no square over- or underflows. */
+/* What a group's candidates are judged by: weights relative to the peak, so that no square over- or
+ * underflows. */
 typedef struct {
     const float *x; /* [k][16] */
     int k0, k1;
     lanes inverse_peak, mean_square; /* of the relative weights */
 } group_view;
 
-/* Keeps the candidate where the group's error, each weight's square counted (relative weight^2 + mean square) times,
- * is less than the best one's: large weights matter more, and plain squares would clip them. */
-INLINE void judge(const group_view *g, const code_range *c, lanes scale, lanes *best, lanes *best_error) {
+/* Keeps the candidate where the group's error, each weight's square counted (relative weight^2 +
+ * mean square) times, is less than the best one's: large weights matter more, and plain squares
+ * would clip them. */
+INLINE void judge(const group_view *g, const code_range *c, lanes scale, lanes *best,
+                  lanes *best_error) {
     if (c->is_bf16_scale) EACH scale.v[i] = round_bf16(scale.v[i]);
     lanes inverse = invert(scale), relative, sum = set_lanes(0.0f);
     EACH relative.v[i] = VF_MUL(scale.v[i], g->inverse_peak.v[i]);
@@ -124,19 +129,21 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
                                   int src_is_bf16, const float *ladder, int num_ladder, int refits,
                                   float *work, uint8_t *panel) {
     const int num_k = w->padded_in, is_int8 = w->format == KTK_INT8, zero_point = is_int8 ? 128 : 8;
-    const code_range c = {VF_SET(is_int8 ? -127.0f : -8.0f), VF_SET(is_int8 ? 127.0f : 7.0f), VF_SET(MAGIC),
-                          w->scales_are_bf16};
+    const code_range c = {VF_SET(is_int8 ? -127.0f : -8.0f), VF_SET(is_int8 ? 127.0f : 7.0f),
+                          VF_SET(MAGIC), w->scales_are_bf16};
     float *x = work;                                /* [padded_in][16] */
     uint8_t *codes = (uint8_t *)(work + num_k * L); /* [padded_in][16] */
     uint8_t *scales = panel, *stored_codes = panel + w->code_offset;
     if (transpose(w, in_features, src, src_is_bf16, x)) return 1;
     for (int g = 0; g * w->group_size < num_k; g++) {
-        const int k0 = g * w->group_size, k1 = k0 + w->group_size < num_k ? k0 + w->group_size : num_k;
+        const int k0 = g * w->group_size,
+                  k1 = k0 + w->group_size < num_k ? k0 + w->group_size : num_k;
         lanes peak = set_lanes(0.0f), best, best_error = set_lanes(__builtin_inff());
         const VF magnitude = VF_BITS(VI_SET32(0x7fffffff));
         for (int k = k0; k < k1; k++)
             EACH peak.v[i] = VF_MAX(
-                peak.v[i], VF_BITS(VI_AND(VI_BITS(VF_LOAD(x + k * L + i * LANES)), VI_BITS(magnitude))));
+                peak.v[i],
+                VF_BITS(VI_AND(VI_BITS(VF_LOAD(x + k * L + i * LANES)), VI_BITS(magnitude))));
         EACH peak.v[i] = VF_WHERE_LT(peak.v[i], VF_SET(TINY_PEAK), VF_ZERO(), peak.v[i]);
         group_view view = {x, k0, k1, invert(peak), set_lanes(0.0f)};
         for (int k = k0; k < k1; k++) EACH {
@@ -144,7 +151,8 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
                 view.mean_square.v[i] = VF_ADD(view.mean_square.v[i], VF_MUL(n, n));
             }
         EACH view.mean_square.v[i] = VF_DIV(view.mean_square.v[i], VF_SET((float)(k1 - k0)));
-        EACH best.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[0])); /* stands where every error overflows */
+        /* stands where every error overflows */
+        EACH best.v[i] = VF_DIV(peak.v[i], VF_SET(ladder[0]));
         if (c.is_bf16_scale) EACH best.v[i] = round_bf16(best.v[i]);
         for (int s = 0; s < num_ladder + refits; s++) {
             lanes scale;
@@ -159,8 +167,8 @@ int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *w, int in_features, const vo
         float stored[L], code[L];
         store_lanes(stored, best);
         for (int l = 0; l < L; l++) {
-            if (w->scales_are_bf16)
-                memcpy(scales + 2 * (g * L + l), (uint8_t *)&stored[l] + 2, 2); /* little-endian upper half */
+            if (w->scales_are_bf16) /* little-endian upper half */
+                memcpy(scales + 2 * (g * L + l), (uint8_t *)&stored[l] + 2, 2);
             else
                 memcpy(scales + 4 * (g * L + l), &stored[l], 4);
         }

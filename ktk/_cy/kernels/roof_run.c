@@ -1,7 +1,8 @@
 /* Runs the loops of roof.c on all threads at once. Compiled with baseline flags.
  *
- * A thread counts what it did until its own clock says stop: nobody waits for the slowest, and a thread that lost its
- * core shows as a lower rate. Threads live for one measurement: nothing of them spins beside what is measured next. */
+ * A thread counts what it did until its own clock says stop: nobody waits for the slowest, and a
+ * thread that lost its core shows as a lower rate. Threads live for one measurement: nothing of
+ * them spins beside what is measured next. */
 #define _GNU_SOURCE /* pthread_attr_setaffinity_np */
 #include <pthread.h>
 #include <sched.h>
@@ -80,7 +81,8 @@ static double spend(const job_t *job, int index, double seconds) {
 static int meet(job_t *job) {
     pthread_mutex_lock(&job->lock);
     if (++job->num_ready == job->num_threads) pthread_cond_broadcast(&job->turn);
-    while (job->num_ready < job->num_threads && !job->is_cancelled) pthread_cond_wait(&job->turn, &job->lock);
+    while (job->num_ready < job->num_threads && !job->is_cancelled)
+        pthread_cond_wait(&job->turn, &job->lock);
     int all = !job->is_cancelled;
     pthread_mutex_unlock(&job->lock);
     return all;
@@ -155,8 +157,11 @@ double ktk_roof_measure_peak(const ktk_roof_peak *peak, int num_threads, const i
 
 double ktk_roof_measure_read(const ktk_roof_pattern *pattern, const uint8_t *buffer, int64_t bytes,
                              int64_t start, int num_threads, const int32_t *cpus, double seconds) {
-    job_t job = {
-        .pattern = pattern, .buffer = (uint8_t *)buffer, .bytes = bytes, .start = start, .seconds = seconds};
+    job_t job = {.pattern = pattern,
+                 .buffer = (uint8_t *)buffer,
+                 .bytes = bytes,
+                 .start = start,
+                 .seconds = seconds};
     return run(&job, num_threads, cpus);
 }
 

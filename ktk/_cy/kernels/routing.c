@@ -55,7 +55,8 @@ static void choose_groups(const ktk_router *r, float *choice) {
         for (int e = 0; !is_chosen[g] && e < size; e++) choice[g * size + e] = -INFINITY;
 }
 
-void ktk_route(const ktk_router *r, const float *logits, float *scores, int64_t *ids, float *weights) {
+void ktk_route(const ktk_router *r, const float *logits, float *scores, int64_t *ids,
+               float *weights) {
     float *choice = scores + r->num_experts, sum = 0.0f;
     score_experts(r, logits, scores);
     for (int e = 0; e < r->num_experts; e++)

@@ -1,7 +1,9 @@
-/* Elementwise kernels of one ISA row: activation quantisation, the activation function, dtype conversion, sums.
- * Every operation is IEEE and stands in the order ktk/reference states, so all rows agree bit for bit.
+/* Elementwise kernels of one ISA row: activation quantisation, the activation function, dtype
+ * conversion, sums. Every operation is IEEE and stands in the order ktk/reference states, so all
+ * rows agree bit for bit.
  *
- * maxps(low, x) and minps(high, x) give x where it is NaN: the operands stand so that a NaN is kept.
+ * maxps(low, x) and minps(high, x) give x where it is NaN: the operands stand so that a NaN is
+ * kept.
  *
  * Symbols: ktk_quantise_avx2 ktk_quantise_avx512 ktk_quantise_avx512vnni ktk_activate_avx2
  *   ktk_activate_avx512 ktk_activate_avx512vnni ktk_load_avx2 ktk_load_avx512 ktk_load_avx512vnni
@@ -23,7 +25,8 @@ INLINE float float_of(uint32_t b) {
     return x;
 }
 
-static const float TINY_AMAX = 1.5e-36f; /* below it 127 / amax overflows: the group counts as zero */
+/* below it 127 / amax overflows: the group counts as zero */
+static const float TINY_AMAX = 1.5e-36f;
 static const uint32_t INF_BITS = 0x7f800000u;
 
 /* Sixteen codes at index i. */
@@ -33,7 +36,8 @@ INLINE void store_codes(int codes_kind, uint8_t *codes, int i, const VI q[STEPS]
     __m128i narrow = _mm512_cvtepi32_epi8(q[0]);
 #else
     __m256i wide = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
-    __m128i narrow = _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    __m128i narrow =
+        _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 #endif
     if (codes_kind == KTK_CODES_I8) {
         _mm_storeu_si128((__m128i *)(codes + i), narrow);
@@ -43,8 +47,9 @@ INLINE void store_codes(int codes_kind, uint8_t *codes, int i, const VI q[STEPS]
     }
 }
 
-void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
-                                 uint8_t *codes, float *scales, int32_t *correction) {
+void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int zero_point,
+                                 int codes_kind, uint8_t *codes, float *scales,
+                                 int32_t *correction) {
     const VI magnitude_bits = VI_SET32(0x7fffffff);
     for (int g = 0, f_index = 0; g * group < n; g++) {
         const int begin = g * group, end = begin + group < n ? begin + group : n;
@@ -68,7 +73,8 @@ void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int
                 UNROLL
                 for (int v = 0; v < STEPS; v++) {
                     q[v] = VI_ZERO(); /* not 0 * x: x may be NaN */
-                    if (inverse != 0.0f) q[v] = VI_ROUND(VF_MUL(VF_LOAD(x + i + v * LANES), VF_SET(inverse)));
+                    if (inverse != 0.0f)
+                        q[v] = VI_ROUND(VF_MUL(VF_LOAD(x + i + v * LANES), VF_SET(inverse)));
                     sum = VI_ADD32(sum, q[v]);
                 }
                 store_codes(codes_kind, codes, i, q);
@@ -93,8 +99,9 @@ INLINE VF activate_one(const int KIND, const ktk_activation *act, VF x) {
     return VF_MUL(positive, positive);
 }
 
-INLINE void activate(const int KIND, const ktk_activation *a, const float *gates, const float *ups, int step,
-                     int num_panels, const float *gate_bias, const float *up_bias, float *h) {
+INLINE void activate(const int KIND, const ktk_activation *a, const float *gates, const float *ups,
+                     int step, int num_panels, const float *gate_bias, const float *up_bias,
+                     float *h) {
     for (int p = 0; p < num_panels; p++)
         for (int l = p * KTK_PANEL; l < (p + 1) * KTK_PANEL; l += LANES) {
             const int at = p * step + l - p * KTK_PANEL;
@@ -113,8 +120,9 @@ INLINE void activate(const int KIND, const ktk_activation *a, const float *gates
         }
 }
 
-void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *act, const float *gate, const float *up, int step,
-                                 int num_panels, const float *gate_bias, const float *up_bias, float *h) {
+void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *act, const float *gate, const float *up,
+                                 int step, int num_panels, const float *gate_bias,
+                                 const float *up_bias, float *h) {
     if (act->kind == KTK_SIGMOID_GLU)
         activate(KTK_SIGMOID_GLU, act, gate, up, step, num_panels, gate_bias, up_bias, h);
     else if (act->kind == KTK_GELU_TANH)
@@ -159,12 +167,13 @@ void CAT(ktk_store_, KTK_ISA)(int dtype, const float *src, int64_t n, void *dst)
     }
 }
 
-void CAT(ktk_combine_, KTK_ISA)(const float *y, int64_t stride, const int32_t *place, const float *weights,
-                                int top_k, int n, float *acc) {
+void CAT(ktk_combine_, KTK_ISA)(const float *y, int64_t stride, const int32_t *place,
+                                const float *weights, int top_k, int n, float *acc) {
     for (int i = 0; i < n; i += LANES) {
         VF sum = VF_ZERO();
         for (int j = 0; j < top_k; j++)
-            if (place[j] >= 0) sum = VF_FMA(VF_LOAD(y + place[j] * stride + i), VF_SET(weights[j]), sum);
+            if (place[j] >= 0)
+                sum = VF_FMA(VF_LOAD(y + place[j] * stride + i), VF_SET(weights[j]), sum);
         VF_STORE(acc + i, sum);
     }
 }

@@ -1,5 +1,5 @@
-/* One spelling for both vector widths: VI and VF are zmm with AVX-512, ymm without; PV of them make a panel
- * row. */
+/* One spelling for both vector widths: VI and VF are zmm with AVX-512, ymm without; PV of them make
+ * a panel row. */
 #ifndef KTK_VEC_H
 #define KTK_VEC_H
 
@@ -26,7 +26,7 @@ typedef __m512 VF;
 #define VI_UNPACK_LOW64 _mm512_unpacklo_epi64
 #define VI_UNPACK_HIGH64 _mm512_unpackhi_epi64
 #define VI_SHUFFLE8 _mm512_shuffle_epi8
-#define VI_LOAD_TABLE(p)                                                                                     \
+#define VI_LOAD_TABLE(p)                                                                           \
     _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(p))) /* 16 bytes in every lane */
 #define VI_STORE(p, v) _mm512_storeu_si512((void *)(p), v)
 #define VI_SLL16 _mm512_slli_epi16
@@ -50,8 +50,9 @@ typedef __m512 VF;
 #define VI_WHERE_BIT(x, mask, yes, no) _mm512_mask_mov_epi8(no, _mm512_test_epi8_mask(x, mask), yes)
 #define VI_MADD _mm512_madd_epi16
 #define VI_MADDUBS _mm512_maddubs_epi16
-/* acc += u8 w * s8 broadcast of the four bytes at p. In assembly: GCC 12 would load the broadcast by itself. */
-#define VI_DOT_BROADCAST(acc, w, p)                                                                          \
+/* acc += u8 w * s8 broadcast of the four bytes at p. In assembly: GCC 12 would load the broadcast
+ * by itself. */
+#define VI_DOT_BROADCAST(acc, w, p)                                                                \
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(const uint8_t (*)[4])(p)))
 #define VI_ZERO _mm512_setzero_si512
 #define VF_CVT _mm512_cvtepi32_ps
@@ -69,7 +70,8 @@ typedef __m512 VF;
 #define VF_MIN _mm512_min_ps
 #define VF_MAX _mm512_max_ps
 #define VF_WHERE_LT(a, b, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes)
-#define VF_WHERE_0(a, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, VF_ZERO(), _CMP_EQ_OQ), yes)
+#define VF_WHERE_0(a, yes, no)                                                                     \
+    _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, VF_ZERO(), _CMP_EQ_OQ), yes)
 #define VI_SRL32 _mm512_srli_epi32
 #define VI_BF16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
 #define VI_XOR _mm512_xor_si512
@@ -99,7 +101,8 @@ typedef __m256 VF;
 #define VF_HALF(x) _mm256_cvtph_ps(x)
 INLINE __m256 VF_LOW_HALF(__m256i x) {
     x = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
-    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+    return _mm256_cvtph_ps(
+        _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
 #define VI_SET8(x) _mm256_set1_epi8(x)
 #define VI_SET16(x) _mm256_set1_epi16(x)

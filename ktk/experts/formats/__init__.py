@@ -1,6 +1,8 @@
-"""The one table of formats: how a matrix is coded, floats, panels and GGUF blocks alike. One row here per format.
+"""The one table of formats: how a matrix is coded, floats, panels and GGUF blocks alike. One row
+here per format.
 
-The C kernels' tables (``ktk/_cy/include``, ``vendor/llamafile/lf_formats.h``) say how each is multiplied; tests compare them.
+The C kernels' tables (``ktk/_cy/include``, ``vendor/llamafile/lf_formats.h``) say how each is
+multiplied; tests compare them.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from ktk.experts.formats.base import Format, Grid, Plane, Search
 from ktk.experts.formats.blocks import ROWS, decoded_only
 from ktk.experts.formats.panels import PANELS as _PANELS
 
-# Formats that lie in panels, fewest bits first, and those of GGUF files, as the kernels' table has them.
+# Formats that lie in panels, fewest bits first, and those of GGUF files, as the kernels' table has
+# them.
 PANELS: dict[str, Format] = {f.name: f for f in _PANELS}
 BLOCKS: dict[str, Format] = {f.name: f for f in ROWS}
 FORMATS: dict[str, Format] = {**PANELS, **BLOCKS}

@@ -18,7 +18,8 @@ _BITS = {"e8m0": 8, "e4m3": 8}
 class Plane(NamedTuple):
     """One kind of number a format stores.
 
-    name : codes; scales; minima; multipliers (integers: a group's scale or minimum by that of its block); signs.
+    name : codes; scales; minima; multipliers (integers: a group's scale or minimum by that of its
+        block); signs.
     dtype : u4, s8, f16, bf16, f32, e8m0 (a power of two), ...
     weights : along in_features that share a value; 0: those of the matrix's group.
     rows : of a matrix that share a value.
@@ -40,11 +41,13 @@ class Plane(NamedTuple):
 
 
 class Search(NamedTuple):
-    """How weights become codes where every weight counts alike (``ktk.quantise``): what is tried for each scale.
+    """How weights become codes where every weight counts alike (``ktk.quantise``): what is tried
+    for each scale.
 
-    ladder : candidates are the group's largest weight (or its span) by each of these; a negative one puts that weight on the
-    code range's other end. channel_ladder : likewise where a whole channel shares the scale. refits : least-squares scales for
-    the best codes, tried after them. neighbours : integer multipliers tried around the ideal one.
+    ladder : candidates are the group's largest weight (or its span) by each of these; a negative
+    one puts that weight on the code range's other end. channel_ladder : likewise where a whole
+    channel shares the scale. refits : least-squares scales for the best codes, tried after them.
+    neighbours : integer multipliers tried around the ideal one.
     """
 
     ladder: tuple[float, ...] = ()
@@ -58,11 +61,13 @@ NOT_ROUNDED, TO_BF16, TO_F16, TO_POWER_OF_TWO = range(4)
 
 
 class Grid(NamedTuple):
-    """What values a format can hold: scale * level - low, scale and low shared by ``group`` columns; for rounding with feedback.
+    """What values a format can hold: scale * level - low, scale and low shared by ``group``
+    columns; for rounding with feedback.
 
-    levels : integers code_min..code_max, or those of ``table``. ladder : candidate scales are the group's largest weight
-    (is_affine: its span) by each of these. block : columns whose integer scales int_min..int_max share the number they
-    multiply; int_max 0: scales are stored themselves, rounded by ``rounding``. group 0: the matrix's.
+    levels : integers code_min..code_max, or those of ``table``. ladder : candidate scales are the
+    group's largest weight (is_affine: its span) by each of these. block : columns whose integer
+    scales int_min..int_max share the number they multiply; int_max 0: scales are stored themselves,
+    rounded by ``rounding``. group 0: the matrix's.
     """
 
     group: int
@@ -89,14 +94,16 @@ def steps(first: float, last: float, step: float, both_signs: bool = False) -> t
 class Format:
     """One row of the format table.
 
-    planes : in the order of the bytes. block : weights of a row that form a block of a GGUF file; 0: the format lies in panels
-    (``ktk.experts.layout``). number : of the type in GGUF files, None of panels. file_type : the name GGUF files of mostly this
-    type state.
+    planes : in the order of the bytes. block : weights of a row that form a block of a GGUF file;
+    0: the format lies in panels (``ktk.experts.layout``). number : of the type in GGUF files, None
+    of panels. file_type : the name GGUF files of mostly this type state.
     activations : "s8", rounded to int8 in groups of ``activation_group``, or "f32", as they are.
-    zero_point : the code that means 0. code_min, code_max : range of (code - zero_point) the quantiser of panels uses.
+    zero_point : the code that means 0. code_min, code_max : range of (code - zero_point) the
+        quantiser of panels uses.
     group_sizes : allowed values of MoESpec.group_size; 0 = per output channel.
     default_group, default_activation_group : what `group_size=None` means.
-    search : None where only rounding with feedback, or nothing, makes the format of floats. grid : None where feedback does not.
+    search : None where only rounding with feedback, or nothing, makes the format of floats. grid :
+        None where feedback does not.
     """
 
     name: str
@@ -162,12 +169,18 @@ class Format:
         if type(group_size) is not int or group_size not in self.group_sizes:
             allowed = ", ".join(map(str, self.group_sizes))
             raise ValueError(
-                f"group_size={group_size!r}: {self.name} takes {allowed} (0 = one scale per output channel)"
+                (
+                    f"group_size={group_size!r}: {self.name} takes {allowed} (0 = one scale per "
+                    "output channel)"
+                )
                 if self.is_packed
-                else f"group_size={group_size!r}: GGUF blocks have groups of their own, leave it out"
+                else (
+                    f"group_size={group_size!r}: GGUF blocks have groups of their own, leave it out"
+                )
             )
         groups = GROUP_SIZES if self.is_integer else (0,)
         if type(activation_group) is not int or activation_group not in groups:
             raise ValueError(
-                f"activation_group={activation_group!r}: {self.name} takes {', '.join(map(str, groups))}"
+                f"activation_group={activation_group!r}: {self.name} takes "
+                f"{', '.join(map(str, groups))}"
             )

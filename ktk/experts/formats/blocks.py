@@ -1,4 +1,7 @@
-"""Formats of GGUF files: rows of blocks, run as they lie in the file. Source: the ggml block structures."""
+"""Formats of GGUF files: rows of blocks, run as they lie in the file.
+
+Source: the ggml block structures.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,8 @@ def _row(name: str, number: int, block: int, *planes: Plane, **more: Any) -> For
     return Format(name, planes, "s8" if block > 1 else "f32", block, number, **more)
 
 
-# Fewest bits per weight first. Ladders of code spans: finer ones, longer ones and more refits gained less than 0.3 % of RMSE
-# each (bench/RESULTS.md, Quantisers of ggml blocks).
+# Fewest bits per weight first. Ladders of code spans: finer ones, longer ones and more refits
+# gained less than 0.3 % of RMSE each (bench/RESULTS.md, Quantisers of ggml blocks).
 ROWS = (
     # Codes are places of eight or four weights in a table that ggml has.
     _row("IQ1_S", 19, 256, _scales(256), _codes(11, 8), _multipliers("u4", 32)),

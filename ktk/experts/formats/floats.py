@@ -20,7 +20,9 @@ def to_f32(x: np.ndarray) -> np.ndarray:
 
 
 def f32_to_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 (...) to bf16 bit patterns, uint16 (...): round half to even, NaN stays a quiet NaN."""
+    """float32 (...) to bf16 bit patterns, uint16 (...): round half to even,
+    NaN stays a quiet NaN.
+    """
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
@@ -42,7 +44,9 @@ def e4m3_table() -> np.ndarray:
 
 
 def as_values(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """The bit patterns of a plane of float codes (rows, n), of its dtype f32, bf16 or e4m3, to float32 (rows, n); exact."""
+    """The bit patterns of a plane of float codes (rows, n), of its dtype f32, bf16 or e4m3,
+    to float32 (rows, n); exact.
+    """
     if dtype == "e4m3":
         return e4m3_to_f32(bits)
     return bf16_to_f32(bits) if dtype == "bf16" else bits.view(np.float32)

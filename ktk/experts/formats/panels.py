@@ -9,7 +9,8 @@ _GROUP_SCALES = Plane("scales", "bf16", 0)
 
 # Ordered by bits per weight, fewest first.
 PANELS = (
-    # Symmetric. A scale may be negative: -8 then stands for the group's largest value, whatever its sign.
+    # Symmetric. A scale may be negative: -8 then stands for the group's largest value, whatever its
+    # sign.
     Format(
         "int4",
         (_GROUP_SCALES, Plane("codes", "u4")),
@@ -22,7 +23,8 @@ PANELS = (
         default_activation_group=128,
         search=Search(steps(5.6, 9.6, 0.25, True), 2, channel_ladder=steps(6.5, 18, 0.5, True)),
     ),
-    # Symmetric, one scale per output channel. Tried: absmax, then clipping ever more, for outliers of a long channel.
+    # Symmetric, one scale per output channel. Tried: absmax, then clipping ever more, for outliers
+    # of a long channel.
     Format(
         "int8",
         (_GROUP_SCALES, Plane("codes", "u8")),
@@ -33,8 +35,9 @@ PANELS = (
         default_activation_group=64,
         search=Search(refits=2, channel_ladder=tuple(127 * (1 + 0.02 * i) for i in range(16))),
     ),
-    # Of checkpoints like DeepSeek-V3: one scale for 128 rows by 128 columns, codes and scales as they are. Activations stay
-    # fp32: codes have 2**-9 to 448, no integers of eight bits, and rounding activations too would lose more than the codes do.
+    # Of checkpoints like DeepSeek-V3: one scale for 128 rows by 128 columns, codes and scales as
+    # they are. Activations stay fp32: codes have 2**-9 to 448, no integers of eight bits, and
+    # rounding activations too would lose more than the codes do.
     Format(
         "fp8",
         (Plane("scales", "f32", 128, 128), Plane("codes", "e4m3")),

@@ -1,7 +1,7 @@
 """What a user may write for a method or a format, read in one place.
 
 int4   INT4:64   bf16               a packed format, and its group size
-Q4_K   q4_k:ggml   Q4_K:repack      a type of GGUF files, quantised by llama.cpp, in the kernels' order
+Q4_K   q4_k:ggml   Q4_K:repack      a type of GGUF files, by llama.cpp, in the kernels' order
 AVX2   AMXINT4:32   AVX2:INT4:128   a backend, and what it runs
 LLAMAFILE:Q4_K:repack   auto:int8
 """
@@ -21,9 +21,11 @@ USAGE = (
 
 
 class Method(NamedTuple):
-    """text : as it was written. backend : a name or "auto". format : None where only a backend is named.
+    """text : as it was written. backend : a name or "auto". format : None where only a backend is
+        named.
 
-    group_size : of packed formats, None where none is named. by : who quantises, "ktk" or "ggml". is_repacked : of blocks.
+    group_size : of packed formats, None where none is named. by : who quantises, "ktk" or "ggml".
+        is_repacked : of blocks.
     """
 
     text: str
@@ -47,9 +49,11 @@ class Method(NamedTuple):
 
 
 def parse(text: str, backends: Mapping[str, str | None]) -> Method:
-    """Read ``text``, in upper or lower case. backends : names -> the weight format that one stands for, or None.
+    """Read ``text``, in upper or lower case. backends : names -> the weight format that one stands
+    for, or None.
 
-    A format and a type of one name (bf16) are the format, except behind the backend that runs GGUF blocks.
+    A format and a type of one name (bf16) are the format, except behind the backend that runs GGUF
+    blocks.
     Raises ValueError that says what there is.
     """
     try:

@@ -46,7 +46,9 @@ def swiglu_activation(limit: float, alpha: float) -> Activation | None:
 
 
 def mask_of(mask: Any, count: int | None, num_experts: int) -> Any:
-    """A new CPU bool tensor (num_experts,) from a mask, a count (the first n) or both, if they agree."""
+    """A new CPU bool tensor (num_experts,) from a mask, a count (the first n) or both,
+    if they agree.
+    """
     import torch
 
     if isinstance(mask, (int, np.integer)):  # the argument's old meaning in this place
@@ -69,7 +71,8 @@ def mask_of(mask: Any, count: int | None, num_experts: int) -> Any:
     )
     if array.shape != (num_experts,):
         raise ValueError(
-            f"gpu_experts_mask has shape {tuple(array.shape)}: must be ({num_experts},), one bool per expert"
+            f"gpu_experts_mask has shape {tuple(array.shape)}: must be ({num_experts},), one bool "
+            "per expert"
         )
     if array.dtype.kind not in "biu" or is_bf16(mask):
         raise TypeError(
@@ -77,12 +80,13 @@ def mask_of(mask: Any, count: int | None, num_experts: int) -> Any:
         )
     if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
         raise ValueError(
-            "gpu_experts_mask holds other values than 0 and 1: it is one flag per expert, not a list of ids"
+            "gpu_experts_mask holds other values than 0 and 1: it is one flag per expert, not a "
+            "list of ids"
         )
     if first is not None and not np.array_equal(first, array.astype(bool)):
         raise ValueError(
-            f"num_gpu_experts={count} means the first {count} experts, gpu_experts_mask names others: "
-            f"give one of them"
+            f"num_gpu_experts={count} means the first {count} experts, gpu_experts_mask names "
+            "others: give one of them"
         )
     with torch.inference_mode(False):  # else it could not be updated outside of that mode
         return torch.from_numpy(array.astype(bool))

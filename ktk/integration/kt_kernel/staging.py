@@ -21,7 +21,9 @@ class Staging:
 
 
 class Buffers:
-    """Staging buffers by (tokens, hidden_size, top_k, dtype, device): kept if captured, else one of all."""
+    """Staging buffers by (tokens, hidden_size, top_k, dtype, device): kept if captured,
+    else one of all.
+    """
 
     def __init__(self) -> None:
         self.captured: tuple[int, ...] = ()

@@ -53,7 +53,10 @@ class LayerWeights:
     cpu_save: bool
 
     def check(self) -> None:
-        """Refuse a format that cannot run now rather than after the long part. Raises as ``select``."""
+        """Refuse a format that cannot run now rather than after the long part.
+
+        Raises as ``select``.
+        """
         if self.weight_format is not None:
             backends.select(self.method, self.spec())
 
@@ -68,7 +71,8 @@ class LayerWeights:
         path = self.weight_path
         if path is None:
             raise ValueError(
-                "weight_path is None: name a directory at construction, or call load_weights_from_tensors()"
+                "weight_path is None: name a directory at construction, or call "
+                "load_weights_from_tensors()"
             )
         if is_gguf(path):
             return self._from_gguf(path, order, num_threads, keep)
@@ -130,7 +134,8 @@ class LayerWeights:
             raise TypeError(f"physical_to_logical_map has dtype {order.dtype}: must be int64")
         if order.shape != (self.num_experts,):
             raise ValueError(
-                f"physical_to_logical_map has shape {tuple(order.shape)}: must be ({self.num_experts},)"
+                f"physical_to_logical_map has shape {tuple(order.shape)}: must be "
+                f"({self.num_experts},)"
             )
         if order.min() < 0 or order.max() >= self.num_experts:
             raise ValueError(
@@ -156,8 +161,9 @@ class LayerWeights:
         self._check_shapes(dataclasses.asdict(spec), source)
         if self.weight_format not in (None, spec.weight_format):
             raise ValueError(
-                f"{source} holds {spec.weight_format} weights, the wrapper (method={self.method!r}) "
-                f"asks for {self.weight_format}: use method='auto', or convert again"
+                f"{source} holds {spec.weight_format} weights, the wrapper "
+                f"(method={self.method!r}) asks for {self.weight_format}: use method='auto', or "
+                "convert again"
             )
         if self.group_size not in (None, spec.group_size):
             raise ValueError(
@@ -171,10 +177,12 @@ class LayerWeights:
         )
 
     def agreed_activation(self, recorded: Activation, source: str) -> Activation:
-        """What to run where weights record one activation and swiglu_limit / swiglu_alpha ask for another.
+        """What to run where weights record one activation and swiglu_limit / swiglu_alpha ask for
+        another.
 
-        Plain SiLU is what a checkpoint records that says nothing: the arguments win. A recorded swigluoai with the
-        same limit and alpha wins over KT-Kernel's form of it, which clamps the gate from below too.
+        Plain SiLU is what a checkpoint records that says nothing: the arguments win. A recorded
+        swigluoai with the same limit and alpha wins over KT-Kernel's form of it, which clamps the
+        gate from below too.
         """
         asked = self.activation
         if asked is None or dataclasses.replace(asked, gate_min=-math.inf) == recorded:
@@ -193,7 +201,9 @@ class LayerWeights:
         num_threads: int,
         keep: np.ndarray | None,
     ) -> StoredExperts:
-        """The layer of a GGUF file, with this wrapper's activation: its blocks, or packed as the wrapper asks."""
+        """The layer of a GGUF file, with this wrapper's activation: its blocks,
+        or packed as the wrapper asks.
+        """
         blocks = open_experts(path).experts(self.layer_idx)
         source = f"{path}, layer {self.layer_idx},"
         self._check_shapes(dataclasses.asdict(blocks.spec), source)
@@ -231,8 +241,8 @@ class LayerWeights:
                 if not path.is_dir() or not list_layers(path):
                     raise
                 raise CheckpointError(
-                    f"{path}: its packed layers are {list_layers(path)}, layer {layer} is not among them; "
-                    f"nor can it be quantised: {error}"
+                    f"{path}: its packed layers are {list_layers(path)}, layer {layer} is not "
+                    f"among them; nor can it be quantised: {error}"
                 ) from error
             fields = experts.spec_fields(layer)
             self._check_shapes(fields, f"{path}, layer {layer},")

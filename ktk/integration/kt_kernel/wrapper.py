@@ -5,9 +5,9 @@ sync_forward around one process-wide worker, staging buffers, deferred experts, 
 
 Deferral: output(n) = immediate experts of layer n + deferred experts of layer n-1, added in float32
 before the one rounding. A deferred result is used once, by the very next submit of the same thread,
-if that is layer_idx + 1 with as many tokens of the same width; else it is dropped, as KT-Kernel drops
-it when a dense layer lies between. So what an abandoned sequence left behind is never added to
-another, and the last MoE layer should have max_deferred_experts_per_token=0.
+if that is layer_idx + 1 with as many tokens of the same width; else it is dropped, as KT-Kernel
+drops it when a dense layer lies between. So what an abandoned sequence left behind is never added
+to another, and the last MoE layer should have max_deferred_experts_per_token=0.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ class KTMoEWrapper:
     num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size : int
         Shapes of the whole layer, whatever the thread pools.
     gpu_experts_mask : bool (num_experts,) tensor, array or list, or int, or None
-        True = runs on the GPU, skipped here. Copied; update ``wrapper.gpu_experts_mask`` in place (or
-        assign to it) and the next submit_forward sees it. An int n means the first n experts.
+        True = runs on the GPU, skipped here. Copied; update ``wrapper.gpu_experts_mask`` in place
+        (or assign to it) and the next submit_forward sees it. An int n means the first n experts.
     cpuinfer_threads, threadpool_count, numa_nodes : int, int, sequence of int, or None
-        Layout of the process-wide engine: threads in all, the parts they and each expert are split into, the NUMA
-        node of each part. None takes what is there, at first every physical core and every node.
+        Layout of the process-wide engine: threads in all, the parts they and each expert are split
+        into, the NUMA node of each part. None takes what is there, at first every physical core and
+        every node.
     weight_path : str, path or None
-        A packed directory (``ktk convert``); an ordinary Hugging Face one, quantised at load; a GGUF file, one part
-        of a split one, or their directory, run as it is mapped (method "LLAMAFILE" or "auto") or quantised anew.
+        A packed directory (``ktk convert``); an ordinary Hugging Face one, quantised at load; a
+        GGUF file, one part of a split one, or their directory, run as it is mapped (method
+        "LLAMAFILE" or "auto") or quantised anew.
     chunked_prefill_size : int
         Tokens that run at a time; more are run in chunks, with the same results.
     cpu_save : bool
@@ -64,29 +66,33 @@ class KTMoEWrapper:
     method : str
         One of ``ktk.backends.methods()``.
     mode : str
-        "inference". "sft" and its arguments (lora_rank ... full_weight_grad) are refused in this version.
+        "inference". "sft" and its arguments (lora_rank ... full_weight_grad) are refused in this
+        version.
     num_gpu_experts : int or None
         The old form of the mask: the first n experts.
     swiglu_limit, swiglu_alpha : float
-        limit > 0 clamps gate from above and up on both sides; alpha > 0 is the swigluoai activation,
-        gate clamped on both sides too. Both 0: what the weights' own directory says, else SiLU.
+        limit > 0 clamps gate from above and up on both sides; alpha > 0 is the swigluoai
+        activation, gate clamped on both sides too. Both 0: what the weights' own directory says,
+        else SiLU.
     repack : bool or None
         ktk's own: as ``ktk.MoE`` takes it, for GGUF files.
     load_gpu_experts : bool
-        ktk's own: False loads only the experts that the mask leaves to the CPU when weights are loaded; a call that routes
-        to another, unmasked since, is a BackendError. Not with cpu_save, which writes whole layers.
+        ktk's own: False loads only the experts that the mask leaves to the CPU when weights are
+        loaded; a call that routes to another, unmasked since, is a BackendError. Not with cpu_save,
+        which writes whole layers.
     group_size, weight_format, activation_group : int, str, int or None
-        ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has it.
+        ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has
+        it.
 
     Raises
     ------
     ValueError / TypeError naming the argument, EngineError for a thread layout that conflicts.
 
-    Hidden states on a GPU are copied to the CPU and back on ``cuda_stream``; the copies wait, so submit_forward
-    then returns after the first of them.
+    Hidden states on a GPU are copied to the CPU and back on ``cuda_stream``; the copies wait, so
+    submit_forward then returns after the first of them.
 
-    ``forward`` may be called from several threads; submit_forward and sync_forward of one wrapper from
-    one at a time.
+    ``forward`` may be called from several threads; submit_forward and sync_forward of one wrapper
+    from one at a time.
     """
 
     def __init__(
@@ -138,7 +144,8 @@ class KTMoEWrapper:
         self.moe_intermediate_size = checked_int("moe_intermediate_size", moe_intermediate_size)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok={num_experts_per_tok}: must be at most num_experts={num_experts}"
+                f"num_experts_per_tok={num_experts_per_tok}: must be at most "
+                f"num_experts={num_experts}"
             )
         self.chunked_prefill_size = checked_int("chunked_prefill_size", chunked_prefill_size)
         deferred = max_deferred_experts_per_token
@@ -190,7 +197,9 @@ class KTMoEWrapper:
 
     @property
     def gpu_experts_mask(self) -> Any:
-        """The mask itself, a CPU bool tensor (num_experts,): change it in place, or assign a new value."""
+        """The mask itself, a CPU bool tensor (num_experts,): change it in place,
+        or assign a new value.
+        """
         return self._mask
 
     @gpu_experts_mask.setter
@@ -207,7 +216,8 @@ class KTMoEWrapper:
         """The operator. RuntimeError before the weights are loaded."""
         if self._moe is None:
             raise RuntimeError(
-                f"layer {self.layer_idx} has no weights yet: call load_weights() or load_weights_from_tensors() first"
+                f"layer {self.layer_idx} has no weights yet: call load_weights() or "
+                "load_weights_from_tensors() first"
             )
         return self._moe
 
@@ -220,10 +230,12 @@ class KTMoEWrapper:
     def load_weights(
         self, physical_to_logical_map: Any = None, *, physical_to_logical_map_cpu: Any = None
     ) -> None:
-        """Load the layer from ``weight_path``: packed experts and GGUF blocks as they are, others quantised on the way.
+        """Load the layer from ``weight_path``: packed experts and GGUF blocks as they are, others
+        quantised on the way.
 
-        physical_to_logical_map : int64 (num_experts,), CPU, or None for the identity; slot p gets the
-            weights of logical expert map[p]. (KT-Kernel's keyword with ``_cpu`` is the same argument.)
+        physical_to_logical_map : int64 (num_experts,), CPU, or None for the identity; slot p gets
+            the weights of logical expert map[p]. (KT-Kernel's keyword with ``_cpu`` is the same
+            argument.)
         Raises CheckpointError for a bad directory, ValueError if it holds another shape or format.
         """
         if physical_to_logical_map is None:
@@ -242,10 +254,12 @@ class KTMoEWrapper:
     ) -> None:
         """Quantise and pack experts given as tensors or arrays; they are not kept.
 
-        gate_proj, up_proj : float32, float16 or bfloat16 (num_experts, moe_intermediate_size, hidden_size);
-        down_proj : (num_experts, hidden_size, moe_intermediate_size). Biases : (num_experts, out_features).
-        physical_to_logical_map_cpu : checked, then taken as the identity, as KT-Kernel does here: row e of
-            the tensors is expert e.
+        gate_proj, up_proj : float32, float16 or bfloat16 (num_experts, moe_intermediate_size,
+            hidden_size);
+        down_proj : (num_experts, hidden_size, moe_intermediate_size). Biases : (num_experts,
+            out_features).
+        physical_to_logical_map_cpu : checked, then taken as the identity, as KT-Kernel does here:
+            row e of the tensors is expert e.
         Raises ValueError / TypeError naming the argument that does not fit.
         """
         given = dict(
@@ -282,12 +296,14 @@ class KTMoEWrapper:
     ) -> None:
         """Queue one forward pass and return; its arguments may be overwritten at once.
 
-        hidden_states : (..., hidden_size) float32, float16 or bfloat16; tensor on any device, or array.
-        topk_ids : (num_tokens, num_experts_per_tok), any integer type; ids outside 0..num_experts-1 and those
-            of the mask add exactly zero. topk_weights : likewise, any float type.
+        hidden_states : (..., hidden_size) float32, float16 or bfloat16; tensor on any device, or
+            array.
+        topk_ids : (num_tokens, num_experts_per_tok), any integer type; ids outside 0..num_experts-1
+            and those of the mask add exactly zero. topk_weights : likewise, any float type.
         cuda_stream : CUDA stream handle the inputs were made on, or None / 0.
         A second submit before sync_forward replaces the first, as KT-Kernel overwrites its slot.
-        Raises RuntimeError before the weights are loaded, TypeError / ValueError naming the argument.
+        Raises RuntimeError before the weights are loaded, TypeError / ValueError naming the
+        argument.
         """
         if self._submitted is not None:
             self._unseen.extend(t for t in self._submitted[:2] if t is not None)
@@ -300,8 +316,10 @@ class KTMoEWrapper:
         """Wait for the last submit_forward; only deferred experts may still run afterwards.
 
         hidden_states : what was submitted, or another of its shape.
-        Returns a new (num_tokens, hidden_size) tensor or array of the submitted kind, dtype and device.
-        Raises RuntimeError without a submit_forward, else the first exception one of its tasks raised.
+        Returns a new (num_tokens, hidden_size) tensor or array of the submitted kind, dtype and
+        device.
+        Raises RuntimeError without a submit_forward, else the first exception one of its tasks
+        raised.
         """
         submitted = self._submitted
         if submitted is None:
@@ -429,10 +447,12 @@ class KTMoEWrapper:
         """Split each token's experts into those to run now and those to run with the next layer.
 
         expert_ids : any integer type (num_tokens, top_k); scores : any float type, likewise.
-        The protected_k best scores of every token are collected over the whole batch: an expert that one
-        token protects runs now for all of them. So a token defers at most top_k - protected_k experts, often
-        fewer in a bigger batch. The GPU mask is not looked at; an id of -1 stays -1 in both.
-        Returns (immediate_ids, deferred_ids), int64 (num_tokens, top_k), -1 where the other has the expert.
+        The protected_k best scores of every token are collected over the whole batch: an expert
+        that one token protects runs now for all of them. So a token defers at most top_k -
+        protected_k experts, often fewer in a bigger batch. The GPU mask is not looked at; an id of
+        -1 stays -1 in both.
+        Returns (immediate_ids, deferred_ids), int64 (num_tokens, top_k), -1 where the other has the
+        expert.
         """
         device = device_of(expert_ids)
         host = on_host(expert_ids)

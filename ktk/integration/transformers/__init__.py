@@ -1,15 +1,18 @@
-"""Hugging Face transformers with its experts on ktk. Importing this, or using ``ktk.KtkConfig``, registers everything:
+"""Hugging Face transformers with its experts on ktk. Importing this, or using ``ktk.KtkConfig``,
+registers everything:
 
-- ``from_pretrained(directory, quantization_config=ktk.KtkConfig(...))`` packs a float checkpoint's experts while it is
-  read, one parameter of one layer at a time; ``from_pretrained(directory)`` loads what ``ktk convert`` or
-  ``save_pretrained`` wrote;
-- ``load_model(directory)`` takes those, and checkpoints quantised as fp8, MXFP4, GPTQ or compressed-tensors int4;
+- ``from_pretrained(directory, quantization_config=ktk.KtkConfig(...))`` packs a float checkpoint's
+  experts while it is read, one parameter of one layer at a time; ``from_pretrained(directory)``
+  loads what ``ktk convert`` or ``save_pretrained`` wrote;
+- ``load_model(directory)`` takes those, and checkpoints quantised as fp8, MXFP4, GPTQ or
+  compressed-tensors int4;
 - ``use_ktk(model, weight_format="int8")`` packs a loaded model in place;
-- the experts function "ktk": ``model.set_experts_implementation("ktk")`` packs each layer's float experts,
-  exactly, on its first call.
+- the experts function "ktk": ``model.set_experts_implementation("ktk")`` packs each layer's float
+  experts, exactly, on its first call.
 
-The model keeps its own modules; only what an experts module computes is replaced. Gradients pass through the experts,
-whose weights are frozen. Source: transformers 5.23, integrations/moe.py and quantizers/base.py.
+The model keeps its own modules; only what an experts module computes is replaced. Gradients pass
+through the experts, whose weights are frozen. Source: transformers 5.23, integrations/moe.py and
+quantizers/base.py.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ try:
     import transformers as _transformers
 except ImportError as error:
     raise ImportError(
-        "ktk.integration.transformers needs transformers 5.20 or newer: pip install 'transformers>=5.20'"
+        "ktk.integration.transformers needs transformers 5.20 or newer: pip install "
+        "'transformers>=5.20'"
     ) from error
 if tuple(map(int, _transformers.__version__.split(".")[:2])) < (5, 20):
     raise ImportError(

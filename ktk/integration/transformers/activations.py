@@ -1,7 +1,8 @@
 """Which ``ktk.Activation`` an experts module computes: tried on numbers, so a name never decides.
 
-Every activation ktk knows, with the limits and alphas found on the module and its config, is compared with
-the module's own ``_apply_gate`` (``act_fn`` without a gate) on a fixed probe that goes beyond those limits.
+Every activation ktk knows, with the limits and alphas found on the module and its config, is
+compared with the module's own ``_apply_gate`` (``act_fn`` without a gate) on a fixed probe that
+goes beyond those limits.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _candidates(module: Any) -> Iterator[Activation]:
 
 
 def _probe(limits: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (rows, 64) gate and up, fixed: small values, and some to four times the largest limit."""
+    """float64 (rows, 64) gate and up, fixed: small values,
+    and some to four times the largest limit.
+    """
     rng = np.random.default_rng(20240711)
     scales = [0.3, 2.0, 10.0, *(1.5 * limit for limit in limits)]
     rows = [rng.standard_normal((2, _PROBE_WIDTH)) * scale for scale in scales]
@@ -88,7 +91,8 @@ def recognise(module: Any) -> Activation | None:
         return None
     if got.shape != up.shape:
         return None
-    # float32 inside the module is fine, another function is not: exact GELU is 5e-4 from its tanh form.
+    # float32 inside the module is fine, another function is not: exact GELU is 5e-4 from its tanh
+    # form.
     tolerance = 1e-6 * (1 + np.abs(up)) * ((1 + np.abs(gate)) if module.has_gate else 1)
     for activation in _candidates(module):
         expected = activation.apply(gate if module.has_gate else None, up)
@@ -98,7 +102,9 @@ def recognise(module: Any) -> Activation | None:
 
 
 def recognise_gate(act: Any) -> Activation | None:
-    """The activation of an MLP down(act(gate) * up), from its elementwise function; None if ktk has none that computes the same."""
+    """The activation of an MLP down(act(gate) * up), from its elementwise function;
+    None if ktk has none that computes the same.
+    """
     gate = _probe([])[0]
     try:
         with torch.no_grad():

@@ -1,8 +1,10 @@
-"""Which models decide what they compute by the name of their attention implementation, read from their classes' source.
+"""Which models decide what they compute by the name of their attention implementation, read from
+their classes' source.
 
-Under another name such a model may compute something else without a word: DeepSeek V3.2 masks what its index did not choose
-under "eager" and "sdpa" alone, and its attention is dense under every other name. That shows only in contexts longer than
-its index, thousands of tokens, where no trial looks.
+Under another name such a model may compute something else without a word: DeepSeek V3.2 masks what
+its index did not choose under "eager" and "sdpa" alone, and its attention is dense under every
+other name. That shows only in contexts longer than its index, thousands of tokens, where no trial
+looks.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from ktk.integration.transformers import names as hf
 
 
 def decides_by_name(model: torch.nn.Module, own: str, other: str) -> str | None:
-    """A class among a model's modules whose code goes two ways under the names own and other; None if there is none.
+    """A class among a model's modules whose code goes two ways under the names own and other; None
+    if there is none.
 
-    Code that cannot be read counts as code that does. What ran when a module was made does not count.
+    Code that cannot be read counts as code that does. What ran when a module was made does not
+    count.
     """
     for kind in {type(module): None for module in model.modules()}:
         for base in kind.__mro__:
@@ -30,7 +34,8 @@ def decides_by_name(model: torch.nn.Module, own: str, other: str) -> str | None:
             if inside[0] in ("torch", "builtins", "abc", "ktk"):
                 continue
             if inside[0] == "transformers" and inside[1] != "models":
-                continue  # it passes the name on, to functions and masks that are registered under it
+                # it passes the name on, to functions and masks that are registered under it
+                continue
             if _decides(base.__module__, base.__name__, own, other):
                 return kind.__name__
     return None
@@ -38,7 +43,9 @@ def decides_by_name(model: torch.nn.Module, own: str, other: str) -> str | None:
 
 @functools.cache
 def _decides(module: str, name: str, own: str, other: str) -> bool:
-    """Whether a class at the top of a Python module, or a function there that it calls, goes two ways."""
+    """Whether a class at the top of a Python module, or a function there that it calls,
+    goes two ways.
+    """
     found = _definitions(module)
     if name not in found:
         return True

@@ -1,4 +1,6 @@
-"""transformers' continuous batching of one model: its manager, thread and paged KV cache, with attention and tokens chosen by ktk."""
+"""transformers' continuous batching of one model: its manager, thread and paged KV cache,
+with attention and tokens chosen by ktk.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,10 @@ class CannotBatch(KtkError, RuntimeError):
 class Batches:
     """Runs a model's requests in batches; all of them by their ids.
 
-    prompt_length : id -> the tokens of its prompt, None if nobody knows the request any more. choose : (ids, float32 scores (rows,
-    vocab_size)) -> their tokens. report : (id, tokens made, whether it is finished, its error or None). All three are called by the
-    generation thread. Raises CannotBatch for a model that cannot be batched, as do ``prepare`` and ``start``.
+    prompt_length : id -> the tokens of its prompt, None if nobody knows the request any more.
+    choose : (ids, float32 scores (rows, vocab_size)) -> their tokens. report : (id, tokens made,
+    whether it is finished, its error or None). All three are called by the generation thread.
+    Raises CannotBatch for a model that cannot be batched, as do ``prepare`` and ``start``.
     """
 
     def __init__(
@@ -59,7 +62,10 @@ class Batches:
         return TokenShape(layers, heads, width, width).num_bytes(self._model.dtype.itemsize)
 
     def _geometry(self) -> tuple[int, int]:
-        """Heads and width of the KV cache. Raises CannotBatch where layers differ in the number of heads."""
+        """Heads and width of the KV cache.
+
+        Raises CannotBatch where layers differ in the number of heads.
+        """
         heads = {heads for heads, _ in self._shapes}
         if len(heads) > 1:
             numbers = ", ".join(map(str, sorted(heads)))
@@ -75,7 +81,9 @@ class Batches:
             hf.set_attention_implementation(self._model.config, self._attention)
 
     def prepare(self, pages: int, batch_tokens: int, sequences: int) -> None:
-        """Before ``start``. pages : of the KV cache. batch_tokens, sequences : of one forward pass, at most."""
+        """Before ``start``. pages : of the KV cache. batch_tokens, sequences :
+        of one forward pass, at most.
+        """
         hf.set_attention_implementation(self._model.config, NAME)
         try:
             self._manager = self._model.init_continuous_batching(
@@ -100,7 +108,9 @@ class Batches:
         self._invariant = InvariantModel(self._model)
 
     def _tell(self, parts: list[hf.BatchPart]) -> None:
-        """Tell attention of a batch, and keep pages from other sequences whose bits would not be theirs. In the generation thread."""
+        """Tell attention of a batch, and keep pages from other sequences whose bits would not be
+        theirs. In the generation thread.
+        """
         self._batch.spans = []
         for part in parts:
             known = self._prompt_length(part.id)

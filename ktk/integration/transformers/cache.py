@@ -79,7 +79,9 @@ _GROWING: dict[type, type] = {
 
 
 def growing_layer(cache: Any, index: int) -> Any:
-    """Layer ``index`` of a transformers Cache as one that grows in place, put there if need be; None if it is of another kind."""
+    """Layer ``index`` of a transformers Cache as one that grows in place, put there if need be;
+    None if it is of another kind.
+    """
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, list) or not 0 <= index < len(layers):
         return None

@@ -1,8 +1,9 @@
 """Run a model on a calibration text, one layer after the other, its experts supplied from outside.
 
-One forward pass of all windows at once: when it comes to a layer's experts, ``on_layer`` gets the inputs of all tokens, does with that
-layer what it wants and returns the experts' output, from which the next layers go on. So a layer sees the inputs that the
-quantised layers before it make, and no more than one layer's experts need to be in memory. All else of the model is, in float32.
+One forward pass of all windows at once: when it comes to a layer's experts, ``on_layer`` gets the
+inputs of all tokens, does with that layer what it wants and returns the experts' output, from which
+the next layers go on. So a layer sees the inputs that the quantised layers before it make, and no
+more than one layer's experts need to be in memory. All else of the model is, in float32.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from ktk.quantise.texts import read_text, windows
 
 WINDOW = 256
 NUM_TOKENS = 8192
-# float32 copies of a token's hidden state alive at once, attention's and a dense layer's included: a generous bound.
+# float32 copies of a token's hidden state alive at once, attention's and a dense layer's included:
+# a generous bound.
 _LIVE_COPIES = 24
 OnLayer = Callable[[int, LayerInputs], np.ndarray]
 _NAME = "ktk_calibrate"
@@ -58,7 +60,10 @@ hf.ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_function)
 
 @torch.no_grad()
 def run_layers(model: Any, token_ids: torch.Tensor, on_layer: OnLayer) -> None:
-    """Call ``on_layer`` for each layer that has experts, in order. token_ids : int64 (windows, length)."""
+    """Call ``on_layer`` for each layer that has experts, in order.
+
+    token_ids : int64 (windows, length).
+    """
     modules = list(find_experts(model))
     owners = {id(m.config): m.config for _, m in modules} | {id(model.config): model.config}
     before = {key: hf.experts_implementation(config) for key, config in owners.items()}
@@ -91,7 +96,9 @@ class _WithoutExperts(KtkHfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         with Checkpoint.open(directory) as checkpoint:
             experts = find_expert_tensors(checkpoint)
-            specs = {n: MoESpec(**experts.spec_fields(n), weight_format="bf16") for n in experts.layers}  # fmt: skip
+            specs = {
+                n: MoESpec(**experts.spec_fields(n), weight_format="bf16") for n in experts.layers
+            }
 
         def read(layer: int) -> StoredExperts:
             raise AssertionError(f"layer {layer}: nothing is attached here")
@@ -108,21 +115,27 @@ hf.register_quantizer("ktk_without_experts")(_WithoutExperts)
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration text for ``ktk.convert``. num_tokens : at most so many, in windows of 256 spread over the text.
+    """A calibration text for ``ktk.convert``. num_tokens : at most so many, in windows of 256
+    spread over the text.
 
-    Raises CheckpointError / ValueError when run: the text is too short, the model does not fit into memory.
+    Raises CheckpointError / ValueError when run: the text is too short, the model does not fit into
+    memory.
     """
 
     text: Path
     num_tokens: int = NUM_TOKENS
 
     def provenance(self) -> dict[str, Any]:
-        """What a packed directory tells of it: the text's sha256 and the number of tokens asked for."""
+        """What a packed directory tells of it: the text's sha256 and the number of tokens asked
+        for.
+        """
         digest = hashlib.sha256(self.text.read_bytes()).hexdigest()
         return {"text_sha256": digest, "num_tokens": self.num_tokens}
 
     def run(self, source: Path, experts: Experts, on_layer: OnLayer) -> None:
-        """Run the float model in ``source`` without its own experts; ``on_layer`` as in ``run_layers``."""
+        """Run the float model in ``source`` without its own experts;
+        ``on_layer`` as in ``run_layers``.
+        """
         from transformers import AutoConfig, AutoTokenizer
 
         if not (source / "config.json").is_file():
@@ -132,8 +145,8 @@ class Calibration:
         config = AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(
-                f"{source}: its weights are quantised already: calibration starts from float weights; take the float "
-                "original, or leave the calibration out"
+                f"{source}: its weights are quantised already: calibration starts from float "
+                "weights; take the float original, or leave the calibration out"
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
         ids = tokenizer(read_text(self.text), add_special_tokens=False, verbose=False)["input_ids"]
@@ -159,7 +172,8 @@ class Calibration:
         available = cpu.memory()[1]
         if available and needed > available:
             raise CheckpointError(
-                f"{source}: calibrating on {num_tokens} tokens needs about {needed / 1e9:.1f} GB (all but the experts in "
-                f"float32: {plain / 1e9:.1f} GB), {available / 1e9:.1f} GB are free; take fewer tokens with "
-                "--calibrate-tokens, or convert without --calibrate"
+                f"{source}: calibrating on {num_tokens} tokens needs about {needed / 1e9:.1f} GB "
+                f"(all but the experts in float32: {plain / 1e9:.1f} GB), {available / 1e9:.1f} "
+                "GB are free; take fewer tokens with --calibrate-tokens, or convert without "
+                "--calibrate"
             )

@@ -1,9 +1,11 @@
-"""Decoding one token: a decoder layer's forward pass as one native call instead of some forty torch operations.
+"""Decoding one token: a decoder layer's forward pass as one native call instead of some forty torch
+operations.
 
-What a layer computes is read from its modules' shapes and tried on numbers, never from names of models: norms and routing when
-the model is opened (``decoder_specs``), the layer as a whole before the first token it decodes (``decoder_trial``). A layer
-that comes out otherwise keeps its own forward and the reason, and so does everything but a single new token without gradients and
-without a mask.
+What a layer computes is read from its modules' shapes and tried on numbers, never from names of
+models: norms and routing when the model is opened (``decoder_specs``), the layer as a whole before
+the first token it decodes (``decoder_trial``). A layer that comes out otherwise keeps its own
+forward and the reason, and so does everything but a single new token without gradients and without
+a mask.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _KNOWN = {"attention_mask", hf.POSITIONS, *hf.PLUMBING, *hf.PLACES}
 def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
     """Give every decoder layer that ``DecoderSpec`` describes its fast way to decode; their names.
 
-    To be called again once weights were replaced. Only layers whose projections ktk runs (``replace_linears``, ``share_linears``) and whose experts are packed or in blocks. A warning names the others.
+    To be called again once weights were replaced. Only layers whose projections ktk runs
+    (``replace_linears``, ``share_linears``) and whose experts are packed or in blocks. A warning
+    names the others.
     """
     fused: list[str] = []
     unlike: dict[str, list[str]] = {}
@@ -56,7 +60,9 @@ def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
 
 
 def decoder_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """(name, module) of each layer around experts, in order, and of every other module with a ``self_attn``."""
+    """(name, module) of each layer around experts, in order,
+    and of every other module with a ``self_attn``.
+    """
     around = {
         child
         for parent in model.modules()
@@ -76,7 +82,8 @@ _unlike: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 
 def fusion_report(model: torch.nn.Module) -> dict[str, str | None]:
-    """Each decoder layer's name -> None if a new token passes it in one native call, else the reason why not.
+    """Each decoder layer's name -> None if a new token passes it in one native call, else the
+    reason why not.
 
     What shows only when a token is decoded counts from then on.
     """
@@ -103,7 +110,8 @@ def some(names: list[str]) -> str:
 class FusedForward:
     """In place of a decoder layer's ``forward``.
 
-    calls : native ones. reason : why the layer's own forward decodes now, None if the native call does.
+    calls : native ones. reason : why the layer's own forward decodes now, None if the native call
+        does.
     """
 
     def __init__(
@@ -146,7 +154,8 @@ class FusedForward:
     ) -> tuple[Any, torch.Tensor] | str | None:
         """The layer's cache and the position's (2, rotary_dim / 2) cosines and sines.
 
-        None if this is no case for the fast way: a prompt of one token, a server's batch, gradients. Otherwise what keeps it from being one.
+        None if this is no case for the fast way: a prompt of one token, a server's batch,
+        gradients. Otherwise what keeps it from being one.
         """
         given = hf.cache_in(named)
         if given is None or hf.query_bounds(named) is not None:
@@ -213,7 +222,9 @@ class FusedForward:
 
 
 def _kind(module: torch.nn.Module) -> Hashable:
-    """Alike for layers that run the same code with the same numbers: classes, shapes and all attributes except where the layer stands."""
+    """Alike for layers that run the same code with the same numbers: classes,
+    shapes and all attributes except where the layer stands.
+    """
     parts: list[Hashable] = []
     for name, part in module.named_modules():
         own = sorted(part.__dict__.items())
@@ -233,7 +244,9 @@ def _kind(module: torch.nn.Module) -> Hashable:
 
 
 class _Last:
-    """What the last tensor came to, for the many layers of one token; the tensor is not kept alive."""
+    """What the last tensor came to, for the many layers of one token;
+    the tensor is not kept alive.
+    """
 
     def __init__(self) -> None:
         self._tensor: Callable[[], Any] = lambda: None
@@ -250,7 +263,9 @@ _last_mask, _last_turns = _Last(), _Last()
 
 
 def _sees_all(mask: Any, num_keys: int) -> bool:
-    """Whether a mask, (1, 1, 1, keys) as eager attention adds it or of bool, hides none of the keys."""
+    """Whether a mask, (1, 1, 1, keys) as eager attention adds it or of bool,
+    hides none of the keys.
+    """
     if mask is None:
         return True
     if not isinstance(mask, torch.Tensor) or mask.shape != (1, 1, 1, num_keys):
@@ -263,7 +278,9 @@ def _sees_all(mask: Any, num_keys: int) -> bool:
 
 
 def _turns_of(positions: Any, rotary_dim: int) -> torch.Tensor | None:
-    """float32 (2, rotary_dim / 2): cosines and sines of one position, given as these two or as complex numbers of them."""
+    """float32 (2, rotary_dim / 2): cosines and sines of one position,
+    given as these two or as complex numbers of them.
+    """
     first = positions if torch.is_tensor(positions) else positions[0]
 
     def turns() -> torch.Tensor | None:

@@ -1,7 +1,9 @@
-"""What a decoder layer computes, as a ``DecoderSpec``: read from its modules' shapes and tried part by part, in float32.
+"""What a decoder layer computes, as a ``DecoderSpec``: read from its modules' shapes and tried part
+by part, in float32.
 
-Norms, routing and activations are compared with what they are taken for on inputs of several sizes, to the rounding of float32, so that
-a factor or an epsilon a percent off is another one. ``decoder_trial`` then tries the layer as a whole.
+Norms, routing and activations are compared with what they are taken for on inputs of several sizes,
+to the rounding of float32, so that a factor or an epsilon a percent off is another one.
+``decoder_trial`` then tries the layer as a whole.
 """
 
 from __future__ import annotations
@@ -34,15 +36,18 @@ from ktk.ops.linear import Linear
 from ktk.ops.router import MAX_GROUPS, SCORES, Router, route
 
 PROBE_TOKENS = 64
-# Standard deviations of the probe's logits: large enough to tell scores apart and to reach a cap, too small to saturate a sigmoid.
+# Standard deviations of the probe's logits: large enough to tell scores apart and to reach a cap,
+# too small to saturate a sigmoid.
 LOGITS = (0.5, 1.5, 3.0)
-# Of float32. An honest router differs by 2e-6 at most, and a token in thousands lies so near the edge between two experts that it goes elsewhere.
+# Of float32. An honest router differs by 2e-6 at most, and a token in thousands lies so near the
+# edge between two experts that it goes elsewhere.
 LEAST_SAME, SAME_WEIGHT = 0.97, 1e-4
 NORM_SCALES = (1e-4, 1e-3, 1.0, 100.0)  # of inputs: the smallest show an epsilon of 1e-6 and more
 SAME_NORM = 1e-5
 
 
-# What models call a layer's norms: of attention's branch and of the feed-forward one the norm before it and the one after.
+# What models call a layer's norms: of attention's branch and of the feed-forward one the norm
+# before it and the one after.
 NORMS: tuple[tuple[tuple[str | None, str | None], tuple[str | None, str | None]], ...] = (
     (("input_layernorm", None), ("post_attention_layernorm", None)),
     ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
@@ -65,7 +70,9 @@ class UnlikeError(Exception):
 
 @dataclass(frozen=True)
 class DescribedLayer:
-    """A layer's spec, and the modules that hold the parts of it; experts, shared and router None where it has none."""
+    """A layer's spec, and the modules that hold the parts of it; experts,
+    shared and router None where it has none.
+    """
 
     spec: DecoderSpec
     attention: Any
@@ -78,7 +85,9 @@ class DescribedLayer:
 
 
 def describe_layer(module: Any) -> DescribedLayer:
-    """Raises UnlikeError if a DecoderSpec cannot say what the layer computes, ValueError if its shapes do not fit."""
+    """Raises UnlikeError if a DecoderSpec cannot say what the layer computes,
+    ValueError if its shapes do not fit.
+    """
     if not isinstance(getattr(module, "self_attn", None), torch.nn.Module):
         raise UnlikeError(f"a {type(module).__name__} without a self_attn")
     children = _children(module)
@@ -107,7 +116,9 @@ def describe_layer(module: Any) -> DescribedLayer:
 
 @contextlib.contextmanager
 def in_float32(module: Any) -> Iterator[None]:
-    """Its own code in float32: what ktk runs by ktk's kernels, which take float32, the rest on its parameters as float32."""
+    """Its own code in float32: what ktk runs by ktk's kernels, which take float32,
+    the rest on its parameters as float32.
+    """
     undo: list[Callable[[], None]] = []
     try:
         for part in module.modules():
@@ -120,7 +131,13 @@ def in_float32(module: Any) -> Iterator[None]:
             else:
                 for tensors in (part._parameters, part._buffers):
                     undo.append(functools.partial(tensors.update, dict(tensors)))
-                    tensors.update({n: t.detach().float() for n, t in tensors.items() if t is not None and t.is_floating_point()})  # fmt: skip
+                    tensors.update(
+                        {
+                            n: t.detach().float()
+                            for n, t in tensors.items()
+                            if t is not None and t.is_floating_point()
+                        }
+                    )
         yield
     finally:
         for step in reversed(undo):
@@ -263,7 +280,9 @@ def _latent_attention(module: Any) -> LatentAttention:
 
 
 def matrix_of(linear: Linear) -> torch.Tensor:
-    """Its weights as float32 (out_features, in_features), by the rows of a unit matrix: exact in any code of activations."""
+    """Its weights as float32 (out_features, in_features), by the rows of a unit matrix:
+    exact in any code of activations.
+    """
     rows: torch.Tensor = linear(torch.eye(linear.in_features))
     return rows.mT
 
@@ -323,7 +342,7 @@ def _matrix_of(module: Any, num_experts: int) -> torch.Tensor | None:
     return weight.detach() if len(weight) == num_experts else None
 
 
-# --- routing ------------------------------------------------------------------------------------------
+# --- routing --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -403,9 +422,20 @@ def _candidates(
         for score in SCORES:
             for is_normalised in (True, False):
                 for num_groups, top_groups, best in groups:
-                    yield bias, Router(
-                        num_experts, top_k, score, is_normalised, 1.0, added, num_groups, top_groups, best
-                    )  # fmt: skip
+                    yield (
+                        bias,
+                        Router(
+                            num_experts,
+                            top_k,
+                            score,
+                            is_normalised,
+                            1.0,
+                            added,
+                            num_groups,
+                            top_groups,
+                            best,
+                        ),
+                    )
 
 
 def _number(name: str, *owners: Any) -> Any:
@@ -420,7 +450,8 @@ def _number(name: str, *owners: Any) -> Any:
 def _compare(
     router: Router, logits: np.ndarray, routed: _Routed, known: tuple[float, ...]
 ) -> tuple[float, float | None]:
-    """Part of the tokens that go to the experts the block chose, and by what the router's weights must be multiplied.
+    """Part of the tokens that go to the experts the block chose, and by what the router's weights
+    must be multiplied.
 
     That is one of the known numbers if it is near one, and None if the weights are others.
     """

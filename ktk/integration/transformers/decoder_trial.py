@@ -1,9 +1,11 @@
-"""Whether a decoder layer computes what its ``DecoderSpec`` says: its own forward beside the native call, in float32.
+"""Whether a decoder layer computes what its ``DecoderSpec`` says: its own forward beside the native
+call, in float32.
 
-In float32 rounding and another formula lie far apart: see LIMIT. Attention, experts and the MLP beside them are compared each by
-itself and relative to its own size, so that a large one hides no error of a small one. Four kinds of input make visible
-what seldom acts: few keys and many, more than any window or index; norms' outputs 64 times as large, for clips and
-caps; inputs as large as only a clip would notice; so small that epsilons count; places in the text beyond any length.
+In float32 rounding and another formula lie far apart: see LIMIT. Attention, experts and the MLP
+beside them are compared each by itself and relative to its own size, so that a large one hides no
+error of a small one. Four kinds of input make visible what seldom acts: few keys and many, more
+than any window or index; norms' outputs 64 times as large, for clips and caps; inputs as large as
+only a clip would notice; so small that epsilons count; places in the text beyond any length.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ from ktk.ops.components import (
 from ktk.ops.decoder import Branch, DecoderLayer, DecoderSpec
 from ktk.ops.linear import Linear
 
-# Of a part's size, root mean square. See the commit that set it for what honest layers and those 1 % off come to.
+# Of a part's size, root mean square. See the commit that set it for what honest layers and those 1
+# % off come to.
 LIMIT = 2e-4
 ROUNDING = 3e-7  # of what a part is added to
 SAME_SUM = 1e-5  # of inputs beside which the parts are small
-# Of two sums in other orders a code of a rounded activation may fall to the other side: such a layer passes with other inputs.
+# Of two sums in other orders a code of a rounded activation may fall to the other side: such a
+# layer passes with other inputs.
 SEEDS = tuple(range(11, 19))
 SCORES = 2.0  # standard deviation of scores: neither all keys alike nor one alone
 FEWEST_KEYS, MANY_KEYS, MOST_KEYS = 7, 300, 8192
@@ -59,7 +63,10 @@ def run_native(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """A token through the layer, its key and value written to the last rows. x : (1, 1, hidden_size), of a dtype in ``_DTYPES``."""
+    """A token through the layer, its key and value written to the last rows.
+
+    x : (1, 1, hidden_size), of a dtype in ``_DTYPES``.
+    """
     x = x.detach().contiguous()
     out = torch.empty_like(x)
     at, places = turns.data_ptr(), array("Q", [keys.data_ptr(), values.data_ptr()])
@@ -68,8 +75,16 @@ def run_native(
     strides = keys.stride(), values.stride()
     one_page = (page, *strides[0][1:3], page + places.itemsize, *strides[1][1:3], tokens)
     layer.native.forward(
-        _DTYPES[x.dtype], 1, x.data_ptr(), at, at + turns.stride(0) * 4, (one_page,), (0,), (tokens - 1,), out.data_ptr()
-    )  # fmt: skip
+        _DTYPES[x.dtype],
+        1,
+        x.data_ptr(),
+        at,
+        at + turns.stride(0) * 4,
+        (one_page,),
+        (0,),
+        (tokens - 1,),
+        out.data_ptr(),
+    )
     return out
 
 
@@ -88,7 +103,9 @@ class _Probe:
 
 
 class Trial:
-    """A described layer's native call against ``own_forward``, given the arguments of a real call for one token."""
+    """A described layer's native call against ``own_forward``,
+    given the arguments of a real call for one token.
+    """
 
     def __init__(
         self,
@@ -104,7 +121,10 @@ class Trial:
         self._of_latents: torch.Tensor | None = None
 
     def differs(self, is_thorough: bool) -> str | None:
-        """What comes out otherwise; None if nothing does. ``spec`` is then the one that computes the same."""
+        """What comes out otherwise; None if nothing does.
+
+        ``spec`` is then the one that computes the same.
+        """
         attention = self.described.spec.attention
         probes = list(self._probes())[: None if is_thorough else 1]
         orders = ROTARY_ORDERS if isinstance(attention, LatentAttention) else ROTARY_ORDERS[:2]
@@ -131,11 +151,15 @@ class Trial:
 
     def _many_keys(self) -> int:
         config = getattr(self.described.attention, "config", None)
-        reaches = [
-            value
-            for name, value in vars(config).items()
-            if _REACHES.search(name) and isinstance(value, int)
-        ] if config is not None else []  # fmt: skip
+        reaches = (
+            [
+                value
+                for name, value in vars(config).items()
+                if _REACHES.search(name) and isinstance(value, int)
+            ]
+            if config is not None
+            else []
+        )
         return min(MOST_KEYS, max([MANY_KEYS, *(r + 9 for r in reaches)]))
 
     def _try(self, probe: _Probe) -> str | None:
@@ -192,7 +216,9 @@ class Trial:
 
     @contextlib.contextmanager
     def _exact_latents(self) -> Iterator[None]:
-        """What makes keys and values of latents in float32, by the weights that are absorbed: its rounding is no formula."""
+        """What makes keys and values of latents in float32, by the weights that are absorbed:
+        its rounding is no formula.
+        """
         attention = self.spec.attention
         if not isinstance(attention, LatentAttention):
             yield
@@ -215,12 +241,18 @@ class Trial:
         before = self.described.norms[0][0]
         rows = x if before is None else before(x)
         if isinstance(attention, LatentAttention):
-            q = module.q_proj(rows) if attention.q_a is None else module.q_b_proj(module.q_a_layernorm(module.q_a_proj(rows)))  # fmt: skip
+            q = (
+                module.q_proj(rows)
+                if attention.q_a is None
+                else module.q_b_proj(module.q_a_layernorm(module.q_a_proj(rows)))
+            )
             q = q.view(attention.num_heads, -1)
             absorbed = attention.absorb(q[:, : attention.nope_dim].contiguous())
             every = torch.arange(attention.num_heads)
             latent = absorbed.view(attention.num_heads, attention.num_heads, -1)[every, every]
-            norm = float(latent.pow(2).sum(1).add(q[:, attention.nope_dim :].pow(2).sum(1)).mean().sqrt())  # fmt: skip
+            norm = float(
+                latent.pow(2).sum(1).add(q[:, attention.nope_dim :].pow(2).sum(1)).mean().sqrt()
+            )
         elif attention.q_norm is not None:
             weight = attention.q_norm.weight
             norm = float(np.sqrt(np.square(weight).mean() * attention.head_dim))
@@ -237,7 +269,9 @@ class Trial:
         values: torch.Tensor,
         left_out: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What stands before the second norm, the output, the new key and value: the layer's own forward's, without one of its parts."""
+        """What stands before the second norm, the output, the new key and value:
+        the layer's own forward's, without one of its parts.
+        """
         described = self.described
         seen: list[torch.Tensor] = []
         cache = DynamicCache()
@@ -256,7 +290,8 @@ class Trial:
         silent = {"experts": described.experts, "mlp": described.shared}.get(left_out or "")
         if silent is not None:
             undo.append(replace_forward(silent, lambda rows, *_: torch.zeros_like(rows)))
-        # Logits stay as they are: of large ones scores are alike, and of a gate that shuts nothing is seen.
+        # Logits stay as they are: of large ones scores are alike, and of a gate that shuts nothing
+        # is seen.
         routers = [m for m in (described.router, described.shared_gate) if m is not None]
         matrices = [m.weight for m in routers]
         try:
@@ -274,9 +309,11 @@ class Trial:
 
     def _arguments(self, turns: torch.Tensor, probe: _Probe, cache: Any) -> dict[str, Any]:
         named = {
-            name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            name: value.float()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else value
             for name, value in self.named.items()
-        }  # fmt: skip
+        }
         given = named[hf.POSITIONS]
         if torch.is_tensor(given):
             named[hf.POSITIONS] = torch.complex(turns[0], turns[1]).view(1, 1, -1)
@@ -284,7 +321,9 @@ class Trial:
             cosines, half = given[0], turns.shape[1]
             if cosines.shape[-1] != half:
                 are_pairs = not torch.equal(cosines[..., :half], cosines[..., half:])
-                turns = turns.repeat_interleave(2, -1) if are_pairs else torch.cat([turns, turns], -1)  # fmt: skip
+                turns = (
+                    turns.repeat_interleave(2, -1) if are_pairs else torch.cat([turns, turns], -1)
+                )
             named[hf.POSITIONS] = (turns[0].view(1, 1, -1), turns[1].view(1, 1, -1))
         named[str(hf.cache_name(named))] = cache
         if (mask := named.get("attention_mask")) is not None:
@@ -304,7 +343,10 @@ class Trial:
         probe: _Probe,
         left_out: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The output, the new key and value. left_out : "attention" leaves all but attention out."""
+        """The output, the new key and value.
+
+        left_out : "attention" leaves all but attention out.
+        """
         left = {
             None: Component,
             "experts": Attention | LatentAttention | Mlp,

@@ -1,7 +1,9 @@
-"""Experts modules of transformers models: which modules they are, their parameters, and the packed experts that hang on them.
+"""Experts modules of transformers models: which modules they are, their parameters, and the packed
+experts that hang on them.
 
-Those hang on the module as a plain attribute, ``_ktk``, not as a parameter or buffer: so ``model.to(dtype)`` leaves them
-alone, and accelerate does not move them to a GPU (its hooks move every parameter of a module that is mapped to "cpu").
+Those hang on the module as a plain attribute, ``_ktk``, not as a parameter or buffer: so
+``model.to(dtype)`` leaves them alone, and accelerate does not move them to a GPU (its hooks move
+every parameter of a module that is mapped to "cpu").
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def find_experts(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
 
 
 def left_eager(model: torch.nn.Module) -> dict[str, str]:
-    """Class name -> why ktk does not run it, of experts that transformers' ``use_experts_implementation`` leaves out."""
+    """Class name -> why ktk does not run it, of experts that transformers'
+    ``use_experts_implementation`` leaves out.
+    """
     found: dict[str, str] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -68,7 +72,10 @@ def has_post_norm(module: Any) -> bool:
 
 
 class ExpertsHandle:
-    """One module's experts, ready to run. Copies of the model share it: packed weights never change."""
+    """One module's experts, ready to run.
+
+    Copies of the model share it: packed weights never change.
+    """
 
     def __init__(
         self,
@@ -84,7 +91,9 @@ class ExpertsHandle:
         self._biases: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def biases(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 gate|up (num_experts, 2 I) and down (num_experts, H) biases, from the packed experts."""
+        """float32 gate|up (num_experts, 2 I) and down (num_experts, H) biases,
+        from the packed experts.
+        """
         if self._biases is None:
             packed, spec = self.moe.packed, self.moe.spec
             first = ("gate", "up") if spec.has_gate else ("up",)
@@ -105,8 +114,8 @@ class ExpertsHandle:
 
     def __reduce__(self) -> str:
         raise TypeError(
-            "a model with ktk experts cannot be pickled: save the float model, or convert it once with "
-            "`ktk convert` and load that directory in each process"
+            "a model with ktk experts cannot be pickled: save the float model, or convert it once "
+            "with `ktk convert` and load that directory in each process"
         )
 
 

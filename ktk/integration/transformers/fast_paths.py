@@ -1,4 +1,6 @@
-"""What makes a model fast here, each with a yes or the reason why not: for ``ktk doctor``, the server and its chat page."""
+"""What makes a model fast here, each with a yes or the reason why not: for ``ktk doctor``,
+the server and its chat page.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ ENOUGH_HUGE = 0.9  # of the experts' memory: its last pages may be small ones
 
 @dataclass(frozen=True)
 class FastPath:
-    """One of ``fast_paths``. reason : why it is not taken, None: it is. detail : how far it is, e.g. "30 of 30 layers"."""
+    """One of ``fast_paths``.
+
+    reason : why it is not taken, None: it is. detail : how far it is, e.g. "30 of 30 layers".
+    """
 
     name: str
     reason: str | None
@@ -38,9 +43,11 @@ class FastPath:
 
 
 def run_paths(model: Any, batching: str | None, is_served: bool = False) -> list[FastPath]:
-    """How a model that ``open_model`` opened generates; some of it shows only once it has made a few tokens.
+    """How a model that ``open_model`` opened generates; some of it shows only once it has made a
+    few tokens.
 
-    batching : why a server answers its requests one by one, None if it batches them. is_served : told of a server, not of what one may do.
+    batching : why a server answers its requests one by one, None if it batches them. is_served :
+        told of a server, not of what one may do.
     """
     fused = _fused(model)
     if is_served and batching is None:

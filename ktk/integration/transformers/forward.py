@@ -20,9 +20,10 @@ def ktk_experts_forward(
 ) -> torch.Tensor:
     """What transformers calls instead of the module's forward.
 
-    hidden_states : (num_tokens, hidden_size), on any device. top_k_index, top_k_weights : (num_tokens, top_k).
-    Returns (num_tokens, hidden_size) in hidden_states' dtype and device. Gradients reach hidden_states,
-    top_k_weights and a norm behind the experts; see ``gradients``.
+    hidden_states : (num_tokens, hidden_size), on any device. top_k_index, top_k_weights :
+    (num_tokens, top_k).
+    Returns (num_tokens, hidden_size) in hidden_states' dtype and device. Gradients reach
+    hidden_states, top_k_weights and a norm behind the experts; see ``gradients``.
     """
     handle = handle_of(module)
     if handle is None or (handle.sources is not None and handle.sources != source_key(module)):
@@ -72,7 +73,8 @@ def _by_slot(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The same sum, one float32 row per (token, slot): for what happens between or after ktk's projections.
+    """The same sum, one float32 row per (token, slot): for what happens between or after ktk's
+    projections.
 
     Slots are added in top-k order, in float32.
     """
@@ -102,7 +104,9 @@ def _by_slot(
 def _own_activation(
     module: Any, handle: ExpertsHandle, x: torch.Tensor, experts: torch.Tensor
 ) -> torch.Tensor:
-    """ktk's projections around the module's own activation: float32 (rows, H) to float32 (rows, H)."""
+    """ktk's projections around the module's own activation: float32 (rows, H) to float32 (rows,
+    H).
+    """
     moe, index = handle.moe, experts.numpy()
     # (rows, 2 I): gate, then up
     gate_up = torch.from_numpy(moe.linear("gate_up", x.numpy(), index))

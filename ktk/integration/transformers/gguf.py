@@ -1,8 +1,10 @@
-"""Whole models from GGUF files: transformers' own modules, experts and large linear layers the file's blocks, run where they are mapped.
+"""Whole models from GGUF files: transformers' own modules, experts and large linear layers the
+file's blocks, run where they are mapped.
 
-The modules are made on the meta device; every other tensor is dequantised in chunks that stay in the
-CPU's caches and laid into its place (``ktk.models.whole`` says which is which), so that a model costs its weights in ``dtype`` and
-nothing beside. transformers' own GGUF loader dequantises the experts too, knows few architectures, and not how wide experts are.
+The modules are made on the meta device; every other tensor is dequantised in chunks that stay in
+the CPU's caches and laid into its place (``ktk.models.whole`` says which is which), so that a model
+costs its weights in ``dtype`` and nothing beside. transformers' own GGUF loader dequantises the
+experts too, knows few architectures, and not how wide experts are.
 """
 
 from __future__ import annotations
@@ -45,19 +47,22 @@ def load_gguf_model(
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """A causal language model from a GGUF file alone, its experts and large linear layers run by ktk from the mapped file.
+    """A causal language model from a GGUF file alone, its experts and large linear layers run by
+    ktk from the mapped file.
 
     path : a .gguf file, any part of a split one, or a directory of one model.
-    method, num_threads : of the experts, as ``ktk.MoE`` takes them. repack : True copies their blocks into memory in
-    the order kernels read them; otherwise KTK_REPACK decides.
-    linear : of the dense linear layers (attention projections, shared experts, dense layers, lm_head). "file": as the file's blocks,
-    where ``file_linears`` finds some; "int8", "int4": dequantised, and packed by ``replace_linears``; "none": dequantised, and
-    run by torch, which gradients (else parameters are frozen) and ``save_pretrained`` need. Without the compiled extension all are
-    "none", with a warning.
+    method, num_threads : of the experts, as ``ktk.MoE`` takes them. repack : True copies their
+    blocks into memory in the order kernels read them; otherwise KTK_REPACK decides.
+    linear : of the dense linear layers (attention projections, shared experts, dense layers,
+    lm_head). "file": as the file's blocks, where ``file_linears`` finds some; "int8", "int4":
+    dequantised, and packed by ``replace_linears``; "none": dequantised, and run by torch, which
+    gradients (else parameters are frozen) and ``save_pretrained`` need. Without the compiled
+    extension all are "none", with a warning.
     dtype : of everything else, which is dequantised: a torch dtype or its name; None: bfloat16.
     progress : called with (weights laid in place, all of them).
-    Raises CheckpointError for an architecture without a row in ``ktk.models.whole``, and for tensors that are missing, left
-    over, or of other shapes than the metadata says; BackendError if nothing runs the experts.
+    Raises CheckpointError for an architecture without a row in ``ktk.models.whole``, and for
+    tensors that are missing, left over, or of other shapes than the metadata says; BackendError if
+    nothing runs the experts.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -74,7 +79,8 @@ def load_gguf_model(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # whatever the classes make of it
         raise CheckpointError(
-            f"{path}: transformers makes no {fields['model_type']} of what the metadata says: {error}"
+            f"{path}: transformers makes no {fields['model_type']} of what the metadata says: "
+            f"{error}"
         ) from None
     modules = dict(find_experts(model))
     used: set[str] = set()
@@ -118,20 +124,24 @@ def _dtype(given: Any) -> torch.dtype:
 
 
 def _check_experts(path: Any, name: str, module: Any, spec: Any) -> None:
-    """CheckpointError unless the module that the config made has the shape of the file's experts."""
+    """CheckpointError unless the module that the config made has the shape of the file's
+    experts.
+    """
     down = module.down_proj.shape
     given = (spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.has_bias)
     wide, narrow = (2, 1) if module.is_transposed else (1, 2)
     wanted = (down[0], down[wide], down[narrow], module.has_bias)
     if given != wanted:
         raise CheckpointError(
-            f"{path}: {name}: the file's experts have (num_experts, hidden_size, intermediate_size, has_bias) = {given}, "
-            f"{type(module).__name__} {tuple(wanted)}"
+            f"{path}: {name}: the file's experts have (num_experts, hidden_size, "
+            f"intermediate_size, has_bias) = {given}, {type(module).__name__} {tuple(wanted)}"
         )
 
 
 def _make_rotary(checkpoint: GgufCheckpoint, model: Any) -> None:
-    """Compute what the modules compute when they are made, which on the meta device came to nothing."""
+    """Compute what the modules compute when they are made,
+    which on the meta device came to nothing.
+    """
     factors = checkpoint.read(ROPE_FACTORS) if ROPE_FACTORS in checkpoint.tensors else None
     for name, module in list(model.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -142,7 +152,8 @@ def _make_rotary(checkpoint: GgufCheckpoint, model: Any) -> None:
         if factors is not None:
             if factors.shape != made.inv_freq.shape:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {ROPE_FACTORS} has shape {factors.shape}: must be {tuple(made.inv_freq.shape)}"
+                    f"{checkpoint.path}: {ROPE_FACTORS} has shape {factors.shape}: must be "
+                    f"{tuple(made.inv_freq.shape)}"
                 )
             made.inv_freq /= torch.from_numpy(factors)
             made.original_inv_freq = made.inv_freq

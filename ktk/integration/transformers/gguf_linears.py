@@ -31,11 +31,13 @@ from ktk.placement.blocks import kernel_types
 def file_linears(
     checkpoint: GgufCheckpoint, row: WholeModel, num_layers: int
 ) -> dict[str, tuple[Tensor, str]]:
-    """Weights of dense linear layers that run as the file's blocks: module tensor -> (row, the file's tensor).
+    """Weights of dense linear layers that run as the file's blocks: module tensor -> (row, the
+    file's tensor).
 
-    Those of one tensor of the file, its rows in any order, of a type that kernels read, but F32, of which torch reads half the bytes once
-    it is bf16. One row by 4096 x 2048, two Zen 4 cores: BF16 0.56 ms, F16 0.54, torch's bf16 0.83, fp16 0.46 (and 512 rows in 185 ms,
-    F16 in 42). Empty where the kernels do not run.
+    Those of one tensor of the file, its rows in any order, of a type that kernels read, but F32, of
+    which torch reads half the bytes once it is bf16. One row by 4096 x 2048, two Zen 4 cores: BF16
+    0.56 ms, F16 0.54, torch's bf16 0.83, fp16 0.46 (and 512 rows in 185 ms, F16 in 42). Empty where
+    the kernels do not run.
     """
     found: dict[str, tuple[Tensor, str]] = {}
     if ktk.ops.linear.why_not() is not None:
@@ -80,7 +82,9 @@ class LinearPlan:
 def take_linears(
     checkpoint: GgufCheckpoint, row: WholeModel, model: Any, plans: dict[str, Plan]
 ) -> dict[str, LinearPlan]:
-    """The model's linear layers that run as blocks, by name; their tensors are taken out of ``plans``."""
+    """The model's linear layers that run as blocks, by name;
+    their tensors are taken out of ``plans``.
+    """
     if reason := ktk.ops.linear.why_not():
         logger.warning("linear layers are dequantised and stay with torch: %s", reason)
     taken = {}

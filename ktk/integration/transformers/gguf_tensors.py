@@ -1,4 +1,6 @@
-"""The tensors of a model from a GGUF file's: which come from which, dequantised in chunks and laid into their places."""
+"""The tensors of a model from a GGUF file's: which come from which,
+dequantised in chunks and laid into their places.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from ktk.models.prediction import gguf_predicts
 from ktk.models.whole.rope import Fields
 from ktk.models.whole.rows import Tensor, WholeModel
 
-# Dequantised at a time: 1 MB as float32, which NumPy's temporaries pass through the caches with. One call for a tensor of
-# 4096 x 4096: 110 (Q5_K) to 280 (Q4_0) million weights a second; in chunks of this size 290 to 1170.
+# Dequantised at a time: 1 MB as float32, which NumPy's temporaries pass through the caches with.
+# One call for a tensor of 4096 x 4096: 110 (Q5_K) to 280 (Q4_0) million weights a second; in chunks
+# of this size 290 to 1170.
 CHUNK_WEIGHTS = 1 << 18
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING, HEAD = "token_embd.weight", "lm_head.weight"  # in the file, in the model
@@ -45,7 +48,9 @@ def plan_tensors(
     model: Any,
     used: set[str],
 ) -> dict[str, Plan]:
-    """Module tensor -> what it comes from; every tensor of model and file accounted for, or CheckpointError."""
+    """Module tensor -> what it comes from; every tensor of model and file accounted for,
+    or CheckpointError.
+    """
     targets = {
         name: tensor for name, tensor in model.state_dict().items() if name not in tied(model)
     }
@@ -77,7 +82,8 @@ def plan_tensors(
     ]
     if unused:
         raise CheckpointError(
-            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}: {_some(unused)}"
+            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}: "
+            f"{_some(unused)}"
         )
     return plans
 
@@ -152,8 +158,8 @@ def joined_blocks(
 
 def misshapen(tensor: GgufTensor, plan: Plan, shape: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
-        f"{tensor.file}: tensor {tensor.name!r} (byte {tensor.begin}) gives {tuple(shape)}, the metadata says "
-        f"{tuple(plan.target.shape)}"
+        f"{tensor.file}: tensor {tensor.name!r} (byte {tensor.begin}) gives {tuple(shape)}, the "
+        f"metadata says {tuple(plan.target.shape)}"
     )
 
 

@@ -1,4 +1,6 @@
-"""The tokenizer of a GGUF file, built with the ``tokenizers`` library from tokens, merges, scores and token types."""
+"""The tokenizer of a GGUF file, built with the ``tokenizers`` library from tokens, merges,
+scores and token types.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_
 
 
 def load_gguf_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a GGUF model: a ``PreTrainedTokenizerFast`` with chat template and special tokens.
+    """The tokenizer of a GGUF model: a ``PreTrainedTokenizerFast`` with chat template and special
+    tokens.
 
     path : as of ``load_gguf_model``. Knows byte-level BPE ("gpt2") with the pre-tokenizers of
     ``ktk.models.whole.tokenizer``, and SentencePiece BPE ("llama"). Raises CheckpointError.
@@ -76,7 +79,9 @@ def load_gguf_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def gguf_ends(checkpoint: GgufCheckpoint) -> list[int]:
-    """Ids of the tokens that end an answer; without a tokenizer in the file, what the metadata names so."""
+    """Ids of the tokens that end an answer; without a tokenizer in the file,
+    what the metadata names so.
+    """
     if "tokenizer.ggml.tokens" not in checkpoint.metadata:
         return end_ids(checkpoint.metadata, ())
     return _Fields(checkpoint).ends
@@ -100,7 +105,8 @@ class _Fields:
             raise self.error(
                 f"tokenizer.ggml.token_type has {len(self.types)} entries, tokens {count}"
             )
-        # As llama.cpp has it: what ends an answer is no part of it, whatever type the file gives it.
+        # As llama.cpp has it: what ends an answer is no part of it, whatever type the file gives
+        # it.
         self.ends = [i for i in end_ids(self.metadata, self.tokens, self.types) if i < count]
         for index in self.ends:
             self.types[index] = CONTROL
@@ -125,7 +131,9 @@ class _Fields:
         return values
 
     def token(self, key: str) -> str | None:
-        """The token that a key numbers; None without the key, or for a number that stands for none."""
+        """The token that a key numbers; None without the key,
+        or for a number that stands for none.
+        """
         number = self.get(key, int)
         if number is None or not 0 <= number < len(self.tokens):
             return None
@@ -161,7 +169,8 @@ def _byte_level(fields: _Fields) -> tuple[Tokenizer, bool]:
     name = fields.get("pre", str) or "default"
     if name not in BY_PRE_NAME:
         raise fields.error(
-            f"tokenizer.ggml.pre is {name!r}: ktk knows {', '.join(sorted(BY_PRE_NAME))}; another would cut text otherwise"
+            f"tokenizer.ggml.pre is {name!r}: ktk knows {', '.join(sorted(BY_PRE_NAME))}; another "
+            "would cut text otherwise"
         )
     row = BY_PRE_NAME[name]
     merges = []

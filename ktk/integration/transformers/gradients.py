@@ -1,7 +1,9 @@
-"""Gradients through packed experts, whose weights stay as they are: for adapters on attention and routers.
+"""Gradients through packed experts, whose weights stay as they are: for adapters on attention and
+routers.
 
-The backward pass computes what eager float experts with the dequantised weights would: in float32, one expert at a
-time, its hidden layer computed again. The rounding of activations counts as the identity (straight-through).
+The backward pass computes what eager float experts with the dequantised weights would: in float32,
+one expert at a time, its hidden layer computed again. The rounding of activations counts as the
+identity (straight-through).
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ _ROWS = 1024
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """The experts' forward pass ``run`` with a backward pass. Inputs after the weights are the module's parameters."""
+    """The experts' forward pass ``run`` with a backward pass.
+
+    Inputs after the weights are the module's parameters.
+    """
 
     @staticmethod
     def forward(
@@ -46,7 +51,8 @@ class ExpertsFunction(torch.autograd.Function):
         frozen = [getattr(module, name) for name in weight_names(module)]
         if any(weight.requires_grad for weight in frozen):
             raise RuntimeError(
-                "the weights of ktk experts are frozen and get no gradients: call requires_grad_(False) on them and "
+                "the weights of ktk experts are frozen and get no gradients: call "
+                "requires_grad_(False) on them and "
                 'train the rest, or train all with model.set_experts_implementation("eager")'
             )
         hidden, index, weights = ctx.saved_tensors
@@ -68,7 +74,8 @@ def experts_backward(
     grad: torch.Tensor,
     trained: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Gradients of hidden_states, top_k_weights and ``trained`` (of a norm behind the experts), in their dtypes.
+    """Gradients of hidden_states, top_k_weights and ``trained`` (of a norm behind the experts), in
+    their dtypes.
 
     grad : (num_tokens, hidden_size), of the output.
     """
@@ -101,7 +108,9 @@ def _as_tensors(weights: ExpertWeights) -> dict[str, torch.Tensor | None]:
 
 
 def _expert(module: Any, w: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
-    """One float expert on float32 (rows, H), with its bias and norm, by the module's own activation."""
+    """One float expert on float32 (rows, H), with its bias and norm,
+    by the module's own activation.
+    """
     linear = torch.nn.functional.linear
     up = linear(x, w["up"], w["up_bias"])  # (rows, I)
     if module.has_gate:

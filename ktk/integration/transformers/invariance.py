@@ -1,10 +1,13 @@
-"""Batch invariance: what a model makes of a token has the same bits whatever other tokens are in its batch.
+"""Batch invariance: what a model makes of a token has the same bits whatever other tokens are in
+its batch.
 
-torch's own functions do not promise that. Of a matrix product, the rows' bits depend on how many there are and on how threads share them
-(fp32, MKL, two threads: other bits with 1 to 3, 5 to 7, 9 to 11 rows; bf16 by oneDNN has its own limits). sigmoid, silu and gelu take whole
-vectors by one formula and what is left at the end of a thread's share by another. So while a model serves a batch, ktk's kernels make the
-products, whose rows are computed alike, and those functions get whole vectors only. The rest was measured on 1 to 512 rows and 1 to 7
-threads (softmax, norms, exp, sin, cos, tanh, topk): equal.
+torch's own functions do not promise that. Of a matrix product, the rows' bits depend on how many
+there are and on how threads share them (fp32, MKL, two threads: other bits with 1 to 3, 5 to 7, 9
+to 11 rows; bf16 by oneDNN has its own limits). sigmoid, silu and gelu take whole vectors by one
+formula and what is left at the end of a thread's share by another. So while a model serves a batch,
+ktk's kernels make the products, whose rows are computed alike, and those functions get whole
+vectors only. The rest was measured on 1 to 512 rows and 1 to 7 threads (softmax, norms, exp, sin,
+cos, tanh, topk): equal.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from ktk.ops import linear
 from ktk.ops.linear import Linear
 
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# Elements that a function gets at once: too few for torch to share them out between threads (32768), and whole vectors.
+# Elements that a function gets at once: too few for torch to share them out between threads
+# (32768), and whole vectors.
 _PIECE = 1 << 14
 _VECTOR = 64
 _ROWS = 16  # of a product that torch makes, where ktk's kernels do not run
@@ -63,7 +67,9 @@ class InvariantModel:
 
 
 def _invariant(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """What is to run instead of a module's forward, or None if that is invariant or no function here makes it so."""
+    """What is to run instead of a module's forward,
+    or None if that is invariant or no function here makes it so.
+    """
     if linear_of(module) is not None or is_experts(module):
         return None
     if type(module) is torch.nn.Linear:
@@ -86,7 +92,9 @@ class _Products:
 
 
 class _Intercepted(TorchFunctionMode):
-    """In place of a module's forward: runs it, with functions that are not invariant replaced, in all that it calls, too."""
+    """In place of a module's forward: runs it, with functions that are not invariant replaced,
+    in all that it calls, too.
+    """
 
     _is_running = False  # in the generation thread, the only one that runs the model
 
@@ -136,7 +144,9 @@ class _Intercepted(TorchFunctionMode):
         return _rows_alike(input, weight, bias, self._packed(weight, bias))
 
     def _packed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
-        """The kernel's form of a weight, made once if it is a parameter, or one converted to another dtype as routers do for each call."""
+        """The kernel's form of a weight, made once if it is a parameter,
+        or one converted to another dtype as routers do for each call.
+        """
         same_shape = [p for p in self._module.parameters() if p.shape == weight.shape]
         if len(same_shape) != 1:
             return _packed(weight, bias)
@@ -182,6 +192,14 @@ def _by_vectors(function: Callable[..., Any], x: Any, *args: Any, **named: Any) 
 
 
 _ELEMENTWISE = {
-    F.silu, F.sigmoid, F.gelu, F.softplus, F.logsigmoid, F.mish, F.hardswish,
-    torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit,
-}  # fmt: skip
+    F.silu,
+    F.sigmoid,
+    F.gelu,
+    F.softplus,
+    F.logsigmoid,
+    F.mish,
+    F.hardswish,
+    torch.sigmoid,
+    torch.Tensor.sigmoid,
+    torch.special.expit,
+}

@@ -1,4 +1,6 @@
-"""The linear layers around the experts through ktk's kernels: attention projections, shared experts, dense layers, lm_head."""
+"""The linear layers around the experts through ktk's kernels: attention projections,
+shared experts, dense layers, lm_head.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ from ktk.ops.linear import Linear
 
 log = logging.getLogger("ktk")
 
-# Rounding routers sends tokens to other experts. Below SMALLEST a matrix is a router under another name, or a gate.
+# Rounding routers sends tokens to other experts. Below SMALLEST a matrix is a router under another
+# name, or a gate.
 SMALLEST = 1 << 14  # weights
 _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 
 
 class KtkLinear(torch.nn.Module):
-    """In place of a ``torch.nn.Linear`` of ``dtype``. Inference only; its weights are no parameters."""
+    """In place of a ``torch.nn.Linear`` of ``dtype``.
+
+    Inference only; its weights are no parameters.
+    """
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,7 +41,10 @@ class KtkLinear(torch.nn.Module):
 
     @classmethod
     def pack(cls, module: torch.nn.Linear, weight_format: str) -> KtkLinear:
-        """The module's weights quantised. Raises ValueError for an unknown format, TypeError if they are not float."""
+        """The module's weights quantised.
+
+        Raises ValueError for an unknown format, TypeError if they are not float.
+        """
         bias = None if module.bias is None else module.bias.detach()
         packed = Linear(module.weight.detach(), bias, weight_format=weight_format)
         return cls(packed, module.weight.dtype)
@@ -49,7 +58,8 @@ class KtkLinear(torch.nn.Module):
         """(..., in_features) to (..., out_features), in x's dtype and device."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
-                "a linear layer run by ktk has no gradient: load the model without linear= (of a GGUF file with "
+                "a linear layer run by ktk has no gradient: load the model without linear= (of a "
+                "GGUF file with "
                 'linear="none"), or call it under torch.no_grad()'
             )
         rows = x.reshape(-1, self.in_features)
@@ -61,14 +71,17 @@ class KtkLinear(torch.nn.Module):
 
 
 _TYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}
-# Of a bf16 product: from more rows on torch's is faster, by 4 to 30 %; up to four ktk's is, by 1.2 to 2.8 times.
+# Of a bf16 product: from more rows on torch's is faster, by 4 to 30 %; up to four ktk's is, by 1.2
+# to 2.8 times.
 MOST_ROWS = 16
 
 
 class SharedForward:
-    """In place of a ``torch.nn.Linear``'s ``forward``: ktk's kernels on the module's own bf16 or fp16 weight, where it lies.
+    """In place of a ``torch.nn.Linear``'s ``forward``: ktk's kernels on the module's own bf16 or
+    fp16 weight, where it lies.
 
-    With gradients, on another device, with a weight of another dtype or more rows than ``most_rows`` the module's own forward runs.
+    With gradients, on another device, with a weight of another dtype or more rows than
+    ``most_rows`` the module's own forward runs.
     """
 
     def __init__(self, module: torch.nn.Linear) -> None:
@@ -113,9 +126,11 @@ def _can_be_shared(module: torch.nn.Module) -> bool:
 
 
 def share_linears(model: torch.nn.Module) -> list[str]:
-    """Have ktk's kernels run the model's bf16 and fp16 ``torch.nn.Linear`` modules on the weights they have; their names.
+    """Have ktk's kernels run the model's bf16 and fp16 ``torch.nn.Linear`` modules on the weights
+    they have; their names.
 
-    Nothing is copied, but matrices whose out_features are no multiple of 16. What ``replace_linears`` leaves alone is left alone.
+    Nothing is copied, but matrices whose out_features are no multiple of 16. What
+    ``replace_linears`` leaves alone is left alone.
     """
     if linear.why_not():
         return []
@@ -131,7 +146,9 @@ def share_linears(model: torch.nn.Module) -> list[str]:
 
 
 def run_linears(model: torch.nn.Module, choice: str) -> list[str]:
-    """Have a model's linear layers run as a choice of ``ktk.integration.choices.LINEAR`` says; the names of those that ktk runs."""
+    """Have a model's linear layers run as a choice of ``ktk.integration.choices.LINEAR`` says;
+    the names of those that ktk runs.
+    """
     check_linear(choice)
     if choice == "none":
         return []
@@ -149,12 +166,16 @@ def linear_of(module: Any) -> Linear | None:
 
 
 def is_dense(name: str, shape: Sequence[int]) -> bool:
-    """Whether a linear layer of this name, whose weight has this shape, is one for ktk's kernels: no router, no gate."""
+    """Whether a linear layer of this name, whose weight has this shape,
+    is one for ktk's kernels: no router, no gate.
+    """
     return math.prod(shape) >= SMALLEST and _ROUTERS.search(name) is None
 
 
 def _is_read_elsewhere(model: torch.nn.Module, owner_name: str, own: str) -> bool:
-    """Whether a module that holds this linear layer uses its parameters besides calling it: latent attention, some routers."""
+    """Whether a module that holds this linear layer uses its parameters besides calling it:
+    latent attention, some routers.
+    """
     reads = re.compile(rf"\.{re.escape(own)}\.(weight|bias)\b")
     owners = owner_name.split(".") if owner_name else []
     kinds: list[Any] = [
@@ -174,11 +195,15 @@ def class_source(kind: Any) -> str:
 def replace_linears(
     model: torch.nn.Module, weight_format: str, skip: tuple[str, ...] = ()
 ) -> list[str]:
-    """Pack the model's ``torch.nn.Linear`` modules in place, freeing their float weights one by one.
+    """Pack the model's ``torch.nn.Linear`` modules in place, freeing their float weights one by
+    one.
 
-    weight_format : a name of ``ktk.experts.formats.PANELS``. skip : endings of modules' names to leave alone. Routers and matrices of
-    less than ``SMALLEST`` weights stay as they are, as do those whose weights other code reads, and so does everything, with a warning, where ktk's kernels do not run.
-    Returns the names of those replaced. Raises ValueError for an unknown format, TypeError if a weight is not float.
+    weight_format : a name of ``ktk.experts.formats.PANELS``. skip : endings of modules' names to
+    leave alone. Routers and matrices of less than ``SMALLEST`` weights stay as they are, as do
+    those whose weights other code reads, and so does everything, with a warning, where ktk's
+    kernels do not run.
+    Returns the names of those replaced. Raises ValueError for an unknown format, TypeError if a
+    weight is not float.
     """
     if reason := linear.why_not():
         log.warning("linear layers stay with torch: %s", reason)

@@ -1,5 +1,7 @@
-"""Models with packed experts: packed in place (``use_ktk``) or while ``from_pretrained`` reads a float checkpoint, loaded
-from what ``ktk convert`` or ``save_pretrained`` wrote, from a checkpoint quantised otherwise, or from a GGUF file."""
+"""Models with packed experts: packed in place (``use_ktk``) or while ``from_pretrained`` reads a
+float checkpoint, loaded from what ``ktk convert`` or ``save_pretrained`` wrote, from a checkpoint
+quantised otherwise, or from a GGUF file.
+"""
 
 from __future__ import annotations
 
@@ -72,25 +74,28 @@ def use_ktk(
     method: str = "auto",
     num_threads: int | None = None,
 ) -> list[PackedModule]:
-    """Pack every experts module of a float model in place, freeing its float weights layer by layer.
+    """Pack every experts module of a float model in place, freeing its float weights layer by
+    layer.
 
-    weight_format : a name of ``ktk.experts.formats.PANELS``; None takes the exact one for the weights' dtype.
+    weight_format : a name of ``ktk.experts.formats.PANELS``; None takes the exact one for the
+        weights' dtype.
     group_size, activation_group, method, num_threads : as in ``ktk.MoE.from_weights``.
-    Returns one row per module. Raises ValueError if there is nothing to pack or a module is packed already,
-    BackendError if nothing runs it; both before anything is changed.
+    Returns one row per module. Raises ValueError if there is nothing to pack or a module is packed
+    already, BackendError if nothing runs it; both before anything is changed.
     """
     modules = list(find_experts(model))
     log_left_eager(model)
     if not modules and not left_eager(model):
         raise ValueError(
-            f"{type(model).__name__} has no experts that ktk can run: it needs modules decorated with "
-            f"transformers' use_experts_implementation"
+            f"{type(model).__name__} has no experts that ktk can run: it needs modules decorated "
+            "with transformers' use_experts_implementation"
         )
     for name, module in modules:
         handle = handle_of(module)
         if handle is not None and handle.sources is None:
             raise ValueError(
-                f"{name} runs {handle.moe.kernel} already: load the float model again to pack it otherwise"
+                f"{name} runs {handle.moe.kernel} already: load the float model again to pack it "
+                "otherwise"
             )
         try:
             backends.select(
@@ -129,13 +134,16 @@ def load_model(
 ) -> Any:
     """A causal language model from a directory, packed, float or quantised, its experts run by ktk.
 
-    Float experts are packed exactly while they are read, quantised ones as exactly as can be: int4 (GPTQ,
-    compressed-tensors) with its own codes and groups, MXFP4 with its own blocks, fp8 as int8. ``quantization_config``
-    asks for something else; of a packed directory's only method and linear count. The other layers of a quantised checkpoint are dequantised.
+    Float experts are packed exactly while they are read, quantised ones as exactly as can be: int4
+    (GPTQ, compressed-tensors) with its own codes and groups, MXFP4 with its own blocks, fp8 as
+    int8. ``quantization_config`` asks for something else; of a packed directory's only method and
+    linear count. The other layers of a quantised checkpoint are dequantised.
     method : as in ``ktk.MoE``. dtype : of everything but the experts; None keeps the checkpoint's.
-    gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from the mapped file,
-        in place of those of ``path``, which must be an ordinary directory; they are not read.
-    only_text : leave out the towers of a model that also sees or hears. kwargs : for ``from_pretrained``. Raises CheckpointError, BackendError, ValueError.
+    gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from
+        the mapped file, in place of those of ``path``, which must be an ordinary directory; they
+        are not read.
+    only_text : leave out the towers of a model that also sees or hears. kwargs : for
+        ``from_pretrained``. Raises CheckpointError, BackendError, ValueError.
     """
 
     if not (path := user_path(path)).is_dir():
@@ -147,7 +155,8 @@ def load_model(
     if gguf is not None:
         if given is not None:
             raise CheckpointError(
-                f"{path}: its experts are packed or quantised already: leave gguf out, or name the directory they came from"
+                f"{path}: its experts are packed or quantised already: leave gguf out, or name "
+                "the directory they came from"
             )
         kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf).asking(
             Request(only_text=only_text)
@@ -182,7 +191,10 @@ def _quant_method(config: Any) -> str | None:
 def _load_packed(
     path: Path, auto: Any, dtype: Any, request: Request, kwargs: dict[str, Any]
 ) -> Any:
-    """What ``ktk convert`` or save_pretrained wrote. Of a directory's own KtkConfig from_pretrained takes no other, so it is told here."""
+    """What ``ktk convert`` or save_pretrained wrote.
+
+    Of a directory's own KtkConfig from_pretrained takes no other, so it is told here.
+    """
     trusted = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
     config, others = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
     for part in (config, config.get_text_config(decoder=True)):
@@ -200,12 +212,15 @@ def _load_quantised(
     request: Request,
     kwargs: dict[str, Any],
 ) -> Any:
-    """A checkpoint quantised by others: experts by ktk's reader, the rest dequantised tensor by tensor."""
+    """A checkpoint quantised by others: experts by ktk's reader,
+    the rest dequantised tensor by tensor.
+    """
     own_class = model_class(type(config))
     if own_class is None:
         raise CheckpointError(
-            f"{path}: model_type {config.model_type!r}: transformers has no language model of its own for it, "
-            "and a quantised one loads as that only: run `ktk convert` on it and load what that writes"
+            f"{path}: model_type {config.model_type!r}: transformers has no language model of its "
+            "own for it, and a quantised one loads as that only: run `ktk convert` on it and load "
+            "what that writes"
         )
     method = request.method or wanted.method
     for part in (config, config.get_text_config(decoder=True)):

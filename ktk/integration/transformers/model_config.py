@@ -1,4 +1,6 @@
-"""config.json as transformers takes it: what ktk's own tables do not know of a model type, its config class checks."""
+"""config.json as transformers takes it: what ktk's own tables do not know of a model type,
+its config class checks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from ktk.paths import user_path
 
 
 def model_config(path: str | os.PathLike[str]) -> Any:
-    """The config of a model's directory. Raises CheckpointError, which names the file, for anything that keeps it from being one."""
+    """The config of a model's directory.
+
+    Raises CheckpointError, which names the file, for anything that keeps it from being one.
+    """
     directory = user_path(path)
     fields = check_directory(directory)
     where = directory / "config.json"
@@ -37,7 +42,10 @@ def model_config(path: str | os.PathLike[str]) -> Any:
 
 
 def checked_fields(directory: Path) -> dict[str, Any]:
-    """config.json as it is, checked by transformers too if it knows the model type. Raises CheckpointError."""
+    """config.json as it is, checked by transformers too if it knows the model type.
+
+    Raises CheckpointError.
+    """
     fields = check_directory(directory)
     if fields.get("model_type") in CONFIG_MAPPING:
         model_config(directory)

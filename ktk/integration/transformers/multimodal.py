@@ -1,7 +1,9 @@
-"""Models that also see and hear, run on text: which of transformers' classes a config stands for, and what of it text does not need.
+"""Models that also see and hear, run on text: which of transformers' classes a config stands for,
+and what of it text does not need.
 
-Such a checkpoint has a language model with experts beside towers, encoders of images, videos or sound. Some have a class of the language
-model alone (``AutoModelForCausalLM`` takes it), others the class of the whole only. What opens a model for text leaves its towers out.
+Such a checkpoint has a language model with experts beside towers, encoders of images, videos or
+sound. Some have a class of the language model alone (``AutoModelForCausalLM`` takes it), others the
+class of the whole only. What opens a model for text leaves its towers out.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ class LeftOut(torch.nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         raise ValueError(
-            "this model was opened for text, without its towers: ktk.integration.transformers.load_model loads all of it"
+            "this model was opened for text, without its towers: "
+            "ktk.integration.transformers.load_model loads all of it"
         )
 
 
 def model_class(config_class: type) -> Any:
-    """The class that makes text of a config's models, the language model alone where there is one; None if there is none."""
+    """The class that makes text of a config's models,
+    the language model alone where there is one; None if there is none.
+    """
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) or _whole_class(config_class)
 
 
@@ -72,7 +77,8 @@ def leave_out_towers(model: Any) -> None:
 
 
 def run_on_text(path: str | os.PathLike[str], config: Mapping[str, Any]) -> tuple[str | None, int]:
-    """Why transformers makes no text with a directory's model, or None; the weights of its checkpoint that are left out then.
+    """Why transformers makes no text with a directory's model, or None; the weights of its
+    checkpoint that are left out then.
 
     config : the fields of its config.json.
     """

@@ -1,10 +1,14 @@
-"""Names inside transformers, 5.20 to 5.24 and on: classes, keywords and attributes that ktk uses and that no documentation promises.
+"""Names inside transformers, 5.20 to 5.24 and on: classes, keywords and attributes that ktk uses
+and that no documentation promises.
 
-A release may rename any of them, and one place must change then: here. Where releases differ, what is installed is looked at, a signature or an
-attribute, never a version number. Code of a model's own (``trust_remote_code``) may be written for an older release than the
-installed one: what a caller hands to ktk is understood under every name. What modules call their parts and weights (``q_proj``,
-``gate_up_proj``) are checkpoints' names too, which stay: they are with what reads them.
-``tests/integration/transformers/test_transformers_names.py`` holds each claim against the installed release, and that no other module uses these names.
+A release may rename any of them, and one place must change then: here. Where releases differ, what
+is installed is looked at, a signature or an attribute, never a version number. Code of a model's
+own (``trust_remote_code``) may be written for an older release than the installed one: what a
+caller hands to ktk is understood under every name. What modules call their parts and weights
+(``q_proj``, ``gate_up_proj``) are checkpoints' names too, which stay: they are with what reads
+them.
+``tests/integration/transformers/test_transformers_names.py`` holds each claim against the installed
+release, and that no other module uses these names.
 """
 
 from __future__ import annotations
@@ -95,10 +99,14 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-# --- which functions a model's modules call ----------------------------------------------------------------
+# --- which functions a model's modules call -------------------------------------------------------
 
-_EXPERTS_IMPLEMENTATION, _ATTENTION_IMPLEMENTATION = "_experts_implementation", "_attn_implementation"  # fmt: skip
-# In the code of models: the attributes that hold the name, what asks for it, and the method that it is only passed to.
+_EXPERTS_IMPLEMENTATION, _ATTENTION_IMPLEMENTATION = (
+    "_experts_implementation",
+    "_attn_implementation",
+)
+# In the code of models: the attributes that hold the name, what asks for it, and the method that it
+# is only passed to.
 IMPLEMENTATION_NAMES = {_ATTENTION_IMPLEMENTATION, "_attn_implementation_internal"}
 IMPLEMENTATION_QUESTION, IMPLEMENTATION_PASSED = "is_flash_attention_requested", "get_interface"
 # Arguments of an attention function that make it compute more than softmax(q k) v.
@@ -123,11 +131,13 @@ def set_attention_implementation(config: Any, name: Any) -> None:
     setattr(config, _ATTENTION_IMPLEMENTATION, name)
 
 
-# --- a decoder layer's forward pass ----------------------------------------------------------------------
+# --- a decoder layer's forward pass ---------------------------------------------------------------
 
 _CACHE_NAMES = ("cache", "past_key_values")  # newest first
 # What generate() and the models' forward take the KV cache by.
-CACHE = next(name for name in _CACHE_NAMES if takes(GenerationMixin.prepare_inputs_for_generation, name))  # fmt: skip
+CACHE = next(
+    name for name in _CACHE_NAMES if takes(GenerationMixin.prepare_inputs_for_generation, name)
+)
 POSITIONS = "position_embeddings"  # (cosines, sines)
 _LOGITS = "logits_to_keep"
 # Where the tokens stand in their texts, besides.
@@ -136,7 +146,9 @@ _RECORDS_PAST, _DEFAULT_CACHE = "record_past", "_supports_default_dynamic_cache"
 
 
 def cache_name(named: Mapping[str, Any]) -> str | None:
-    """By which name the KV cache stands among a forward's keyword arguments; None if there is none."""
+    """By which name the KV cache stands among a forward's keyword arguments;
+    None if there is none.
+    """
     return next((name for name in _CACHE_NAMES if named.get(name) is not None), None)
 
 
@@ -161,7 +173,7 @@ def last_logits(model: Any) -> dict[str, int]:
     return {_LOGITS: 1} if takes(type(model).forward, _LOGITS) else {}
 
 
-# --- loading and saving --------------------------------------------------------------------------------------
+# --- loading and saving ---------------------------------------------------------------------------
 
 _INITIALISED, _UNREAD = "_is_hf_initialized", "_keys_to_ignore_on_load_unexpected"
 _IN_FLOAT32, _IN_FLOAT32_OF_FLOAT16 = "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"
@@ -196,7 +208,9 @@ def dtypes(model: Any) -> dict[str, torch.dtype]:
 
 
 def restore_dtypes(model: Any, wanted: Mapping[str, torch.dtype]) -> None:
-    """5.20 leaves the tensors of a quantised checkpoint that it renames in the checkpoint's dtype."""
+    """5.20 leaves the tensors of a quantised checkpoint that it renames in the checkpoint's
+    dtype.
+    """
     for name, tensor in model.state_dict().items():
         dtype = wanted.get(name, tensor.dtype)
         if tensor.is_floating_point() and tensor.dtype != dtype:
@@ -215,9 +229,10 @@ def saves_adapters_only(model: Any) -> bool:
     return bool(getattr(model, _ADAPTERS, False))
 
 
-# --- a continuous batch's forward pass ---------------------------------------------------------------------
+# --- a continuous batch's forward pass ------------------------------------------------------------
 
-BATCH_CACHE = "cache"  # in 5.20 to 5.23 beside past_key_values, for attention functions; since then the layers' own
+# in 5.20 to 5.23 beside past_key_values, for attention functions; since then the layers' own
+BATCH_CACHE = "cache"
 CACHE_GEOMETRY = (
     "num_key_value_heads",
     "head_dim",
@@ -226,21 +241,44 @@ _QUERY_BOUNDS, _KEY_BOUNDS = "cu_seq_lens_q", "cu_seq_lens_k"
 
 
 def query_bounds(named: Mapping[str, Any]) -> Any:
-    """Where each sequence's tokens begin, and the last one's end; None if this is no continuous batch."""
+    """Where each sequence's tokens begin, and the last one's end;
+    None if this is no continuous batch.
+    """
     return named.get(_QUERY_BOUNDS)
 
 
 def key_bounds(named: Mapping[str, Any]) -> Any:
-    """Where each sequence's keys begin, and the last one's end, once the layer's cache is updated."""
+    """Where each sequence's keys begin, and the last one's end,
+    once the layer's cache is updated.
+    """
     return named[_KEY_BOUNDS]
 
 
-# Keyword arguments of attention functions, all releases, that say where tokens lie and what is to be returned, not what is computed.
+# Keyword arguments of attention functions, all releases, that say where tokens lie and what is to
+# be returned, not what is computed.
 PLUMBING = {
-    *_CACHE_NAMES, _QUERY_BOUNDS, _KEY_BOUNDS, "input_ids", "position_ids", "logits_indices", _LOGITS, "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k",
-    "write_index", "read_index", "block_table", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "output_router_logits", "return_dict", "logits_processor_args",
-}  # fmt: skip
+    *_CACHE_NAMES,
+    _QUERY_BOUNDS,
+    _KEY_BOUNDS,
+    "input_ids",
+    "position_ids",
+    "logits_indices",
+    _LOGITS,
+    "max_length_q",
+    "max_length_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "write_index",
+    "read_index",
+    "block_table",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "logits_processor_args",
+}
 
 
 def bounds_of_keys(bounds: Any) -> dict[str, Any]:
@@ -260,13 +298,14 @@ def batch_inputs(ids: torch.Tensor, cache: Any) -> dict[str, Any]:
     }
 
 
-# --- the manager of continuous batches -----------------------------------------------------------------------
+# --- the manager of continuous batches ------------------------------------------------------------
 
 
 class BatchPart:
     """What a batch has of one request: its tokens ``first`` to ``end``.
 
-    num_initial : tokens of its prompt, and of what it had answered when it was last put off for want of pages.
+    num_initial : tokens of its prompt, and of what it had answered when it was last put off for
+        want of pages.
     """
 
     def __init__(self, request: Any) -> None:
@@ -277,14 +316,18 @@ class BatchPart:
         self.num_initial = len(state.initial_tokens)
 
     def share(self, tokens: int) -> None:
-        """Of the pages that this batch fills, let other requests have those that hold the sequence's first ``tokens`` only."""
+        """Of the pages that this batch fills, let other requests have those that hold the
+        sequence's first ``tokens`` only.
+        """
         others = pages_beyond(self.end, tokens)
         filled = self._request.complete_blocks
         self._request.complete_blocks = {kind: max(0, n - others) for kind, n in filled.items()}
 
 
 def only(scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
-    """scores (rows, vocab_size) in which each of the first rows has only its chosen token left, overwritten in place."""
+    """scores (rows, vocab_size) in which each of the first rows has only its chosen token left,
+    overwritten in place.
+    """
     rows = torch.arange(len(chosen))
     scores[rows] = float("-inf")
     scores[rows, torch.tensor(chosen, dtype=torch.long)] = 0.0
@@ -292,10 +335,11 @@ def only(scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
 
 
 class BatchSampler(ContinuousBatchingLogitsProcessorList):
-    """Stands where the manager has processors that all requests share; called by the generation thread.
+    """Stands where the manager has processors that all requests share; called by the generation
+    thread.
 
-    prepare : is told what each batch has of its requests, in its order, before it is run. choose : (ids of requests, scores float32
-    (rows, vocab_size)) -> their tokens.
+    prepare : is told what each batch has of its requests, in its order, before it is run. choose :
+    (ids of requests, scores float32 (rows, vocab_size)) -> their tokens.
     """
 
     def __init__(
@@ -325,7 +369,8 @@ class BatchSampler(ContinuousBatchingLogitsProcessorList):
 
 
 class BatchRouter(OutputRouter):
-    """Stands where the manager hands out what is made, and keeps nothing; called by the generation thread.
+    """Stands where the manager hands out what is made, and keeps nothing; called by the generation
+    thread.
 
     receive : (a request's id, tokens made so far, whether it is finished, its error or None).
     """
@@ -365,7 +410,9 @@ def running_requests(manager: Any) -> int:
 
 
 def cache_pages(manager: Any) -> tuple[int, int]:
-    """(free, all) pages of the KV cache; those kept for a following prompt of the same beginning count as free."""
+    """(free, all) pages of the KV cache; those kept for a following prompt of the same beginning
+    count as free.
+    """
     if not has_cache(manager):
         return 0, 0
     cache = manager.batch_processor.cache

@@ -1,4 +1,6 @@
-"""The float weights of an experts module packed, by parameter or at once; packed experts hung on a module that has no weights."""
+"""The float weights of an experts module packed, by parameter or at once;
+packed experts hung on a module that has no weights.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _lock = threading.RLock()
 
 
 def source_key(module: Any) -> tuple[object, ...]:
-    """What was packed: changes when a weight is replaced or written in place (not through ``.data``)."""
+    """What was packed: changes when a weight is replaced or written in place (not through
+    ``.data``).
+    """
     return tuple(
         (id(w), w.data_ptr(), -1 if w.is_inference() else w._version)
         for w in (getattr(module, name) for name in weight_names(module))
@@ -49,11 +53,13 @@ def module_spec(
     down = module.down_proj
     if first.ndim != 3 or not first.numel():
         raise ValueError(
-            f"weights of shape {tuple(first.shape)}: must be (num_experts, out, in), and not packed already"
+            f"weights of shape {tuple(first.shape)}: must be (num_experts, out, in), and not "
+            "packed already"
         )
     if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
-            f"weights are {first.dtype}: must be float32, float16 or bfloat16; dequantise the model first"
+            f"weights are {first.dtype}: must be float32, float16 or bfloat16; dequantise the "
+            "model first"
         )
     num_experts, intermediate_size, hidden_size = (
         down.shape if module.is_transposed else _swapped(down.shape)
@@ -80,7 +86,8 @@ def _swapped(shape: torch.Size) -> tuple[int, int, int]:
 
 
 class ModulePacker:
-    """One module's experts packed parameter by parameter, as a checkpoint hands them out: none waits in float for another.
+    """One module's experts packed parameter by parameter, as a checkpoint hands them out: none
+    waits in float for another.
 
     Raises ValueError or TypeError from ``add`` if a parameter's shape, dtype or values do not fit.
     """
@@ -152,7 +159,9 @@ def _split(module: Any, name: str, rows: torch.Tensor) -> list[tuple[str, torch.
 
 
 def float_expert(module: Any, expert: int) -> ExpertWeights:
-    """One expert of a float module, its matrices (out_features, in_features); bf16 stays bf16 bits."""
+    """One expert of a float module, its matrices (out_features, in_features);
+    bf16 stays bf16 bits.
+    """
     found: dict[str, np.ndarray] = {}
     for name in weight_names(module):
         rows = getattr(module, name)[expert].detach().cpu()
@@ -194,7 +203,9 @@ def attach(
     method: str = "auto",
     num_threads: int | None = None,
 ) -> ExpertsHandle:
-    """Hang packed experts or GGUF blocks on a module without weights; the module says the activation, not the file."""
+    """Hang packed experts or GGUF blocks on a module without weights;
+    the module says the activation, not the file.
+    """
     activation = recognise(module)
     spec = dataclasses.replace(packed.spec, activation=activation or Activation())
     moe = MoE(dataclasses.replace(packed, spec=spec), method=method, num_threads=num_threads)

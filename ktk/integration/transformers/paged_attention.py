@@ -1,13 +1,16 @@
-"""Attention of a continuous batch on the CPU: each sequence by itself, so that no other one changes its bits.
+"""Attention of a continuous batch on the CPU: each sequence by itself, so that no other one changes
+its bits.
 
-transformers packs the sequences of a batch into one row. Its SDPA path then needs a mask of all queries by all keys, which
-costs memory and time for what is masked, and changes a sequence's rounding with its neighbours. A registered implementation
-whose name contains "flash" gets sequence lengths instead of masks; this one runs torch's SDPA once per sequence.
+transformers packs the sequences of a batch into one row. Its SDPA path then needs a mask of all
+queries by all keys, which costs memory and time for what is masked, and changes a sequence's
+rounding with its neighbours. A registered implementation whose name contains "flash" gets sequence
+lengths instead of masks; this one runs torch's SDPA once per sequence.
 
-The bits of a token depend on its place in its sequence and on whether the prompt has it, and on nothing else. The prompt's queries go in
-blocks of BLOCK, from multiples of BLOCK on, always that many, with the keys up to the block's end, those to come masked: so it does not matter
-how the scheduler cuts a prompt into chunks, down to single tokens. Tokens of the answer go one by one, as they come, also where a sequence
-that was put off is read again.
+The bits of a token depend on its place in its sequence and on whether the prompt has it, and on
+nothing else. The prompt's queries go in blocks of BLOCK, from multiples of BLOCK on, always that
+many, with the keys up to the block's end, those to come masked: so it does not matter how the
+scheduler cuts a prompt into chunks, down to single tokens. Tokens of the answer go one by one, as
+they come, also where a sequence that was put off is read again.
 """
 
 from __future__ import annotations
@@ -30,14 +33,18 @@ _IGNORED = {*hf.PLUMBING, _SPANS, "dropout", "is_causal"}
 
 @dataclass(frozen=True)
 class Span:
-    """What a batch has of one sequence: its tokens from ``first`` on. prompt : the length of its prompt."""
+    """What a batch has of one sequence: its tokens from ``first`` on.
+
+    prompt : the length of its prompt.
+    """
 
     first: int
     prompt: int
 
 
 class BatchHook:
-    """Forward pre-hook of a model: tells attention about the sequences of the batch, and lets the cache take keys and values of any width.
+    """Forward pre-hook of a model: tells attention about the sequences of the batch, and lets the
+    cache take keys and values of any width.
 
     spans : of the next batch, in its order.
     """
@@ -64,10 +71,13 @@ def paged_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim).
+    """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1,
+    tokens, heads, head_dim).
 
-    key, value : all that the tokens see, unless a cache is among the arguments, which then is to be updated here.
-    s_aux : (heads,), logits of each head's sink. Raises ValueError for attention that may be more than this.
+    key, value : all that the tokens see, unless a cache is among the arguments, which then is to be
+        updated here.
+    s_aux : (heads,), logits of each head's sink. Raises ValueError for attention that may be more
+        than this.
     """
     for name, given in kwargs.items():
         if name not in _IGNORED and given is not None:
@@ -107,7 +117,9 @@ class _Attention:
     sinks: torch.Tensor | None
 
     def blocks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int) -> torch.Tensor:
-        """Of tokens that follow each other, the first at place ``first``; k, v : up to the last one's, from any place that they all see."""
+        """Of tokens that follow each other, the first at place ``first``; k, v :
+        up to the last one's, from any place that they all see.
+        """
         end = first + q.shape[2]
         low = self._lowest(first)  # the place of the first key that is looked at
         before, filled = end - k.shape[2] - low, -(-end // BLOCK) * BLOCK
@@ -158,9 +170,11 @@ class _Attention:
 def _with_sink(
     k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A sink as one more key of zeros, whose score is the sink's logit and whose value adds nothing.
+    """A sink as one more key of zeros, whose score is the sink's logit and whose value adds
+    nothing.
 
-    mask : bool (rows, keys). sinks : (heads, rows or 1, 1). Returns k and v with keys + 1, and what is added to the scores, (1, heads, rows, keys + 1).
+    mask : bool (rows, keys). sinks : (heads, rows or 1, 1). Returns k and v with keys + 1, and what
+        is added to the scores, (1, heads, rows, keys + 1).
     """
     keys, rows = mask.shape[1], max(len(mask), sinks.shape[1])
     added = k.new_zeros(1, len(sinks), rows, keys + 1)

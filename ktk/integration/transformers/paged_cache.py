@@ -1,8 +1,10 @@
-"""What a continuous batch's KV cache is given, whoever gives it: the model's attention modules (transformers 5.24) or the attention function.
+"""What a continuous batch's KV cache is given, whoever gives it: the model's attention modules
+(transformers 5.24) or the attention function.
 
-The cache has one geometry, number of heads and width, for keys and values of all layers, which transformers reads from two fields of the
-config. Where attention is latent (DeepSeek) those mean something else, and what is cached differs between releases. So two tokens are run
-with a cache that only looks.
+The cache has one geometry, number of heads and width, for keys and values of all layers, which
+transformers reads from two fields of the config. Where attention is latent (DeepSeek) those mean
+something else, and what is cached differs between releases. So two tokens are run with a cache that
+only looks.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class AnyWidth(hf.PagedAttentionCache):
         layer_idx: int,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1, heads, rows, width) of new tokens -> those of all tokens that they see, sequence by sequence.
+        """(1, heads, rows, width) of new tokens -> those of all tokens that they see, sequence by
+        sequence.
 
         kwargs : the layer's; told where each sequence's keys begin.
         """
@@ -71,7 +74,9 @@ class _Shapes(hf.PagedAttentionCache):
 
 
 def cached_shapes(model: Any) -> set[tuple[int, int]]:
-    """(heads, width) of what layers cache for a token; none if the model does not run that way at all."""
+    """(heads, width) of what layers cache for a token;
+    none if the model does not run that way at all.
+    """
     shapes = _Shapes()
 
     def run() -> None:

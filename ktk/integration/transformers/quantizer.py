@@ -1,4 +1,6 @@
-"""``KtkConfig`` and what from_pretrained calls by it: experts packed while they are read, or hung on from where they lie packed."""
+"""``KtkConfig`` and what from_pretrained calls by it: experts packed while they are read,
+or hung on from where they lie packed.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ from ktk.paths import user_path
 class Request:
     """What one call asks for while a model is loaded; it is never saved.
 
-    method, linear : in place of the KtkConfig's own, unless None. source : of the experts, instead of the checkpoint that
-    from_pretrained reads. only_text : towers are left out.
+    method, linear : in place of the KtkConfig's own, unless None. source : of the experts, instead
+    of the checkpoint that from_pretrained reads. only_text : towers are left out.
     """
 
     method: str | None = None
@@ -52,7 +54,9 @@ class Request:
 
 
 class SavedConfig(dict[str, Any]):
-    """A packed directory's own KtkConfig as its config.json has it, and what a call asks for besides."""
+    """A packed directory's own KtkConfig as its config.json has it,
+    and what a call asks for besides.
+    """
 
     def __init__(self, said: dict[str, Any], request: Request) -> None:
         super().__init__(said)
@@ -60,14 +64,17 @@ class SavedConfig(dict[str, Any]):
 
 
 class KtkConfig(hf.QuantizationConfigMixin):
-    """``quantization_config`` of a packed directory; given to from_pretrained, packs a float model on load.
+    """``quantization_config`` of a packed directory; given to from_pretrained, packs a float model
+    on load.
 
-    weight_format, group_size, activation_group, method : as in ``use_ktk``. A packed directory's own values
-    win over given ones; its method is KTK_BACKEND, ``load_model(method=...)`` or "method" in its config.json.
+    weight_format, group_size, activation_group, method : as in ``use_ktk``. A packed directory's
+    own values win over given ones; its method is KTK_BACKEND, ``load_model(method=...)`` or
+    "method" in its config.json.
     gguf : as in ``load_model``; weight_format and the groups do not count then.
-    linear : how the dense linear layers run, one of ``ktk.integration.choices.LINEAR``; None, in directories of before, is "none".
-    Raises ValueError for a weight_format, method or linear that is unknown and for groups that the format has not, TypeError
-    for other options.
+    linear : how the dense linear layers run, one of ``ktk.integration.choices.LINEAR``; None, in
+    directories of before, is "none".
+    Raises ValueError for a weight_format, method or linear that is unknown and for groups that the
+    format has not, TypeError for other options.
     """
 
     __slots__ = ("request",)  # beside the attributes, all of which are saved
@@ -85,16 +92,24 @@ class KtkConfig(hf.QuantizationConfigMixin):
         others.pop("quant_method", None)
         if others and "layout_version" not in others:  # which every packed directory has
             raise TypeError(
-                f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, group_size, "
-                f"activation_group, method, gguf and linear"
+                f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, "
+                "group_size, activation_group, method, gguf and linear"
             )
         if weight_format is not None:  # for its checks; 128 is a multiple of every group
-            MoESpec(1, 128, 128, weight_format=weight_format, group_size=group_size, activation_group=activation_group)  # fmt: skip
+            MoESpec(
+                1,
+                128,
+                128,
+                weight_format=weight_format,
+                group_size=group_size,
+                activation_group=activation_group,
+            )
         backends.check_method(method, weight_format if gguf is None else None)
         linear = "none" if linear is None else linear
         check_linear(linear)
         self.request = Request()
-        self.quant_method = "ktk"  # type: ignore[assignment]  # plug-ins have no row in transformers' enum
+        # plug-ins have no row in transformers' enum
+        self.quant_method = "ktk"  # type: ignore[assignment]
         self.weight_format = weight_format
         self.group_size = group_size
         self.activation_group = activation_group
@@ -157,7 +172,8 @@ class KtkHfQuantizer(hf.HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
     ) -> list[Any]:
-        """Without the experts' converters nothing looks for float experts, which come from elsewhere.
+        """Without the experts' converters nothing looks for float experts, which come from
+        elsewhere.
 
         model : not given by transformers 5.20.
         """
@@ -168,7 +184,9 @@ class KtkHfQuantizer(hf.HfQuantizer):
         ]
 
     def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-        """On the device that a device_map gives a parameter: those of experts take nothing there."""
+        """On the device that a device_map gives a parameter:
+        those of experts take nothing there.
+        """
         is_expert = self.param_needs_quantization(model, param_name)
         return 0 if is_expert else float(super().param_element_size(model, param_name, param))
 
@@ -210,18 +228,22 @@ class KtkHfQuantizer(hf.HfQuantizer):
                 self.packers[name] = ModulePacker(module, spec)
         elif not left_eager(model) and config.linear == "none":
             raise ValueError(
-                f"{type(model).__name__} has no experts that ktk can run: load it without quantization_config"
+                f"{type(model).__name__} has no experts that ktk can run: load it without "
+                "quantization_config"
             )
         select_ktk(model, modules.values())
 
     def _open(self, checkpoint_files: list[str] | None) -> ExpertsSource | None:
-        """Where packed or quantised experts lie; None if the checkpoint's float ones are to be packed."""
+        """Where packed or quantised experts lie; None if the checkpoint's float ones are to be
+        packed.
+        """
         if (given := self.quantization_config.request.source) is not None:
             return given
         if self.pre_quantized:
             if not checkpoint_files:
                 raise CheckpointError(
-                    "a packed ktk model loads from its directory: no state_dict can be given instead"
+                    "a packed ktk model loads from its directory: no state_dict can be given "
+                    "instead"
                 )
             return packed_directory(Path(checkpoint_files[0]).parent)
         if self.quantization_config.gguf is None:
@@ -253,7 +275,9 @@ class KtkHfQuantizer(hf.HfQuantizer):
 
 
 class _PackParameter(hf.ConversionOps):
-    """Takes a parameter of float experts, as the model would have it, packs it, and leaves an empty one."""
+    """Takes a parameter of float experts, as the model would have it, packs it,
+    and leaves an empty one.
+    """
 
     def __init__(self, quantizer: KtkHfQuantizer) -> None:
         self.quantizer = quantizer
@@ -285,23 +309,29 @@ class _PackParameter(hf.ConversionOps):
 
 
 def _check_layers(model: Any, modules: dict[str, Any], source: ExpertsSource) -> None:
-    """CheckpointError unless source and model have experts in the same layers and of the same shapes."""
+    """CheckpointError unless source and model have experts in the same layers and of the same
+    shapes.
+    """
     for name, module in modules.items():
         layer = layer_of(name)
         if layer not in source.specs:
             raise CheckpointError(
-                f"{source.where}: no packed experts for {name}; it has layers {sorted(source.specs)}"
+                f"{source.where}: no packed experts for {name}; it has layers "
+                f"{sorted(source.specs)}"
             )
         _check_shapes(name, module, source.specs[layer])
     unused = sorted(set(source.specs) - {layer_of(name) for name in modules})
     if unused:
         raise CheckpointError(
-            f"{source.where}: packed experts of layers {unused} have no module in {type(model).__name__}"
+            f"{source.where}: packed experts of layers {unused} have no module in "
+            f"{type(model).__name__}"
         )
 
 
 def _check_shapes(name: str, module: Any, spec: MoESpec) -> None:
-    """CheckpointError unless the packed spec is that of the module, whose parameters are still there (on meta)."""
+    """CheckpointError unless the packed spec is that of the module,
+    whose parameters are still there (on meta).
+    """
     down = module.down_proj.shape
     inner, outer = (1, 2) if module.is_transposed else (2, 1)
     wanted = (down[0], down[outer], down[inner], module.has_gate, module.has_bias)
@@ -315,7 +345,8 @@ def _check_shapes(name: str, module: Any, spec: MoESpec) -> None:
     if tuple(wanted) != given:
         fields = "num_experts, hidden_size, intermediate_size, has_gate, has_bias"
         raise CheckpointError(
-            f"{name}: the packed experts have ({fields}) = {given}, the model's config says {wanted}"
+            f"{name}: the packed experts have ({fields}) = {given}, the model's config says "
+            f"{wanted}"
         )
 
 

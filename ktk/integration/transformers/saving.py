@@ -1,7 +1,8 @@
 """save_pretrained of a model with packed experts: the packed directory that ``ktk convert`` writes.
 
-The experts go into ``ktk-experts-LLLLL.safetensors``, transformers writes the rest. They are written in the course of
-save_pretrained, so that what it does with new files, such as ``push_to_hub``, happens to them too.
+The experts go into ``ktk-experts-LLLLL.safetensors``, transformers writes the rest. They are
+written in the course of save_pretrained, so that what it does with new files, such as
+``push_to_hub``, happens to them too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ktk.paths import user_path
 
 
 class SavePretrained:
-    """``model.save_pretrained`` of a packed model: transformers' own, with the experts told where to go.
+    """``model.save_pretrained`` of a packed model: transformers' own, with the experts told where
+    to go.
 
     It must not keep the model alive: gigabytes would wait for the garbage collector.
     """
@@ -57,23 +59,26 @@ class SavePretrained:
 def write_experts(model: Any, directory: Path) -> None:
     """Write the experts' files into a directory and tell the model's config of them.
 
-    Raises ValueError for linear layers or experts that have no packed form or are not packed, for towers that were left out, and for two
-    modules of one layer number.
+    Raises ValueError for linear layers or experts that have no packed form or are not packed, for
+    towers that were left out, and for two modules of one layer number.
     """
     said = model.hf_quantizer.quantization_config
     if said.linear in PACKED_LINEAR:
         raise ValueError(
-            f"its linear layers are packed as {said.linear}, which a packed directory does not hold: load the model without "
-            "linear=, save that, and ask for linear= when the saved one is loaded"
+            f"its linear layers are packed as {said.linear}, which a packed directory does not "
+            "hold: load the model without linear=, save that, and ask for linear= when the saved "
+            "one is loaded"
         )
     for name, module in model.named_modules():
         if isinstance(module, LeftOut):
             raise ValueError(
-                f"{name} was left out, because the model was opened for text: save what load_model loads"
+                f"{name} was left out, because the model was opened for text: save what "
+                "load_model loads"
             )
         if isinstance(module, KtkLinear):
             raise ValueError(
-                f"{name} is run by {module.kernel}, which a packed directory does not hold: load the model with "
+                f"{name} is run by {module.kernel}, which a packed directory does not hold: load "
+                "the model with "
                 'linear="none", and save that'
             )
     layers: dict[int, StoredExperts] = {}
@@ -85,12 +90,14 @@ def write_experts(model: Any, directory: Path) -> None:
         packed = handle.moe.packed
         if not packed.is_packed:
             raise ValueError(
-                f"{name} runs the {packed.types} blocks of its file, which a packed directory does not hold: copy the "
+                f"{name} runs the {packed.types} blocks of its file, which a packed directory "
+                "does not hold: copy the "
                 'file, or load it with a method that packs, such as "INT8" or "INT4"'
             )
         if layer in layers:
             raise ValueError(
-                f"{name} and {names[layer]} are both layer {layer}: a packed directory holds one of them"
+                f"{name} and {names[layer]} are both layer {layer}: a packed directory holds one "
+                "of them"
             )
         layers[layer], names[layer] = packed, name
     for layer, packed in layers.items():

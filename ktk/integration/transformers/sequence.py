@@ -1,4 +1,6 @@
-"""One sequence of a model, continued by generate(): its KV cache is kept for what follows and shares its beginning."""
+"""One sequence of a model, continued by generate():
+its KV cache is kept for what follows and shares its beginning.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ class _Chosen(LogitsProcessor):
 
 
 class CachedSequence:
-    """A model and the KV cache of its last sequence. cached : the tokens whose keys and values are in it."""
+    """A model and the KV cache of its last sequence.
+
+    cached : the tokens whose keys and values are in it.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -73,7 +78,8 @@ class CachedSequence:
     ) -> int:
         """Continue a prompt; returns the number of its tokens that were not in the KV cache.
 
-        choose : float32 logits (vocab_size,) -> the next token. receive : told of each one, says whether it is the last.
+        choose : float32 logits (vocab_size,) -> the next token. receive : told of each one, says
+            whether it is the last.
         is_stopped : asked before each forward pass.
         """
 
@@ -113,7 +119,10 @@ class CachedSequence:
 
     @torch.no_grad()
     def _prefill(self, ids: list[int]) -> None:
-        """Run a prompt except its last chunk. generate() with prefill_chunk_size reads all again in transformers 5.20, cached or not."""
+        """Run a prompt except its last chunk.
+
+        generate() with prefill_chunk_size reads all again in transformers 5.20, cached or not.
+        """
         if self._cache is None:
             return
         for start in range(len(self.cached), len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
@@ -122,7 +131,9 @@ class CachedSequence:
             self.model(input_ids=chunk, use_cache=True, **named)
 
     def _keep_common(self, ids: list[int]) -> None:
-        """Crop the cache to the tokens it shares with a prompt, all but its last one at most: that one gives the logits."""
+        """Crop the cache to the tokens it shares with a prompt, all but its last one at most:
+        that one gives the logits.
+        """
         if hf.keeps_own_cache(self.model):  # MiniMax-Text-01
             return
         common = 0

@@ -26,7 +26,9 @@ from ktk.quantise.pack import pack_experts
 
 @dataclass(frozen=True)
 class ExpertsSource:
-    """Experts by layer. where : for messages. is_beside : the model's checkpoint has experts too, which stay unread."""
+    """Experts by layer. where : for messages. is_beside :
+    the model's checkpoint has experts too, which stay unread.
+    """
 
     where: str
     specs: dict[int, MoESpec]
@@ -35,7 +37,9 @@ class ExpertsSource:
 
 
 class LazyTensor:
-    """A tensor of a checkpoint, decoded when it is indexed: what transformers' loader does last of all."""
+    """A tensor of a checkpoint, decoded when it is indexed:
+    what transformers' loader does last of all.
+    """
 
     def __init__(self, checkpoint: Checkpoint, tensor: PlainTensor) -> None:
         self.checkpoint, self.tensor = checkpoint, tensor
@@ -53,7 +57,8 @@ def layer_of(name: str) -> int:
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     if not numbers:
         raise CheckpointError(
-            f"experts module {name} has no layer number in its name: ktk cannot tell its packed file"
+            f"experts module {name} has no layer number in its name: ktk cannot tell its packed "
+            "file"
         )
     return int(numbers[-1])
 
@@ -74,8 +79,9 @@ def quantised_checkpoint(
 ) -> Iterator[tuple[ExpertsSource, Mapping[str, LazyTensor]]]:
     """The experts of a checkpoint that other tools quantised, and its other tensors, decoded.
 
-    weight_format None keeps what can be kept: 4-bit codes as int4, MXFP4 as GGUF blocks if a kernel runs them for
-    ``method``; the rest becomes int8. group_size None: that of the codes. Both are valid inside the ``with`` only.
+    weight_format None keeps what can be kept: 4-bit codes as int4, MXFP4 as GGUF blocks if a kernel
+    runs them for ``method``; the rest becomes int8. group_size None: that of the codes. Both are
+    valid inside the ``with`` only.
     Raises CheckpointError, BackendError, ValueError.
     """
     with Checkpoint.open(path) as checkpoint:

@@ -1,4 +1,6 @@
-"""What a model's tokenizer and its own settings say of tokens: texts as tokens and back, which of them end a text, how they are chosen."""
+"""What a model's tokenizer and its own settings say of tokens: texts as tokens and back,
+which of them end a text, how they are chosen.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,15 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
 
 
 def _check_unicode(text: str) -> None:
-    """Tokenizers take no halves of surrogate pairs: JSON's "\\ud800" is one, and a byte of a command line that is not UTF-8."""
+    """Tokenizers take no halves of surrogate pairs: JSON's "\\ud800" is one,
+    and a byte of a command line that is not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}: "
-            f"it must be whole Unicode characters"
+            f"the text has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at "
+            f"character {error.start}: it must be whole Unicode characters"
         ) from error
 
 
@@ -87,14 +91,19 @@ def vocabulary_size(model: Any) -> int:
 
 
 def own_sampling(config: Any) -> tuple[bool, dict[str, float]]:
-    """Whether a model's own settings, its generation_config, sample; and those of temperature, top_p and top_k that they give."""
+    """Whether a model's own settings, its generation_config, sample; and those of temperature,
+    top_p and top_k that they give.
+    """
     given = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
     found = {name: value for name, value in given.items() if value is not None}
     return bool(getattr(config, "do_sample", False)), found
 
 
 class Spelling:
-    """The bytes that each token stands for. One after another they are those of the text, as far as it has all tokens."""
+    """The bytes that each token stands for.
+
+    One after another they are those of the text, as far as it has all tokens.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -106,7 +115,9 @@ class Spelling:
         self._alphabet = _byte_alphabet() if "ByteLevel" in kinds else {}
 
     def bytes_of(self, token: int, is_first: bool) -> bytes:
-        """is_first : whether a text begins with it, where some tokenizers leave out the space that a word begins with."""
+        """is_first : whether a text begins with it,
+        where some tokenizers leave out the space that a word begins with.
+        """
         if self._decoder is None:
             text: str = self._tokenizer.decode([token])
             return text.encode()
@@ -135,7 +146,9 @@ def _kinds(decoder: dict[str, Any]) -> set[str]:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's letters for bytes: printable ones of Latin-1 stand for themselves, the others follow from 256 on, in order."""
+    """GPT-2's letters for bytes: printable ones of Latin-1 stand for themselves,
+    the others follow from 256 on, in order.
+    """
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(own))
     letters = {byte: chr(byte) for byte in own}

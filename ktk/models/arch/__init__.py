@@ -28,7 +28,8 @@ from ktk.models.whole.rows import WholeModel
 from ktk.models.whole.tokenizer import SHARED, PreTokenizer
 
 _GELU = Activation.gelu_tanh()
-# Commonest first: so messages list them, families of tensor names are tried, and a family's activation is found.
+# Commonest first: so messages list them, families of tensor names are tried, and a family's
+# activation is found.
 # Grok-1 and -2's files both say grok.
 ARCHITECTURES: tuple[Architecture, ...] = (
     QWEN3_MOE,
@@ -127,7 +128,9 @@ BY_PRE_NAME = {name: row for row in PRE_TOKENIZERS for name in row.names}
 
 
 def families_of(model_type: str) -> list[Family]:
-    """The families that a model's tensors may be named in; all of an unknown model's, except those that are one architecture's alone."""
+    """The families that a model's tensors may be named in; all of an unknown model's,
+    except those that are one architecture's alone.
+    """
     row = BY_MODEL_TYPE.get(model_type, Architecture())
     replaced = {family.instead_of for family in row.families}
     return [
@@ -141,7 +144,9 @@ def whole_model(architecture: str, where: str) -> WholeModel:
     """The rows of ``general.architecture``; CheckpointError lists the known ones."""
     if architecture not in WHOLE_MODELS:
         raise CheckpointError(
-            f"{where}: architecture {architecture!r}: ktk runs whole models of {', '.join(WHOLE_MODELS)}; of others the "
-            "experts alone (ktk.load_gguf), or with the rest from a Hugging Face directory (load_model(directory, gguf=file))"
+            f"{where}: architecture {architecture!r}: ktk runs whole models of "
+            f"{', '.join(WHOLE_MODELS)}; of others the "
+            "experts alone (ktk.load_gguf), or with the rest from a Hugging Face directory "
+            "(load_model(directory, gguf=file))"
         )
     return WHOLE_MODELS[architecture]

@@ -1,4 +1,6 @@
-"""DeepSeek V2, V3 and R1, Kimi-K2: latent attention, kv_b whole in older files, as k_b and v_b in newer ones."""
+"""DeepSeek V2, V3 and R1, Kimi-K2: latent attention, kv_b whole in older files,
+as k_b and v_b in newer ones.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ def _config(source: Source) -> Fields:
         return {**fields, "model_type": "deepseek_v3"}
     if routing.expert_gating_func != "softmax" or fields["norm_topk_prob"]:
         raise source.error(
-            f"gating {routing.expert_gating_func}, normalised: {fields['norm_topk_prob']}: ktk can run softmax without "
-            "and sigmoid with or without"
+            f"gating {routing.expert_gating_func}, normalised: {fields['norm_topk_prob']}: ktk "
+            "can run softmax without and sigmoid with or without"
         )
     method = "group_limited_greedy" if groups > 1 else "greedy"
     return {**fields, "model_type": "deepseek_v2", "topk_method": method}
@@ -118,7 +120,8 @@ _DEEPSEEK3 = (
 )
 # Letters with a case but these: DeepSeek's list, which is long, leaves them out.
 _CASELESS = (
-    r"\x{0560}-\x{0588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c8f}\x{2d00}-\x{2d2d}\x{a790}-\x{a7fa}\x{ab30}-\x{ab68}"
+    r"\x{0560}-\x{0588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c8f}"
+    r"\x{2d00}-\x{2d2d}\x{a790}-\x{a7fa}\x{ab30}-\x{ab68}"
     r"\x{10570}-\x{105bc}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}\x{1df00}-\x{1df1e}"
 )
 _DEEPSEEK_LLM = (

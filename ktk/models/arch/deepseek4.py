@@ -1,4 +1,6 @@
-"""DeepSeek-V4: ``ffn.experts.E.{w1,w3,w2}``, whose SiLU config.json's swiglu_limit clamps, or a GGUF file's key layer by layer."""
+"""DeepSeek-V4: ``ffn.experts.E.{w1,w3,w2}``, whose SiLU config.json's swiglu_limit clamps,
+or a GGUF file's key layer by layer.
+"""
 
 from ktk.models.architecture import Architecture
 from ktk.models.families import PerExpert

@@ -1,4 +1,6 @@
-"""GLM-4.5 and its kin: DeepSeek V3's router over grouped-query attention, half of a head rotated."""
+"""GLM-4.5 and its kin: DeepSeek V3's router over grouped-query attention,
+half of a head rotated.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Granite 3 MoE: Mixtral's shape with four multipliers; experts stacked as ``block_sparse_moe.{input,output}_linear``."""
+"""Granite 3 MoE: Mixtral's shape with four multipliers;
+experts stacked as ``block_sparse_moe.{input,output}_linear``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Jamba: ``feed_forward.experts.E.{gate,up,down}_proj``; layers without an expert index are dense."""
+"""Jamba: ``feed_forward.experts.E.{gate,up,down}_proj``;
+layers without an expert index are dense.
+"""
 
 from ktk.models.architecture import Architecture
 from ktk.models.families import PerExpert

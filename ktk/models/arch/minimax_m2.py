@@ -1,4 +1,6 @@
-"""MiniMax M2: q and k normalised over all heads at once, a part of each head rotated, sigmoid routing with a correction."""
+"""MiniMax M2: q and k normalised over all heads at once, a part of each head rotated,
+sigmoid routing with a correction.
+"""
 
 from __future__ import annotations
 

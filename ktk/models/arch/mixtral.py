@@ -24,7 +24,8 @@ def _config(source: Source) -> Fields:
 def _metadata(fields: Fields) -> Fields:
     if fields.get("sliding_window"):
         raise CheckpointError(
-            f"sliding_window={fields['sliding_window']}: GGUF programs know none in this architecture"
+            f"sliding_window={fields['sliding_window']}: GGUF programs know none in this "
+            "architecture"
         )
     found = rows.sizes_of_experts(fields, "num_local_experts", "intermediate_size")
     return {**found, "feed_forward_length": found["expert_feed_forward_length"]}

@@ -1,4 +1,6 @@
-"""Styles of tensor names that several architectures share; an architecture's own stands in its file."""
+"""Styles of tensor names that several architectures share;
+an architecture's own stands in its file.
+"""
 
 from ktk.models.families import Fused, PerExpert
 

@@ -1,4 +1,6 @@
-"""Nemotron-H: ``mixer.experts.E.{up,down}_proj`` without a gate projection; hidden_size may be a latent one."""
+"""Nemotron-H: ``mixer.experts.E.{up,down}_proj`` without a gate projection;
+hidden_size may be a latent one.
+"""
 
 from ktk.experts.activation import Activation
 from ktk.models.architecture import Architecture

@@ -1,4 +1,6 @@
-"""How checkpoints code their matrices: plain floats, fp8 and MX with scales beside them, 4-bit integers of other tools. One file a coding."""
+"""How checkpoints code their matrices: plain floats, fp8 and MX with scales beside them,
+4-bit integers of other tools. One file a coding.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from ktk.models.codings.scaled import (
 )
 
 PLAIN = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # by safetensors' dtype
-# The first that fits: e8m0 scales of small matrices can have the shape that blocks of fp8 have, too.
+# The first that fits: e8m0 scales of small matrices can have the shape that blocks of fp8 have,
+# too.
 SCALED: tuple[ScaledCoding, ...] = (MXFP8, FP8, MXFP4)
 # The first whose weight suffix a module has.
 INT4_CODINGS: tuple[Int4Coding, ...] = (GPTQ, COMPRESSED_TENSORS)
@@ -44,8 +47,8 @@ def infer_coding(
 ) -> Coding:
     """The coding of tensor ``name``, from its dtype and its scale's shape.
 
-    block : the fp8 block of the config. experts : if not 0, both tensors stack that many matrices along a
-    leading dimension, which is left out of the Coding. Raises CheckpointError.
+    block : the fp8 block of the config. experts : if not 0, both tensors stack that many matrices
+    along a leading dimension, which is left out of the Coding. Raises CheckpointError.
     """
     where = f"{weight.file}: tensor {name!r} (bytes {weight.begin} to {weight.end})"
     shape = _unstacked(weight.shape, experts, where)
@@ -63,7 +66,8 @@ def infer_coding(
             else "not a weight format ktk reads"
         )
         raise CheckpointError(
-            f"{where} is {weight.dtype} without a scale: {hint}; ktk reads {', '.join(SOURCE_DTYPES)}"
+            f"{where} is {weight.dtype} without a scale: {hint}; ktk reads "
+            f"{', '.join(SOURCE_DTYPES)}"
         )
     what = f"{where} is {weight.dtype} with {scale_name!r} {scale.dtype} {scale.shape}"
     if scale.dtype not in SCALE_DTYPES:
@@ -95,7 +99,8 @@ def _unstacked(shape: tuple[int, ...], experts: int, where: str) -> tuple[int, .
 def decode(coding: Coding, raw: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
     """Raw bits of some rows to float32, or to bf16 bits (uint16) where they are bf16 already.
 
-    raw : (rows, stored columns). scale : float32, (rows of blocks, columns of blocks) covering these rows.
+    raw : (rows, stored columns). scale : float32, (rows of blocks, columns of blocks) covering
+        these rows.
     """
     if coding.name == "bf16" or coding.name == "fp32":
         return raw

@@ -1,7 +1,9 @@
-"""compressed-tensors, "pack-quantized" of 4 bits: ``weight_packed``, ``weight_scale``, ``weight_shape``.
+"""compressed-tensors, "pack-quantized" of 4 bits: ``weight_packed``, ``weight_scale``,
+``weight_shape``.
 
     weight_packed (N, K/8) int32    weight_scale (N, groups)    weight_shape (2,) = N, K
-    weight_zero_point (N/8, groups) int32, packed along N, if asymmetric    weight_g_idx (K,), if columns were reordered
+    weight_zero_point (N/8, groups) int32, packed along N, if asymmetric
+    weight_g_idx (K,), if columns were reordered
 
 Codes are stored with 8 added. Source: compressed-tensors 0.20, compressors/pack_quantized.
 """
@@ -57,7 +59,8 @@ class _CompressedTensors(Int4Coding):
                 raise CheckpointError(f"{info.file}: tensor {name!r} has no {suffix} beside it")
         if "weight_g_idx" in tensors:
             raise CheckpointError(
-                f"{info.file}: tensor {tensors['weight_g_idx']!r}: reordered columns are not read; convert from bf16"
+                f"{info.file}: tensor {tensors['weight_g_idx']!r}: reordered columns are not "
+                "read; convert from bf16"
             )
         shape_info = checkpoint.info(tensors["weight_shape"])
         check(shape_info, tensors["weight_shape"], (shape_info.dtype,), (2,))
@@ -71,8 +74,8 @@ class _CompressedTensors(Int4Coding):
         groups = scale.shape[1] if len(scale.shape) == 2 else 0
         if not groups or columns % groups:
             raise CheckpointError(
-                f"{scale.file}: tensor {tensors['weight_scale']!r} is {scale.shape}: must be ({rows}, groups), "
-                f"{columns} a multiple of groups"
+                f"{scale.file}: tensor {tensors['weight_scale']!r} is {scale.shape}: must be "
+                f"({rows}, groups), {columns} a multiple of groups"
             )
         check(scale, tensors["weight_scale"], ("BF16", "F16", "F32"), (rows, groups))
         if "weight_zero_point" in tensors:

@@ -1,4 +1,5 @@
-"""fp8: e4m3 codes, and a scale for the whole matrix, each channel, or each block; MXFP8: one e8m0 scale for 32 of a row.
+"""fp8: e4m3 codes, and a scale for the whole matrix, each channel, or each block; MXFP8: one e8m0
+scale for 32 of a row.
 
     fp8 block     weight e4m3 (N, K)    scale (ceil(N/block rows), ceil(K/block columns))
     fp8 channel   weight e4m3 (N, K)    scale (N,) or (N, 1)
@@ -31,7 +32,8 @@ def fp8_block(config: Config) -> tuple[int, int]:
         or not all(type(b) is int and b > 0 for b in block)
     ):
         raise CheckpointError(
-            f"{config.where}: quantization_config.weight_block_size={block!r}: must be two positive ints"
+            f"{config.where}: quantization_config.weight_block_size={block!r}: must be two "
+            "positive ints"
         )
     return block[0], block[1]
 

@@ -1,8 +1,10 @@
 """GPTQ: ``qweight`` packed along in_features, ``qzeros`` along out_features, ``scales``, ``g_idx``.
 
-    qweight (K/8, N) int32    qzeros (groups, N/8) int32    scales (groups, N)    g_idx (K,) int32, may be missing
+    qweight (K/8, N) int32    qzeros (groups, N/8) int32    scales (groups, N)
+    g_idx (K,) int32, may be missing
 
-Version 1 of the format stores zero points less one; "checkpoint_format": "gptq_v2" stores them as they are.
+Version 1 of the format stores zero points less one; "checkpoint_format": "gptq_v2" stores them as
+they are.
 Source: AutoGPTQ and GPTQModel, their checkpoints' documentation.
 """
 
@@ -45,7 +47,8 @@ class _GptqMatrix(Int4Matrix):
         if groups.min() < 0 or groups.max() >= self.num_groups:
             info = checkpoint.info(name)
             raise CheckpointError(
-                f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}): groups must be 0 to {self.num_groups - 1}"
+                f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}): groups must be "
+                f"0 to {self.num_groups - 1}"
             )
         return groups
 
@@ -70,8 +73,8 @@ class _Gptq(Int4Coding):
         groups = scales.shape[0] if scales.shape else 0
         if not groups or inputs % groups or outputs % PER_WORD:
             raise CheckpointError(
-                f"{scales.file}: tensor {tensors['scales']!r} is {scales.shape}: must be (groups, {outputs}), "
-                f"{inputs} a multiple of groups and {outputs} of {PER_WORD}"
+                f"{scales.file}: tensor {tensors['scales']!r} is {scales.shape}: must be (groups, "
+                f"{outputs}), {inputs} a multiple of groups and {outputs} of {PER_WORD}"
             )
         check(scales, tensors["scales"], ("F16", "BF16", "F32"), (groups, outputs))
         qzeros = tensors["qzeros"]

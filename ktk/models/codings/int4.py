@@ -1,7 +1,9 @@
-"""4-bit weights that other tools packed into int32 words, eight codes to a word, the first in the lowest bits.
+"""4-bit weights that other tools packed into int32 words, eight codes to a word, the first in the
+lowest bits.
 
-A row of ``INT4_CODINGS`` says what a tool's tensors are called and how they lie. Symmetric codes come out as they are
-(``CodedMatrix``); asymmetric ones, and those whose columns were reordered, as float32.
+A row of ``INT4_CODINGS`` says what a tool's tensors are called and how they lie. Symmetric codes
+come out as they are (``CodedMatrix``); asymmetric ones, and those whose columns were reordered, as
+float32.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ SYMMETRIC_ZERO = 8
 
 @dataclass(frozen=True)
 class Int4Settings:
-    """What a config's quantization_config says, as far as it matters. checkpoint_format : of GPTQ."""
+    """What a config's quantization_config says, as far as it matters.
+
+    checkpoint_format : of GPTQ.
+    """
 
     quant_method: str
     bits: int
@@ -48,7 +53,8 @@ class Int4Settings:
 class Int4Matrix(ABC):
     """One matrix of a checkpoint, (out_features, in_features).
 
-    name : of the tensor that stands for it. tensors : suffix after the module's name -> name of the tensor.
+    name : of the tensor that stands for it. tensors : suffix after the module's name -> name of the
+        tensor.
     num_groups : scales of a row.
     """
 
@@ -104,7 +110,9 @@ class Int4Matrix(ABC):
 
 
 class Int4Coding(ABC):
-    """One tool's way. weight : the suffix that stands for the weight. suffixes : all it writes beside."""
+    """One tool's way. weight : the suffix that stands for the weight. suffixes :
+    all it writes beside.
+    """
 
     name: str
     quant_method: str
@@ -125,8 +133,9 @@ class Int4Coding(ABC):
         where = f"{info.file}: tensor {tensors[self.weight]!r} (bytes {info.begin} to {info.end})"
         if settings.quant_method != self.quant_method:
             raise CheckpointError(
-                f"{where} is named as {self.name} names it, but quantization_config.quant_method is "
-                f"{settings.quant_method!r}: must be {self.quant_method!r}; convert from bf16 or fp8"
+                f"{where} is named as {self.name} names it, but quantization_config.quant_method "
+                f"is {settings.quant_method!r}: must be {self.quant_method!r}; convert from bf16 "
+                "or fp8"
             )
         if settings.bits != 4:
             raise CheckpointError(
@@ -148,8 +157,8 @@ def unpack(words: np.ndarray) -> np.ndarray:
 def check(info: TensorInfo, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
     if info.dtype not in dtypes or info.shape != shape:
         raise CheckpointError(
-            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}) is {info.dtype} {info.shape}: "
-            f"must be {' or '.join(dtypes)} {shape}"
+            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}) is {info.dtype} "
+            f"{info.shape}: must be {' or '.join(dtypes)} {shape}"
         )
 
 
@@ -159,6 +168,7 @@ def read_floats(checkpoint: Checkpoint, name: str) -> np.ndarray:
     values = bf16_to_f32(raw) if info.dtype == "BF16" else raw.astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         raise CheckpointError(
-            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}): holds NaN or infinite scales"
+            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}): holds NaN or "
+            "infinite scales"
         )
     return values

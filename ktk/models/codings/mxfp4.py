@@ -2,7 +2,8 @@
 
     weight e2m1 (N, K/2)    scale e8m0 (N, K/32)
 
-A GGUF file holds the same numbers in blocks: the scale, then 16 bytes: codes 0 to 15 in the low nibbles, 16 to 31 in the high ones.
+A GGUF file holds the same numbers in blocks: the scale, then 16 bytes: codes 0 to 15 in the low
+nibbles, 16 to 31 in the high ones.
 Source: OCP Microscaling Formats specification 1.0; ggml's block_mxfp4.
 """
 
@@ -39,7 +40,9 @@ class _Mxfp4(ScaledCoding):
 
 @cache
 def _e2m1_pairs() -> np.ndarray:
-    """The two values of each byte of e2m1 codes, low nibble first, as their 8 bytes: uint64 (256,)."""
+    """The two values of each byte of e2m1 codes, low nibble first, as their 8 bytes:
+    uint64 (256,).
+    """
     magnitude = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     value = np.concatenate([magnitude, -magnitude])
     byte = np.arange(256)
@@ -47,7 +50,8 @@ def _e2m1_pairs() -> np.ndarray:
 
 
 def mxfp4_blocks(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """uint8 codes (rows, columns / 2) and scales (rows, columns / 32) to blocks, uint8 (rows, columns / 32 * 17).
+    """uint8 codes (rows, columns / 2) and scales (rows, columns / 32) to blocks, uint8 (rows,
+    columns / 32 * 17).
 
     Raises ValueError if a scale is NaN (255).
     """

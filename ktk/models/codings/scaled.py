@@ -1,7 +1,9 @@
-"""Weights that a scale tensor beside them completes: which coding it is follows from dtypes and the scale's shape.
+"""Weights that a scale tensor beside them completes: which coding it is follows from dtypes and the
+scale's shape.
 
-A matrix is (out_features, in_features), row-major. A row of ``ktk.models.codings.SCALED`` says which dtypes and shapes are its own
-and what a code means; scales are applied here. Four-bit integers have names and packings of their own: ``codings.int4``.
+A matrix is (out_features, in_features), row-major. A row of ``ktk.models.codings.SCALED`` says
+which dtypes and shapes are its own and what a code means; scales are applied here. Four-bit
+integers have names and packings of their own: ``codings.int4``.
 """
 
 from __future__ import annotations
@@ -34,13 +36,18 @@ class Coding:
     block: tuple[int, int] = (0, 0)
 
     def scale_rows(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows of the two-dimensional scale that rows start to stop need; start on a block's edge."""
+        """The rows of the two-dimensional scale that rows start to stop need;
+        start on a block's edge.
+        """
         return start // self.block[0], -(-stop // self.block[0])
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a coding is told from. stored : (rows, columns) of the codes. block : rows and columns, by the config, of fp8."""
+    """What a coding is told from.
+
+    stored : (rows, columns) of the codes. block : rows and columns, by the config, of fp8.
+    """
 
     stored: tuple[int, int]
     scales: tuple[int, ...]
@@ -53,7 +60,9 @@ class Shapes:
 
 
 class ScaledCoding(ABC):
-    """One way to code. name : of SOURCE_DTYPES. weight_dtypes : what safetensors calls its codes."""
+    """One way to code. name : of SOURCE_DTYPES. weight_dtypes :
+    what safetensors calls its codes.
+    """
 
     name: str
     weight_dtypes: tuple[str, ...]
@@ -81,7 +90,8 @@ def read_scale(raw: np.ndarray, info: TensorInfo, name: str) -> np.ndarray:
         scale = raw.astype(np.float32, copy=False)
     if not np.isfinite(scale).all():
         raise CheckpointError(
-            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}): holds NaN or infinite scales"
+            f"{info.file}: tensor {name!r} (bytes {info.begin} to {info.end}): holds NaN or "
+            "infinite scales"
         )
     return scale
 

@@ -1,4 +1,6 @@
-"""One matrix as it lies in a checkpoint: alone or stacked over experts, plain or with a scale tensor beside it."""
+"""One matrix as it lies in a checkpoint: alone or stacked over experts,
+plain or with a scale tensor beside it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from ktk.models.codings.scaled import Coding, read_scale, scale_matrix
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensor ``name`` with the tensor ``scale``, or None. coding : of one matrix, where several are stacked."""
+    """The tensor ``name`` with the tensor ``scale``, or None.
+
+    coding : of one matrix, where several are stacked.
+    """
 
     name: str
     scale: str | None
@@ -64,7 +69,9 @@ class Stored:
             yield self._rows(checkpoint, start, min(start + step, rows))
 
     def read_mxfp4(self, checkpoint: Checkpoint, expert: int | None = None) -> np.ndarray:
-        """The MXFP4 blocks of a matrix, or of one of a stacked one: uint8 (out_features, row bytes), as GGUF has them."""
+        """The MXFP4 blocks of a matrix, or of one of a stacked one: uint8 (out_features,
+        row bytes), as GGUF has them.
+        """
         rows = None if expert is None else (expert, expert + 1)
         assert self.scale is not None
         raw, scale = checkpoint.read(self.name, rows), checkpoint.read(self.scale, rows)

@@ -13,7 +13,10 @@ MAX_COUNT = 1 << 31
 
 
 class GgufConfig:
-    """Key-values of one file's model; keys are given without the architecture before them. All raise CheckpointError."""
+    """Key-values of one file's model; keys are given without the architecture before them.
+
+    All raise CheckpointError.
+    """
 
     def __init__(self, checkpoint: GgufCheckpoint, architecture: str) -> None:
         self.checkpoint, self.architecture = checkpoint, architecture
@@ -46,7 +49,9 @@ class GgufConfig:
         return float(value)
 
     def size(self, name: str, layer: int = 0) -> int | None:
-        """A positive int, or the layer's entry of a list of them; None if there is no such key or it is 0."""
+        """A positive int, or the layer's entry of a list of them;
+        None if there is no such key or it is 0.
+        """
         value = self.entry(name, layer)
         if value is not None and (type(value) is not int or not 0 <= value <= MAX_SIZE):
             raise self.error(
@@ -92,13 +97,16 @@ class GgufConfig:
         return value
 
     def agree(self, where: str, names: Iterable[str], layer: int, what: str, have: int) -> None:
-        """CheckpointError unless the first of ``names`` that is there says what the tensors have."""
+        """CheckpointError unless the first of ``names`` that is there says what the tensors
+        have.
+        """
         for name in names:
             said = self.size(name, layer)
             if said is not None:
                 if said != have:
                     raise CheckpointError(
-                        f"{where}: the tensors have {what} {have}, the metadata's {self.key(name)} is {said}: "
+                        f"{where}: the tensors have {what} {have}, the metadata's "
+                        f"{self.key(name)} is {said}: "
                         "the file contradicts itself; convert it again"
                     )
                 return

@@ -25,7 +25,8 @@ BIAS_TYPES = ("F32", "F16", "BF16")
 class GgufExperts:
     """The experts of a GGUF model; ``ktk.models.find`` makes one.
 
-    architecture : ``general.architecture``. layers : indices of the MoE layers, ascending. routing : see ``Routing``.
+    architecture : ``general.architecture``. layers : indices of the MoE layers, ascending. routing
+        : see ``Routing``.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class GgufExperts:
 
     @property
     def num_layers(self) -> int | None:
-        """Layers of the model, those of multi-token prediction left out; None if the metadata does not say."""
+        """Layers of the model, those of multi-token prediction left out;
+        None if the metadata does not say.
+        """
         count = self._config.size("block_count")
         return count and count - self._config.num_predicting
 
@@ -80,7 +83,9 @@ class GgufExperts:
         return self._specs[layer]
 
     def experts(self, layer: int) -> StoredExperts:
-        """One layer's blocks: views of the mapped file; a copy where experts' own tensors lie at uneven distances."""
+        """One layer's blocks: views of the mapped file;
+        a copy where experts' own tensors lie at uneven distances.
+        """
         spec, parts = self.spec(layer), self._layer(layer)
         matrices = {
             name: StoredMatrix(
@@ -105,14 +110,17 @@ class GgufExperts:
     def output_scale(self, layer: int) -> np.ndarray | None:
         """float32 (num_experts,) that multiplies each expert's output (Gemma 4), or None.
 
-        Not part of ``experts``: a caller multiplies topk_weights by ``output_scale(layer)[topk_ids]``.
+        Not part of ``experts``: a caller multiplies topk_weights by
+        ``output_scale(layer)[topk_ids]``.
         """
         self._layer(layer)
         name = self._extras.get(layer, {}).get(("down", "scale"))
         return None if name is None else self._floats(name).reshape(-1)
 
     def prefetch(self, layer: int) -> None:
-        """Ask the OS to read a layer's weights ahead, unless they are in memory already; returns at once."""
+        """Ask the OS to read a layer's weights ahead, unless they are in memory already;
+        returns at once.
+        """
         for name in self._weight_names(layer):
             if not self.checkpoint.is_resident(name):
                 self.checkpoint.will_need(name)
@@ -134,7 +142,8 @@ class GgufExperts:
             return self._weights[layer]
         except KeyError:
             raise CheckpointError(
-                f"{self.checkpoint.path}: layer {layer} has no experts; MoE layers: {', '.join(map(str, self.layers))}"
+                f"{self.checkpoint.path}: layer {layer} has no experts; MoE layers: "
+                f"{', '.join(map(str, self.layers))}"
             ) from None
 
     def _format(self, part: Part) -> Format:
@@ -143,7 +152,8 @@ class GgufExperts:
             other = self.checkpoint.info(name)
             if other.type != first.type:
                 raise CheckpointError(
-                    f"{other.file}: tensor {name!r} is {other.type}, {first.name!r} is {first.type}: experts of one "
+                    f"{other.file}: tensor {name!r} is {other.type}, {first.name!r} is "
+                    f"{first.type}: experts of one "
                     "projection must have one type"
                 )
         try:
@@ -170,9 +180,14 @@ class GgufExperts:
                     writeable=False,
                 )
         logger.info(
-            "%s: layer %d: %s of %d experts copied (%.0f MB): their tensors lie at uneven distances",
-            self.checkpoint.path, layer, name, part.num_experts, np.prod(shape) / 1e6,
-        )  # fmt: skip
+            "%s: layer %d: %s of %d experts copied (%.0f MB): their tensors lie at uneven "
+            "distances",
+            self.checkpoint.path,
+            layer,
+            name,
+            part.num_experts,
+            np.prod(shape) / 1e6,
+        )
         stacked = np.empty(shape, np.uint8)
         for expert, tensor in enumerate(tensors):
             stacked[expert] = self.checkpoint.blocks(tensor.name)
@@ -201,18 +216,23 @@ class GgufExperts:
         return self.checkpoint.read(name)
 
     def _activation_of(self, layer: int) -> Activation:
-        """As ``ktk convert`` wrote it, else the architecture's, with the layer's bound; CheckpointError if it bounds in a way not known."""
+        """As ``ktk convert`` wrote it, else the architecture's, with the layer's bound;
+        CheckpointError if it bounds in a way not known.
+        """
         written = _written_activation(self.checkpoint)
         limit = self._config.number("swiglu_clamp_exp", layer) or 0.0
         if limit < 0 or (limit > 0 and not self._implied.clamps_swiglu):
             raise self._config.error(
-                f"layer {layer}: {self._config.key('swiglu_clamp_exp')} is {limit}: ktk does not know how this architecture clamps"
+                f"layer {layer}: {self._config.key('swiglu_clamp_exp')} is {limit}: ktk does not "
+                "know how this architecture clamps"
             )
         return written or (Activation.silu(limit) if limit else self._activation)
 
 
 def _written_activation(checkpoint: GgufCheckpoint) -> Activation | None:
-    """What ``ktk convert`` wrote as ``ktk.activation``: architectures do not say it of every model."""
+    """What ``ktk convert`` wrote as ``ktk.activation``:
+    architectures do not say it of every model.
+    """
     said = checkpoint.metadata.get("ktk.activation")
     if said is None:
         return None

@@ -13,12 +13,15 @@ GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_of_top_k", 4: "sqrt_softplus"}
 
 @dataclass(frozen=True)
 class Routing:
-    """How a caller turns router logits into topk_weights; None where neither file nor architecture says.
+    """How a caller turns router logits into topk_weights; None where neither file nor architecture
+    says.
 
     expert_gating_func : "softmax", "sigmoid", "softmax_of_top_k" or "sqrt_softplus".
-    expert_weights_norm : the chosen weights are divided by their sum. expert_weights_scale : then multiplied by it.
-    weighs_input : the weights multiply the experts' *input* (Llama 4): call MoE with rows multiplied beforehand, one
-        for each token and slot, and topk_weights of 1. Weighting the output gives other numbers.
+    expert_weights_norm : the chosen weights are divided by their sum. expert_weights_scale : then
+        multiplied by it.
+    weighs_input : the weights multiply the experts' *input* (Llama 4): call MoE with rows
+        multiplied beforehand, one for each token and slot, and topk_weights of 1. Weighting the
+        output gives other numbers.
     """
 
     expert_gating_func: str | None

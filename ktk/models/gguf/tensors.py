@@ -1,7 +1,9 @@
-"""Which tensors of a GGUF file are experts', and whether their shapes fit each other and the metadata.
+"""Which tensors of a GGUF file are experts', and whether their shapes fit each other and the
+metadata.
 
-Three ways to name them: stacked ``blk.N.ffn_{gate,up,down}_exps.weight``, fused ``blk.N.ffn_gate_up_exps.weight`` (gate's rows
-first), and one tensor per expert ``blk.N.ffn_{gate,up,down}.E.weight`` (Mixtral files from before April 2024). Shared experts
+Three ways to name them: stacked ``blk.N.ffn_{gate,up,down}_exps.weight``, fused
+``blk.N.ffn_gate_up_exps.weight`` (gate's rows first), and one tensor per expert
+``blk.N.ffn_{gate,up,down}.E.weight`` (Mixtral files from before April 2024). Shared experts
 (``ffn_*_shexp``) and the router stay with the caller.
 """
 
@@ -20,7 +22,8 @@ from ktk.models.metadata import MAX_SIZE
 
 INDEX = r"(?:0|[1-9][0-9]{0,4})"
 STACKED = re.compile(
-    rf"blk\.(?P<layer>{INDEX})\.ffn_(?P<part>gate_up|gate|up|down)_exps\.(?P<kind>weight|bias|scale)"
+    rf"blk\.(?P<layer>{INDEX})\.ffn_(?P<part>gate_up|gate|up|down)_exps"
+    r"\.(?P<kind>weight|bias|scale)"
 )
 SINGLE = re.compile(
     rf"blk\.(?P<layer>{INDEX})\.ffn_(?P<part>gate|up|down)\.(?P<expert>{INDEX})\.weight"
@@ -66,7 +69,9 @@ def layer_parts(
     found: dict[str, Any],
     extras: Extras,
 ) -> dict[str, Part]:
-    """A layer's projections, in the order gate, up, down; every shape agrees with the others and the metadata."""
+    """A layer's projections, in the order gate, up, down;
+    every shape agrees with the others and the metadata.
+    """
     checkpoint = config.checkpoint
     where = f"{checkpoint.path}: layer {layer}"
     styles = {
@@ -89,7 +94,8 @@ def layer_parts(
     if fused := parts.pop("gate_up", None):
         if fused.out_features % 2:
             raise CheckpointError(
-                f"{where}: {fused.names[0]!r} has {fused.out_features} rows: must be even, gate's and up's"
+                f"{where}: {fused.names[0]!r} has {fused.out_features} rows: must be even, gate's "
+                "and up's"
             )
         half = fused.out_features // 2
         for i, part in enumerate(("gate", "up")):
@@ -99,7 +105,8 @@ def layer_parts(
     needed = ("up", "down") if is_gateless else ("gate", "up", "down")
     if absent := [part for part in needed if part not in parts]:
         raise CheckpointError(
-            f"{where}: no tensor for {' and '.join(absent)}; has {sorted(found)}: is a part of the model missing?"
+            f"{where}: no tensor for {' and '.join(absent)}; has {sorted(found)}: is a part of "
+            "the model missing?"
         )
     parts = {part: parts[part] for part in ("gate", "up", "down") if part in parts}
     up, down = parts["up"], parts["down"]
@@ -108,12 +115,14 @@ def layer_parts(
         ins, outs = (intermediate, hidden) if part == "down" else (hidden, intermediate)
         if (has.num_experts, has.out_features, has.in_features) != (up.num_experts, outs, ins):
             raise CheckpointError(
-                f"{where}: {has.names[0]!r} is {has.num_experts} x {has.out_features} x {has.in_features}, "
-                f"{up.names[0]!r} {up.num_experts} x {intermediate} x {hidden} (experts, out, in): they do not fit"
+                f"{where}: {has.names[0]!r} is {has.num_experts} x {has.out_features} x "
+                f"{has.in_features}, {up.names[0]!r} {up.num_experts} x {intermediate} x {hidden} "
+                "(experts, out, in): they do not fit"
             )
     if max(down.num_experts, hidden, intermediate) > MAX_SIZE:
         raise CheckpointError(
-            f"{where}: {down.num_experts} experts of {hidden} x {intermediate}: at most {MAX_SIZE} each"
+            f"{where}: {down.num_experts} experts of {hidden} x {intermediate}: at most "
+            f"{MAX_SIZE} each"
         )
     config.agree(where, ("expert_count",), layer, "experts", down.num_experts)
     config.agree(where, ("expert_feed_forward_length",), layer, "a width of", intermediate)
@@ -127,7 +136,8 @@ def _stacked(tensor: GgufTensor) -> Part:
     shape = (1, *tensor.shape) if len(tensor.shape) == 2 else tensor.shape
     if len(shape) != 3:
         raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r} (byte {tensor.begin}) is {tensor.shape}: must be (experts, out, in)"
+            f"{tensor.file}: tensor {tensor.name!r} (byte {tensor.begin}) is {tensor.shape}: must "
+            "be (experts, out, in)"
         )
     return Part((tensor.name,), *shape)
 
@@ -146,7 +156,10 @@ def _singles(
     if missing or len(found) != count:
         text = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise CheckpointError(
-            f"{where}: {part} holds {len(found)} experts, the highest {max(found)}, {count_key} is {count}"
+            (
+                f"{where}: {part} holds {len(found)} experts, the highest {max(found)}, "
+                f"{count_key} is {count}"
+            )
             + (f"; missing: {text}" if missing else "")
         )
     names = tuple(found[expert] for expert in range(count))
@@ -155,8 +168,8 @@ def _singles(
         tensor = checkpoint.tensors[name]
         if len(tensor.shape) != 2 or tensor.shape != first.shape:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} (byte {tensor.begin}) is {tensor.shape}, {first.name!r} is "
-                f"{first.shape}: must be alike, (out, in)"
+                f"{tensor.file}: tensor {name!r} (byte {tensor.begin}) is {tensor.shape}, "
+                f"{first.name!r} is {first.shape}: must be alike, (out, in)"
             )
     return Part(names, count, *first.shape)
 
@@ -182,5 +195,6 @@ def _check_extras(
         wanted = (experts,) if kind == "scale" else (experts, widths[part])
         if tensor.shape != wanted and (experts > 1 or tensor.shape != wanted[1:]):
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} (byte {tensor.begin}) is {tensor.shape}: must be {wanted}"
+                f"{tensor.file}: tensor {name!r} (byte {tensor.begin}) is {tensor.shape}: must be "
+                f"{wanted}"
             )

@@ -1,6 +1,8 @@
-"""Which tokens end an answer, in a GGUF file's metadata: read as llama.cpp decides it, and written so that it decides the same.
+"""Which tokens end an answer, in a GGUF file's metadata: read as llama.cpp decides it, and written
+so that it decides the same.
 
-Source: what llama.cpp's vocabulary makes of eos, eot and eom ids and of tokens' texts; its exceptions for gpt-oss, Solar and Gemma 4.
+Source: what llama.cpp's vocabulary makes of eos, eot and eom ids and of tokens' texts; its
+exceptions for gpt-oss, Solar and Gemma 4.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from typing import Any
 ROLES = ("eos", "eot", "eom")  # tokenizer.ggml.{role}_token_id
 OWN_KEY = "ktk.eos_token_ids"  # a list of what the three roles cannot say
 CONTROL = 3  # of tokenizer.ggml.token_type
-# Whatever the token's type: files of chat models often name only the end of a text, and type the end of a turn as any word.
+# Whatever the token's type: files of chat models often name only the end of a text, and type the
+# end of a turn as any word.
 TEXTS = frozenset(
     [
         "<|im_end|>",
@@ -39,7 +42,8 @@ TEXTS = frozenset(
 )
 # Only of type control: GLM's turns begin with them, older files name neither.
 CONTROL_TEXTS = frozenset(("<|user|>", "<|observation|>"))
-# Where all of the first are in a vocabulary, the second does not end an answer: <|end|> ends a message, after which it goes on.
+# Where all of the first are in a vocabulary, the second does not end an answer: <|end|> ends a
+# message, after which it goes on.
 EXCEPTIONS = (
     (("<|return|>", "<|call|>"), "<|end|>"),
     (("<|calls|>", "<|flush|>"), "<|end|>"),
@@ -76,7 +80,8 @@ def end_keys(
 ) -> tuple[dict[str, Any], list[int]]:
     """Key-values that make all of ``ends`` end an answer, and those of them that only ktk reads.
 
-    eos : the tokenizer's, whose key is written anyway. Roles go first to tokens that no text gives away.
+    eos : the tokenizer's, whose key is written anyway. Roles go first to tokens that no text gives
+        away.
     """
     roles = {} if eos is None else {"eos": eos}
     by_text = end_ids({}, tokens)

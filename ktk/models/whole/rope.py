@@ -13,7 +13,10 @@ Fields = dict[str, Any]  # of a config.json
 
 
 def rope_parameters(source: Source) -> Fields:
-    """transformers' rope_parameters; scaling by "linear" or "yarn". Raises CheckpointError for others."""
+    """transformers' rope_parameters; scaling by "linear" or "yarn".
+
+    Raises CheckpointError for others.
+    """
     theta = source.get("rope.freq_base", float)
     fields: Fields = {"rope_type": "default", "rope_theta": 10000.0 if theta is None else theta}
     kind = source.get("rope.scaling.type", str)

@@ -1,8 +1,11 @@
-"""What a whole model's rows say: config.json's fields and module tensors, as a GGUF file of its architecture has them.
+"""What a whole model's rows say: config.json's fields and module tensors, as a GGUF file of its
+architecture has them.
 
-Rows go both ways: ``load_gguf_model`` reads a file by them, ``ktk convert --whole`` writes one. A row names tensors after
-transformers' modules; ``Tensor.checkpoint`` where the files of the Hugging Face directory call one otherwise.
-Source: the names of gguf.constants, the tensors llama.cpp's graphs ask for, transformers 5.23's configurations.
+Rows go both ways: ``load_gguf_model`` reads a file by them, ``ktk convert --whole`` writes one. A
+row names tensors after transformers' modules; ``Tensor.checkpoint`` where the files of the Hugging
+Face directory call one otherwise.
+Source: the names of gguf.constants, the tensors llama.cpp's graphs ask for, transformers 5.23's
+configurations.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from ktk.models.whole.source import Source
 
 @dataclass(frozen=True)
 class Key:
-    """A number or bool of the metadata, without the architecture before it, and config.json's field of the same meaning."""
+    """A number or bool of the metadata, without the architecture before it,
+    and config.json's field of the same meaning.
+    """
 
     key: str
     field: str
@@ -33,9 +38,12 @@ class Tensor:
     """One module tensor and the file's; ``{n}`` is the layer's index.
 
     gguf : the file's name; several where a file holds it in pieces. hf : the module's name.
-    join : the file's arrays, float32, and the config's fields -> the module's array. split : the inverse. None: they are equal.
-    moves_rows : join puts the rows of one matrix into another order, of floats or of blocks, uint8 (rows, row bytes), alike.
-    checkpoint : the name in a Hugging Face directory, if not ``hf``. is_optional : a module without it keeps its zeros.
+    join : the file's arrays, float32, and the config's fields -> the module's array. split : the
+        inverse. None: they are equal.
+    moves_rows : join puts the rows of one matrix into another order, of floats or of blocks, uint8
+        (rows, row bytes), alike.
+    checkpoint : the name in a Hugging Face directory, if not ``hf``. is_optional : a module without
+        it keeps its zeros.
     """
 
     gguf: str | tuple[str, ...]
@@ -56,8 +64,10 @@ class WholeModel:
     """Everything of a model except its experts.
 
     model_type : transformers' name for a file's model, where ``config`` gives no other.
-    keys : metadata and fields that are the same thing. tensors : all but the experts', of whole model and layer.
-    config : the fields that ``keys`` do not give. metadata : the other way, keys without the architecture.
+    keys : metadata and fields that are the same thing. tensors : all but the experts', of whole
+        model and layer.
+    config : the fields that ``keys`` do not give. metadata : the other way, keys without the
+        architecture.
     """
 
     model_type: str
@@ -88,7 +98,9 @@ class WholeModel:
         return {**found, **rope_metadata(fields), **self.metadata(fields)}
 
     def layer_tensors(self, num_layers: int) -> Iterator[tuple[Tensor, int | None]]:
-        """Every tensor that a model can have: (row, layer), layer None for those of the whole model."""
+        """Every tensor that a model can have: (row, layer),
+        layer None for those of the whole model.
+        """
         for row in self.tensors:
             if "{n}" in row.hf:
                 yield from ((row, n) for n in range(num_layers))
@@ -111,7 +123,9 @@ GROUPED_KEYS = (
 
 
 def common_fields(source: Source) -> Fields:
-    """What every config says alike: vocabulary, tied embeddings, special tokens, rotary embeddings."""
+    """What every config says alike: vocabulary, tied embeddings, special tokens,
+    rotary embeddings.
+    """
     embedding = source.checkpoint.info("token_embd.weight")
     fields: Fields = {
         "vocab_size": embedding.shape[0],
@@ -171,7 +185,9 @@ def shared_experts(module: str) -> tuple[Tensor, ...]:
 
 
 def permuted_attention() -> tuple[Tensor, ...]:
-    """q, k, v and o where llama.cpp rotates neighbours: rows of q and k lie pairwise in the file, half by half in the module."""
+    """q, k, v and o where llama.cpp rotates neighbours:
+    rows of q and k lie pairwise in the file, half by half in the module.
+    """
     plain = {row.hf: row for row in ATTENTION}
 
     def row(letter: str, heads: str) -> Tensor:
@@ -193,7 +209,9 @@ def _heads(fields: Fields, name: str) -> int:
 
 
 def _swap_rows(w: np.ndarray, heads: int, to_pairs: bool) -> np.ndarray:
-    """(out, in): each head's rows from two halves to pairs, whose rows are i of one and i of the other; or back."""
+    """(out, in): each head's rows from two halves to pairs,
+    whose rows are i of one and i of the other; or back.
+    """
     if w.shape[0] % (2 * heads):
         raise CheckpointError(
             f"{w.shape[0]} rows of q or k: must be an even number for each of {heads} heads"

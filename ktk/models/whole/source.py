@@ -15,11 +15,14 @@ class Source(GgufConfig):
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model; those of multi-token prediction, which come last, are not counted."""
+        """Layers of the model; those of multi-token prediction, which come last,
+        are not counted.
+        """
         count = self.required("block_count") - (self.get("nextn_predict_layers") or 0)
         if not 0 < count <= len(self.checkpoint.tensors):  # none has less than a tensor
             raise self.error(
-                f"{self.architecture}.block_count says {count} layers, {len(self.checkpoint.tensors)} tensors are there"
+                f"{self.architecture}.block_count says {count} layers, "
+                f"{len(self.checkpoint.tensors)} tensors are there"
             )
         return int(count)
 
@@ -30,7 +33,9 @@ class Source(GgufConfig):
 
     @property
     def leading_dense_layers(self) -> int:
-        """How many layers come before the first with experts; CheckpointError if others have none."""
+        """How many layers come before the first with experts;
+        CheckpointError if others have none.
+        """
         dense = self.dense_layers
         if dense != list(range(len(dense))):
             raise self.error(
@@ -65,11 +70,14 @@ class Source(GgufConfig):
         return int(self.get("attention.key_length") or hidden // heads)
 
     def check_rotary(self, rotated: int) -> None:
-        """CheckpointError unless all of a head is rotated, by a model class that can only do that."""
+        """CheckpointError unless all of a head is rotated,
+        by a model class that can only do that.
+        """
         said = self.get("rope.dimension_count")
         if said is not None and said != rotated:
             raise self.error(
-                f"{self.architecture}.rope.dimension_count is {said}: must be the head's size, {rotated}"
+                f"{self.architecture}.rope.dimension_count is {said}: must be the head's size, "
+                f"{rotated}"
             )
 
     def has(self, name: str) -> bool:

@@ -1,8 +1,10 @@
-"""How the tokenizers of GGUF files cut text before they merge: ``tokenizer.ggml.pre`` -> regular expressions.
+"""How the tokenizers of GGUF files cut text before they merge: ``tokenizer.ggml.pre`` -> regular
+expressions.
 
-Each expression cuts what the ones before it left. They are those of the models' own tokenizer.json, in Oniguruma's syntax;
-llama.cpp has approximations of some (upper and lower case of gpt-4o: any letter but a-z and A-Z). Here stand those of several
-makers' models; an architecture's own stand in its file.
+Each expression cuts what the ones before it left. They are those of the models' own tokenizer.json,
+in Oniguruma's syntax;
+llama.cpp has approximations of some (upper and lower case of gpt-4o: any letter but a-z and A-Z).
+Here stand those of several makers' models; an architecture's own stand in its file.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 class PreTokenizer:
     """One way to cut text. names : what ``tokenizer.ggml.pre`` calls it, the one to write first.
 
-    ignores_merges : a piece that is a token is not merged anew. adds_bos : unless the file says otherwise.
+    ignores_merges : a piece that is a token is not merged anew. adds_bos : unless the file says
+        otherwise.
     normalises : text is brought to NFC first, as the models' own tokenizers do; llama.cpp does not.
     """
 

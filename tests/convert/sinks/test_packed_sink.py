@@ -263,7 +263,9 @@ def test_threads_do_not_change_a_byte(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Peak resident memory of processes: packed spans are mmapped, tracemalloc does not see them."""
+    """Peak resident memory of processes: packed spans are mmapped,
+    tracemalloc does not see them.
+    """
     code = """
 import re, sys
 from ktk.convert import convert

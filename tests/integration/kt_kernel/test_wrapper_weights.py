@@ -1,4 +1,6 @@
-"""KTMoEWrapper's weights: from tensors, packed and ordinary directories; maps, biases, activations."""
+"""KTMoEWrapper's weights: from tensors, packed and ordinary directories; maps, biases,
+activations.
+"""
 
 from __future__ import annotations
 
@@ -261,7 +263,9 @@ def test_recorded_and_asked_activation_agree_or_are_refused(tmp_path, recorded, 
 
 
 def test_kt_kernels_swigluoai_arguments_take_the_models_own_form():
-    """KT-Kernel clamps the gate from below too, gpt-oss and MiniMax-M3 do not: what is recorded wins."""
+    """KT-Kernel clamps the gate from below too, gpt-oss and MiniMax-M3 do not:
+    what is recorded wins.
+    """
     own = Activation.swigluoai(1.702, 7.0)
     wrapper = make(swiglu_alpha=1.702, swiglu_limit=7.0)
     assert wrapper.weights.agreed_activation(own, "file") == own
@@ -358,7 +362,9 @@ def test_every_method_loads_and_matches_the_reference(method):
 
 
 def test_experts_of_the_mask_need_not_be_loaded(tmp_path):
-    """Those that stay give the same bits; one that is unmasked later is named until weights are loaded again."""
+    """Those that stay give the same bits; one that is unmasked later is named until weights are
+    loaded again.
+    """
     save(tmp_path)
     mask = np.arange(E) % 2 == 0
     order = np.arange(E)[::-1].copy()

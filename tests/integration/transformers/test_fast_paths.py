@@ -1,4 +1,6 @@
-"""Each fast path says yes or why not: in `ktk doctor MODEL`, in the server's description, and once in a warning."""
+"""Each fast path says yes or why not: in `ktk doctor MODEL`, in the server's description,
+and once in a warning.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ from make.transformers_cases import (
 
 pytestmark = pytest.mark.slow
 
-# --- whole models -------------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,9 +71,11 @@ def test_bf16_weights_in_fp32_arithmetic_give_eager_logits(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_model_gives_eager_logits_and_tokens_up_to_bf16_rounding(family: str) -> None:
-    """Bound: 2 % of the largest logit, five bf16 steps; and no farther from the fp32 model than eager is.
+    """Bound: 2 % of the largest logit, five bf16 steps; and no farther from the fp32 model than
+    eager is.
 
-    Logits of a bf16 model tie; a greedy token is right if eager's logit for it is within the bound of its best.
+    Logits of a bf16 model tie; a greedy token is right if eager's logit for it is within the bound
+    of its best.
     """
     model = make_model(family, torch.bfloat16)
     want, got = run(model, "eager")[0], run(model, "ktk")[0]
@@ -87,7 +89,9 @@ def test_bf16_model_gives_eager_logits_and_tokens_up_to_bf16_rounding(family: st
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_experts_round_once(family: str) -> None:
-    """Experts alone on the same bf16 input: within half a bf16 step (2**-8 relative) of the fp32 result."""
+    """Experts alone on the same bf16 input: within half a bf16 step (2**-8 relative)
+    of the fp32 result.
+    """
     model = make_model(family, torch.bfloat16)
     for module, exact in zip(experts_of(model), experts_of(make_model(family)), strict=True):
         x, ids, weights = routing(module, tokens=13)
@@ -106,7 +110,10 @@ def test_bf16_experts_round_once(family: str) -> None:
 def test_packed_experts_are_near_eager_with_dequantised_weights(
     family: str, weight_format: str
 ) -> None:
-    """What is left is the int8 rounding of activations: 2 % of the output's norm. Routers stay out of it."""
+    """What is left is the int8 rounding of activations: 2 % of the output's norm.
+
+    Routers stay out of it.
+    """
     model = make_model(family)
     for module in experts_of(model):
         x, ids, weights = routing(module, tokens=17)
@@ -121,7 +128,9 @@ def test_packed_experts_are_near_eager_with_dequantised_weights(
 
 
 def test_int8_logits_are_near_eager_logits_with_dequantised_weights() -> None:
-    """All experts active, so no router flips: the largest logit error is below 3 % of the largest logit."""
+    """All experts active, so no router flips: the largest logit error is below 3 % of the
+    largest logit.
+    """
     model = make_model("qwen3_moe", num_experts_per_tok=8)
     packed = copy.deepcopy(model)
     use_ktk(packed, "int8")
@@ -131,7 +140,7 @@ def test_int8_logits_are_near_eager_logits_with_dequantised_weights() -> None:
     assert (got - want).abs().max() <= 0.03 * want.abs().max()
 
 
-# --- one experts module of each kind ------------------------------------------------------------------
+# --- one experts module of each kind --------------------------------------------------------------
 
 
 def compare(module: torch.nn.Module, tokens: int = 19) -> None:
@@ -191,7 +200,7 @@ def test_limits_decide_the_activation_not_the_name() -> None:
     assert recognise(module) is None
 
 
-# --- packing in place ---------------------------------------------------------------------------------
+# --- packing in place -----------------------------------------------------------------------------
 
 
 def test_use_ktk_frees_the_float_weights_and_reports_what_runs() -> None:
@@ -326,7 +335,7 @@ def test_saving_what_no_packed_directory_holds_is_refused(tmp_path: Path) -> Non
     assert torch.equal(run(again)[0], run(loaded)[0])
 
 
-# --- loading ------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -414,7 +423,12 @@ def test_config_refuses_what_it_does_not_know() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             KtkConfig(**arguments)
-    for groups in ({"group_size": 33}, {"group_size": "32"}, {"group_size": -1}, {"activation_group": 7}):  # fmt: skip
+    for groups in (
+        {"group_size": 33},
+        {"group_size": "32"},
+        {"group_size": -1},
+        {"activation_group": 7},
+    ):
         with pytest.raises(ValueError, match=next(iter(groups))):
             KtkConfig("int4", **groups)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no option weight_fromat: it takes weight_format"):
@@ -494,7 +508,7 @@ def test_packed_directory_of_another_shape_is_refused(tmp_path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
-# --- experts of a GGUF file ---------------------------------------------------------------------------
+# --- experts of a GGUF file -----------------------------------------------------------------------
 
 # Rows must be whole blocks of 32.
 WHOLE_BLOCKS = {"qwen3_moe": {"moe_intermediate_size": 64}, "mixtral": {"intermediate_size": 96}}

@@ -1,4 +1,6 @@
-"""Decoding attention with grouped rows: the same as transformers' SDPA, within rounding, whatever else a model does by the name."""
+"""Decoding attention with grouped rows: the same as transformers' SDPA, within rounding,
+whatever else a model does by the name.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,13 @@ HYBRID = {
 }
 # Whose attention is sparse by an index, and only under the names its code knows.
 INDEXED = {
-    "axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text",
-}  # fmt: skip
+    "axk2",
+    "deepseek_v32",
+    "dots3_note_text",
+    "glm_moe_dsa",
+    "hy_v4",
+    "minimax_m3_vl_text",
+}
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "keys"), [(8, 2, 33), (4, 4, 1), (6, 1, 200)])

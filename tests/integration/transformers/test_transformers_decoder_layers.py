@@ -1,4 +1,6 @@
-"""Decoding by the fused call: the same tokens as the layers' own forward passes, and only where it is one."""
+"""Decoding by the fused call: the same tokens as the layers' own forward passes,
+and only where it is one.
+"""
 
 from __future__ import annotations
 
@@ -228,7 +230,7 @@ def test_generate_with_beams_and_a_copied_cache() -> None:
     assert torch.equal(twin.generate(ids, **options), want[0])
 
 
-# --- caches -------------------------------------------------------------------------------------------
+# --- caches ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [None, 5, 300])

@@ -1,4 +1,6 @@
-"""The trial of a decoder layer: what is a percent off, or acts seldom, is told from rounding; honest layers pass in every format."""
+"""The trial of a decoder layer: what is a percent off, or acts seldom, is told from rounding;
+honest layers pass in every format.
+"""
 
 from __future__ import annotations
 
@@ -234,10 +236,12 @@ def test_attention_to_the_last_keys_alone_is_refused() -> None:
         "epsilon": lambda x, w: w * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1.02e-6),
         "weight": lambda x, w: (w + 0.01) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
         "mean": lambda x, w: w * F.layer_norm(x, x.shape[-1:], eps=1e-6),
-        "clip": lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).clamp(-2.5),
+        "clip": lambda x, w: (
+            w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).clamp(-2.5)
+        ),
     }.items(),
     ids=lambda c: c[0],
-)  # fmt: skip
+)
 def test_a_norm_a_little_different_is_none(change: tuple[str, Any]) -> None:
     class Rms(torch.nn.Module):
         variance_epsilon = 1e-6

@@ -1,4 +1,6 @@
-"""Every experts class of the installed transformers, and a tiny random model of every family that generates text."""
+"""Every experts class of the installed transformers,
+and a tiny random model of every family that generates text.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,22 @@ from make.transformers_cases import SEED, SIZES, routing
 
 # class -> what its constructor wants besides SIZES
 ACTIVATIONS = {
-    "hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh", "mlp_hidden_act": "relu2", "swiglu_limit": 7.0,
+    "hidden_act": "silu",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "mlp_hidden_act": "relu2",
+    "swiglu_limit": 7.0,
     "swiglu_alpha": 1.702,
-}  # fmt: skip
+}
 EAGER = {
-    "DbrxExperts", "InklingSharedExperts", "JetMoeParallelExperts", "Llama4TextExperts", "LongcatFlashExperts",
-    "NllbMoeExperts", "Step3p7Experts", "SwitchTransformersExperts",
-}  # fmt: skip
+    "DbrxExperts",
+    "InklingSharedExperts",
+    "JetMoeParallelExperts",
+    "Llama4TextExperts",
+    "LongcatFlashExperts",
+    "NllbMoeExperts",
+    "Step3p7Experts",
+    "SwitchTransformersExperts",
+}
 
 
 def make_experts(module: str, name: str) -> torch.nn.Module:
@@ -50,13 +61,19 @@ EXTRA: dict[str, dict[str, Any]] = {
     "LongcatFlashExperts": {"expert_ffn_hidden_size": 48, "zero_expert_num": 1},
     "DbrxExperts": {"ffn_hidden_size": 48, "moe_num_experts": 4, "ffn_act_fn": {"name": "silu"}},
     "NllbMoeExperts": {
-        "moe_token_dropout": 0.0, "d_model": 32, "activation_function": "relu", "activation_dropout": 0.0,
+        "moe_token_dropout": 0.0,
+        "d_model": 32,
+        "activation_function": "relu",
+        "activation_dropout": 0.0,
     },
     "SwitchTransformersExperts": {
-        "d_model": 32, "d_ff": 48, "dropout_rate": 0.0, "dense_act_fn": "relu",
+        "d_model": 32,
+        "d_ff": 48,
+        "dropout_rate": 0.0,
+        "dense_act_fn": "relu",
     },
     "InklingSharedExperts": {"n_shared_experts": 1},
-}  # fmt: skip
+}
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "NllbMoeExperts": (48,),
     "Ernie4_5_VLMoeMoeExperts": (48,),
@@ -69,7 +86,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ids=lambda v: v.rpartition(".")[2],
 )
 def test_experts_class_runs_as_transformers_own(module: str, name: str) -> None:
-    """fp32 to 1e-5 of the largest output; int8, weights and activations rounded, to 5 % of its norm."""
+    """fp32 to 1e-5 of the largest output; int8, weights and activations rounded,
+    to 5 % of its norm.
+    """
     experts = make_experts(module, name)
     assert is_experts(experts)
     x, ids, weights = routing(experts, 23)
@@ -121,12 +140,14 @@ def test_experts_that_stay_eager_are_those_without_the_decorator() -> None:
     assert undecorated == EAGER
 
 
-# --- whole models -------------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the last step, and two greedy tokens, without a cache: every layer sees several tokens."""
+    """Logits of the last step, and two greedy tokens, without a cache:
+    every layer sees several tokens.
+    """
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._experts_implementation = implementation
@@ -164,7 +185,9 @@ def test_tiny_model_says_the_same_greedy_tokens(
 
 
 def test_a_float_checkpoint_of_every_way_of_naming_packs_while_it_loads(tmp_path: Path) -> None:
-    """Per expert, fused, transposed, renamed: each family's tensors pass through its own conversion first."""
+    """Per expert, fused, transposed, renamed: each family's tensors pass through its own
+    conversion first.
+    """
     for kind in ("qwen2_moe", "granitemoe", "deepseek_v4", "nemotron_h", "minimax_m2", "jamba"):
         torch.manual_seed(SEED)
         model = AutoModelForCausalLM.from_config(small_config(kind), dtype=torch.float32).eval()

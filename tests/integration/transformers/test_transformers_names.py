@@ -1,6 +1,8 @@
-"""What ``names`` says of transformers' insides holds in the release installed; `make test-versions` runs this with the oldest and the newest.
+"""What ``names`` says of transformers' insides holds in the release installed; `make test-versions`
+runs this with the oldest and the newest.
 
-Release lines: 5.20 to 5.23 (``past_key_values``; attention functions update a batch's cache), from 5.24 on (``cache``; attention modules do).
+Release lines: 5.20 to 5.23 (``past_key_values``; attention functions update a batch's cache), from
+5.24 on (``cache``; attention modules do).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ktk.integration.transformers import names as hf
 from make import transformers_cases as cases
 
 PACKAGE, NAMES = Path(ktk.__file__).parent, Path(hf.__file__)
-# Words that mean something elsewhere too: in a config.json, in the documentation of models, in ktk itself.
+# Words that mean something elsewhere too: in a config.json, in the documentation of models, in ktk
+# itself.
 COMMON = {
     "cache",
     "error",
@@ -46,7 +49,9 @@ def layer_arguments(model: PreTrainedModel, **named: Any) -> dict[str, Any]:
     """The keyword arguments that a model's forward hands to its first decoder layer."""
     seen: list[dict[str, Any]] = []
     layer = model.get_decoder().layers[0]
-    hook = layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)  # fmt: skip
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
     model(IDS, use_cache=True, **named)
     hook.remove()
     return seen[0]
@@ -84,7 +89,7 @@ def test_a_forward_pass_can_compute_the_last_logits_only() -> None:
     assert hf.last_logits(model.model) == {}
 
 
-# --- no other module names what is named there ---------------------------------------------------------------
+# --- no other module names what is named there ----------------------------------------------------
 
 
 def words(path: Path) -> set[str]:
@@ -101,12 +106,24 @@ def words(path: Path) -> set[str]:
 
 
 def of_transformers() -> set[str]:
-    """Strings that names.py gives transformers, and attributes it reads there, except its own, Python's and torch's."""
+    """Strings that names.py gives transformers, and attributes it reads there, except its own,
+    Python's and torch's.
+    """
     own = set(hf.__all__) | {name for name in vars(hf) if not name.startswith("__")}
     tree = ast.parse(NAMES.read_text())
-    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "torch", "inspect")}  # fmt: skip
+    own |= {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("self", "torch", "inspect")
+    }
     local = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    python = {name for kind in (dict, list, set, str, tuple, torch.Tensor, torch.nn.Module) for name in dir(kind)}  # fmt: skip
+    python = {
+        name
+        for kind in (dict, list, set, str, tuple, torch.Tensor, torch.nn.Module)
+        for name in dir(kind)
+    }
     return words(NAMES) - own - python - local - COMMON
 
 
@@ -126,7 +143,11 @@ def attributes(path: Path) -> set[str]:
     used |= {n.arg for n in nodes if isinstance(n, ast.keyword) and n.arg}
     own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    own |= {n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}  # fmt: skip
+    own |= {
+        n.target.id
+        for n in nodes
+        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    }
     return {name for name in used - own if not name.startswith("__")}
 
 
@@ -137,7 +158,12 @@ def submodules(path: Path) -> set[str]:
 
 def test_the_names_are_found() -> None:
     expected = {"past_key_values", "position_embeddings", "cu_seq_lens_q", "logits_indices"}
-    expected |= {"_attn_implementation", "_is_hf_initialized", "cache_allocators", "logit_processor"}  # fmt: skip
+    expected |= {
+        "_attn_implementation",
+        "_is_hf_initialized",
+        "cache_allocators",
+        "logit_processor",
+    }
     assert expected <= of_transformers()
     assert "transformers.cache_utils" in submodules(NAMES)
 
@@ -150,32 +176,66 @@ def test_no_other_module_knows_transformers_inside() -> None:
     assert {file: sorted(names) for file, names in found.items() if names} == {}
 
 
-# Of the models, tokenizers, caches and managers of transformers: what the adapters of generate/ read, call and give there.
+# Of the models, tokenizers, caches and managers of transformers: what the adapters of generate/
+# read, call and give there.
 ADAPTERS = ("batches", "cache", "paged_attention", "paged_cache", "sequence", "tokens")
 OF_TRANSFORMERS = {
-    "add_request", "add_special_tokens", "added_tokens_decoder", "apply_chat_template", "attention_mask", "backend_tokenizer",
-    "cancel_request", "config", "convert_ids_to_tokens", "crop", "do_sample", "eos_token_id", "from_pretrained", "generate",
-    "get_input_embeddings", "get_seq_length", "get_text_config", "init_continuous_batching", "is_running", "logits_processor",
-    "max_new_tokens", "max_position_embeddings", "pad_token_id", "skip_special_tokens", "streamer",
-}  # fmt: skip
+    "add_request",
+    "add_special_tokens",
+    "added_tokens_decoder",
+    "apply_chat_template",
+    "attention_mask",
+    "backend_tokenizer",
+    "cancel_request",
+    "config",
+    "convert_ids_to_tokens",
+    "crop",
+    "do_sample",
+    "eos_token_id",
+    "from_pretrained",
+    "generate",
+    "get_input_embeddings",
+    "get_seq_length",
+    "get_text_config",
+    "init_continuous_batching",
+    "is_running",
+    "logits_processor",
+    "max_new_tokens",
+    "max_position_embeddings",
+    "pad_token_id",
+    "skip_special_tokens",
+    "streamer",
+}
 # generate() is also ktk's own, of sessions and engines.
 OWN = {"generate"}
 
 
 def above_the_adapters() -> list[Path]:
-    return [*PACKAGE.glob("generate/**/*.py"), *PACKAGE.glob("kv/**/*.py"), PACKAGE / "ops" / "decoder.py"]  # fmt: skip
+    return [
+        *PACKAGE.glob("generate/**/*.py"),
+        *PACKAGE.glob("kv/**/*.py"),
+        PACKAGE / "ops" / "decoder.py",
+    ]
 
 
 def test_the_adapters_are_where_transformers_is_read() -> None:
     folder = NAMES.parent
-    read = set().union(*(attributes(folder / f"{name}.py") | words(folder / f"{name}.py") for name in ADAPTERS))  # fmt: skip
+    read = set().union(
+        *(attributes(folder / f"{name}.py") | words(folder / f"{name}.py") for name in ADAPTERS)
+    )
     assert OF_TRANSFORMERS - read == set(), "no adapter reads it any more: take it out"
 
 
 def test_generating_and_caching_know_nothing_of_transformers() -> None:
-    """They ask the adapters in integration/transformers, and so need no change for a release or another library."""
+    """They ask the adapters in integration/transformers,
+    and so need no change for a release or another library.
+    """
     files = above_the_adapters()
     assert len(files) > 10
     known = (of_transformers() | OF_TRANSFORMERS) - OWN
-    found = {str(p.relative_to(PACKAGE)): taken_from(p, ("transformers", "tokenizers")) | (attributes(p) & known) for p in files}  # fmt: skip
+    found = {
+        str(p.relative_to(PACKAGE)): taken_from(p, ("transformers", "tokenizers"))
+        | (attributes(p) & known)
+        for p in files
+    }
     assert {file: sorted(names) for file, names in found.items() if names} == {}

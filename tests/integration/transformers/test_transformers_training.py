@@ -1,4 +1,6 @@
-"""Gradients through packed experts, adapters trained by peft and Trainer, pipelines, placement by accelerate."""
+"""Gradients through packed experts, adapters trained by peft and Trainer, pipelines,
+placement by accelerate.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ GRADIENT_MODULES = (
 def gradients(
     module: torch.nn.Module, implementation: str, tokens: int
 ) -> tuple[torch.Tensor, ...]:
-    """Of hidden states, routing weights and the norm behind the experts, if there is one; output first."""
+    """Of hidden states, routing weights and the norm behind the experts, if there is one;
+    output first.
+    """
     module.config._experts_implementation = implementation
     x, ids, weights = routing(module, tokens)
     x, weights = x.requires_grad_(), weights.requires_grad_()
@@ -69,7 +73,9 @@ def gradients(
 def test_gradients_are_those_of_float_experts_with_the_dequantised_weights(
     name: str, weight_format: str
 ) -> None:
-    """To 1e-5 of the largest, also where the forward pass rounds activations: that rounding counts as the identity."""
+    """To 1e-5 of the largest, also where the forward pass rounds activations:
+    that rounding counts as the identity.
+    """
     module = odd_module() if name == "odd" else make_module(name)
     plain = copy.deepcopy(module)
     use_ktk(torch.nn.ModuleDict({"layer": module}), weight_format)
@@ -82,7 +88,9 @@ def test_gradients_are_those_of_float_experts_with_the_dequantised_weights(
 
 
 def test_gradients_agree_with_finite_differences() -> None:
-    """Of the float64 sum of the output along a direction; steps of 1e-2, so the bound is that of fp32 rounding: 2e-3."""
+    """Of the float64 sum of the output along a direction; steps of 1e-2,
+    so the bound is that of fp32 rounding: 2e-3.
+    """
     module = make_module("mixtral.MixtralExperts")
     use_ktk(torch.nn.ModuleDict({"layer": module}), "fp32")
     module.config._experts_implementation = "ktk"
@@ -179,9 +187,16 @@ def test_trainer_trains_adapters_on_attention_over_packed_experts(tmp_path: Path
     )
     rows = [{"input_ids": row, "labels": row} for row in prompt().repeat(8, 1)]
     arguments = TrainingArguments(
-        str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, learning_rate=2e-2,
-        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        str(tmp_path / "out"),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        learning_rate=2e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     trainer = Trainer(adapted, arguments, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -195,7 +210,7 @@ def test_trainer_trains_adapters_on_attention_over_packed_experts(tmp_path: Path
         assert torch.equal(again(prompt()).logits, adapted.eval()(prompt()).logits)
 
 
-# --- pipelines and placement --------------------------------------------------------------------------
+# --- pipelines and placement ----------------------------------------------------------------------
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -241,7 +256,9 @@ def test_experts_are_no_parameters_that_hooks_could_move() -> None:
 
 
 def test_offloaded_layers_keep_their_experts() -> None:
-    """accelerate empties an offloaded layer's parameters between calls and brings them back for each."""
+    """accelerate empties an offloaded layer's parameters between calls and brings them back for
+    each.
+    """
     accelerate = pytest.importorskip("accelerate")
     model = make_model("qwen3_moe")
     use_ktk(model, "int8")

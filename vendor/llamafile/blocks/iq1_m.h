@@ -1,14 +1,14 @@
-/* 32 bytes, the low eight bits of the grid indices; 32 nibbles: their three high bits and the sign of delta = 1 / 8; 4
- * words: four scales of groups of 16 each and a nibble of half d. Weight = (point + delta) * (d * (2 * scale + 1)); codes
- * are 8 * (point + delta) + 9.
- * Symbols: lf_gemm_iq1_m_avx2 lf_gemm_iq1_m_avx512 lf_gemm_iq1_m_avx512vnni. */
+/* 32 bytes, the low eight bits of the grid indices; 32 nibbles: their three high bits and the sign
+ * of delta = 1 / 8; 4 words: four scales of groups of 16 each and a nibble of half d. Weight =
+ * (point + delta) * (d * (2 * scale + 1)); codes are 8 * (point + delta) + 9. Symbols:
+ * lf_gemm_iq1_m_avx2 lf_gemm_iq1_m_avx512 lf_gemm_iq1_m_avx512vnni. */
 INLINE void decode_iq1_m(const int MR, block b, sink *s) {
     const VI mask = VI_SET32(0x07000700), two = VI_SET8(2);
     const VI w01 = dword(b, 12), w23 = dword(b, 13);
-    const VI low =
-        VI_OR(VI_AND(VI_SRL32(w01, 12), VI_SET32(0x000f)), VI_AND(VI_SRL32(w01, 24), VI_SET32(0x00f0)));
-    const VI high =
-        VI_OR(VI_AND(VI_SRL32(w23, 4), VI_SET32(0x0f00)), VI_AND(VI_SRL32(w23, 16), VI_SET32(0xf000)));
+    const VI low = VI_OR(VI_AND(VI_SRL32(w01, 12), VI_SET32(0x000f)),
+                         VI_AND(VI_SRL32(w01, 24), VI_SET32(0x00f0)));
+    const VI high = VI_OR(VI_AND(VI_SRL32(w23, 4), VI_SET32(0x0f00)),
+                          VI_AND(VI_SRL32(w23, 16), VI_SET32(0xf000)));
     const VF d = VF_MUL(VF_LOW_HALF(VI_OR(low, high)), VF_SET(0.125f));
     VI nibbles = VI_ZERO(), scales = w01;
     uint8_t at[16][64] __attribute__((aligned(64)));

@@ -1,6 +1,6 @@
-/* Half d; 64 bytes, a grid index for four weights each; for each 32 weights a dword: four times seven bits of sign, four of
- * scale. Weight = +-point * (d * (scale + 1 / 2) / 2).
- * Symbols: lf_gemm_iq3_xxs_avx2 lf_gemm_iq3_xxs_avx512 lf_gemm_iq3_xxs_avx512vnni. */
+/* Half d; 64 bytes, a grid index for four weights each; for each 32 weights a dword: four times
+ * seven bits of sign, four of scale. Weight = +-point * (d * (scale + 1 / 2) / 2). Symbols:
+ * lf_gemm_iq3_xxs_avx2 lf_gemm_iq3_xxs_avx512 lf_gemm_iq3_xxs_avx512vnni. */
 INLINE void decode_iq3_xxs(const int MR, block b, sink *s) {
     const VF d = half_head(b);
     for (int g = 0; g < 8; g++) {

@@ -1,5 +1,5 @@
-/* Byte e; 16 bytes: low nibbles are weights 0..15, high ones 16..31. Weight = table[nibble] * 2 ** (e - 128).
- * Symbols: lf_gemm_mxfp4_avx2 lf_gemm_mxfp4_avx512 lf_gemm_mxfp4_avx512vnni. */
+/* Byte e; 16 bytes: low nibbles are weights 0..15, high ones 16..31. Weight = table[nibble] * 2 **
+ * (e - 128). Symbols: lf_gemm_mxfp4_avx2 lf_gemm_mxfp4_avx512 lf_gemm_mxfp4_avx512vnni. */
 INLINE void decode_mxfp4(const int MR, block b, sink *s) {
     VI codes[8];
     nibbles_16(b, 0, codes, codes + 4);

@@ -1,6 +1,7 @@
-/* 16 bytes: low nibble scale, high nibble minimum of a group of 16; 64 bytes: of each 32, bits 0-1 of byte l are weight l,
- * bits 2-3 weight 32 + l, 4-5 64 + l, 6-7 96 + l; halves d, dmin. Weight = code * (d * scale) - dmin * minimum.
- * Symbols: lf_gemm_q2_k_avx2 lf_gemm_q2_k_avx512 lf_gemm_q2_k_avx512vnni. */
+/* 16 bytes: low nibble scale, high nibble minimum of a group of 16; 64 bytes: of each 32, bits 0-1
+ * of byte l are weight l, bits 2-3 weight 32 + l, 4-5 64 + l, 6-7 96 + l; halves d, dmin. Weight =
+ * code * (d * scale) - dmin * minimum. Symbols: lf_gemm_q2_k_avx2 lf_gemm_q2_k_avx512
+ * lf_gemm_q2_k_avx512vnni. */
 INLINE void decode_q2_k(const int MR, block b, sink *s) {
     const VI nibble = VI_SET8(15);
     const VF d = VF_LOW_HALF(dword(b, 20)), minus_dmin = negative(high_half(dword(b, 20)));

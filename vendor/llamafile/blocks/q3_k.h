@@ -1,7 +1,7 @@
-/* 32 bytes: bit g of byte l is the third of weight l of 32 weights g; 64 bytes of two low bits, as in Q2_K; 12 bytes: 16
- * scales of groups of 16, low nibbles in the nibbles of the first eight, two high bits each in the last four; half d.
- * Weight = (code - 4) * (d * (scale - 32)).
- * Symbols: lf_gemm_q3_k_avx2 lf_gemm_q3_k_avx512 lf_gemm_q3_k_avx512vnni. */
+/* 32 bytes: bit g of byte l is the third of weight l of 32 weights g; 64 bytes of two low bits, as
+ * in Q2_K; 12 bytes: 16 scales of groups of 16, low nibbles in the nibbles of the first eight, two
+ * high bits each in the last four; half d. Weight = (code - 4) * (d * (scale - 32)). Symbols:
+ * lf_gemm_q3_k_avx2 lf_gemm_q3_k_avx512 lf_gemm_q3_k_avx512vnni. */
 INLINE void decode_q3_k(const int MR, block b, sink *s) {
     const VI third = VI_SET8(4), nibble = VI_SET8(15), high = VI_SET8(48), sign = VI_SET8(32);
     const VF d = half_head(b);

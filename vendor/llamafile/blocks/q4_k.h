@@ -1,6 +1,6 @@
-/* Halves d, dmin; 12 bytes: scale and minimum of 8 groups of 32, 6 bits each; 128 bytes: of each 32, low nibbles are one
- * group, high ones the next. Weight = nibble * (d * scale) - dmin * minimum.
- * Symbols: lf_gemm_q4_k_avx2 lf_gemm_q4_k_avx512 lf_gemm_q4_k_avx512vnni. */
+/* Halves d, dmin; 12 bytes: scale and minimum of 8 groups of 32, 6 bits each; 128 bytes: of each
+ * 32, low nibbles are one group, high ones the next. Weight = nibble * (d * scale) - dmin *
+ * minimum. Symbols: lf_gemm_q4_k_avx2 lf_gemm_q4_k_avx512 lf_gemm_q4_k_avx512vnni. */
 INLINE void decode_q4_k(const int MR, block b, sink *s) {
     k_scales scales = six_bit_scales(b);
     UNROLL

@@ -1,6 +1,6 @@
-/* Halves d, m; 32 bits, the fifth of each weight; 16 bytes: low nibbles are weights 0..15, high ones 16..31.
- * Weight = code * d + m.
- * Symbols: lf_gemm_q5_1_avx2 lf_gemm_q5_1_avx512 lf_gemm_q5_1_avx512vnni. */
+/* Halves d, m; 32 bits, the fifth of each weight; 16 bytes: low nibbles are weights 0..15, high
+ * ones 16..31. Weight = code * d + m. Symbols: lf_gemm_q5_1_avx2 lf_gemm_q5_1_avx512
+ * lf_gemm_q5_1_avx512vnni. */
 INLINE void decode_q5_1(const int MR, block b, sink *s) {
     VI codes[8];
     nibbles_16(b, 2, codes, codes + 4);

@@ -1,6 +1,6 @@
-/* The first 16 bytes as in Q4_K; 32 bytes: bit g of byte l is the fifth of weight l of group g; 128 bytes: of each 32, low
- * nibbles are one group, high ones the next. Weight = code * (d * scale) - dmin * minimum.
- * Symbols: lf_gemm_q5_k_avx2 lf_gemm_q5_k_avx512 lf_gemm_q5_k_avx512vnni. */
+/* The first 16 bytes as in Q4_K; 32 bytes: bit g of byte l is the fifth of weight l of group g; 128
+ * bytes: of each 32, low nibbles are one group, high ones the next. Weight = code * (d * scale) -
+ * dmin * minimum. Symbols: lf_gemm_q5_k_avx2 lf_gemm_q5_k_avx512 lf_gemm_q5_k_avx512vnni. */
 INLINE void decode_q5_k(const int MR, block b, sink *s) {
     const VI fifth = VI_SET8(16);
     k_scales scales = six_bit_scales(b);

@@ -1,7 +1,8 @@
-/* 128 bytes of low nibbles, 64 of two high bits, 16 signed scales of groups of 16, half d. Of each 128 weights: l = 0..31
- * takes low nibble l and bits 0-1 of high byte l, 32 + l nibble 32 + l and bits 2-3, 64 + l high nibble l and bits 4-5,
- * 96 + l high nibble 32 + l and bits 6-7. Weight = (code - 32) * (d * scale).
- * Symbols: lf_gemm_q6_k_avx2 lf_gemm_q6_k_avx512 lf_gemm_q6_k_avx512vnni. */
+/* 128 bytes of low nibbles, 64 of two high bits, 16 signed scales of groups of 16, half d. Of each
+ * 128 weights: l = 0..31 takes low nibble l and bits 0-1 of high byte l, 32 + l nibble 32 + l and
+ * bits 2-3, 64 + l high nibble l and bits 4-5, 96 + l high nibble 32 + l and bits 6-7. Weight =
+ * (code - 32) * (d * scale). Symbols: lf_gemm_q6_k_avx2 lf_gemm_q6_k_avx512
+ * lf_gemm_q6_k_avx512vnni. */
 INLINE void decode_q6_k(const int MR, block b, sink *s) {
     const VI low_mask = VI_SET8(15), high_mask = VI_SET8(48);
     const VF d = half_head(b);
