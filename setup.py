@@ -49,6 +49,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         objects = [future.result() for future in self.objects[ext.name]]
         ext.extra_objects, ext.sources = objects, []
+        ext.depends = [*ext.depends, *objects]  # or a changed source would not be linked anew
         super().build_extension(ext)
 
     def jobs(self, ext):
