@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ktk.evaluate import Variant, all_variants, evaluate
+from ktk.evaluate.run import evaluate
+from ktk.evaluate.variants import Variant, all_variants
 from ktk.quantise.ggml_library import GgmlLibrary
 from ktk.quantise.texts import windows
 

@@ -16,7 +16,8 @@ import json
 from pathlib import Path
 
 from ktk.cli.eval import draw
-from ktk.evaluate import Distance, Row
+from ktk.evaluate.distance import Distance
+from ktk.evaluate.run import Row
 
 DISTANCE = [f.name for f in dataclasses.fields(Distance)]
 

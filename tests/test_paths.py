@@ -22,7 +22,7 @@ from ktk.cli import main
 from ktk.cli.chat import Chat
 from ktk.convert.run import convert
 from ktk.demo.run import Options
-from ktk.evaluate import Variant
+from ktk.evaluate.variants import Variant
 from ktk.generate.describe import describe_model
 from ktk.generate.open import open_model
 from ktk.integration.transformers import KtkConfig

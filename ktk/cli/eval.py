@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ktk.evaluate import Row
+    from ktk.evaluate.run import Row
 
 WINDOW = 256
 
@@ -81,7 +81,8 @@ def command(
         import torch
         from transformers import AutoTokenizer, logging
 
-        from ktk.evaluate import Variant, all_variants, evaluate
+        from ktk.evaluate.run import evaluate
+        from ktk.evaluate.variants import Variant, all_variants
         from ktk.integration.transformers.model_config import model_config
         from ktk.quantise.ggml_library import GgmlLibrary
         from ktk.quantise.texts import read_text, windows

@@ -198,7 +198,7 @@ def _run(options: Options, reporter: Reporter) -> list[Row]:
     import torch
     from transformers import AutoTokenizer
 
-    from ktk.evaluate import distance, window_logits
+    from ktk.evaluate.distance import distance, window_logits
     from ktk.integration.transformers import names as hf
     from ktk.integration.transformers.attention import use_attention
     from ktk.integration.transformers.decoder_layers import fuse_decoder_layers

@@ -5,6 +5,7 @@ as ``_cy/include/ktk_decoder.h`` runs it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -133,7 +134,7 @@ class Attention:
     def num_kv_heads(self) -> int:
         return self.k.out_features // self.head_dim
 
-    @property
+    @cached_property
     def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(heads, width) of a token's keys and values."""
         shape = (self.num_kv_heads, self.head_dim)
@@ -198,7 +199,7 @@ class LatentAttention:
     def value_dim(self) -> int:
         return self.expand.out_features // self.num_heads
 
-    @property
+    @cached_property
     def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(heads, width) of a token's latent and of the part that turns."""
         return (1, self.latent_dim), (1, self.rotary.dim)

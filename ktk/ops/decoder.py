@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class DecoderSpec:
         if sum(isinstance(c, Attention | LatentAttention) for c in self.components) != 1:
             raise ValueError("a layer must have one component that attends")
 
-    @property
+    @cached_property
     def components(self) -> tuple[Component, ...]:
         return tuple(c for branch in self.branches for c in branch.components)
 
@@ -77,7 +78,7 @@ class DecoderSpec:
     def hidden_size(self) -> int:
         return self.branches[0].hidden_size
 
-    @property
+    @cached_property
     def attention(self) -> Attention | LatentAttention:
         return next(c for c in self.components if isinstance(c, Attention | LatentAttention))
 

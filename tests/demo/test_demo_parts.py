@@ -33,7 +33,7 @@ from ktk import backends
 from ktk.cli import main
 from ktk.demo import evaluate, run, smollm2
 from ktk.errors import CheckpointError
-from ktk.evaluate import distance
+from ktk.evaluate.distance import distance
 from ktk.quantise.texts import stdlib_text, windows
 
 RUNS_GGUF = backends.backends()["LLAMAFILE"].why_not() is None

@@ -24,7 +24,8 @@ from ktk.checkpoint import packed
 from ktk.cli import main
 from ktk.convert.run import convert
 from ktk.errors import CheckpointError
-from ktk.evaluate import StoredLogits, Variant, all_variants, distance
+from ktk.evaluate.distance import StoredLogits, distance
+from ktk.evaluate.variants import Variant, all_variants
 from ktk.experts.formats import PANELS
 from ktk.integration.transformers.calibration import Calibration, run_layers
 from ktk.integration.transformers.experts import find_experts

@@ -18,7 +18,7 @@ import torch
 
 from ktk.cli import main
 from ktk.convert.run import convert
-from ktk.evaluate import load_float
+from ktk.evaluate.run import load_float
 from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Limits
 from ktk.generate.open import open_model

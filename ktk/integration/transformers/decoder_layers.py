@@ -243,56 +243,59 @@ def _kind(module: torch.nn.Module) -> Hashable:
     return tuple(parts)
 
 
+_MISSING = object()
+
+
 class _Last:
-    """What the last tensor came to, for the many layers of one token;
-    the tensor is not kept alive.
+    """What the last tensor came to, for the many layers of one token; the tensor is not kept
+    alive.
     """
 
     def __init__(self) -> None:
         self._tensor: Callable[[], Any] = lambda: None
         self._key, self._value = 0, None
 
-    def of(self, tensor: torch.Tensor, key: int, compute: Callable[[], Any]) -> Any:
-        if self._tensor() is not tensor or self._key != key:
-            self._value = compute()
-            self._tensor, self._key = ref(tensor), key
-        return self._value
+    def get(self, tensor: torch.Tensor, key: int) -> Any:
+        """What ``keep`` was given for it, or ``_MISSING``."""
+        return self._value if self._key == key and self._tensor() is tensor else _MISSING
+
+    def keep(self, tensor: torch.Tensor, key: int, value: Any) -> None:
+        self._tensor, self._key, self._value = ref(tensor), key, value
 
 
 _last_mask, _last_turns = _Last(), _Last()
 
 
 def _sees_all(mask: Any, num_keys: int) -> bool:
-    """Whether a mask, (1, 1, 1, keys) as eager attention adds it or of bool,
-    hides none of the keys.
+    """Whether a mask, (1, 1, 1, keys) as eager attention adds it or of bool, hides none of the
+    keys.
     """
     if mask is None:
         return True
     if not isinstance(mask, torch.Tensor) or mask.shape != (1, 1, 1, num_keys):
         return False
-
-    def sees() -> bool:
-        return bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
-
-    return bool(_last_mask.of(mask, num_keys, sees))
+    sees = _last_mask.get(mask, num_keys)
+    if sees is _MISSING:
+        sees = bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+        _last_mask.keep(mask, num_keys, sees)
+    return bool(sees)
 
 
 def _turns_of(positions: Any, rotary_dim: int) -> torch.Tensor | None:
-    """float32 (2, rotary_dim / 2): cosines and sines of one position,
-    given as these two or as complex numbers of them.
+    """float32 (2, rotary_dim / 2): cosines and sines of one position, given as these two or as
+    complex numbers of them.
     """
     first = positions if torch.is_tensor(positions) else positions[0]
-
-    def turns() -> torch.Tensor | None:
-        half, width = rotary_dim // 2, first.shape[-1]
-        both = [positions.real, positions.imag] if first.is_complex() else list(positions)
-        if len(both) != 2 or first.shape != (1, 1, width) or width not in (half, 2 * half):
-            return None
-        of_all = torch.stack([of[0, 0] for of in both]).detach().float().cpu()
-        found = of_all[:, :half].contiguous()
-        if width == rotary_dim and not torch.equal(found, of_all[:, half:]):
-            found = of_all[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
-        return found
-
-    found: torch.Tensor | None = _last_turns.of(first, rotary_dim, turns)
-    return found
+    turns: torch.Tensor | None = _last_turns.get(first, rotary_dim)
+    if turns is not _MISSING:
+        return turns
+    half, width = rotary_dim // 2, first.shape[-1]
+    both = [positions.real, positions.imag] if first.is_complex() else list(positions)
+    if len(both) != 2 or first.shape != (1, 1, width) or width not in (half, 2 * half):
+        return None
+    of_all = torch.stack([of[0, 0] for of in both]).detach().float().cpu()
+    turns = of_all[:, :half].contiguous()
+    if width == rotary_dim and not torch.equal(turns, of_all[:, half:]):
+        turns = of_all[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
+    _last_turns.keep(first, rotary_dim, turns)
+    return turns

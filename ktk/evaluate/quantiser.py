@@ -1,0 +1,239 @@
+"""A model's float experts in one variant after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from ktk.evaluate.variants import Variant
+from ktk.experts.dequantise import dequantise
+from ktk.experts.formats import BLOCKS, GGUF, PANELS, activation_group_of
+from ktk.experts.formats.floats import to_f32
+from ktk.experts.layout import round_up
+from ktk.experts.spec import MoESpec
+from ktk.experts.stored import ExpertWeights, StoredExperts, StoredMatrix
+from ktk.integration.transformers.calibration import run_layers
+from ktk.integration.transformers.experts import (
+    ExpertsHandle,
+    drop_weights,
+    find_experts,
+    hang,
+    select_ktk,
+)
+from ktk.integration.transformers.packing import float_expert, module_spec
+from ktk.integration.transformers.sources import layer_of
+from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
+from ktk.ops.moe import MoE
+from ktk.quantise.feedback import (
+    Encode,
+    Factor,
+    LayerCalibration,
+    LayerInputs,
+    calibrated,
+    lay_expert,
+    packed_encoder,
+    rows_alike,
+)
+from ktk.quantise.ggml_library import GgmlLibrary
+from ktk.quantise.pack import pack_expert
+
+F = np.float32
+
+
+class _PaddedMoE:
+    """Experts whose rows were filled up with zero columns to whole blocks:
+    the real columns' errors are the format's own.
+    """
+
+    def __init__(self, moe: MoE, hidden_size: int) -> None:
+        self._moe, self._hidden_size = moe, hidden_size
+        self.spec, self.kernel, self.bits_per_weight = moe.spec, moe.kernel, moe.bits_per_weight
+
+    def forward(self, hidden: torch.Tensor, ids: Any, weights: Any) -> torch.Tensor:
+        more = self.spec.hidden_size - self._hidden_size
+        out = self._moe.forward(torch.nn.functional.pad(hidden, (0, more)), ids, weights)
+        return torch.as_tensor(out)[:, : self._hidden_size]
+
+
+class Quantiser:
+    """Makes one layer's experts of float weights, as a variant says."""
+
+    def __init__(
+        self, variant: Variant, ggml: GgmlLibrary | None, method: str, activation_group: int | None
+    ) -> None:
+        self.variant, self._ggml, self._method, self._activation_group = (
+            variant,
+            ggml,
+            method,
+            activation_group,
+        )
+        if variant.by == "ggml" and ggml is None:
+            raise ValueError(f"{variant.label}: llama.cpp's quantisers need --ggml FOLDER")
+        self.is_packed = variant.format in PANELS
+        self._block = 1 if self.is_packed else BLOCKS[variant.format].block
+
+    def spec(self, module: Any) -> tuple[MoESpec, MoESpec]:
+        """The module's own spec, and the one its experts are coded with: padded to whole blocks."""
+        v = self.variant
+        if self.is_packed:
+            spec, activation = module_spec(module, v.format, v.group_size, self._activation_group)
+        else:
+            spec, activation = module_spec(module, None, None, None)
+            fmt = BLOCKS[v.format]
+            group = activation_group_of(fmt.bits_per_weight)
+            spec = dataclasses.replace(
+                spec,
+                weight_format=GGUF.name,
+                group_size=None,
+                activation_group=self._activation_group or group,
+            )
+        if activation is None or getattr(module, "has_post_expert_norm", False):
+            raise ValueError(
+                f"{type(module).__name__}: ktk eval takes experts whose activation ktk runs itself"
+            )
+        sizes = (round_up(size, self._block) for size in (spec.hidden_size, spec.intermediate_size))
+        hidden, intermediate = sizes
+        return spec, dataclasses.replace(spec, hidden_size=hidden, intermediate_size=intermediate)
+
+    def encode(self, name: str, w: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of a GGUF type and their values; as ``ktk.quantise.feedback.Encode``."""
+        if self.variant.by == "ktk":
+            return calibrated(w, BLOCKS[self.variant.format], factor)
+        assert self._ggml is not None
+        # the diagonal of (I + U) D (I + U)^T: the mean squares an importance matrix holds
+        importance = factor.weight + np.square(factor.upper) @ factor.weight
+        blocks = self._ggml.quantise(self.variant.format, to_f32(w), importance)
+        return blocks, dequantise(
+            StoredMatrix.of_rows(self.variant.format, w.shape[1], blocks[None]), 0
+        )
+
+    def moe(self, module: Any, inputs: LayerInputs | None) -> Any:
+        """The layer's experts, ready to run.
+
+        inputs : those of the calibration text, if the variant is calibrated.
+        """
+        own, spec = self.spec(module)
+        calibration = None
+        if inputs is not None:
+            more = spec.hidden_size - own.hidden_size
+            hidden = np.pad(inputs.hidden, ((0, 0), (0, more)))
+            calibration = LayerCalibration(spec, dataclasses.replace(inputs, hidden=hidden))
+        with ThreadPoolExecutor(cpu.default_threads()) as pool:
+            made = list(
+                pool.map(
+                    lambda e: self._expert(module, e, spec, calibration), range(spec.num_experts)
+                )
+            )
+        moe = MoE(
+            self._assemble(spec, made), method=self._method if self.is_packed else "LLAMAFILE"
+        )
+        return moe if spec == own else _PaddedMoE(moe, own.hidden_size)
+
+    def _expert(
+        self, module: Any, expert: int, spec: MoESpec, calibration: LayerCalibration | None
+    ) -> tuple[ExpertWeights, dict[str, np.ndarray]]:
+        weights = _padded(float_expert(module, expert), spec)
+        v = self.variant
+        if calibration is not None:
+            encode: Encode = packed_encoder(spec) if self.is_packed else self.encode
+            return weights, calibration.expert(expert, weights, encode)
+        if self.is_packed:
+            span = np.empty(spec.layout.expert_bytes, np.uint8)
+            pack_expert(spec, weights, span)
+            return weights, {"span": span}
+        named = {
+            n: to_f32(w) for n in ("gate", "up", "down") if (w := getattr(weights, n)) is not None
+        }
+        if v.by == "ggml":
+            assert self._ggml is not None
+            return weights, {n: self._ggml.quantise(v.format, w) for n, w in named.items()}
+        return weights, {n: rows_alike(w, v.format) for n, w in named.items()}
+
+    def _assemble(
+        self, spec: MoESpec, made: list[tuple[ExpertWeights, dict[str, np.ndarray]]]
+    ) -> StoredExperts:
+        if self.is_packed:
+            data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
+            data = data.reshape(spec.num_experts, -1)
+            for (weights, stored), span in zip(made, data, strict=True):
+                if "span" in stored:
+                    span[:] = stored["span"]
+                else:
+                    lay_expert(spec, weights, stored, span)
+            return StoredExperts.of_panels(spec, data)
+
+        def matrix(name: str, in_features: int) -> StoredMatrix | None:
+            if name == "gate" and not spec.has_gate:
+                return None
+            return StoredMatrix.of_rows(
+                self.variant.format, in_features, np.stack([stored[name] for _, stored in made])
+            )
+
+        def bias(name: str) -> np.ndarray | None:
+            rows = [getattr(weights, f"{name}_bias") for weights, _ in made]
+            return None if rows[0] is None else np.stack(rows)
+
+        gate, up = matrix("gate", spec.hidden_size), matrix("up", spec.hidden_size)
+        down = matrix("down", spec.intermediate_size)
+        assert up is not None
+        assert down is not None
+        return StoredExperts(spec, gate, up, down, bias("gate"), bias("up"), bias("down"))
+
+
+def _padded(weights: ExpertWeights, spec: MoESpec) -> ExpertWeights:
+    """Zero rows and columns up to the spec's sizes."""
+    hidden, intermediate = spec.hidden_size, spec.intermediate_size
+
+    def fill(w: np.ndarray | None, rows: int, columns: int | None = None) -> np.ndarray | None:
+        if w is None:
+            return None
+        wanted = (rows,) if columns is None else (rows, columns)
+        if w.shape == wanted:
+            return w
+        return np.pad(w, [(0, want - have) for want, have in zip(wanted, w.shape, strict=True)])
+
+    up, down = fill(weights.up, intermediate, hidden), fill(weights.down, hidden, intermediate)
+    assert up is not None
+    assert down is not None
+    return ExpertWeights(
+        fill(weights.gate, intermediate, hidden),
+        up,
+        down,
+        fill(weights.gate_bias, intermediate),
+        fill(weights.up_bias, intermediate),
+        fill(weights.down_bias, hidden),
+    )
+
+
+def quantise_model(
+    model: Any, quantiser: Quantiser, calibration_ids: torch.Tensor | None = None
+) -> None:
+    """Put a float model's experts on ktk in place, coded as the quantiser says.
+
+    calibration_ids : int64 (windows, length); each layer is calibrated on what the layers before
+        it, quantised, make of them.
+    """
+    modules = {layer_of(name): module for name, module in find_experts(model)}
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no experts that ktk can run")
+    made: dict[int, Any] = {}
+
+    def on_layer(layer: int, inputs: LayerInputs) -> np.ndarray:
+        made[layer] = quantiser.moe(modules[layer], inputs)
+        out = made[layer].forward(*(torch.from_numpy(x) for x in dataclasses.astuple(inputs)))
+        return np.asarray(out)
+
+    if calibration_ids is None:
+        made.update({layer: quantiser.moe(module, None) for layer, module in modules.items()})
+    else:
+        run_layers(model, calibration_ids, on_layer)
+    for layer, module in modules.items():
+        activation = quantiser.spec(module)[0].activation
+        hang(module, ExpertsHandle(made[layer], activation, None))
+        drop_weights(module)
+    select_ktk(model, modules.values())

@@ -1,0 +1,128 @@
+"""``ktk eval``: every variant of a model beside the float model, on windows of text."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ktk.evaluate.distance import Distance, StoredLogits, distance
+from ktk.evaluate.quantiser import Quantiser, quantise_model
+from ktk.evaluate.variants import Variant
+from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.experts import (
+    find_experts,
+    handle_of,
+)
+from ktk.integration.transformers.loading import PackedModule, load_model, packed_modules
+from ktk.integration.transformers.multimodal import auto_class
+from ktk.machine import cpu
+from ktk.paths import user_path
+from ktk.quantise.ggml_library import GgmlLibrary
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant's figures.
+
+    bits_per_weight : of the format, padding not counted. activation_group : 0: activations stay
+        float.
+    """
+
+    label: str
+    kernel: str
+    bits_per_weight: float
+    activation_group: int
+    distance: Distance
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        return {**{k: v for k, v in fields.items() if k != "distance"}, **fields["distance"]}
+
+
+def load_float(source: Path) -> Any:
+    """The unquantised model in float32. Raises ValueError if it is quantised."""
+    from transformers import AutoConfig
+
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source}: must be a Hugging Face directory with a config.json")
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{source}: is quantised; the reference must be the float model it was made of"
+        )
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    available = cpu.memory()[1]
+    if available and 2 * size > available:
+        raise ValueError(
+            f"{source}: the float32 reference needs about {2 * size / 1e9:.1f} GB, "
+            f"{available / 1e9:.1f} GB are free"
+        )
+    return auto_class(config).from_pretrained(source, dtype=torch.float32).eval()
+
+
+def evaluate(
+    source: Path,
+    windows: list[list[int]],
+    variants: Sequence[Variant],
+    *,
+    ggml: GgmlLibrary | None = None,
+    calibration_ids: torch.Tensor | None = None,
+    method: str = "auto",
+    activation_group: int | None = None,
+    step: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """The reference's row, then one for each variant as it is done;
+    everything but the experts in float32.
+    """
+    from transformers import AutoConfig
+
+    source = user_path(source)
+    step("reference")
+    model = load_float(source)
+    started = perf_counter()
+    with contextlib.closing(StoredLogits(model, windows)) as reference:
+        bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
+        with_itself = distance(model, windows, reference)
+        yield Row(
+            "float",
+            f"torch {hf.experts_implementation(model.config)}",
+            bits,
+            0,
+            with_itself,
+            perf_counter() - started,
+        )
+        del model
+        for variant in variants:
+            step(variant.label)
+            started = perf_counter()
+            if variant.by in ("ktk", "ggml"):
+                model = load_float(source)
+                quantiser = Quantiser(variant, ggml, method, activation_group)
+                ids = calibration_ids if variant.is_calibrated else None
+                if variant.is_calibrated and ids is None:
+                    raise ValueError(f"{variant.label}: needs a calibration text")
+                quantise_model(model, quantiser, ids)
+            elif Path(variant.by).is_dir() and (Path(variant.by) / "config.json").is_file():
+                model = load_model(variant.by, method=method, dtype=torch.float32)
+            else:
+                model = load_model(source, gguf=variant.by, dtype=torch.float32)
+            seconds = perf_counter() - started
+            yield _row(model, variant.label, distance(model, windows, reference), seconds)
+            del model
+
+
+def _row(model: Any, label: str, found: Distance, seconds: float) -> Row:
+    modules: list[PackedModule] = packed_modules(model)
+    weights = sum(8 * m.bytes / m.bits_per_weight for m in modules)
+    bits = sum(8 * m.bytes for m in modules) / weights
+    first = next(handle.moe.spec for _, m in find_experts(model) if (handle := handle_of(m)))
+    kernels = " + ".join(sorted({m.kernel for m in modules}))
+    return Row(label, kernels, bits, first.activation_group or 0, found, seconds)

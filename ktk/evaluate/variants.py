@@ -1,0 +1,91 @@
+"""What can be compared: a format, who quantised it, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ktk import backends
+from ktk.experts.formats import BLOCKS, PANELS
+from ktk.paths import user_path
+
+OWN_TYPES = tuple(row.name for row in BLOCKS.values() if row.grid is not None)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to code the experts.
+
+    format : a name of PANELS or of a GGUF type. group_size : of packed formats, None: the default.
+    by : "ktk", "ggml" (llama.cpp's quantiser, GGUF types only), or a path, of a converted directory
+        or a GGUF file.
+    is_calibrated : with error feedback (ktk) or an importance matrix (ggml), from a calibration
+        text.
+    """
+
+    format: str
+    group_size: int | None = None
+    by: str = "ktk"
+    is_calibrated: bool = False
+
+    @property
+    def label(self) -> str:
+        if self.by not in ("ktk", "ggml"):
+            return self.by
+        group = (
+            ""
+            if self.group_size is None
+            else f" g{self.group_size}"
+            if self.group_size
+            else " channel"
+        )
+        who = {"ktk": "", "ggml": ", llama.cpp"}[self.by]
+        how = {"ktk": ", calibrated", "ggml": ", imatrix"}[self.by] if self.is_calibrated else ""
+        return f"{self.format}{group}{who}{how}"
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """``int4:64``, ``int8``, ``Q4_K``, ``Q4_K:ggml``, or the path of a converted directory or
+        GGUF file.
+
+        Raises ValueError that lists what there is.
+        """
+        if text.startswith("~"):
+            text = str(user_path(text))
+        if Path(text).exists():
+            return cls(text, by=text)
+        method = backends.parse_method(text)
+        fmt = method.format
+        if fmt is None or method.is_repacked:
+            raise ValueError(f"format {text!r}: must name a format, or be a path")
+        if fmt.is_packed:
+            group = method.group_size
+            if group is None and fmt.is_integer:
+                group = fmt.default_group
+            return cls(fmt.name, group)
+        if method.by == "ktk" and fmt.grid is None:
+            raise ValueError(
+                f"format {text!r}: ktk quantises to {', '.join(OWN_TYPES)}; llama.cpp to the "
+                f"rest, as {fmt.name}:ggml"
+            )
+        return cls(fmt.name, by=method.by)
+
+    def calibrated(self) -> Variant | None:
+        """The same calibrated, if it can be."""
+        is_packed = self.format in PANELS
+        if self.by == "ktk" and (not is_packed or PANELS[self.format].is_integer):
+            return dataclasses.replace(self, is_calibrated=True)
+        is_rounded = self.by == "ggml" and self.format not in ("F32", "F16", "BF16")
+        return dataclasses.replace(self, is_calibrated=True) if is_rounded else None
+
+
+def all_variants(has_ggml: bool) -> list[Variant]:
+    """Every packed integer format and group, every GGUF type ktk writes,
+    and with llama.cpp's library every type it writes.
+    """
+    packed = [Variant(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes]
+    own = [Variant(name) for name in OWN_TYPES]
+    floats = ("F32", "F16", "BF16")
+    theirs = [Variant(name, by="ggml") for name in BLOCKS if name not in floats]
+    return packed + own + (theirs if has_ggml else [])
