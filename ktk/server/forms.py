@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -28,7 +29,7 @@ def event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class Form:
+class Form(ABC):
     """How answers look: a route's JSON, whole or in chunks."""
 
     prefix: str
@@ -86,11 +87,13 @@ class Form:
             yield event(error_body(str(error) or type(error).__name__, "server_error"))
         yield "data: [DONE]\n\n"
 
+    @abstractmethod
     def choice(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """The one choice of a whole response."""
 
+    @abstractmethod
     def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """The choices of a stream's next chunks."""
 
 
 class Chat(Form):
