@@ -18,6 +18,7 @@ class GrowingRows:
     def __init__(self) -> None:
         self._data: torch.Tensor | None = None
         self._first = 0
+        self._given: torch.Tensor | None = None  # what with_room gave last
 
     def with_room(self, cached: torch.Tensor, like: torch.Tensor, more: int) -> torch.Tensor:
         """The cached rows, moved if they must be, and behind them room for ``more``: the view of
@@ -27,7 +28,7 @@ class GrowingRows:
             (not of four dimensions).
         like : of the batch, heads, width, dtype and device of the rows to come.
         """
-        length = cached.shape[-2] if cached.ndim == 4 else 0
+        length = cached.shape[2] if cached.ndim == 4 else 0
         if not self._holds(cached, length, more):
             batch, heads, _, width = like.shape
             rows = max(LEAST_ROWS, int((length + more) * GROWTH))
@@ -36,7 +37,8 @@ class GrowingRows:
                 data[:, :, :length] = cached
             self._data, self._first = data, 0
         assert self._data is not None
-        return self._data[:, :, self._first : self._first + length + more]
+        self._given = self._data.narrow(2, self._first, length + more)
+        return self._given
 
     def _holds(self, cached: torch.Tensor, length: int, more: int) -> bool:
         data = self._data
@@ -44,6 +46,8 @@ class GrowingRows:
             return False
         if data.is_inference() and not torch.is_inference_mode_enabled():
             return False  # torch forbids writing to it
+        if cached is self._given:  # as it is for each token of an answer
+            return self._first + length + more <= data.shape[2]
         skipped = cached.storage_offset() - data.storage_offset()
         if cached.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
             return False

@@ -179,24 +179,14 @@ cdef class DecoderLayer(_OnPool):
         the keys' table, head and row stride, of the values' likewise, page_tokens). sequence,
         position : num_rows of each. The rest: addresses.
         """
-        cdef _Pool pool = self._pool()
-        cdef int kind = _DTYPES[dtype], status
         cdef ktk_decoder_rows rows
-        cdef int i = 0
-        # One sequence, one row: no memory but the stack's.
-        cdef ktk_sequence one_sequence
-        cdef int32_t one_index = 0
-        cdef int64_t one_position = 0
-        cdef ktk_sequence *sequences = &one_sequence
-        cdef int32_t *index = &one_index
-        cdef int64_t *place = &one_position
-        if len(pages) > 1:
-            of_sequences = bytearray(len(pages) * sizeof(ktk_sequence))
-            sequences = <ktk_sequence *>_address(of_sequences)
-        if num_rows > 1:
-            of_indices = bytearray(num_rows * sizeof(int32_t))
-            of_places = bytearray(num_rows * sizeof(int64_t))
-            index, place = <int32_t *>_address(of_indices), <int64_t *>_address(of_places)
+        cdef int i
+        of_sequences = bytearray(len(pages) * sizeof(ktk_sequence))
+        of_indices = bytearray(num_rows * sizeof(int32_t))
+        of_places = bytearray(num_rows * sizeof(int64_t))
+        cdef ktk_sequence *sequences = <ktk_sequence *>_address(of_sequences)
+        cdef int32_t *index = <int32_t *>_address(of_indices)
+        cdef int64_t *place = <int64_t *>_address(of_places)
         for i in range(<int>len(pages)):
             _fill_sequence(&sequences[i], pages[i])
         for i in range(num_rows):
@@ -204,15 +194,44 @@ cdef class DecoderLayer(_OnPool):
         rows.num_rows, rows.sequences = num_rows, sequences
         rows.sequence, rows.position = index, place
         rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
+        self._run(_DTYPES[dtype], <const void *>hidden, &rows, <void *>out)
+
+    def forward_row(self, str dtype, uintptr_t hidden, uintptr_t cosines, uintptr_t sines,
+                    uintptr_t keys, int64_t key_head, int64_t key_row,
+                    uintptr_t values, int64_t value_head, int64_t value_row,
+                    int64_t position, uintptr_t out):
+        """One row of a sequence whose keys and values lie in one page each, which holds position:
+        their addresses, head and row strides. Nothing of Python's is made: this runs for each
+        layer of each token.
+        """
+        cdef void *page_of_keys = <void *>keys
+        cdef void *page_of_values = <void *>values
+        cdef int32_t index = 0
+        cdef ktk_sequence sequence
+        cdef ktk_decoder_rows rows
+        sequence.keys.pages, sequence.values.pages = &page_of_keys, &page_of_values
+        sequence.keys.head_stride, sequence.keys.row_stride = key_head, key_row
+        sequence.values.head_stride, sequence.values.row_stride = value_head, value_row
+        sequence.page_tokens = position + 1
+        rows.num_rows, rows.sequences = 1, &sequence
+        rows.sequence, rows.position = &index, &position
+        rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
+        self._run(_DTYPES[dtype], <const void *>hidden, &rows, <void *>out)
+
+    cdef int _run(self, int dtype, const void *hidden, const ktk_decoder_rows *rows,
+                  void *out) except -1:
+        cdef _Pool pool = self._pool()
+        cdef int status
         with nogil:
-            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, kind,
-                                               <const void *>hidden, &rows,
-                                               <void *>out)
+            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, dtype,
+                                               hidden, rows, out)
         if status == KTK_ABSENT:
             raise BackendError("experts that the rows are routed to are not in memory: bring them "
                                "back first")
         if status:
-            raise MemoryError(f"no memory for {num_rows} rows at {max(position)} tokens")
+            raise MemoryError(f"no memory for {rows.num_rows} rows, the first at "
+                              f"{rows.position[0]} tokens")
+        return 0
 
 
 cdef void _fill_sequence(ktk_sequence *s, given) except *:

@@ -52,7 +52,11 @@ class _Grows:
 
     def room(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The cached rows and one more to be written: views to hand to ``append``."""
-        return self._with_room(self.keys[:, :, -1:], self.values[:, :, -1:])
+        keys, values = self.keys, self.values
+        return (
+            self._key_rows.with_room(keys, keys, 1),
+            self._value_rows.with_room(values, values, 1),
+        )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """What ``room`` gave, its last row written."""

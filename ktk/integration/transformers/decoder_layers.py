@@ -27,7 +27,11 @@ from ktk.log import warn_once
 from ktk.ops import linear
 from ktk.ops.decoder import DecoderLayer
 
-_KNOWN = {"attention_mask", hf.POSITIONS, *hf.PLUMBING, *hf.PLACES}
+_KNOWN = {
+    name
+    for name in ("attention_mask", hf.POSITIONS, *hf.PLUMBING, *hf.PLACES)
+    if not name.startswith("output_")
+}
 
 
 def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
@@ -124,6 +128,8 @@ class FusedForward:
         self.module, self.own_forward = module, module.forward
         self.described, self.name = described, name
         self.layer = DecoderLayer(described.spec)
+        attention = described.spec.attention  # of a trial's other spec only the order differs
+        self.cached_shapes, self.rotary_dim = attention.cached_shapes, attention.rotary.dim
         self.index = int(module.self_attn.layer_idx)
         forwards = (getattr(m, "forward", None) for m in module.modules())
         self.shared = [(f, f.linear) for f in forwards if isinstance(f, SharedForward)]
@@ -166,11 +172,11 @@ class FusedForward:
             return "the layer is in training mode: call model.eval()"
         if not can_run(x.dtype) or x.device.type != "cpu":
             return f"hidden states are {x.dtype} on {x.device.type}"
-        if any(f.is_stale or f.linear is not linear for f, linear in self.shared):
-            return "a linear layer has another weight by now: call fuse_decoder_layers again"
+        for shared, described in self.shared:
+            if shared.is_stale or shared.linear is not described:
+                return "a linear layer has another weight by now: call fuse_decoder_layers again"
         for name, argument in named.items():
-            is_known = name in _KNOWN and not name.startswith("output_")
-            if not is_known and argument is not None and argument is not False:
+            if name not in _KNOWN and argument is not None and argument is not False:
                 return f"the layer is given {name}"
         positions = named.get(hf.POSITIONS)
         if not torch.is_tensor(positions) and not (
@@ -182,18 +188,19 @@ class FusedForward:
             return f"its keys are in a {type(given).__name__} that does not grow in place"
         if not cache.is_initialized or not cache.get_seq_length():
             return None
-        attention, keys = self.layer.spec.attention, cache.keys
-        shapes = tuple((1, heads, keys.shape[-2], n) for heads, n in attention.cached_shapes)
-        found = tuple(keys.shape), tuple(cache.values.shape)
-        if found != shapes or not keys.shape[-2]:
+        keys, of_keys, of_values = cache.keys, *self.cached_shapes
+        num_keys = keys.shape[-2]
+        shapes = (1, of_keys[0], num_keys, of_keys[1]), (1, of_values[0], num_keys, of_values[1])
+        if keys.shape != shapes[0] or cache.values.shape != shapes[1] or not num_keys:
+            found = tuple(keys.shape), tuple(cache.values.shape)
             return f"the KV cache holds keys and values {found}, not {shapes}"
         if keys.dtype is not x.dtype or keys.device.type != "cpu":
             return (
                 f"the KV cache is {keys.dtype} on {keys.device.type}, hidden states are {x.dtype}"
             )
-        if not _sees_all(named.get("attention_mask"), keys.shape[-2] + 1):
+        if not _sees_all(named.get("attention_mask"), num_keys + 1):
             return "a mask hides some of the keys"
-        turns = _turns_of(positions, attention.rotary.dim)
+        turns = _turns_of(positions, self.rotary_dim)
         return "its position embeddings have an unknown shape" if turns is None else (cache, turns)
 
     def _lost(self, reason: str) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import math
 import re
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,22 +66,23 @@ def run_native(
 
     x : (1, 1, hidden_size), of a dtype in ``_DTYPES``.
     """
-    x = x.detach().contiguous()
+    x = x.contiguous()
     out = torch.empty_like(x)
-    at, places = turns.data_ptr(), array("Q", [keys.data_ptr(), values.data_ptr()])
-    page, _ = places.buffer_info()
-    tokens = keys.shape[-2]
-    strides = keys.stride(), values.stride()
-    one_page = (page, *strides[0][1:3], page + places.itemsize, *strides[1][1:3], tokens)
-    layer.native.forward(
+    at = turns.data_ptr()
+    _, key_head, key_row, _ = keys.stride()
+    _, value_head, value_row, _ = values.stride()
+    layer.native.forward_row(
         _DTYPES[x.dtype],
-        1,
         x.data_ptr(),
         at,
         at + turns.stride(0) * 4,
-        (one_page,),
-        (0,),
-        (tokens - 1,),
+        keys.data_ptr(),
+        key_head,
+        key_row,
+        values.data_ptr(),
+        value_head,
+        value_row,
+        keys.shape[2] - 1,
         out.data_ptr(),
     )
     return out
