@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -44,7 +46,26 @@ def test_a_lock_that_another_thread_holds_is_free_in_the_child() -> None:
 
 def test_no_other_module_asks_for_forks() -> None:
     """Two take the process's number for a name of a temporary file."""
-    sources = [*ROOT.glob("ktk/**/*.py"), *ROOT.glob("ktk/**/*.py[xdi]*")]
+    sources = [*ROOT.glob("ktk/**/*.py"), *ROOT.glob("ktk/**/*.p[xy][xdi]")]
     texts = {str(file.relative_to(ROOT)): file.read_text() for file in sources}
     found = {name for name, text in texts.items() if "getpid" in text or "at_fork" in text}
-    assert found == {"ktk/fork.py", "ktk/checkpoint/packed.py", "ktk/demo/smollm2.py"}
+    files = {"ktk/checkpoint/packed.py", "ktk/demo/smollm2.py"}
+    assert found == {"ktk/fork.py", "ktk/_cy/bind/pool.pxi", *files}
+
+
+KEPT = """
+import sys
+import ktk
+from ktk.experts.spec import MoESpec
+sys.path.append(sys.argv[1])
+from make.cases import pack_all, random_experts
+spec = MoESpec(4, 64, 96, "int8")
+sys.kept = ktk.MoE(pack_all(spec, random_experts(spec, 1)))
+"""
+
+
+def test_a_pool_that_outlives_pythons_modules_says_nothing() -> None:
+    """``sys`` goes last of all. An error in there has neither name nor traceback."""
+    command = [sys.executable, "-c", KEPT, str(ROOT / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout + done.stderr == ""

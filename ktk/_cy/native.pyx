@@ -12,8 +12,6 @@ import numpy as np
 
 from ktk.errors import BackendError
 
-from ktk.fork import process
-
 include "bind/arguments.pxi"
 include "bind/probe.pxi"
 include "bind/pool.pxi"

@@ -72,7 +72,7 @@ cdef class Experts(_OnPool):
         """After a fork a new lock, too: who held the old one may be gone,
         so that one is left alone.
         """
-        if self.made_in != process():
+        if self.made_in != _process():
             self._take_lock()
         return _OnPool._pool(self)
 

@@ -1,17 +1,24 @@
 # The thread pool, one per engine layout and process, and what runs on it.
 
+from posix.unistd cimport getpid
+
+
+cdef inline int _process():
+    """ktk.fork.process, also where Python has taken its modules down and drops the last pools."""
+    return getpid()
+
 
 cdef class _Pool:
     """A C thread pool; shared by every Experts of the same engine layout."""
 
     cdef ktk_pool *pool
-    cdef object made_in
+    cdef int made_in
     cdef object __weakref__
 
     def __cinit__(self, int num_threads, int num_parts, cores, bint may_borrow):
         cdef cpu_set_t *masks = NULL
         cdef int i
-        self.made_in = process()
+        self.made_in = _process()
         if num_threads < num_parts or (cores and len(cores) != num_threads):
             raise ValueError(
                 f"num_threads={num_threads}, {num_parts} parts, {len(cores)} cores: each part "
@@ -34,7 +41,7 @@ cdef class _Pool:
     def __dealloc__(self):
         # After a fork the threads exist in the parent only: nothing to join, the memory is left
         # alone.
-        if self.pool != NULL and self.made_in == process():
+        if self.pool != NULL and self.made_in == _process():
             ktk_pool_free(self.pool)
 
 
@@ -56,7 +63,7 @@ _pools = weakref.WeakValueDictionary()
 
 def _pool_of(engine):
     # Borrowed threads stay where torch has them: not for weights bound to a node.
-    key = (process(), engine.num_threads, engine.threadpool_count, engine.cores,
+    key = (_process(), engine.num_threads, engine.threadpool_count, engine.cores,
            not engine.is_bound)
     # Several threads may come here first.
     return _pools.get(key) or _pools.setdefault(key, _Pool(*key[1:]))
@@ -74,11 +81,11 @@ cdef class _OnPool:
         self.kernels = _kernels(isa)
         self.engine = engine
         self.pool = _pool_of(engine)
-        self.made_in = process()
+        self.made_in = _process()
 
     cdef _Pool _pool(self):
         """The pool, a new one after a fork. Callers keep the reference while they run."""
-        if self.made_in != process():
+        if self.made_in != _process():
             self.pool = _pool_of(self.engine)
-            self.made_in = process()
+            self.made_in = _process()
         return self.pool
