@@ -33,12 +33,13 @@ demo: setup
 	$(BIN)/ktk demo --model '$(MODEL)'
 endif
 
+# A file's tests share its servers and models: they stay in one process.
 test: setup $(VENV)/.smollm2 lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # A minute or two: neither the slow tests nor those that want a browser, and no lint.
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not slow and not browser'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not browser'
 
 # In a virtual machine with two NUMA nodes, emulated: minutes. As root it installs qemu, else it says how.
 test-numa: setup
