@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ktk.checkpoint import gguf as reader
-from ktk.checkpoint.gguf import GgufCheckpoint
+from ktk.checkpoint.gguf import GgufCheckpoint, cursor
+from ktk.checkpoint.gguf import header as reader
 from ktk.errors import CheckpointError
 from ktk.models.find import find_gguf_experts
 from make import fuzz_gguf
@@ -212,7 +212,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
 def test_a_header_beyond_the_limit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "MAX_HEADER", 1000)
+    monkeypatch.setattr(cursor, "MAX_HEADER", 1000)
     path = raw_file(tmp_path / "a.gguf", [key("a", STRING, "x" * 2000)], [])
     with pytest.raises(CheckpointError, match="goes beyond 1000 bytes"):
         GgufCheckpoint.open(path)

@@ -15,8 +15,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
-from ktk.checkpoint import gguf as reader
 from ktk.checkpoint.gguf import GgufCheckpoint
+from ktk.checkpoint.gguf import header as reader
 from ktk.errors import CheckpointError
 from make.gguf_files import (
     ARRAY,
@@ -109,9 +109,9 @@ def test_arrays_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
         tmp_path / "a.gguf", "llama", {"t": np.ones(4, np.float32)}, {"tokens": tokens}
     )
     asked: list[str] = []
-    elements = reader._Header._elements
+    elements = reader.Header._elements
     monkeypatch.setattr(
-        reader._Header,
+        reader.Header,
         "_elements",
         lambda self, cursor, array, where: (
             asked.append(where) or elements(self, cursor, array, where)
