@@ -1,7 +1,7 @@
 # Every C struct and function that native.pyx uses, declared once; what they mean stands in the
 # headers.
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t, uint64_t
 
 
 cdef extern from "ktk_probe.h" nogil:
@@ -33,7 +33,10 @@ cdef extern from "ktk.h" nogil:
         int32_t group_size
         int32_t activation_group
         int32_t scales_are_bf16
+        int32_t multiplier_group
         int32_t is_repacked
+        int32_t rotation
+        uint32_t rotation_seed
         int64_t code_offset
         int64_t panel_bytes
         int64_t work_bytes

@@ -12,7 +12,7 @@ from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.experts.activation import ACTIVATION_KINDS
 from ktk.experts.formats.floats import bf16_to_f32, to_f32
 from ktk.experts.layout import PANEL
-from ktk.experts.panels import read_panels
+from ktk.experts.panels import decoded_codes, read_panels
 from ktk.experts.rows import poison_rows, quantise_activations, store_rows
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
@@ -52,15 +52,20 @@ class NumbaRunner(Runner):
         )
         out = np.empty((len(x), matrix.num_panels, PANEL), F)
         if fmt.is_integer:
-            act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
+            act = quantise_activations(
+                x, matrix.padded_in, matrix.activation_group, matrix.rotation
+            )
             starts = np.arange(0, matrix.padded_in, matrix.fine_group)
             sums = np.add.reduceat(act.codes.astype(np.int32), starts, axis=1)
             correction = (-fmt.zero_point * sums).astype(np.int32)
             stored = matrix.scales(panels)
             scales = bf16_to_f32(stored) if matrix.scales_are_bf16 else stored
+            codes, bits = panels[:, matrix.scale_bytes :], fmt.bits
+            if fmt.levels:
+                codes, bits = decoded_codes(panels, matrix), 8
             self.kernels.gemm_integer(
-                panels[:, matrix.scale_bytes :],
-                fmt.bits,
+                codes,
+                bits,
                 scales.reshape(len(panels), -1, PANEL),
                 act.codes,
                 act.scales,

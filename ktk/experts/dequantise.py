@@ -19,7 +19,12 @@ def dequantise(matrix: StoredMatrix, expert: int) -> np.ndarray:
     name, data = matrix.format.name, matrix.data[expert]
     if matrix.format.is_packed:
         layout = matrix_layout(
-            matrix.format, matrix.in_features, matrix.out_features, matrix.group_size, 0
+            matrix.format,
+            matrix.in_features,
+            matrix.out_features,
+            matrix.group_size,
+            0,
+            matrix.rotation,
         )
         return dequantised(data, layout)
     if matrix.is_repacked:

@@ -7,12 +7,15 @@ so that a kernel which needs the scales at once reads memory in one stream:
     8 bit  fp32 [16] (per channel) or bf16 [groups][16]  [K/4][16][4] bytes
     4 bit  as above                                      [K/8][16][4] bytes; low nibble = k..k+3,
                                                          high = k+4..k+7
+    nl4    fp32 [16], then multipliers [K/2 groups][16]  as of 4 bit
+           bytes: low nibble = even group, high = odd
     bf16   none                                          [K/2][16][2]
     fp32   none                                          [K][16]
 
-K is in_features padded to a multiple of 32, out_features is padded to a multiple of 16; padding
-holds the zero point, so it adds nothing. One 64-byte row of codes is at once a ``vpdpbusd``
-operand, two AVX2 loads and one row of an AMX B tile (Intel SDM vol. 2, VPDPBUSD and TDPBSUD).
+K is in_features padded to a multiple of 32, and of a rotation's width where there is one;
+out_features is padded to a multiple of 16. Padding holds the zero point, so it adds nothing. One
+64-byte row of codes is at once a ``vpdpbusd`` operand, two AVX2 loads and one row of an AMX B tile
+(Intel SDM vol. 2, VPDPBUSD and TDPBSUD).
 
 An expert is one span, 4 KiB aligned: gate panel 0, up panel 0, gate panel 1, ..., then the down
 panels, then fp32 biases (gate, up, down; each padded to whole panels) where the family has them.
@@ -26,6 +29,7 @@ from functools import lru_cache
 import numpy as np
 
 from ktk.experts.formats import Format
+from ktk.experts.rotation import NO_ROTATION, Rotation
 
 PANEL = 16  # output channels in a panel
 K_ALIGN = 32  # in_features padding: the smallest group, and eight nibble rows' worth of k
@@ -50,9 +54,11 @@ class MatrixLayout:
     num_groups: int
     activation_group: int
     code_bytes: int  # of one panel
-    scale_bytes: int  # of one panel, padded to 64
+    scale_bytes: int  # of one panel, multipliers included, padded to 64
     scales_are_bf16: bool
     scales_of_group: int = 0  # of one panel: 16, or 1 where all its channels share it
+    multiplier_group: int = 0  # k that share a multiplier; 0: there are none
+    rotation: Rotation = NO_ROTATION
 
     @property
     def panel_bytes(self) -> int:
@@ -66,6 +72,16 @@ class MatrixLayout:
         raw = np.ascontiguousarray(panels[:, :width])
         stored = raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
         return stored.reshape(len(panels), self.num_groups, self.scales_of_group)
+
+    def multipliers(self, panels: np.ndarray) -> np.ndarray:
+        """Indices of the stored multipliers of uint8 (panels, panel_bytes): uint8 (panels, groups,
+        16).
+        """
+        pairs = -(-self.padded_in // (2 * self.multiplier_group))
+        start = 4 * self.num_groups * self.scales_of_group
+        both = panels[:, start : start + pairs * PANEL].reshape(len(panels), pairs, 1, PANEL)
+        each = np.concatenate([both & 15, both >> 4], axis=2).reshape(len(panels), -1, PANEL)
+        return each[:, : self.padded_in // self.multiplier_group]
 
     def codes(self, panels: np.ndarray) -> np.ndarray:
         """The stored codes of uint8 (panels, panel_bytes): uint8 (panels, code_bytes); a copy."""
@@ -138,17 +154,25 @@ class ExpertLayout:
 
 
 def matrix_layout(
-    fmt: Format, in_features: int, out_features: int, group_size: int, activation_group: int
+    fmt: Format,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    activation_group: int,
+    rotation: Rotation = NO_ROTATION,
 ) -> MatrixLayout:
     """Of panels of ``fmt``. group_size, activation_group : as in MoESpec, 0 = the whole channel."""
-    padded_in = round_up(in_features, K_ALIGN)
-    group = min(group_size or padded_in, padded_in)
+    padded_in = round_up(in_features, max(K_ALIGN, rotation.width))
+    multiplier_group = group_size if fmt.multipliers else 0
+    group = padded_in if fmt.multipliers else min(group_size or padded_in, padded_in)
     num_groups = -(-padded_in // group)
     are_bf16 = fmt.scales is not None and fmt.scales.dtype == "bf16" and group_size != 0
     scales_of_group = 0
     if fmt.scales is not None:
         scales_of_group = PANEL if fmt.scales.rows < PANEL else 1
-    scale_bytes = round_up(num_groups * scales_of_group * (2 if are_bf16 else 4), 64)
+    head = num_groups * scales_of_group * (2 if are_bf16 else 4)
+    if multiplier_group:
+        head += -(-padded_in // (2 * multiplier_group)) * PANEL
     return MatrixLayout(
         format=fmt,
         in_features=in_features,
@@ -159,9 +183,11 @@ def matrix_layout(
         num_groups=num_groups,
         activation_group=activation_group or padded_in,
         code_bytes=padded_in * PANEL * fmt.bits // 8,
-        scale_bytes=scale_bytes,
+        scale_bytes=round_up(head, 64),
         scales_are_bf16=are_bf16,
         scales_of_group=scales_of_group,
+        multiplier_group=multiplier_group,
+        rotation=rotation,
     )
 
 
@@ -172,12 +198,14 @@ def expert_layout(
     intermediate_size: int,
     group_size: int,
     activation_group: int,
+    rotation: Rotation,
     has_gate: bool,
     has_bias: bool,
 ) -> ExpertLayout:
     """Of an expert whose MoESpec has these fields."""
-    gate_up = matrix_layout(fmt, hidden_size, intermediate_size, group_size, activation_group)
-    down = matrix_layout(fmt, intermediate_size, hidden_size, group_size, activation_group)
+    groups = group_size, activation_group, rotation
+    gate_up = matrix_layout(fmt, hidden_size, intermediate_size, *groups)
+    down = matrix_layout(fmt, intermediate_size, hidden_size, *groups)
     projections = 2 if has_gate else 1
     down_offset = projections * gate_up.num_panels * gate_up.panel_bytes
     end = down_offset + down.num_panels * down.panel_bytes

@@ -8,6 +8,7 @@ import numpy as np
 
 from ktk.experts.formats.floats import as_values, bf16_to_f32, f32_to_bf16
 from ktk.experts.layout import PANEL, MatrixLayout
+from ktk.experts.rotation import rotate_back
 
 F = np.float32
 
@@ -17,12 +18,18 @@ def _unit(layout: MatrixLayout) -> int:
     return 4 if layout.format.is_integer else 2 if layout.format.bits == 16 else 1
 
 
-def lay_panels(codes: np.ndarray, scales: np.ndarray, layout: MatrixLayout) -> np.ndarray:
+def lay_panels(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    layout: MatrixLayout,
+    multipliers: np.ndarray | None = None,
+) -> np.ndarray:
     """Codes (padded_out, padded_in), scales float32 (padded_out, num_groups) to uint8 (num_panels,
     panel_bytes).
 
     codes : uint8, bf16 bits or float32, as the format has them. Scales are not looked at where the
-    format has none; of a panel that has one a group, its first row's count.
+    format has none; of a panel that has one a group, its first row's count. multipliers : uint8
+    (padded_out, groups), indices, where the layout has them.
     """
     p, k, unit = layout.num_panels, layout.padded_in, _unit(layout)
     out = np.zeros((p, layout.panel_bytes), np.uint8)
@@ -38,6 +45,13 @@ def lay_panels(codes: np.ndarray, scales: np.ndarray, layout: MatrixLayout) -> n
         stored = f32_to_bf16(by_group) if layout.scales_are_bf16 else by_group
         raw = stored.reshape(p, -1).view(np.uint8)
         out[:, : raw.shape[1]] = raw
+        if layout.multiplier_group:
+            assert multipliers is not None
+            even = multipliers.shape[1] + multipliers.shape[1] % 2
+            each = np.zeros((p, PANEL, even), np.uint8)
+            each[:, :, : multipliers.shape[1]] = multipliers.reshape(p, PANEL, -1)
+            both = (each[:, :, 0::2] | each[:, :, 1::2] << 4).transpose(0, 2, 1).reshape(p, -1)
+            out[:, raw.shape[1] : raw.shape[1] + both.shape[1]] = both
     return out
 
 
@@ -65,6 +79,8 @@ def padded(w: np.ndarray, layout: MatrixLayout, value: int = 0) -> np.ndarray:
 def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, np.ndarray]:
     """Panels back to (codes uint8 (padded_out, padded_in), of float formats their values, float32;
     and scales float32 (padded_out, num_groups), an empty array where there are none).
+
+    Codes of levels come back as what is multiplied: level times multiplier, plus the zero point.
     """
     p, k, unit = layout.num_panels, layout.padded_in, _unit(layout)
     raw, fmt = layout.codes(panels), layout.format
@@ -76,6 +92,8 @@ def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, n
     codes = np.ascontiguousarray(rows.transpose(0, 2, 1, 3)).reshape(p * PANEL, k)
     if not fmt.is_integer:
         codes = as_values(codes, fmt.codes.dtype)
+    if fmt.levels:
+        codes = _products(codes, panels, layout)
     if not layout.scales_of_group:
         return codes, np.empty(0, F)
     stored = layout.scales(panels)
@@ -85,11 +103,30 @@ def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, n
     return codes, np.ascontiguousarray(scales).reshape(p * PANEL, layout.num_groups)
 
 
+def _products(codes: np.ndarray, panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:
+    """uint8 (padded_out, padded_in): level times multiplier, plus the zero point."""
+    fmt, group = layout.format, layout.multiplier_group
+    values = np.array(fmt.levels, np.int16)[codes]
+    if group:
+        each = np.array(fmt.multipliers, np.int16)[layout.multipliers(panels)]
+        by_row = each.transpose(0, 2, 1).reshape(len(codes), -1)  # (padded_out, groups)
+        values *= np.repeat(by_row, group, axis=1)[:, : values.shape[1]]
+    return (values + fmt.zero_point).astype(np.uint8)
+
+
+def decoded_codes(panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:
+    """Panels of levels as codes of 8 bit: uint8 (num_panels, 16 * padded_in), [K/4][16][4]."""
+    codes, _ = read_panels(panels, layout)
+    units = codes.reshape(layout.num_panels, PANEL, layout.padded_in // 4, 4)
+    return np.ascontiguousarray(units.transpose(0, 2, 1, 3)).reshape(layout.num_panels, -1)
+
+
 def dequantised(panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:
-    """What panels say, float32 (out_features, in_features)."""
+    """What panels say, float32 (out_features, in_features); rotated back where they are rotated."""
     w, scales = read_panels(panels, layout)
     if layout.format.is_integer:
         w = w.astype(F) - F(layout.format.zero_point)
     if scales.size:
         w = w * np.repeat(scales, layout.group_size, axis=1)[:, : layout.padded_in]
+    w = rotate_back(w, layout.rotation)
     return np.ascontiguousarray(w[: layout.out_features, : layout.in_features])

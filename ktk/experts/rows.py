@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ktk.experts.formats.floats import f32_to_bf16
+from ktk.experts.rotation import NO_ROTATION, Rotation, rotate
 
 TINY_AMAX = np.float32(1.5e-36)  # below it 127 / amax overflows: the group counts as zero
 
@@ -21,8 +22,10 @@ class QuantisedActivations:
     scales: np.ndarray
 
 
-def quantise_activations(x: np.ndarray, padded_in: int, group: int) -> QuantisedActivations:
-    """float32 (rows, in_features) to int8 codes in groups along in_features.
+def quantise_activations(
+    x: np.ndarray, padded_in: int, group: int, rotation: Rotation = NO_ROTATION
+) -> QuantisedActivations:
+    """float32 (rows, in_features), rotated, to int8 codes in groups along in_features.
 
     scale = amax / 127; code = round-half-even(x * (127 / amax)). A group holding NaN or inf gets
     scale NaN, so its row's outputs are NaN; an all-zero group gets scale 0.
@@ -30,6 +33,7 @@ def quantise_activations(x: np.ndarray, padded_in: int, group: int) -> Quantised
     rows, in_features = x.shape
     padded = np.zeros((rows, padded_in), np.float32)
     padded[:, :in_features] = x
+    padded = np.ascontiguousarray(rotate(padded, rotation))
     starts = np.arange(0, padded_in, group)
     magnitude = np.maximum.reduceat(padded.view(np.uint32) & np.uint32(0x7FFFFFFF), starts, axis=1)
     is_finite = magnitude < np.uint32(0x7F800000)

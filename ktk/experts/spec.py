@@ -9,6 +9,7 @@ from typing import Any
 from ktk.experts.activation import Activation
 from ktk.experts.formats import Format, get_format
 from ktk.experts.layout import ExpertLayout, expert_layout
+from ktk.experts.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class MoESpec:
     num_experts, hidden_size, intermediate_size : positive ints.
     weight_format : a name of ``ktk.experts.formats.PANELS``, or "gguf": block formats, see
         ``StoredExperts``.
-    group_size : weights along in_features that share a scale; 0 = one scale per output channel;
-        None = the format's default.
-    activation_group : activations along in_features that share a scale (32, 64 or 128);
+    group_size : weights along in_features that share a scale or multiplier; 0 = one scale per
+        output channel; None = the format's default.
+    activation_group : activations along in_features that share a scale (32, 64, 128 or 256);
         0 for float formats, whose activations stay fp32; None = the format's default.
+    rotation : of activations and weights, of integer formats in panels: a ``Rotation``, its width
+        (64 or 256), or 0 for none; None = the format's default.
     """
 
     num_experts: int
@@ -33,6 +36,7 @@ class MoESpec:
     has_gate: bool = True
     has_bias: bool = False
     activation: Activation = dataclasses.field(default_factory=Activation)
+    rotation: Rotation | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden_size", "intermediate_size"):
@@ -49,11 +53,24 @@ class MoESpec:
         if self.activation_group is None:
             object.__setattr__(self, "activation_group", fmt.default_activation_group)
         fmt.check_groups(self.group_size, self.activation_group)
+        given = fmt.default_rotation if self.rotation is None else self.rotation
+        object.__setattr__(self, "rotation", Rotation.of(given))
+        if self.turns.width and not (fmt.is_packed and fmt.is_integer):
+            raise ValueError(
+                f"rotation={self.turns.width}: {fmt.name} takes 0, its activations "
+                "are not rounded in panels"
+            )
 
     @property
     def format(self) -> Format:
         """The row that ``weight_format`` names."""
         return get_format(self.weight_format)
+
+    @property
+    def turns(self) -> Rotation:
+        """``rotation``, filled in."""
+        assert isinstance(self.rotation, Rotation)
+        return self.rotation
 
     @property
     def is_packed(self) -> bool:
@@ -82,12 +99,16 @@ class MoESpec:
             self.intermediate_size,
             self.group_size,
             self.activation_group,
+            self.turns,
             self.has_gate,
             self.has_bias,
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "activation": self.activation.to_json()}
+        fields = {**dataclasses.asdict(self), "activation": self.activation.to_json()}
+        if not self.turns.width:
+            del fields["rotation"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> MoESpec:
@@ -98,7 +119,7 @@ class MoESpec:
             raise ValueError(
                 f"MoE spec: unknown fields {sorted(unknown)}, missing {sorted(missing)}"
             )
-        fields = dict(fields)
+        fields = {"rotation": 0, **fields}
         if "activation" in fields:
             fields["activation"] = Activation.from_json(fields["activation"])
         return cls(**fields)

@@ -14,6 +14,7 @@ from ktk.errors import BackendError
 from ktk.experts.formats import Format, block_format
 from ktk.experts.formats.floats import as_values
 from ktk.experts.layout import K_ALIGN, PANEL, round_up
+from ktk.experts.rotation import NO_ROTATION, Rotation
 from ktk.experts.spec import MoESpec
 
 
@@ -24,9 +25,9 @@ class StoredMatrix:
     data : uint8 views of the memory that kernels read, experts at any distance: (num_experts,
         panels, panel bytes), panels at any distance, or, in blocks, (num_experts, rows, row bytes),
         each expert's rows one behind the other.
-    group_size : of panels, as in MoESpec. is_repacked : blocks in the order the kernels read them,
-        see ``ktk.placement.blocks.repack``. Rows may then be padded to whole panels, and float ones
-        to a multiple of 32 weights.
+    group_size, rotation : of panels, as in MoESpec. is_repacked : blocks in the order the kernels
+        read them, see ``ktk.placement.blocks.repack``. Rows may then be padded to whole panels, and
+        float ones to a multiple of 32 weights.
     Raises ValueError unless the data is what the format and the sizes say.
     """
 
@@ -36,6 +37,7 @@ class StoredMatrix:
     data: np.ndarray
     group_size: int = 0
     is_repacked: bool = False
+    rotation: Rotation = NO_ROTATION
 
     def __post_init__(self) -> None:
         data, name = self.data, self.format.name
@@ -170,6 +172,7 @@ class StoredExperts:
                 matrix.out_features,
                 layout.panels(spans, name),
                 spec.group_size or 0,
+                rotation=spec.turns,
             )
             bias = layout.bias(spans, name)
             if bias is not None:

@@ -18,7 +18,7 @@ from ktk.machine import numa
 from ktk.machine.memory import aligned_buffer
 from ktk.machine.threads import EngineLayout
 
-BLOCK = 128  # channels a cut falls between: a multiple of every activation group
+LEAST_BLOCK = 128  # channels that a cut leaves together, at least
 
 
 class Part(NamedTuple):
@@ -47,7 +47,8 @@ def layout_of(matrix: StoredMatrix, activation_group: int) -> MatrixLayout:
     """
     if matrix.format.is_packed:
         sizes = matrix.in_features, matrix.out_features
-        return matrix_layout(matrix.format, *sizes, matrix.group_size, activation_group)
+        group, rotation = matrix.group_size, matrix.rotation
+        return matrix_layout(matrix.format, *sizes, group, activation_group, rotation)
     return MatrixLayout(
         format=matrix.format,
         in_features=matrix.in_features,
@@ -80,9 +81,11 @@ def whole_part(experts: StoredExperts) -> Part:
     return _part(experts, 0, 1, None)
 
 
-def cut(out_features: int, index: int, count: int) -> tuple[int, int]:
-    """First panel and number of panels of part ``index``."""
-    num_panels, step = -(-out_features // PANEL), BLOCK // PANEL
+def cut(out_features: int, index: int, count: int, together: int = LEAST_BLOCK) -> tuple[int, int]:
+    """First panel and number of panels of part ``index``; channels of a block of ``together`` stay
+    in one.
+    """
+    num_panels, step = -(-out_features // PANEL), together // PANEL
     blocks = -(-num_panels // step)
     first, end = (min(i * blocks // count * step, num_panels) for i in (index, index + 1))
     return first, end - first
@@ -94,8 +97,11 @@ def _part(
     count: int,
     node: int | None,
 ) -> Part:
-    up = cut(experts.spec.intermediate_size, index, count)
-    down = cut(experts.spec.hidden_size, index, count)
+    spec = experts.spec
+    # What down reads is quantised, and turned, where it is made.
+    together = max(LEAST_BLOCK, spec.activation_group or 0, spec.turns.width)
+    up = cut(spec.intermediate_size, index, count, together)
+    down = cut(spec.hidden_size, index, count)
     views = {
         name: _panels(matrix, *(down if name == "down" else up))
         for name, matrix in experts.matrices.items()

@@ -467,3 +467,92 @@ def round_with_scales(
                 error_out[k, first + n] = e[k, n]
         for n in range(LANES):
             loss_out[first + n] += loss[n]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=CONTRACT)
+def levels_loss(x, weight, group, stride, scale, multipliers, table, loss):
+    """loss (LANES,) of rows rounded to scale * multiplier * level, the best multiplier for each
+    group, without feedback; of every stride-th group. scale : (LANES,).
+    """
+    inverse = np.empty(LANES, np.float32)
+    step = np.empty(LANES, np.float32)
+    level = np.empty(LANES, np.float32)
+    error = np.empty(LANES, np.float32)
+    best = np.empty(LANES, np.float32)
+    loss[:] = ZERO
+    for k0 in range(0, x.shape[0], group * stride):
+        best[:] = np.inf
+        for m in multipliers:
+            for n in range(LANES):
+                step[n] = scale[n] * m
+                inverse[n] = ZERO if step[n] == ZERO else ONE / step[n]
+                error[n] = ZERO
+            for k in range(k0, k0 + group):
+                level[:] = table[0]
+                for i in range(table.shape[0] - 1):
+                    rise = table[i + 1] - table[i]
+                    middle = np.float32(0.5) * (table[i + 1] + table[i])
+                    for n in range(LANES):
+                        level[n] += rise if x[k, n] * inverse[n] > middle else ZERO
+                for n in range(LANES):
+                    rest = x[k, n] - level[n] * step[n]
+                    error[n] += weight[k] * (rest * rest)
+            for n in range(LANES):
+                best[n] = min(best[n], error[n])
+        for n in range(LANES):
+            loss[n] += best[n]
+
+
+@numba.njit(nogil=True, cache=True)
+def round_levels(
+    x, target, u, weight, group, scale, multipliers, table, codes, chosen, error, loss
+):
+    """Round columns to scale * multiplier * level, the multiplier of least loss for each group.
+
+    scale : (rows,). codes int16 (columns, rows), chosen uint8 (groups, rows), error are written;
+    loss (rows,) is added to.
+    """
+    num_k, num_rows = x.shape
+    work = np.empty((3, num_k, LANES), np.float32)
+    t, e, q = work[0], work[1], work[2]
+    best_e = np.empty((num_k, LANES), np.float32)
+    best_q = np.empty((num_k, LANES), np.float32)
+    xs = np.empty((num_k, LANES), np.float32)
+    a = np.empty((num_k, LANES), np.float32)
+    step = np.empty(LANES, np.float32)
+    low = np.zeros(LANES, np.float32)
+    trial = np.empty(LANES, np.float32)
+    best = np.empty(LANES, np.float32)
+    index = np.empty(LANES, np.uint8)
+    for row in range(0, num_rows, LANES):
+        for k in range(num_k):
+            for n in range(LANES):
+                xs[k, n] = x[k, row + n]
+                a[k, n] = target[k, row + n]
+        for g in range(num_k // group):
+            k0, k1 = g * group, (g + 1) * group
+            best[:] = np.inf
+            index[:] = 0
+            for i in range(multipliers.shape[0]):
+                for n in range(LANES):
+                    step[n] = scale[row + n] * multipliers[i]
+                _trial(xs, a, u, weight, k0, k1, step, low, ZERO, ZERO, table, t, e, q, trial)
+                for n in range(LANES):
+                    if trial[n] < best[n] or i == 0:
+                        best[n] = trial[n]
+                        index[n] = i
+                        for k in range(k0, k1):
+                            best_e[k, n] = e[k, n]
+                            best_q[k, n] = q[k, n]
+            for n in range(LANES):
+                chosen[g, row + n] = index[n]
+                loss[row + n] += best[n]
+            for k in range(k0, k1):
+                for n in range(LANES):
+                    codes[k, row + n] = np.int16(best_q[k, n])
+                    error[k, row + n] = best_e[k, n]
+                for j in range(k1, num_k):
+                    f = u[k, j]
+                    if f != ZERO:
+                        for n in range(LANES):
+                            a[j, n] += best_e[k, n] * f

@@ -15,11 +15,8 @@ integers of a block's scale, the integers around it.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -28,10 +25,12 @@ from ktk.experts.formats.base import NOT_ROUNDED, TO_BF16, Grid
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, MatrixLayout, matrix_layout
 from ktk.experts.panels import lay_panels
+from ktk.experts.rotation import NO_ROTATION, Rotation, rotate, rotate_back
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
 from ktk.quantise import block_bytes
 from ktk.quantise.blocks import BLOCK_TYPES, LARGEST, quantise_rows
+from ktk.quantise.levels import compiled, round_levels
 from ktk.quantise.pack import NOT_FINITE, check_expert
 
 F = np.float32
@@ -116,22 +115,12 @@ class Rounded:
     loss: np.ndarray
 
 
-@cache
-def _kernels() -> Any:
-    try:
-        return importlib.import_module("ktk.quantise._feedback_numba")
-    except ImportError as error:
-        raise RuntimeError(
-            "calibration runs on numba, which cannot be imported: pip install numba"
-        ) from error
-
-
 def round_matrix(w: np.ndarray, factor: Factor, grid: Grid) -> Rounded:
     """Round float32 (rows, K), finite; K a multiple of the grid's block and group.
 
     On one thread, mostly without the GIL.
     """
-    kernels = _kernels()
+    kernels = compiled()
     rows, columns = w.shape
     lanes = kernels.LANES
     x = np.zeros((columns, -(-rows // lanes) * lanes), F)
@@ -227,23 +216,36 @@ def _row_scales(x: np.ndarray, weight: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def calibrated(
-    w: np.ndarray, fmt: Format, factor: Factor, group_size: int = 0
+    w: np.ndarray,
+    fmt: Format,
+    factor: Factor,
+    group_size: int = 0,
+    rotation: Rotation = NO_ROTATION,
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 or bf16 bits (out, in) as they are stored in ``fmt``: panels, uint8 (num_panels,
-    panel_bytes), or blocks, uint8 (out, row bytes). group_size : of panels, as in MoESpec.
+    panel_bytes), or blocks, uint8 (out, row bytes). group_size, rotation : of panels, as in
+    MoESpec; ``factor`` is then that of rotated inputs.
 
-    And the values they hold, float32 (out, in). Raises ValueError on NaN, inf, a format without a
-    grid; of blocks also on a weight above LARGEST, or in_features that are not whole blocks.
+    And the values they hold, float32 (out, in), not rotated. Raises ValueError on NaN, inf, a
+    format without a grid; of blocks also on a weight above LARGEST, or in_features that are not
+    whole blocks.
     """
     given = _finite(w)
     rows, columns = given.shape
     if fmt.is_packed:
-        layout = matrix_layout(fmt, columns, rows, group_size, 0)
+        layout = matrix_layout(fmt, columns, rows, group_size, 0, rotation)
         wide = layout.num_groups * layout.group_size
         whole = np.zeros((layout.num_panels * PANEL, wide), F)
         whole[:rows, :columns] = given
-        rounded = round_matrix(whole, padded(factor, wide), packed_grid(layout))
-        return _panels(rounded, layout), (whole - rounded.error.T)[:rows, :columns]
+        whole = rotate(whole, rotation)
+        factor = padded(factor, wide)
+        if fmt.levels:
+            levelled = round_levels(given, layout, factor.upper, factor.weight)
+            panels, error = levelled.panels(layout), levelled.error
+        else:
+            rounded = round_matrix(whole, factor, packed_grid(layout))
+            panels, error = _panels(rounded, layout), rounded.error.T
+        return panels, rotate_back(whole - error, rotation)[:rows, :columns]
     if fmt.grid is None:
         known = ", ".join(row.name for row in BLOCKS.values() if row.grid)
         raise ValueError(f"type={fmt.name!r}: must be one of {known} to be calibrated")
@@ -312,7 +314,7 @@ Encode = Callable[[str, np.ndarray, Factor], tuple[np.ndarray, np.ndarray]]
 def packed_encoder(spec: MoESpec) -> Encode:
     """Panels of a packed integer format."""
     group = spec.group_size or 0
-    return lambda name, w, factor: calibrated(w, spec.format, factor, group)
+    return lambda name, w, factor: calibrated(w, spec.format, factor, group, spec.turns)
 
 
 def lay_expert(
@@ -355,7 +357,7 @@ class LayerCalibration:
     Where up only multiplies, an intermediate channel's size can move from down to up and nothing is
     computed differently: down's columns are also tried times the square root of their inputs' size,
     and if that loses less, up's rows are divided by it. By powers of two, so that up keeps its
-    codes.
+    codes. Not where columns are rotated, which makes their inputs alike.
     """
 
     def __init__(self, spec: MoESpec, inputs: LayerInputs) -> None:
@@ -364,10 +366,15 @@ class LayerCalibration:
             raise ValueError(
                 "the inputs of the calibration hold NaN or inf: the model overflows on that text"
             )
-        self._pooled = _moments(inputs.hidden, np.ones(len(inputs.hidden), F))
+        turned = _turned(inputs.hidden, spec.turns)
+        self._pooled = _moments(turned, np.ones(len(turned), F))
         a = spec.activation
         is_bounded = np.isfinite(a.up_min) or np.isfinite(a.up_max)
-        self._up_multiplies = spec.has_gate and not (spec.has_bias or a.up_offset or is_bounded)
+        self._up_multiplies = (
+            spec.has_gate
+            and not spec.turns.width
+            and not (spec.has_bias or a.up_offset or is_bounded)
+        )
 
     def expert(self, expert: int, weights: ExpertWeights, encode: Encode) -> dict[str, np.ndarray]:
         """The bytes of each projection.
@@ -377,7 +384,8 @@ class LayerCalibration:
         check_expert(self.spec, weights)
         token, slot = np.nonzero(self.inputs.topk_ids == expert)
         x, routing = self.inputs.hidden[token], self.inputs.topk_weights[token, slot]
-        moments = _mix(_moments(x, routing), routing, self._pooled)
+        turns = self.spec.turns
+        moments = _mix(_moments(_turned(x, turns), routing), routing, self._pooled)
         factor = factorise(moments)
         stored: dict[str, np.ndarray] = {}
         first: dict[str, np.ndarray] = {}
@@ -388,7 +396,7 @@ class LayerCalibration:
             if bias is not None:
                 first[name] += bias
         h = self.spec.activation.apply(first.get("gate"), first["up"])
-        moments = _moments(h, routing)
+        moments = _moments(_turned(h, turns), routing)
         down = factorise(_mix(moments, routing, np.diag(np.diag(moments))))
         stored["down"], values = encode("down", weights.down, down)
         if not self._up_multiplies or not moments.any():
@@ -400,6 +408,13 @@ class LayerCalibration:
             up = to_f32(weights.up) / scales[:, None]
             stored |= {"down": balanced, "up": encode("up", up, factor)[0]}
         return stored
+
+
+def _turned(x: np.ndarray, rotation: Rotation) -> np.ndarray:
+    """float32 (rows, columns), rotated, then padded to whole blocks."""
+    if not rotation.width:
+        return x
+    return rotate(np.pad(x, ((0, 0), (0, -x.shape[1] % rotation.width))), rotation)
 
 
 def _balancing_scales(mean_square: np.ndarray) -> np.ndarray:

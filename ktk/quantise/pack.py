@@ -16,11 +16,13 @@ from ktk._cy import native_module
 from ktk.experts.formats.floats import as_values, to_f32
 from ktk.experts.layout import PANEL, MatrixLayout
 from ktk.experts.panels import lay_float_panels, lay_panels, padded
+from ktk.experts.rotation import rotate
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, StoredExperts, order_of
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 from ktk.quantise.fp8 import quantise_blocks
+from ktk.quantise.levels import round_levels
 
 F = np.float32
 NOT_FINITE = "weights hold NaN or inf: mend the checkpoint"
@@ -99,22 +101,32 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
     """Quantise (out, in) float32 or bf16 bits into ``panels``, uint8 (num_panels, panel_bytes),
     a view.
     """
-    search = layout.format.search
+    search, scales = layout.format.search, layout.format.scales
     if search is None:
         if not _is_finite(w):
             raise ValueError(NOT_FINITE)
-        scales = layout.format.scales
-        if scales is None:
+        if layout.format.levels:
+            panels[:] = round_levels(to_f32(w), layout).panels(layout)
+        elif scales is None:
             panels[:] = lay_float_panels(w, layout)
         else:
             block = scales.rows, scales.weights
             lay_codes(CodedMatrix(*quantise_blocks(w, block), layout.format, block), layout, panels)
         return
+    if layout.rotation.width:
+        whole = np.zeros((len(w), layout.padded_in), F)
+        whole[:, : layout.in_features] = to_f32(w)
+        w, layout = rotate(whole, layout.rotation), _as_rotated(layout)
     native, isa = native_module(), cpu.best_isa()
     if native is None or isa is None:
         _pack_numba(w, layout, panels)
     else:
         native.pack_matrix(w, layout, isa, layout.ladder, search.refits, panels)
+
+
+def _as_rotated(layout: MatrixLayout) -> MatrixLayout:
+    """The same panels of weights that are rotated already."""
+    return dataclasses.replace(layout, in_features=layout.padded_in)
 
 
 def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
@@ -129,7 +141,7 @@ def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
 
 def _keeps(spec: MoESpec, coded: CodedMatrix) -> bool:
     plane = spec.format.scales
-    if coded.format is not spec.format or plane is None:
+    if coded.format is not spec.format or plane is None or spec.turns.width:
         return False
     rows, columns = coded.codes.shape
     if plane.weights:  # blocks of their own

@@ -48,7 +48,9 @@ class ExactExperts:
         matrix = self.matrix(projection)
         codes, scales = read_panels(self.panels(expert, projection), matrix)
         if matrix.format.is_integer:
-            act = quantise_activations(x, matrix.padded_in, matrix.activation_group)
+            act = quantise_activations(
+                x, matrix.padded_in, matrix.activation_group, matrix.rotation
+            )
             y = linear_integer(codes, scales, act, matrix, matrix.format.zero_point)
         else:
             grouped = (scales, matrix.group_size) if scales.size else ()

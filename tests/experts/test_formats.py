@@ -21,11 +21,11 @@ from ktk.reference.moe import ExactExperts
 from ktk.reference.pack import quantise_weights
 from make.cases import assert_exact, pack_all, random_experts
 
-INTEGER = [(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes]
+SEARCHED = [(f.name, g) for f in PANELS.values() if f.search for g in f.group_sizes]
 EVERY = [(f.name, g) for f in PANELS.values() for g in f.group_sizes]
 
 
-@pytest.mark.parametrize(("name", "group"), INTEGER)
+@pytest.mark.parametrize(("name", "group"), SEARCHED)
 @pytest.mark.parametrize("shape", [(16, 32), (17, 33), (1, 1), (40, 192), (31, 300)], ids=str)
 def test_every_quantiser_finds_the_reference_codes(
     name: str, group: int, shape: tuple[int, int]
@@ -61,7 +61,7 @@ def test_quantisers_agree_on_extreme_weights(value: float) -> None:
     assert_exact(want, got)
 
 
-@pytest.mark.parametrize(("name", "group"), INTEGER)
+@pytest.mark.parametrize(("name", "group"), SEARCHED)
 def test_panels_read_back_as_they_were_laid(name: str, group: int) -> None:
     spec = MoESpec(1, 100, 37, name, group)
     layout = spec.layout.gate_up
@@ -81,7 +81,7 @@ GAIN = {
 }
 
 
-@pytest.mark.parametrize(("name", "group"), INTEGER)
+@pytest.mark.parametrize(("name", "group"), SEARCHED)
 def test_searched_scales_beat_absmax(name: str, group: int) -> None:
     spec = MoESpec(1, 1024, 64, name, group)
     layout, fmt = spec.layout.gate_up, get_format(name)
@@ -101,6 +101,7 @@ def test_searched_scales_beat_absmax(name: str, group: int) -> None:
 @pytest.mark.parametrize(("name", "group"), EVERY)
 def test_bits_per_weight_stay_in_budget(name: str, group: int) -> None:
     budget = {("int4", 32): 4.6, ("int4", 64): 4.35, ("int4", 128): 4.2, ("int4", 0): 4.1}
+    budget |= {("nl4", 16): 4.3, ("nl4", 32): 4.17, ("nl4", 0): 4.04}
     spec = MoESpec(128, 2048, 768, name, group)
     bits = spec.layout.expert_bytes * 8 / spec.num_weights
     assert PANELS[name].bits <= bits <= budget.get((name, group), PANELS[name].bits * 1.01)
@@ -151,7 +152,7 @@ def test_non_finite_weights_are_refused(name: str, bad: float) -> None:
         pack_all(spec, [weights])
     with pytest.raises(ValueError, match="NaN or inf"):
         pack_all(spec, [weights._replace(down=f32_to_bf16(weights.down))])
-    if not PANELS[name].is_integer:
+    if PANELS[name].search is None:
         return
     panels = np.zeros((spec.layout.down.num_panels, spec.layout.down.panel_bytes), np.uint8)
     with pytest.raises(ValueError, match="NaN or inf"):

@@ -154,4 +154,4 @@ def test_exact_model_is_near_the_float64_oracle_of_its_own_weights(name: str, ki
     error = np.linalg.norm(exact.forward(x, ids, weights) - want) / np.linalg.norm(want)
     # Float formats differ by fp32 sums only; integer ones by 8-bit activations, the more the longer
     # their groups (2 % of these activations are ten times the rest).
-    assert error < {0: 1e-6, 32: 0.02, 64: 0.025, 128: 0.03}[spec.activation_group]
+    assert error < {0: 1e-6, 32: 0.02, 64: 0.025, 128: 0.03, 256: 0.03}[spec.activation_group]

@@ -37,7 +37,9 @@ cdef void _fill_matrix(ktk_matrix *m, layout, bint is_repacked) except *:
     m.group_size = layout.group_size
     m.activation_group = layout.activation_group
     m.scales_are_bf16 = layout.scales_are_bf16
+    m.multiplier_group = layout.multiplier_group
     m.is_repacked = is_repacked
+    m.rotation, m.rotation_seed = layout.rotation
     m.code_offset = layout.scale_bytes
     m.panel_bytes = layout.panel_bytes
 

@@ -5,18 +5,20 @@
 
 #include <stdint.h>
 
+#include "ktk_levels.h"
 #include "lf_formats.h"
 
 enum { KTK_PANEL = 16 }; /* output channels of a panel */
 
 /* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are
- * floats). */
+ * floats, codes of a correction or 0: as many as the smaller group has). */
 #define KTK_PANEL_FORMATS(ROW)                                                                     \
-    ROW(INT4, "int4", 8, 0)                                                                        \
-    ROW(INT8, "int8", 128, 0)                                                                      \
-    ROW(FP8, "fp8", 0, 1)                                                                          \
-    ROW(BF16, "bf16", 0, 1)                                                                        \
-    ROW(FP32, "fp32", 0, 1)
+    ROW(NL4, "nl4", KTK_LEVEL_ZERO, 0, 16)                                                         \
+    ROW(INT4, "int4", 8, 0, 0)                                                                     \
+    ROW(INT8, "int8", 128, 0, 0)                                                                   \
+    ROW(FP8, "fp8", 0, 1, 0)                                                                       \
+    ROW(BF16, "bf16", 0, 1, 0)                                                                     \
+    ROW(FP32, "fp32", 0, 1, 0)
 
 /* Every format that a gemm reads; of blocks KTK_BLOCK_q4_k and so on. */
 #define PANEL_ROW(ENUM, ...) KTK_##ENUM,
@@ -59,7 +61,10 @@ typedef struct {
     int32_t group_size;       /* k per weight scale; padded_in = per channel; of packed formats */
     int32_t activation_group; /* k per activation scale */
     int32_t scales_are_bf16;
+    int32_t multiplier_group; /* k per multiplier, 16 or 32; 0: none */
     int32_t is_repacked;
+    int32_t rotation; /* columns of a block that turn together (rows.c), 64 or 256; 0: none */
+    uint32_t rotation_seed;
     int64_t code_offset; /* in a panel; scales come first; of packed formats */
     int64_t panel_bytes; /* codes and scales */
     /* What callers need to know of the kernel; ktk_use_kernels fills it in. */
@@ -74,8 +79,10 @@ typedef struct {
 /* Rows of quantised activations; for float formats codes holds floats and the rest is unused. */
 typedef struct {
     uint8_t *codes;
-    float *scales;       /* [rows][scale_stride] */
-    int32_t *correction; /* [rows][correction_stride]: -zero_point * sum of codes, per fine group */
+    float *scales; /* [rows][scale_stride] */
+    /* [rows][correction_stride]: -zero_point * sum of codes, per fine group; with KTK_LEVEL_ZERO
+     * the low half alone */
+    int32_t *correction;
     int64_t code_stride; /* bytes */
     int64_t scale_stride, correction_stride;
     /* The work memory still holds these rows as the call before packed them, for the same kernel.
@@ -156,6 +163,9 @@ typedef struct {
      */
     void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
                      uint8_t *codes, float *scales, int32_t *correction);
+    /* x float[n] in place, n a multiple of width: ktk/experts/rotation.py, columns `first` and on
+     */
+    void (*rotate)(float *x, int64_t first, int n, int width, uint32_t seed);
     /* Columns in panels of 16 that lie `step` floats apart (gate: NULL without one) -> h, 16*panels
      * floats. */
     void (*activate)(const ktk_activation *act, const float *gate, const float *up, int step,
@@ -187,6 +197,7 @@ typedef struct {
 /* Every function of ktk_kernels, in order. */
 #define KTK_FUNCTIONS(EACH)                                                                        \
     EACH(quantise)                                                                                 \
+    EACH(rotate)                                                                                   \
     EACH(activate)                                                                                 \
     EACH(load)                                                                                     \
     EACH(store) EACH(combine) EACH(add) EACH(attend) EACH(pack_panel) EACH(repack) EACH(unpack)

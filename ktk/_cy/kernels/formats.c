@@ -1,7 +1,8 @@
 /* The table of formats. */
 #include "ktk_kernels.h"
 
-#define PANEL_ROW(ENUM, NAME, ZERO_POINT, IS_FLOAT) {NAME, IS_FLOAT, ZERO_POINT, 0, 0, 0, 0},
+#define PANEL_ROW(ENUM, NAME, ZERO_POINT, IS_FLOAT, SUMS_OF)                                       \
+    {NAME, IS_FLOAT, ZERO_POINT, SUMS_OF, 0, 0, 0},
 #define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD) {TEXT, 1, -1, 16, 1, BYTES, 0},
 #define INTEGER_ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ...)    \
     {TEXT, 0, -1, 16, WEIGHTS, BYTES, FINE},

@@ -15,7 +15,8 @@
  * Symbols: ktk_gemm_int4_avx2 ktk_gemm_int4_avx512 ktk_gemm_int4_avx512vnni ktk_gemm_int8_avx2
  *   ktk_gemm_int8_avx512 ktk_gemm_int8_avx512vnni ktk_gemm_bf16_avx2 ktk_gemm_bf16_avx512
  *   ktk_gemm_bf16_avx512vnni ktk_gemm_fp32_avx2 ktk_gemm_fp32_avx512 ktk_gemm_fp32_avx512vnni.
- * Of gemm_fp8.h: ktk_gemm_fp8_avx2 ktk_gemm_fp8_avx512 ktk_gemm_fp8_avx512vnni. */
+ * Of gemm_fp8.h: ktk_gemm_fp8_avx2 ktk_gemm_fp8_avx512 ktk_gemm_fp8_avx512vnni. Of gemm_levels.h:
+ *   ktk_gemm_nl4_avx2 ktk_gemm_nl4_avx512 ktk_gemm_nl4_avx512vnni. */
 #include <string.h>
 
 #include "interleave.h"
@@ -28,10 +29,10 @@
  * 4-7 % slower. 256 bit: 4 rows fit, but up to 6 in one tile beat two tiles. */
 #ifdef __AVX512F__
 #define MAX_ROWS 8
-enum { BEST_ROWS = 8 };
+enum { BEST_ROWS = 8, BEST_LEVEL_ROWS = 8 };
 #else
 #define MAX_ROWS 6
-enum { BEST_ROWS = 4 };
+enum { BEST_ROWS = 4, BEST_LEVEL_ROWS = 6 };
 #endif
 #ifdef __AVX512VNNI__
 enum { INT8_UNIT = 4 }; /* bytes of four activation codes */
@@ -47,6 +48,7 @@ enum { CALL_ROWS = 64 };
 /* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them,
  * and any help only costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
 #define STREAMED_ROWS(FORMAT) (PV == 1 && (FORMAT) == KTK_INT8 ? 4 : 2)
+enum { STREAMED_LEVEL_ROWS = 2 };
 
 /* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale
  * comes first. */
@@ -457,6 +459,7 @@ GEMM_FLOAT(CAT(ktk_gemm_bf16_, KTK_ISA), KTK_BF16)
 GEMM_FLOAT(CAT(ktk_gemm_fp32_, KTK_ISA), KTK_FP32)
 
 #include "gemm_fp8.h"
+#include "gemm_levels.h"
 
 #ifdef __AVX512VNNI__
 enum { INT8_CODES = KTK_CODES_I8 };
@@ -467,13 +470,21 @@ enum { INT8_CODES = KTK_CODES_I16 };
 #define GEMM(NAME, CODES) {CAT(ktk_gemm_##NAME##_, KTK_ISA), KTK_TEXT(KTK_ISA), CODES, BLOCK_SIZES}
 const ktk_kernels CAT(ktk_panels_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
-    .gemm = {[KTK_INT4] = GEMM(int4, KTK_CODES_I8),
+    .gemm = {[KTK_NL4] = {CAT(ktk_gemm_nl4_, KTK_ISA),
+                          KTK_TEXT(KTK_ISA),
+                          KTK_CODES_I8,
+                          CALL_ROWS,
+                          CALL_ROWS,
+                          0,
+                          {4096 + CHUNK_BYTES, 64, 128}},
+             [KTK_INT4] = GEMM(int4, KTK_CODES_I8),
              [KTK_INT8] = GEMM(int8, INT8_CODES),
              [KTK_FP8] = GEMM(fp8, KTK_CODES_F32),
              [KTK_BF16] = GEMM(bf16, KTK_CODES_F32),
              [KTK_FP32] = GEMM(fp32, KTK_CODES_F32)},
     .tasks = {.up_panels = 16, .down_panels = 64, .least_down_panels = 4},
     .quantise = CAT(ktk_quantise_, KTK_ISA),
+    .rotate = CAT(ktk_rotate_, KTK_ISA),
     .activate = CAT(ktk_activate_, KTK_ISA),
     .load = CAT(ktk_load_, KTK_ISA),
     .store = CAT(ktk_store_, KTK_ISA),

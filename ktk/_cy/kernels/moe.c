@@ -23,7 +23,7 @@ enum { TASKS_PER_THREAD = 16 };
 enum {
     COMBINE_TOKENS = 64,
     QUANTISE_TOKENS = 16,
-    UP_STEP = 128 /* every activation group divides it */
+    UP_STEP = 128 /* at least */
 };
 /* Pairs in one go: two blocks of y are then at most 64 MiB a part. MAX_WHOLE_Y: bytes up to which y
  * is kept whole. */
@@ -144,6 +144,13 @@ static void put_part(operation *op, int p) {
     }
 }
 
+/* Columns of h that a task must make a multiple of: whole activation groups, whole blocks that
+ * turn. */
+static int up_step(const ktk_layer *layer) {
+    const ktk_matrix *down = &layer->down;
+    return max_int(UP_STEP, max_int(is_float(down) ? 0 : down->activation_group, down->rotation));
+}
+
 static void choose_columns(operation *op) {
     const ktk_layer *layer = op->layer;
     int64_t blocks = 0, enough = (int64_t)TASKS_PER_THREAD * op->num_threads;
@@ -151,7 +158,8 @@ static void choose_columns(operation *op) {
         blocks += row_blocks(op, op->first_row[e + 1] - op->first_row[e]);
     const ktk_task_sizes *sizes = &op->kernels->tasks;
     op->up_columns = sizes->up_panels * KTK_PANEL;
-    while (op->up_columns > UP_STEP && blocks * layer->down.padded_in < enough * op->up_columns)
+    while (op->up_columns > up_step(layer) &&
+           blocks * layer->down.padded_in < enough * op->up_columns)
         op->up_columns /= 2;
     op->down_columns = sizes->down_panels * KTK_PANEL;
     while (op->down_columns > sizes->least_down_panels * KTK_PANEL &&

@@ -111,6 +111,7 @@ void ktk_gate_up_task(operation *op, int64_t index, int thread) {
         /* Channels past intermediate_size are padding: whatever a bias or NaN makes of them must
          * not spread. */
         memset(h + real, 0, 4 * (size_t)(n - real));
+        turn_row(op->kernels, &layer->down, column, h, n);
         put_row(op->kernels, &layer->down, &op->h, t->first + i, column, h, n);
     }
 }

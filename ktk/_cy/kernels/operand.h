@@ -75,12 +75,19 @@ static inline int is_finite_row(const float *x, int n) {
     return most < 0x7f800000u;
 }
 
-/* A whole row. Integer formats make a group with inf or NaN NaN; float ones must make the row NaN:
- * a clamp would make inf finite. */
+/* Columns [column, column + n) turned in place where the matrix's are. */
+static inline void turn_row(const ktk_kernels *kernels, const ktk_matrix *w, int column,
+                            float *values, int n) {
+    if (w->rotation) kernels->rotate(values, column, n, w->rotation, w->rotation_seed);
+}
+
+/* A whole row, which is turned in place. Integer formats make a group with inf or NaN NaN; float
+ * ones must make the row NaN: a clamp would make inf finite. */
 static inline void put_token(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_rows *rows,
                              int64_t token, float *x) {
     if (is_float(w) && !is_finite_row(x, w->padded_in))
         for (int i = 0; i < w->padded_in; i++) x[i] = __builtin_nanf("");
+    turn_row(kernels, w, 0, x, w->padded_in);
     put_row(kernels, w, rows, token, 0, x, w->padded_in);
 }
 

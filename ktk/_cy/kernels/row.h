@@ -8,6 +8,7 @@
 
 void CAT(ktk_quantise_, KTK_ISA)(const float *, int, int, int, int, int, uint8_t *, float *,
                                  int32_t *);
+void CAT(ktk_rotate_, KTK_ISA)(float *, int64_t, int, int, uint32_t);
 void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *, const float *, const float *, int, int,
                                  const float *, const float *, float *);
 void CAT(ktk_load_, KTK_ISA)(int, const void *, int64_t, float *);

@@ -5,7 +5,8 @@
  * maxps(low, x) and minps(high, x) give x where it is NaN: the operands stand so that a NaN is
  * kept.
  *
- * Symbols: ktk_quantise_avx2 ktk_quantise_avx512 ktk_quantise_avx512vnni ktk_activate_avx2
+ * Symbols: ktk_rotate_avx2 ktk_rotate_avx512 ktk_rotate_avx512vnni
+ *   ktk_quantise_avx2 ktk_quantise_avx512 ktk_quantise_avx512vnni ktk_activate_avx2
  *   ktk_activate_avx512 ktk_activate_avx512vnni ktk_load_avx2 ktk_load_avx512 ktk_load_avx512vnni
  *   ktk_store_avx2 ktk_store_avx512 ktk_store_avx512vnni ktk_combine_avx2 ktk_combine_avx512
  *   ktk_combine_avx512vnni ktk_add_avx2 ktk_add_avx512 ktk_add_avx512vnni. */
@@ -51,6 +52,7 @@ void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int
                                  int codes_kind, uint8_t *codes, float *scales,
                                  int32_t *correction) {
     const VI magnitude_bits = VI_SET32(0x7fffffff);
+    const int32_t kept = zero_point == KTK_LEVEL_ZERO ? 0xffff : -1;
     for (int g = 0, f_index = 0; g * group < n; g++) {
         const int begin = g * group, end = begin + group < n ? begin + group : n;
         VI most = VI_ZERO();
@@ -79,8 +81,69 @@ void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int
                 }
                 store_codes(codes_kind, codes, i, q);
             }
-            correction[f_index] = -zero_point * VI_REDUCE_ADD32(sum);
+            correction[f_index] = (-zero_point * VI_REDUCE_ADD32(sum)) & kept;
         }
+    }
+}
+
+/* Signs of 64 columns: splitmix64 (Steele, Lea, Flood 2014) of the seed and the word's place. */
+static uint64_t sign_word(uint32_t seed, int64_t word) {
+    uint64_t z = ((uint64_t)seed << 32) + (uint64_t)word + 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+/* Butterflies of neighbours 1, 2, 4 (and 8) apart: of each pair (a + b, a - b). */
+INLINE VF turn_within(VF x) {
+#ifdef __AVX512F__
+#define STEP(A, B, LANES_OF_B) x = _mm512_mask_sub_ps(_mm512_add_ps(A, B), LANES_OF_B, A, B)
+    STEP(_mm512_moveldup_ps(x), _mm512_movehdup_ps(x), 0xaaaa);
+    STEP(_mm512_permute_ps(x, 0x44), _mm512_permute_ps(x, 0xee), 0xcccc);
+    STEP(_mm512_shuffle_f32x4(x, x, 0xa0), _mm512_shuffle_f32x4(x, x, 0xf5), 0xf0f0);
+    STEP(_mm512_shuffle_f32x4(x, x, 0x44), _mm512_shuffle_f32x4(x, x, 0xee), 0xff00);
+#undef STEP
+#else
+    VF a = _mm256_moveldup_ps(x), b = _mm256_movehdup_ps(x);
+    x = _mm256_blend_ps(VF_ADD(a, b), VF_SUB(a, b), 0xaa);
+    a = _mm256_permute_ps(x, 0x44), b = _mm256_permute_ps(x, 0xee);
+    x = _mm256_blend_ps(VF_ADD(a, b), VF_SUB(a, b), 0xcc);
+    a = _mm256_permute2f128_ps(x, x, 0x00), b = _mm256_permute2f128_ps(x, x, 0x11);
+    x = _mm256_blend_ps(VF_ADD(a, b), VF_SUB(a, b), 0xf0);
+#endif
+    return x;
+}
+
+void CAT(ktk_rotate_, KTK_ISA)(float *x, int64_t first, int n, int width, uint32_t seed) {
+    const VF scale = VF_SET(width == 64 ? 0.125f : 0.0625f);
+#ifdef __AVX512F__
+    const VI lane =
+        _mm512_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);
+#else
+    const VI lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+#endif
+    for (int block = 0; block < n; block += width) {
+        float *const b = x + block;
+        for (int word = 0; word < width; word += 64) {
+            const uint64_t signs = sign_word(seed, (first + block + word) / 64);
+            UNROLL
+            for (int i = 0; i < 64; i += LANES) {
+                VI bits = VI_SLLV32(VI_SET32((int32_t)(uint32_t)(signs >> i)), lane);
+                bits = VI_AND(bits, VI_SET32(INT32_MIN));
+                float *at = b + word + i;
+                VF_STORE(at, turn_within(VF_BITS(VI_XOR(VI_BITS(VF_LOAD(at)), bits))));
+            }
+        }
+        for (int step = LANES; step < width; step *= 2)
+            for (int i = 0; i < width; i += 2 * step)
+                for (int j = i; j < i + step; j += LANES) {
+                    VF p = VF_LOAD(b + j), q = VF_LOAD(b + j + step);
+                    VF sum = VF_ADD(p, q), difference = VF_SUB(p, q);
+                    if (2 * step == width)
+                        sum = VF_MUL(sum, scale), difference = VF_MUL(difference, scale);
+                    VF_STORE(b + j, sum);
+                    VF_STORE(b + j + step, difference);
+                }
     }
 }
 

@@ -40,6 +40,7 @@ typedef __m512 VF;
 #define VI_SET32(x) _mm512_set1_epi32(x)
 #define VI_SRL16 _mm512_srli_epi16
 #define VI_SLL32 _mm512_slli_epi32
+#define VI_SLLV32 _mm512_sllv_epi32
 #define VI_ADD32 _mm512_add_epi32
 #define VI_ADD16 _mm512_add_epi16
 #define VI_ADD8 _mm512_add_epi8
@@ -109,6 +110,7 @@ INLINE __m256 VF_LOW_HALF(__m256i x) {
 #define VI_SET32(x) _mm256_set1_epi32(x)
 #define VI_SRL16 _mm256_srli_epi16
 #define VI_SLL32 _mm256_slli_epi32
+#define VI_SLLV32 _mm256_sllv_epi32
 #define VI_ADD32 _mm256_add_epi32
 #define VI_ADD16 _mm256_add_epi16
 #define VI_ADD8 _mm256_add_epi8

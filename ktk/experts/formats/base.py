@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 GROUP_SIZES = (32, 64, 128)
+ACTIVATION_GROUPS = (*GROUP_SIZES, 256)
 TINY_PEAK = 1e-30  # a group whose weights are all smaller is stored as zeros
 # Bits of the dtypes that do not end in them.
 _BITS = {"e8m0": 8, "e4m3": 8}
@@ -101,7 +102,10 @@ class Format:
     zero_point : the code that means 0. code_min, code_max : range of (code - zero_point) the
         quantiser of panels uses.
     group_sizes : allowed values of MoESpec.group_size; 0 = per output channel.
-    default_group, default_activation_group : what `group_size=None` means.
+    default_group, default_activation_group, default_rotation : what None means in a MoESpec.
+    levels : integers that codes stand for, where they are no code - zero_point. multipliers :
+        integers that groups of weights are multiplied by, channels alone having scales; a product
+        of the two is within +-127, and all sums are of such products.
     search : None where only rounding with feedback, or nothing, makes the format of floats. grid :
         None where feedback does not.
     """
@@ -118,6 +122,9 @@ class Format:
     group_sizes: tuple[int, ...] = (0,)
     default_group: int = 0
     default_activation_group: int = 0
+    default_rotation: int = 0
+    levels: tuple[int, ...] = ()
+    multipliers: tuple[int, ...] = ()
     search: Search | None = None
     grid: Grid | None = None
 
@@ -178,7 +185,7 @@ class Format:
                     f"group_size={group_size!r}: GGUF blocks have groups of their own, leave it out"
                 )
             )
-        groups = GROUP_SIZES if self.is_integer else (0,)
+        groups = ACTIVATION_GROUPS if self.is_integer else (0,)
         if type(activation_group) is not int or activation_group not in groups:
             raise ValueError(
                 f"activation_group={activation_group!r}: {self.name} takes "

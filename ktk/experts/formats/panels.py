@@ -7,8 +7,32 @@ from ktk.experts.formats.base import GROUP_SIZES, Format, Plane, Search, steps
 # Scales of a group are bf16, those of a whole channel f32 (``ktk.experts.layout``).
 _GROUP_SCALES = Plane("scales", "bf16", 0)
 
+# Steps between the levels grow with them, as IQ4_NL's do: rotated weights are nearly Gaussian.
+_LEVELS = (-10, -8, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9)
+_MAGNITUDES = (5, 6, 7, 8, 9, 10, 11, 12)
+
 # Ordered by bits per weight, fewest first.
 PANELS = (
+    # 16 levels times an integer for each group, one scale a channel. The levels lean to one side:
+    # a multiplier's sign chooses which. Products are int8, and every sum of them is exact.
+    Format(
+        "nl4",
+        (
+            Plane("scales", "f32", 0),
+            Plane("multipliers", "u4", 0),
+            Plane("codes", "u4"),
+        ),
+        "s8",
+        zero_point=128,
+        code_min=-127,
+        code_max=127,
+        group_sizes=(16, 32, 0),
+        default_group=16,
+        default_activation_group=256,
+        default_rotation=64,
+        levels=_LEVELS,
+        multipliers=(*_MAGNITUDES, *(-m for m in _MAGNITUDES)),
+    ),
     # Symmetric. A scale may be negative: -8 then stands for the group's largest value, whatever its
     # sign.
     Format(
