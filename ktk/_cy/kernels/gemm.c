@@ -29,10 +29,12 @@
  * 4-7 % slower. 256 bit: 4 rows fit, but up to 6 in one tile beat two tiles. */
 #ifdef __AVX512F__
 #define MAX_ROWS 8
-enum { BEST_ROWS = 8, BEST_LEVEL_ROWS = 8 };
+#define MOST_LEVEL_ROWS 8
+enum { BEST_ROWS = 8 };
 #else
 #define MAX_ROWS 6
-enum { BEST_ROWS = 4, BEST_LEVEL_ROWS = 6 };
+#define MOST_LEVEL_ROWS 3 /* of gemm_levels.h: three sums of 16 bits and three of 32, twice */
+enum { BEST_ROWS = 4 };
 #endif
 #ifdef __AVX512VNNI__
 enum { INT8_UNIT = 4 }; /* bytes of four activation codes */
@@ -48,7 +50,7 @@ enum { CALL_ROWS = 64 };
 /* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them,
  * and any help only costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
 #define STREAMED_ROWS(FORMAT) (PV == 1 && (FORMAT) == KTK_INT8 ? 4 : 2)
-enum { STREAMED_LEVEL_ROWS = 2 };
+enum { DIRECT_ROWS = 4 }; /* of gemm_levels.h */
 
 /* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale
  * comes first. */

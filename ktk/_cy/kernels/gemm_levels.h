@@ -29,56 +29,77 @@ typedef struct {
     uint8_t *codes, *multipliers;
 } level_chunk;
 
-/* Eight or sixteen indices of multipliers, a byte each, to dwords of two 16-bit lanes. */
-INLINE VI widen_multipliers(__m128i index) {
-    const __m128i m = _mm_shuffle_epi8(_mm_load_si128((const __m128i *)ktk_multipliers), index);
+/* k [k, k + 8) of 16 channels, as codes have them: levels of the first four k and of the last. */
+INLINE void levels_of(const uint8_t *codes, VI low[PV], VI high[PV]) {
+    const VI levels = VI_LOAD_TABLE(ktk_levels), mask = VI_SET8(15);
+    UNROLL
+    for (int v = 0; v < PV; v++) {
+        const VI c = VI_LOAD(codes + v * 32);
+        low[v] = VI_SHUFFLE8(levels, VI_AND(c, mask));
+        high[v] = VI_SHUFFLE8(levels, VI_AND(VI_SRL16(c, 4), mask));
+    }
+}
+
+/* Indices of multipliers, a byte a channel, to dwords of two 16-bit lanes. */
+INLINE void widen_multipliers(__m128i index, VI to[PV]) {
+    const __m128i table = _mm_load_si128((const __m128i *)ktk_multipliers);
+    const __m128i bytes = _mm_shuffle_epi8(table, _mm_and_si128(index, _mm_set1_epi8(15)));
 #ifdef __AVX512F__
-    const VI wide = _mm512_cvtepi8_epi32(m);
-#else
-    const VI wide = _mm256_cvtepi8_epi32(m);
+    const VI wide = _mm512_cvtepi8_epi32(bytes);
+    to[0] = VI_AND(wide, VI_SET32(0xffff)); /* the high half of VPDPBUSD's sum counts nothing */
+#ifndef __AVX512VNNI__
+    to[0] = VI_OR(to[0], VI_SLL32(wide, 16));
 #endif
-#ifdef __AVX512VNNI__
-    return VI_AND(wide, VI_SET32(0xffff)); /* the sum's high half counts nothing */
 #else
-    return VI_OR(VI_AND(wide, VI_SET32(0xffff)), VI_SLL32(wide, 16));
+    const VI words = _mm256_permute4x64_epi64(_mm256_cvtepi8_epi16(bytes), 0xd8);
+    to[0] = _mm256_unpacklo_epi16(words, words);
+    to[1] = _mm256_unpackhi_epi16(words, words);
 #endif
+}
+
+/* Multipliers of k [k, k + 16) and of the 16 behind. */
+INLINE void multipliers_of(const ktk_matrix *w, const uint8_t *panel, int k, VI first[PV],
+                           VI second[PV]) {
+    panel += KTK_PANEL * 4; /* the channels' scales */
+    if (w->multiplier_group == LEVEL_GROUP) {
+        const __m128i both = _mm_loadu_si128((const __m128i *)(panel + k / 32 * KTK_PANEL));
+        widen_multipliers(both, first);
+        widen_multipliers(_mm_srli_epi16(both, 4), second);
+        return;
+    }
+    if (w->multiplier_group) {
+        const __m128i both = _mm_loadu_si128((const __m128i *)(panel + k / 64 * KTK_PANEL));
+        widen_multipliers(k & 32 ? _mm_srli_epi16(both, 4) : both, first);
+    } else {
+        UNROLL
+        for (int v = 0; v < PV; v++) first[v] = VI_SET32(INT8_UNIT == 4 ? 1 : 0x10001);
+    }
+    UNROLL
+    for (int v = 0; v < PV; v++) second[v] = first[v];
 }
 
 /* k [begin, begin + num_k) of a panel; both are multiples of 32. */
 INLINE void unpack_chunk(const ktk_matrix *w, const uint8_t *panel, int begin, int num_k,
                          const uint8_t *ahead, level_chunk to) {
-    const VI levels = VI_LOAD_TABLE(ktk_levels), mask = VI_SET8(15);
     const int64_t first = w->code_offset + (int64_t)begin * KTK_PANEL / 2;
     const uint8_t *codes = panel + first;
     for (int k = 0; k < num_k; k += 8) {
+        VI low[PV], high[PV];
         if (ahead) _mm_prefetch((const char *)ahead + first + k * KTK_PANEL / 2, _MM_HINT_T1);
+        levels_of(codes + k * KTK_PANEL / 2, low, high);
         UNROLL
         for (int v = 0; v < PV; v++) {
-            const VI c = VI_LOAD(codes + k * KTK_PANEL / 2 + v * 32);
-            uint8_t *at = to.codes + k * KTK_PANEL + v * 32;
-            VI_STORE(at, VI_SHUFFLE8(levels, VI_AND(c, mask)));
-            VI_STORE(at + 64, VI_SHUFFLE8(levels, VI_AND(VI_SRL16(c, 4), mask)));
+            VI_STORE(to.codes + k * KTK_PANEL + v * 32, low[v]);
+            VI_STORE(to.codes + k * KTK_PANEL + 64 + v * 32, high[v]);
         }
     }
-    const int group = w->multiplier_group;
-    for (int k = 0; k < num_k; k += LEVEL_GROUP) {
+    for (int k = 0; k < num_k; k += 32) {
         uint8_t *at = to.multipliers + k / LEVEL_GROUP * KTK_PANEL * 4;
-        const int g = group ? (begin + k) / group : 0;
-        const uint8_t *pair = panel + KTK_PANEL * 4 + g / 2 * KTK_PANEL;
+        VI by[2][PV];
+        multipliers_of(w, panel, begin + k, by[0], by[1]);
         UNROLL
-        for (int v = 0; v < PV; v++) {
-            VI m = VI_SET32(PV == 1 && INT8_UNIT == 4 ? 1 : 0x10001);
-            if (group) {
-#ifdef __AVX512F__
-                __m128i index = _mm_loadu_si128((const __m128i *)pair);
-#else
-                __m128i index = _mm_loadl_epi64((const __m128i *)(pair + v * LANES));
-#endif
-                if (g % 2) index = _mm_srli_epi16(index, 4);
-                m = widen_multipliers(_mm_and_si128(index, _mm_set1_epi8(15)));
-            }
-            VI_STORE(at + v * 32, m);
-        }
+        for (int half = 0; half < 2; half++) UNROLL
+        for (int v = 0; v < PV; v++) VI_STORE(at + 64 * half + v * 32, by[half][v]);
     }
 }
 
@@ -88,57 +109,88 @@ typedef struct {
     int is_first, scale_first;
 } chunk_end;
 
-/* One chunk, one tile; acc and sum of a vector of channels stay in registers. */
-INLINE void tile_levels(const int MR, const level_chunk *chunk, int num_k, const uint8_t *a,
-                        const int32_t *correction, const float *a_scale, chunk_end end,
-                        float *restrict out, int64_t out_stride) {
+/* sum += products of four k, of all rows. */
+INLINE void dot_levels(const int MR, const VI w[PV], const uint8_t *rows, VI sum[MAX_ROWS][PV]) {
+    UNROLL
+    for (int m = 0; m < MR; m++) {
+#ifdef __AVX512VNNI__
+        VI_DOT_BROADCAST(sum[m][0], w[0], rows + 4 * m);
+#else
+        const VI quad = VI_SET32(load32(rows + 4 * m));
+        UNROLL
+        for (int v = 0; v < PV; v++) {
+            sum[m][v] = VI_ADD16(sum[m][v], VI_MADDUBS(w[v], quad));
+            VI_PIN(sum[m][v]);
+        }
+#endif
+    }
+}
+
+/* One chunk, one tile: from the panel itself (IS_DIRECT: rows so few that nothing is gained by
+ * unpacking it for others) or from `chunk`. */
+INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
+                        const uint8_t *panel, int begin, const level_chunk *chunk, int num_k,
+                        const uint8_t *rows, const int32_t *sums, const float *a_scale,
+                        chunk_end end, float *restrict out, int64_t out_stride) {
+    const uint8_t *codes =
+        IS_DIRECT ? panel + w->code_offset + (int64_t)begin * KTK_PANEL / 2 : chunk->codes;
+    const uint8_t *multipliers = chunk->multipliers;
+    VI acc[MAX_ROWS][PV];
+    UNROLL
+    for (int m = 0; m < MR; m++) UNROLL
+    for (int v = 0; v < PV; v++) acc[m][v] = VI_ZERO();
+    for (int k = 0; k < num_k; k += 32) {
+        VI by[2][PV];
+        if (IS_DIRECT) multipliers_of(w, panel, begin + k, by[0], by[1]);
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            VI sum[MAX_ROWS][PV];
+            UNROLL
+            for (int m = 0; m < MR; m++) UNROLL
+            for (int v = 0; v < PV; v++) sum[m][v] = VI_SET32(sums[m]);
+            UNROLL
+            for (int k8 = 0; k8 < LEVEL_GROUP; k8 += 8) {
+                VI low[PV], high[PV];
+                if (IS_DIRECT) {
+                    levels_of(codes, low, high);
+                    codes += 8 * KTK_PANEL / 2;
+                } else {
+                    UNROLL
+                    for (int v = 0; v < PV; v++) low[v] = VI_LOAD(codes + v * 32);
+                    UNROLL
+                    for (int v = 0; v < PV; v++) high[v] = VI_LOAD(codes + 64 + v * 32);
+                    codes += 8 * KTK_PANEL;
+                }
+                dot_levels(MR, low, rows, sum);
+                dot_levels(MR, high, rows + 4 * MR, sum);
+                rows += 8 * MR;
+            }
+            if (!IS_DIRECT) {
+                UNROLL
+                for (int v = 0; v < PV; v++) by[half][v] = VI_LOAD(multipliers + v * 32);
+                multipliers += KTK_PANEL * 4;
+            }
+            sums += MR;
+            UNROLL
+            for (int m = 0; m < MR; m++) UNROLL
+            for (int v = 0; v < PV; v++) {
+#ifdef __AVX512VNNI__
+                acc[m][v] = _mm512_dpwssd_epi32(acc[m][v], sum[m][v], by[half][v]);
+#else
+                acc[m][v] = VI_ADD32(acc[m][v], VI_MADD(sum[m][v], by[half][v]));
+                VI_PIN(acc[m][v]);
+#endif
+            }
+        }
+    }
     UNROLL
     for (int v = 0; v < PV; v++) {
-        const uint8_t *codes = chunk->codes + v * 32, *multipliers = chunk->multipliers + v * 32;
-        const uint8_t *rows = a;
-        const int32_t *sums = correction;
-        VI acc[MAX_ROWS];
-        UNROLL
-        for (int m = 0; m < MR; m++) acc[m] = VI_ZERO();
-        for (int k = 0; k < num_k; k += LEVEL_GROUP) {
-            VI sum[MAX_ROWS];
-            UNROLL
-            for (int m = 0; m < MR; m++) sum[m] = VI_SET32(sums[m]);
-            UNROLL
-            for (int q = 0; q < LEVEL_GROUP / 4; q++) {
-                const VI w = VI_LOAD(codes + 64 * q);
-                UNROLL
-                for (int m = 0; m < MR; m++) {
-#ifdef __AVX512VNNI__
-                    VI_DOT_BROADCAST(sum[m], w, rows + 4 * (MR * q + m));
-#else
-                    const VI quad = VI_SET32(load32(rows + 4 * (MR * q + m)));
-                    sum[m] = VI_ADD16(sum[m], VI_MADDUBS(w, quad));
-                    VI_PIN(sum[m]);
-#endif
-                }
-            }
-            const VI by = VI_LOAD(multipliers);
-            UNROLL
-            for (int m = 0; m < MR; m++) {
-#ifdef __AVX512VNNI__
-                acc[m] = _mm512_dpwssd_epi32(acc[m], sum[m], by);
-#else
-                acc[m] = VI_ADD32(acc[m], VI_MADD(sum[m], by));
-                VI_PIN(acc[m]);
-#endif
-            }
-            codes += LEVEL_GROUP * KTK_PANEL;
-            multipliers += KTK_PANEL * 4;
-            rows += LEVEL_GROUP * MR;
-            sums += MR;
-        }
         const VF scale = end.scales ? VF_LOAD(end.scales + 4 * v * LANES) : VF_ZERO();
         UNROLL
         for (int m = 0; m < MR; m++) {
             float *at = out + m * out_stride + v * LANES;
             const VF own = VF_SET(a_scale[m]);
-            VF y = VF_FMA(VF_CVT(acc[m]), end.scale_first ? scale : own,
+            VF y = VF_FMA(VF_CVT(acc[m][v]), end.scale_first ? scale : own,
                           end.is_first ? VF_ZERO() : VF_LOAD(at));
             if (end.scales) y = VF_FMA(y, end.scale_first ? own : scale, VF_ZERO());
             VF_STORE(at, y);
@@ -146,57 +198,84 @@ INLINE void tile_levels(const int MR, const level_chunk *chunk, int num_k, const
     }
 }
 
-INLINE void tile_levels_of(int num_rows, const level_chunk *chunk, int num_k, const uint8_t *a,
-                           const int32_t *correction, const float *a_scale, chunk_end end,
-                           float *out, int64_t out_stride) {
-    switch (num_rows) {
-#define TILE(MR)                                                                                   \
-    case MR:                                                                                       \
-        tile_levels(MR, chunk, num_k, a, correction, a_scale, end, out, out_stride);               \
+/* Rows [0, num_rows) of a tile over the chunk at k. */
+INLINE void tile_levels_of(int num_rows, int is_direct, const ktk_matrix *w, const uint8_t *panel,
+                           int k, int num_k, const level_chunk *chunk, const tile_rows *tile,
+                           chunk_end end, float *out, int64_t out_stride) {
+    const uint8_t *rows = tile->codes + (int64_t)k * num_rows;
+    const int32_t *sums = tile->correction + k / LEVEL_GROUP * num_rows;
+    const float *a_scale = tile->scales + k / w->activation_group * num_rows;
+#define TILE(MR, IS_DIRECT)                                                                        \
+    tile_levels(MR, IS_DIRECT, w, panel, k, chunk, num_k, rows, sums, a_scale, end, out, out_stride)
+    switch (num_rows * (is_direct ? -1 : 1)) {
+    case -1:
+        TILE(1, 1);
         break;
-        TILE(1)
-        TILE(2)
-        TILE(3)
-        TILE(4)
-        TILE(5)
-        TILE(6)
-#if MAX_ROWS > 6
-        TILE(7)
-        TILE(8)
+    case -2:
+        TILE(2, 1);
+        break;
+    case -3:
+        TILE(3, 1);
+        break;
+    case -4:
+        TILE(4, 1);
+        break;
+    case 1:
+        TILE(1, 0);
+        break;
+    case 2:
+        TILE(2, 0);
+        break;
+    case 3:
+        TILE(3, 0);
+        break;
+#if MOST_LEVEL_ROWS > 3
+    case 4:
+        TILE(4, 0);
+        break;
+    case 5:
+        TILE(5, 0);
+        break;
+    case 6:
+        TILE(6, 0);
+        break;
+    case 7:
+        TILE(7, 0);
+        break;
+    case 8:
+        TILE(8, 0);
+        break;
 #endif
-#undef TILE
     }
+#undef TILE
 }
 
 void CAT(ktk_gemm_nl4_, KTK_ISA)(const ktk_gemm_args *g) {
     const ktk_matrix *w = g->w;
     const int num_rows = g->num_rows, num_k = w->padded_in;
-    const int num_tiles =
-        num_rows <= MAX_ROWS ? 1 : (num_rows + BEST_LEVEL_ROWS - 1) / BEST_LEVEL_ROWS;
+    const int is_direct = num_rows <= DIRECT_ROWS;
+    const int num_tiles = is_direct ? 1 : (num_rows + MOST_LEVEL_ROWS - 1) / MOST_LEVEL_ROWS;
     const level_chunk chunk = {g->work, g->work + CHUNK_CODES};
     uint8_t *work = g->work + CHUNK_BYTES;
     tile_rows tile[CALL_ROWS];
-    for (int t = 0; t < num_tiles; t++) {
+    for (int t = 0; t < num_tiles; t++) { /* of nearly equal height */
         const int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
         work = pack_tile(4, w, g->a, g->rows + first, end - first, work, &tile[t]);
     }
     for (int p = 0; p < g->num_panels; p++) {
         const uint8_t *panel = g->panels + p * w->panel_bytes;
-        const uint8_t *next = p + 1 < g->num_panels ? panel + w->panel_bytes : g->next;
-        const uint8_t *ahead = num_rows > STREAMED_LEVEL_ROWS ? next : NULL;
+        const uint8_t *ahead = p + 1 < g->num_panels ? panel + w->panel_bytes : g->next;
         for (int i = 0; i < w->code_offset; i += 64)
             _mm_prefetch((const char *)panel + i, _MM_HINT_T0);
         for (int k = 0; k < num_k; k += w->activation_group) {
             const int many = num_k - k < w->activation_group ? num_k - k : w->activation_group;
             const int is_last = k + many == num_k;
             const chunk_end end = {is_last ? panel : NULL, !k, num_k <= w->activation_group};
-            unpack_chunk(w, panel, k, many, ahead, chunk);
+            if (!is_direct) unpack_chunk(w, panel, k, many, ahead, chunk);
             for (int t = 0; t < num_tiles; t++) {
                 const int first = t * num_rows / num_tiles;
                 const int rows = (t + 1) * num_rows / num_tiles - first;
-                tile_levels_of(rows, &chunk, many, tile[t].codes + (int64_t)k * rows,
-                               tile[t].correction + (int64_t)k / LEVEL_GROUP * rows,
-                               tile[t].scales + (int64_t)k / w->activation_group * rows, end,
+                tile_levels_of(rows, is_direct, w, panel, k, many, &chunk, &tile[t], end,
                                g->out + first * g->out_stride + p * KTK_PANEL, g->out_stride);
             }
         }
