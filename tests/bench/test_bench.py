@@ -4,8 +4,6 @@ errors that say what to do.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import math
 import subprocess
@@ -30,12 +28,11 @@ from ktk.bench.layer import (
     spec_of,
 )
 from ktk.bench.roofline import READ, Roofline, bound, cpus_for, l3_bytes, peak_of, peaks
-from ktk.bench.run import Case, Result, Round, build_layers, measure, report
+from ktk.bench.run import Case, Round, build_layers, measure, report
 from ktk.bench.shapes import SHAPES, Shape, routings
 from ktk.cli import bench as bench_command
 from ktk.errors import BackendError
 from ktk.machine import cpu
-from make import ROOT
 
 TINY = Shape("tiny", 64, 96, 5, 2)
 needs_extension = pytest.mark.skipif(
@@ -515,80 +512,3 @@ def test_wrong_arguments_fail_at_once_and_say_what_is_allowed(
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.startswith("ktk: error: ")
-
-
-# --- other engines -----------------------------------------------------------------------------
-
-PROGRAM = """#!{python}
-import json, sys
-at = sys.argv.index
-kind, buffer = sys.argv[at("--type") + 1], sys.argv[at("--buf") + 1]
-if buffer == "repack":
-    sys.exit("no such buffer") if kind == "bad" else sys.exit(6)
-print("chatter")
-tokens = int(sys.argv[at("--tokens") + 1])
-print(json.dumps({{"tokens": tokens, "ms_median": 2.0, "experts_touched": 8.0, "bpw": 4.5}}))
-"""
-
-
-@pytest.fixture
-def peers() -> Any:
-    path = ROOT / "bench" / "peers.py"
-    spec = importlib.util.spec_from_file_location("peers", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@needs_extension
-def test_another_engines_program_is_read(peers: Any, tmp_path: Path) -> None:
-    program = tmp_path / "program"
-    program.write_text(PROGRAM.format(python=sys.executable))
-    program.chmod(0o755)
-    shape = SHAPES["qwen3-30b-a3b"]
-    engine = peers.LlamaCpp(str(program), shape, "q4_0", "cpu", 2)
-    assert engine.expert_bytes == shape.num_weights * 4.5 / 8
-    seconds, touched = engine.caller(hidden_states(TINY, 3), []).round()
-    assert (seconds, touched) == ([0.002], [8.0])
-    with pytest.raises(LookupError):
-        peers.LlamaCpp(str(program), shape, "q4_0", "repack", 2)
-    with pytest.raises(RuntimeError, match="ended with 1: no such buffer"):
-        peers.LlamaCpp(str(program), shape, "bad", "repack", 2)
-
-
-@needs_extension
-def test_blocks_are_compared_with_the_better_buffer_of_the_same_type(
-    peers: Any, tmp_path: Path
-) -> None:
-    program = tmp_path / "program"
-    program.write_text(PROGRAM.format(python=sys.executable))
-    program.chmod(0o755)
-    given = argparse.Namespace(kt_python=None, llama_bench=str(program))
-    kinds = [peers.ggml_name(name) for name in ("Q4_K", "IQ4_XS")]
-    (k, xs) = peers.rivals(given, SHAPES["qwen3-30b-a3b"], kinds, 2, 1)
-    assert (k.method, xs.method) == ("llama.cpp q4_K cpu", "llama.cpp iq4_xs cpu")
-    seconds = {
-        "LLAMAFILE:Q4_K": 1.0,
-        "llamafile:q4_K:repack": 2.0,
-        "LLAMAFILE:F16": 1.0,
-        "INT8": 1.0,
-        "llama.cpp q4_K repack": 3.0,
-        "llama.cpp q4_K cpu": 5.0,
-        "llama.cpp q8_0 cpu": 0.1,
-    }
-    cases = [
-        Case(TINY, name, "", "", 1, 4, [Round([s], [1.0], (1.0, 1.0), (1.0, 1.0))])
-        for name, s in seconds.items()
-    ]
-    rows = peers.block_ratios(Result(TINY, [], cases, {}))
-    assert [(r["method"], r["buffer"], r["ratio"]) for r in rows] == [
-        ("LLAMAFILE:Q4_K", "repack", 3.0),
-        ("llamafile:q4_K:repack", "repack", 1.5),
-    ]
-
-
-@needs_extension
-def test_an_engine_that_does_not_start_is_an_error_with_its_command(peers: Any) -> None:
-    with pytest.raises(RuntimeError, match=r"kt-kernel ended with .*peers_kt_kernel\.py"):
-        peers.KtKernel("false", TINY, "AMXINT4", 1, 4)
