@@ -45,6 +45,7 @@ from ktk.machine import cpu
 
 METHODS, LLAMA_TYPES = "INT4:32,INT4:128,INT8", "q4_0,q4_K,q8_0"
 KT_METHODS = "AMXINT4,AMXINT8,RAWINT4"
+FILE_WIDTH = 200  # columns, where a file or a pipe has none
 SGLANG_METHODS, VLLM_METHODS = "int8,int4:128,fp8,bf16", "bf16"
 
 
@@ -138,7 +139,7 @@ def print_ratios(result: Result, methods: list[Method]) -> None:
             str(case.num_tokens) if last != case.num_tokens else "", case.method, *rates, *ratios
         )
         last = case.num_tokens
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     console.print(table)
     for name, c in result.ceilings.items():
         console.print(
