@@ -21,7 +21,7 @@ F = np.float32
 # The largest product, in root mean squares of a channel. A Gaussian's best lies in the middle; a
 # channel with outliers that no rotation has spread wants the last.
 LADDER = (2.2, 2.5, 2.8, 3.2, 4.0, 6.0, 10.0)
-_GROUPS_TRIED = 32  # of a channel, for its scale
+_GROUPS_TRIED = 16  # of a channel, for its scale
 _COLUMNS = 128  # rounded between two products with the rest of the factor
 _ALONE = 32  # columns rounded at a time where a channel has no groups
 
@@ -72,9 +72,9 @@ def round_levels(
     x = np.ascontiguousarray(rotate(whole, layout.rotation).T)
     count = np.ones(columns, F) if weight is None else weight
     group = layout.multiplier_group
-    multipliers = np.array(fmt.multipliers if group else (1,), F)
+    magnitudes, signs = _parts(fmt.multipliers) if group else (np.ones(1, F), np.ones(1, F))
     table = np.array(fmt.levels, F)
-    scales = _scales(x, count, group or _ALONE, multipliers, table)
+    scales = _scales(x, count, group or _ALONE, magnitudes, signs, table)
     target, error = x.copy(), np.empty_like(x)
     codes, loss = np.empty(x.shape, np.int16), np.zeros(x.shape[1], F)
     chosen = np.zeros((columns // (group or _ALONE), x.shape[1]), np.uint8)
@@ -91,7 +91,8 @@ def round_levels(
             count[here],
             group or _ALONE,
             scales,
-            multipliers,
+            magnitudes,
+            signs,
             table,
             codes[here],
             chosen[groups],
@@ -108,23 +109,37 @@ def round_levels(
     )
 
 
+def _parts(multipliers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending magnitudes and the two signs: all of them stand with the first, then with the
+    second.
+    """
+    half = len(multipliers) // 2
+    magnitudes = np.array(multipliers[:half], F)
+    assert tuple(-m for m in multipliers[:half]) == multipliers[half:]
+    return magnitudes, np.array([1, -1], F)
+
+
 def _scales(
-    x: np.ndarray, weight: np.ndarray, group: int, multipliers: np.ndarray, table: np.ndarray
+    x: np.ndarray,
+    weight: np.ndarray,
+    group: int,
+    magnitudes: np.ndarray,
+    signs: np.ndarray,
+    table: np.ndarray,
 ) -> np.ndarray:
     """float32 (rows,) of least error over LADDER; x (K, rows)."""
     kernels = compiled()
-    largest = float(np.abs(multipliers).max() * np.abs(table).max())
+    largest = float(magnitudes.max() * np.abs(table).max())
     size = np.sqrt(np.square(x, dtype=np.float64).mean(axis=0)).astype(F) / F(largest)
     best, least = np.zeros_like(size), np.full_like(size, np.inf)
     stride = max(1, len(x) // group // _GROUPS_TRIED)
-    # For the last of a stride a whole group must follow.
     loss = np.empty(kernels.LANES, F)
     for row in range(0, x.shape[1], kernels.LANES):
         here = slice(row, row + kernels.LANES)
         mine = np.ascontiguousarray(x[:, here])
         for step in LADDER:
             scale = size[here] * F(step)
-            kernels.levels_loss(mine, weight, group, stride, scale, multipliers, table, loss)
+            kernels.levels_loss(mine, weight, group, stride, scale, magnitudes, signs, table, loss)
             better = loss < least[here]
             best[here] = np.where(better, scale, best[here])
             least[here] = np.where(better, loss, least[here])

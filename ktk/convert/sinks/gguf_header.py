@@ -21,6 +21,8 @@ from ktk.models.arch import BY_MODEL_TYPE
 from ktk.models.config import INTERMEDIATE_KEYS, NUM_LAYERS_KEYS
 
 ALIGNMENT = 32  # of tensors, the GGUF format's default
+# File types that gguf 0.18, the oldest supported, has no name of.
+_NEWER_FILE_TYPES = {"MOSTLY_MXFP4_MOE": 38}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
+def _file_type(name: str) -> int:
+    """The number that a GGUF file states for the type most of it has."""
+    import gguf
+
+    known = gguf.LlamaFileType.__members__
+    return int(known[name]) if name in known else _NEWER_FILE_TYPES[name]
+
+
 def architecture_of(config: Config, family: str) -> tuple[str, bool]:
     """general.architecture, and whether GGUF has it; else it is the model_type, or the family."""
     named = config.model_types[::-1]  # outermost first
@@ -85,7 +95,7 @@ def header(
         writer = gguf.GGUFWriter(path, architecture)
         writer.add_type("model")
         writer.add_name(name)
-        writer.add_file_type(int(gguf.LlamaFileType[BLOCKS[experts_type].file_type]))
+        writer.add_file_type(_file_type(BLOCKS[experts_type].file_type))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add: dict[type, Callable[[str, Any], None]] = {
             bool: writer.add_bool,
