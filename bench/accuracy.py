@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--calibrate-tokens", type=int, default=8192)
     parser.add_argument("--activation-group", type=int)
+    parser.add_argument("--rotation", type=int)
     parser.add_argument("--ggml", type=Path)
     parser.add_argument("-f", "--format", action="append", default=[])
     parser.add_argument("--dither", type=Path)
@@ -95,6 +96,7 @@ def main() -> None:
         ggml=ggml,
         calibration_ids=calibration,
         activation_group=arguments.activation_group,
+        rotation=arguments.rotation,
     ):
         print(json.dumps(row.to_json()), flush=True)
 

@@ -44,15 +44,22 @@ def command(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale: 32, 64 or 128 for int4, 0 = per channel; "
-            "default: the format's."
+            help="Weights that share a scale or multiplier: 32, 64 or 128 for int4, 16 or 32 for "
+            "nl4, 0 = per channel; default: the format's."
         ),
     ] = None,
     activation_group: Annotated[
         int | None,
         typer.Option(
-            help="Activations that share a scale: 32, 64 or 128; "
-            "default: 128 for int4, 64 for int8."
+            help="Activations that share a scale: 32, 64, 128 or 256; "
+            "default: 128 for int4, 64 for int8, 256 for nl4."
+        ),
+    ] = None,
+    rotation: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns of weights and activations that are turned together, so that outliers "
+            "spread: 64 or 256, 0 = none; default: 64 for nl4, else none."
         ),
     ] = None,
     calibrate: Annotated[
@@ -132,6 +139,7 @@ def command(
                 input_type=input_type,
                 group_size=group_size,
                 activation_group=activation_group,
+                rotation=rotation,
                 threads=threads,
                 resume=resume,
                 whole=whole,

@@ -33,7 +33,13 @@ def command(
     ] = "auto",
     activation_group: Annotated[
         int | None,
-        typer.Option(help="Activations that share a scale: 32, 64 or 128; default: the format's."),
+        typer.Option(
+            help="Activations that share a scale: 32, 64, 128 or 256; default: the format's."
+        ),
+    ] = None,
+    rotation: Annotated[
+        int | None,
+        typer.Option(help="Columns turned together: 64, 256 or 0; default: the format's."),
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=256, help="Tokens to measure on, in windows of 256.")
@@ -117,6 +123,7 @@ def command(
             calibration_ids=calibration,
             method=method,
             activation_group=activation_group,
+            rotation=rotation,
             step=lambda label: status.update(f"{label} ({len(rows)} of {len(variants) + 1})"),
         ):
             rows.append(row)

@@ -39,6 +39,7 @@ class Request:
     input_type: str | None = None
     group_size: int | None = None
     activation_group: int | None = None
+    rotation: int | None = None
     threads: int | None = None
     resume: bool = False
     whole: str | None = None
@@ -95,7 +96,7 @@ class Request:
 
     def _check_gguf(self) -> None:
         """What a GGUF file as output does not take."""
-        for name in ("group_size", "activation_group"):
+        for name in ("group_size", "activation_group", "rotation"):
             value = getattr(self, name)
             if value is not None:
                 raise ValueError(
@@ -171,6 +172,7 @@ def make_plan(request: Request, source: Source) -> Plan:
                 weight_format=request.quant_method,
                 group_size=group_size,
                 activation_group=request.activation_group,
+                rotation=request.rotation,
             )
             for layer in source.layers
         }

@@ -64,14 +64,15 @@ class Quantiser:
     """Makes one layer's experts of float weights, as a variant says."""
 
     def __init__(
-        self, variant: Variant, ggml: GgmlLibrary | None, method: str, activation_group: int | None
+        self,
+        variant: Variant,
+        ggml: GgmlLibrary | None,
+        method: str,
+        activation_group: int | None,
+        rotation: int | None = None,
     ) -> None:
-        self.variant, self._ggml, self._method, self._activation_group = (
-            variant,
-            ggml,
-            method,
-            activation_group,
-        )
+        self.variant, self._ggml, self._method = variant, ggml, method
+        self._activation_group, self._rotation = activation_group, rotation
         if variant.by == "ggml" and ggml is None:
             raise ValueError(f"{variant.label}: llama.cpp's quantisers need --ggml FOLDER")
         self.is_packed = variant.format in PANELS
@@ -82,6 +83,8 @@ class Quantiser:
         v = self.variant
         if self.is_packed:
             spec, activation = module_spec(module, v.format, v.group_size, self._activation_group)
+            if self._rotation is not None:
+                spec = dataclasses.replace(spec, rotation=self._rotation)
         else:
             spec, activation = module_spec(module, None, None, None)
             fmt = BLOCKS[v.format]

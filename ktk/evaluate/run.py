@@ -77,6 +77,7 @@ def evaluate(
     calibration_ids: torch.Tensor | None = None,
     method: str = "auto",
     activation_group: int | None = None,
+    rotation: int | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """The reference's row, then one for each variant as it is done;
@@ -105,7 +106,7 @@ def evaluate(
             started = perf_counter()
             if variant.by in ("ktk", "ggml"):
                 model = load_float(source)
-                quantiser = Quantiser(variant, ggml, method, activation_group)
+                quantiser = Quantiser(variant, ggml, method, activation_group, rotation)
                 ids = calibration_ids if variant.is_calibrated else None
                 if variant.is_calibrated and ids is None:
                     raise ValueError(f"{variant.label}: needs a calibration text")

@@ -14,6 +14,7 @@ from ktk.checkpoint.packed import read_layer
 from ktk.errors import BackendError
 from ktk.experts.activation import Activation
 from ktk.experts.formats.floats import to_f32
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.machine import threads as engine
@@ -119,6 +120,7 @@ class MoE:
         weight_format: str | None = None,
         group_size: int | None = None,
         activation_group: int | None = None,
+        rotation: Rotation | int | None = None,
         method: str = "auto",
         num_threads: int | None = None,
     ) -> MoE:
@@ -128,7 +130,7 @@ class MoE:
             gate.
         down_proj : (num_experts, hidden_size, intermediate_size). float32, float16 or bfloat16.
         Biases : (num_experts, out_features) or None. weight_format defaults to the method's, else
-        "int4".
+        "int4". group_size, activation_group, rotation : as in MoESpec.
         Raises ValueError / TypeError naming the argument that does not fit.
         """
         arrays = {
@@ -169,6 +171,7 @@ class MoE:
             has_gate=gate_proj is not None,
             has_bias=any(name.endswith("bias") for name in given),
             activation=activation or Activation(),
+            rotation=rotation,
         )
         backends.select(method, spec)  # refuse before the long part, and so does the engine
         holder = engine.Holder()

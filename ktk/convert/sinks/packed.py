@@ -56,8 +56,9 @@ class PackedSink(Sink):
         self.source, self.specs = source, specs
         self.output = self.folder = _outside(source.place, output)
         self.notes = source.notes
-        self.coding = _coding(next(iter(specs.values())))
-        self.state = _state(fingerprint, self.coding, provenance)
+        first = next(iter(specs.values()))
+        self.coding = _coding(first)
+        self.state = _state(fingerprint, first, provenance)
         self.config = source.config()
         self.config["quantization_config"] = _described(source, specs, self.coding, provenance)
         plain = source.plain_tensors()
@@ -190,15 +191,16 @@ def _coding(spec: MoESpec) -> dict[str, Any]:
 
 
 def _state(
-    fingerprint: list[dict[str, Any]], coding: dict[str, Any], provenance: dict[str, Any] | None
+    fingerprint: list[dict[str, Any]], spec: MoESpec, provenance: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What tells this job from another."""
     return {
         "ktk_version": __version__,
         "layout_version": LAYOUT_VERSION,
-        "quant_method": coding["weight_format"],
-        "group_size": coding["group_size"],
-        "activation_group": coding["activation_group"],
+        "quant_method": spec.weight_format,
+        "group_size": spec.group_size,
+        "activation_group": spec.activation_group,
+        **({"rotation": list(spec.turns)} if spec.turns.width else {}),
         "calibration": provenance,
         "source": fingerprint,
     }
