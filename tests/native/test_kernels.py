@@ -23,6 +23,7 @@ from ktk.backends.native import NativeBackend, NativeRunner
 from ktk.experts.activation import Activation
 from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import f32_to_bf16
+from ktk.experts.layout import PANEL
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
@@ -112,7 +113,7 @@ def test_forward_is_the_exact_model(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
 @pytest.mark.parametrize(
     ("name", "activation_group"),
-    [(f.name, g) for f in PANELS.values() for g in ((32, 64, 128) if f.is_integer else (0,))],
+    [(f.name, g) for f in PANELS.values() for g in ((32, 64, 128, 256) if f.is_integer else (0,))],
 )
 @pytest.mark.parametrize(
     ("activation", "has_gate", "has_bias"),
@@ -170,15 +171,15 @@ def test_long_reductions_with_few_rows_per_expert(
 )
 @pytest.mark.parametrize(
     ("name", "group", "activation_group"),
-    [(f, g, a) for f, g in FORMAT_GROUPS if PANELS[f].is_integer for a in (32, 64, 128)],
+    [(f, g, a) for f, g in FORMAT_GROUPS if PANELS[f].is_integer for a in (32, 64, 128, 256)],
 )
 def test_rows_around_tile_edges(
     implementation: tuple[str, str], name: str, group: int, activation_group: int
 ) -> None:
-    """One expert's rows in blocks of 64; K 416 and 224, no multiple of 64 or 128;
-    14 and 26 panels, 7 an odd part.
+    """One expert's rows in blocks of 64; K 416 and 224, no multiple of 64, 128 or 256 unless
+    rotation pads it; 14 and 26 panels, 7 an odd part.
     """
-    spec = MoESpec(1, 416, 210, name, group, activation_group)
+    spec = MoESpec(1, 416, 210, name, group, activation_group, rotation=0)
     case = exact_case(spec, 113, 1, seed=81)
     runner = load(implementation, case.packed)
     for rows in (8, 9, 16, 17, 31, 33, 47, 64, 113):
@@ -196,6 +197,35 @@ def test_a_matrix_smaller_than_a_tile(implementation: tuple[str, str]) -> None:
             ids, weights = np.zeros((19, 1), np.int64), np.ones((19, 1), np.float32)
             want = ExactExperts(packed).forward(x, ids, weights)
             assert_exact(want, run(load(implementation, packed), x, ids, weights))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@pytest.mark.parametrize("group", PANELS["nl4"].group_sizes)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_levels_of_the_largest_sums_are_exact(
+    implementation: tuple[str, str], group: int, sign: int
+) -> None:
+    """Every weight the largest level times the largest multiplier, of either sign, every
+    activation 127 or -127: where 16-bit sums would overflow if they could.
+    """
+    fmt = PANELS["nl4"]
+    spec = MoESpec(2, 544, 16, "nl4", group, 256, has_gate=False, rotation=0)
+    packed = pack_all(spec, random_experts(spec, 87))
+    extremes = (int(np.argmin(fmt.levels)), int(np.argmax(fmt.levels)))
+    largest = int(np.argmax(sign * np.array(fmt.multipliers)))
+    layout = spec.layout.gate_up
+    for e, level in enumerate(extremes):
+        panels = spec.layout.panels(packed.data[e], "up")
+        panels[:, layout.scale_bytes :] = level * 17
+        panels[:, PANEL * 4 : layout.scale_bytes] = largest * 17
+    x = np.repeat(np.array([[1], [-1], [1]], np.float32), 544, axis=1)
+    x[2, ::2] = -1
+    ids = np.array([0, 0, 0, 1, 1, 1])
+    x = np.concatenate([x, x])
+    got = load(implementation, packed).linear("gate_up", x, ids)
+    exact = ExactExperts(packed)
+    for row, e in enumerate(ids):
+        assert_exact(exact.linear(int(e), "up", x[row : row + 1]), got[row : row + 1])
 
 
 def test_the_extension_is_built_where_it_can_be() -> None:
@@ -263,7 +293,7 @@ def test_threads_do_not_change_a_bit(implementation: tuple[str, str], name: str)
         assert_exact(want, run(load(implementation, packed, threads), x, ids, weights))
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["nl4", "int4", "int8"])
 def test_amx_multiplies_on_tiles_where_rows_are_enough(name: str) -> None:
     if native_module() is None:
         pytest.skip("the compiled extension is not built")

@@ -5,20 +5,23 @@
  * loads. A row tile has as many rows as divide evenly, at most 16: a product takes a cycle a row.
  *
  * A fine group's sum leaves the tiles through memory, 16 stores a tile, so tile work and vector
- * work must overlap. A step is STEP_GROUPS fine groups of one pair of row tiles and one pair of
- * panels. While the tile unit makes a step's sums, one group at a time, the vector units read the
- * previous step's: convert, scale, add. Order: panel pairs, steps along k, row pairs; the sums in
- * the making (inner, y) wait in memory between the steps of a row.
+ * work must overlap. A step is two fine groups, or one above 128 k, of one pair of row tiles and
+ * one pair of panels. It goes by slices of one tile's depth: four products, then vector work that
+ * they leave time for, a share of the next step's B and of reading the previous step's sums
+ * (convert, scale, add). Slices, since a core looks some 500 instructions ahead and a whole group's
+ * vector work is more. Order: panel pairs, steps along k, row pairs; the sums in the making (inner,
+ * y) wait in memory between the steps of a row.
  *
- * B is a signed copy of the codes, made once for all rows as soon as the room of the step before is
- * free. With it TDPBSSD sums need no zero-point correction, which would be one more vector
- * instruction per row and group (16 a tile, against 8 per 32 k of a panel for the copy). Groups of
- * 32 k use half of a tile's depth.
+ * B is a signed copy of the codes, of nl4 level times multiplier, made once for all rows, in one
+ * of two rooms, so that every row pair makes a share of the next. With it TDPBSSD sums need no
+ * zero-point correction, which would be one more vector instruction per row and group (16 a tile,
+ * against 8 per 32 k of a panel for the copy). Groups of 32 k use half of a tile's depth.
  *
- * All of `work` but A stays in L1: 16 KiB sums, 8 KiB codes, 16 KiB inner and y, of which a step
- * with groups up to 64 touches half. Counted instructions and what they cost, and what ran on
- * silicon: bench/RESULTS.md. Intel SDM vol. 2, TDPBSSD; Intel optimization manual, chapter 20 (a
- * product 16 cycles, a load 8, a store 16). */
+ * All of `work` except A stays in L1, at most 40 KiB of it at a time: sums 16 (one group: 8), codes
+ * 16, inner 8, y 8, of which groups of one size leave inner, and steps of one group half of the
+ * sums. Counted instructions and what they cost, and what ran on silicon: bench/RESULTS.md. Intel
+ * SDM vol. 2, TDPBSSD; Intel optimization manual, chapter 20 (a product 16 cycles, a load 8, a
+ * store 16). */
 #include <string.h>
 
 #include "ktk_kernels.h"
@@ -28,9 +31,10 @@ enum {
     TILE_ROWS = 16,
     MAX_ROWS = 64,
     STEP_GROUPS = 2,
-    MAX_FINE = 128,
+    STEP_K = 256,                   /* most k of a step */
+    GROUP_K = STEP_K / STEP_GROUPS, /* of a group, where a step has several */
     PAIR_ROWS = 2 * TILE_ROWS,
-    PANEL_CODES = MAX_FINE * KTK_PANEL,        /* bytes of one panel's codes in a fine group */
+    PANEL_CODES = STEP_K * KTK_PANEL,          /* bytes of one panel's codes in a step */
     PANEL_SUMS = PAIR_ROWS * KTK_PANEL,        /* int32 */
     GROUP_SUMS = 2 * PANEL_SUMS,               /* of both panels */
     STEP_SUMS = STEP_GROUPS * GROUP_SUMS,      /* of a step */
@@ -42,8 +46,8 @@ enum {
 
 /* Cache lines, so that every part of it starts on one. */
 typedef struct {
-    int32_t sums[2][STEP_SUMS]; /* of the step in the making and of the one before */
-    uint8_t codes[STEP_GROUPS][2][PANEL_CODES];
+    int32_t sums[2][STEP_SUMS];       /* of the step in the making and of the one before */
+    uint8_t codes[2][2][PANEL_CODES]; /* of a step and of the next: [panel][k / 4][16][4] */
     float scales[SCALES_KEPT][STEP_SCALES];
     float inner[MAX_ROWS][ROW_SUMS];
     float y[MAX_ROWS][ROW_SUMS];
@@ -67,6 +71,8 @@ typedef struct {
     int tile_rows;          /* of each row tile; rows past the last are zeros */
     int depth, depth_shift; /* k of one product: 32 or 64, 1 << 5 or 6 */
     int fine, num_fine, groups_per_coarse;
+    int step_groups;     /* fine groups of a step */
+    int slices;          /* of a fine group, each `depth` k */
     int64_t packed_step; /* bytes of A from one depth of k to the next */
 } gemm;
 
@@ -79,6 +85,7 @@ typedef struct {
     int is_last;
     int inner_is_open; /* a coarse group goes on from the step before; ... */
     int inner_stays;   /* ... into the next */
+    const uint8_t *codes;
     const int32_t *sums;
     const float *scales;
 } step;
@@ -133,68 +140,130 @@ INLINE __m512 weight_scale(const ktk_matrix *w, const uint8_t *panel, int group)
     return VF_BITS(VI_SLL32(VI_BF16(panel + 32 * (int64_t)group), 16));
 }
 
-/* Signed codes and the fine scales of one fine group, for a pair of panels, as group `place` of its
- * step. */
-static void unpack_group(const gemm *g, int panel, int group, int place, float *scales) {
-    const ktk_matrix *w = g->w;
-    const int begin = group * g->fine,
-              k = w->padded_in - begin < g->fine ? w->padded_in - begin : g->fine;
-    for (int p = 0; p < 2 && panel + p < g->num_panels; p++) {
-        const uint8_t *from = g->panels + (panel + p) * w->panel_bytes;
-        uint8_t *to = g->b->codes[place][p];
-        VF_STORE(scales + (2 * place + p) * KTK_PANEL,
-                 w->group_size == g->fine ? weight_scale(w, from, group) : VF_ZERO());
-        from += w->code_offset;
-        if (w->format == KTK_INT8) {
-            const VI sign = VI_SET8((char)128);
-            from += (int64_t)begin * KTK_PANEL;
-            for (int at = 0; at < k; at += 32, from += 512, to += 512) UNROLL
-            for (int i = 0; i < 512; i += 64)
-                _mm512_store_si512(to + i, _mm512_xor_si512(VI_LOAD(from + i), sign));
-        } else {
-            const VI mask = VI_SET8(15), zero = VI_SET8(8);
-            from += (int64_t)begin * KTK_PANEL / 2;
-            for (int at = 0; at < k; at += 32, from += 256, to += 512) UNROLL
-            for (int i = 0; i < 256; i += 64) {
-                VI v = VI_LOAD(from + i);
-                _mm512_store_si512(to + 2 * i, _mm512_sub_epi8(VI_AND(v, mask), zero));
-                _mm512_store_si512(to + 2 * i + 64,
-                                   _mm512_sub_epi8(VI_AND(VI_SRL16(v, 4), mask), zero));
-            }
+/* Both 16-bit lanes of a channel's dword: its multiplier for the 16 k from k on. */
+INLINE VI multipliers_at(const ktk_matrix *w, const uint8_t *panel, int k) {
+    if (!w->multiplier_group) return VI_SET16(1);
+    const int group = w->multiplier_group == 16 ? k / 16 : k / 32;
+    const __m128i pair = _mm_loadu_si128(
+        (const __m128i *)(panel + KTK_PANEL * 4 + (int64_t)(group / 2) * KTK_PANEL));
+    const __m128i index =
+        _mm_and_si128(_mm_srl_epi16(pair, _mm_cvtsi32_si128(group % 2 * 4)), _mm_set1_epi8(15));
+    const __m128i table = _mm_load_si128((const __m128i *)ktk_multipliers);
+    const VI words =
+        _mm512_broadcast_i32x4(_mm_setr_epi32(0x01000100, 0x05040504, 0x09080908, 0x0d0c0d0c));
+    return VI_SHUFFLE8(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(table, index)), words);
+}
+
+/* Level times multiplier as int8, k [begin, end) of an nl4 panel.
+ *
+ * A 16-bit lane holds u0 + 256 u1, two k of a channel, u = level + Z. Times m, minus m Z 257, it is
+ * l0 m + 256 l1 m. 128 more: the low byte borrows nothing from the high one, and differs from l0 m
+ * in its top bit alone. */
+INLINE void unpack_levels(const ktk_matrix *w, const uint8_t *panel, int begin, int end,
+                          uint8_t *to) {
+    const VI levels = VI_LOAD_TABLE(ktk_levels), mask = VI_SET8(15), top = VI_SET16(128);
+    const uint8_t *from = panel + w->code_offset + (int64_t)begin * KTK_PANEL / 2;
+    for (int k = begin; k < end; k += 16, from += 128, to += 256) {
+        const VI by = multipliers_at(w, panel, k);
+        const VI zero =
+            _mm512_sub_epi16(_mm512_mullo_epi16(by, VI_SET16(KTK_LEVEL_ZERO * 257)), top);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            const VI codes = VI_LOAD(from + 64 * (i / 2));
+            const VI u = VI_SHUFFLE8(levels, VI_AND(i % 2 ? VI_SRL16(codes, 4) : codes, mask));
+            const VI product = _mm512_sub_epi16(_mm512_mullo_epi16(u, by), zero);
+            _mm512_store_si512(to + 64 * i, _mm512_xor_si512(product, top));
         }
     }
 }
 
-/* Sums of fine group `place` of a step, through the tiles to memory: [panel][row][16]. Codes past a
- * group that ends within a depth are left over from before; A is zero there. */
-static void multiply_group(const gemm *g, const step *s, int place) {
-    const int depth = g->depth, tile_rows = g->tile_rows, two_panels = s->num_panels == 2;
-    const int two_tiles = s->num_rows > tile_rows;
-    const int begin = (s->group + place) * g->fine;
-    const int left = g->w->padded_in - begin, k = left < g->fine ? left : g->fine;
-    const int64_t packed_step = g->packed_step, tile_bytes = (int64_t)tile_rows * depth;
-    const uint8_t *a =
-        g->packed + (begin >> g->depth_shift) * packed_step + (int64_t)s->first_row * depth;
-    const uint8_t *b = g->b->codes[place][0];
-    int32_t *to = (int32_t *)s->sums + place * GROUP_SUMS;
-    TILE_ZERO(0);
-    if (two_panels) TILE_ZERO(1);
-    if (two_tiles) TILE_ZERO(2);
-    if (two_tiles && two_panels) TILE_ZERO(3);
-    for (int at = 0; at < k; at += depth, a += packed_step, b += depth * KTK_PANEL) {
-        TILE_LOAD(4, a, depth);
-        TILE_LOAD(6, b, 64);
-        TILE_DOT(0, 4, 6);
-        if (two_panels) {
-            TILE_LOAD(7, b + PANEL_CODES, 64);
-            TILE_DOT(1, 4, 7);
-        }
-        if (two_tiles) {
-            TILE_LOAD(5, a + tile_bytes, depth);
-            TILE_DOT(2, 5, 6);
-            if (two_panels) TILE_DOT(3, 5, 7);
+/* Signed codes of k [begin, end) of a panel. */
+static void unpack_codes(const ktk_matrix *w, const uint8_t *panel, int begin, int end,
+                         uint8_t *to) {
+    const uint8_t *from = panel + w->code_offset;
+    if (w->format == KTK_NL4) {
+        unpack_levels(w, panel, begin, end, to);
+    } else if (w->format == KTK_INT8) {
+        const VI sign = VI_SET8((char)128);
+        from += (int64_t)begin * KTK_PANEL;
+        for (int at = begin; at < end; at += 32, from += 512, to += 512) UNROLL
+        for (int i = 0; i < 512; i += 64)
+            _mm512_store_si512(to + i, _mm512_xor_si512(VI_LOAD(from + i), sign));
+    } else {
+        const VI mask = VI_SET8(15), zero = VI_SET8(8);
+        from += (int64_t)begin * KTK_PANEL / 2;
+        for (int at = begin; at < end; at += 32, from += 256, to += 512) UNROLL
+        for (int i = 0; i < 256; i += 64) {
+            VI v = VI_LOAD(from + i);
+            _mm512_store_si512(to + 2 * i, _mm512_sub_epi8(VI_AND(v, mask), zero));
+            _mm512_store_si512(to + 2 * i + 64,
+                               _mm512_sub_epi8(VI_AND(VI_SRL16(v, 4), mask), zero));
         }
     }
+}
+
+/* Where a step's B goes. */
+typedef struct {
+    int panel, group, num_groups; /* num_groups 0: there is no step */
+    uint8_t (*codes)[PANEL_CODES];
+    float *scales;
+} room;
+
+/* Share `share` of `shares` of a slice of B; with the first slice of a group its fine scales. */
+static void unpack_slice(const gemm *g, const room *to, int slice, int share, int shares) {
+    const ktk_matrix *w = g->w;
+    const int place = slice / g->slices, at = slice % g->slices * g->depth;
+    if (place >= to->num_groups) return;
+    const int start = (to->group + place) * g->fine + at;
+    const int left = g->fine - at < w->padded_in - start ? g->fine - at : w->padded_in - start;
+    const int k = left < g->depth ? left : g->depth;
+    const int begin = k * share / shares & -32;
+    const int end = share + 1 == shares ? k : k * (share + 1) / shares & -32;
+    for (int p = 0; p < 2 && to->panel + p < g->num_panels; p++) {
+        const uint8_t *from = g->panels + (to->panel + p) * w->panel_bytes;
+        if (!at && !share)
+            VF_STORE(to->scales + (2 * place + p) * KTK_PANEL,
+                     w->group_size == g->fine ? weight_scale(w, from, to->group + place)
+                                              : VF_ZERO());
+        unpack_codes(w, from, start + begin, start + end,
+                     to->codes[p] + (place * GROUP_K + at + begin) * KTK_PANEL);
+    }
+}
+
+/* Products of a slice of a step. Sums of a fine group begin with its first slice, and go through
+ * the tiles to memory, [panel][row][16], with its last. Codes past a group that ends within a depth
+ * are left over from before; A is zero there. */
+static void multiply_slice(const gemm *g, const step *s, int slice) {
+    const int place = slice / g->slices, at = slice % g->slices * g->depth;
+    const int begin = (s->group + place) * g->fine;
+    const int left = g->w->padded_in - begin, k = left < g->fine ? left : g->fine;
+    if (place >= s->num_groups || at >= k) return;
+    const int depth = g->depth, tile_rows = g->tile_rows, two_panels = s->num_panels == 2;
+    const int two_tiles = s->num_rows > tile_rows;
+    const int64_t tile_bytes = (int64_t)tile_rows * depth;
+    const uint8_t *a = g->packed + ((begin + at) >> g->depth_shift) * g->packed_step +
+                       (int64_t)s->first_row * depth;
+    const uint8_t *b = s->codes + (place * GROUP_K + at) * KTK_PANEL;
+    if (!at) {
+        TILE_ZERO(0);
+        if (two_panels) TILE_ZERO(1);
+        if (two_tiles) TILE_ZERO(2);
+        if (two_tiles && two_panels) TILE_ZERO(3);
+    }
+    TILE_LOAD(4, a, depth);
+    TILE_LOAD(6, b, 64);
+    TILE_DOT(0, 4, 6);
+    if (two_panels) {
+        TILE_LOAD(7, b + PANEL_CODES, 64);
+        TILE_DOT(1, 4, 7);
+    }
+    if (two_tiles) {
+        TILE_LOAD(5, a + tile_bytes, depth);
+        TILE_DOT(2, 5, 6);
+        if (two_panels) TILE_DOT(3, 5, 7);
+    }
+    if (at + depth < k) return;
+    int32_t *to = (int32_t *)s->sums + place * GROUP_SUMS;
     TILE_STORE(0, to, 64);
     if (two_panels) TILE_STORE(1, to + PANEL_SUMS, 64);
     if (!two_tiles) return;
@@ -308,7 +377,7 @@ static void read_part(const gemm *g, const step *s, int part, int parts) {
 static step make_step(const gemm *g, int panel, int group) {
     step s = {.panel = panel, .group = group};
     s.num_panels = g->num_panels - panel > 1 ? 2 : 1;
-    s.num_groups = g->num_fine - group < STEP_GROUPS ? g->num_fine - group : STEP_GROUPS;
+    s.num_groups = g->num_fine - group < g->step_groups ? g->num_fine - group : g->step_groups;
     s.is_last = group + s.num_groups == g->num_fine;
     int coarse = group / g->groups_per_coarse, place = group % g->groups_per_coarse;
     s.inner_is_open = place != 0;
@@ -340,35 +409,40 @@ static void gemm_tiles(const ktk_gemm_args *args) {
     g.groups_per_coarse = (coarse + g.fine - 1) / g.fine;
     g.depth_shift = g.fine % 64 && g.num_fine > 1 ? 5 : 6;
     g.depth = 1 << g.depth_shift;
+    g.step_groups = g.fine > GROUP_K ? 1 : STEP_GROUPS;
+    g.slices = (g.fine + g.depth - 1) / g.depth;
     g.tile_rows = (num_rows + num_tiles - 1) / num_tiles;
     const int padded_rows = num_tiles * g.tile_rows;
     g.packed_step = (int64_t)padded_rows * g.depth;
     pack_rows(&g, num_rows, padded_rows);
     configure(g.tile_rows, g.depth);
 
+    const int num_slices = g.step_groups * g.slices;
+    const int num_pairs = (num_rows + 2 * g.tile_rows - 1) / (2 * g.tile_rows);
     int steps = 0, parity = 0;
     step made[2] = {{0}}, *s = &made[0], *last = &made[1]; /* last: made, not yet read */
-    for (int u = 0; u < STEP_GROUPS && u < g.num_fine; u++)
-        unpack_group(&g, 0, u, u, g.b->scales[0]);
+    const room first = {0, 0, make_step(&g, 0, 0).num_groups, g.b->codes[0], g.b->scales[0]};
+    for (int slice = 0; slice < num_slices; slice++) unpack_slice(&g, &first, slice, 0, 1);
     for (int panel = 0; panel < num_panels; panel += 2)
-        for (int group = 0; group < g.num_fine; group += STEP_GROUPS, steps++) {
-            int next_panel = panel, next_group = group + STEP_GROUPS;
-            if (next_group >= g.num_fine) next_panel += 2, next_group = 0;
-            const int next_end = next_panel < num_panels ? g.num_fine : 0;
-            float *next_scales = g.b->scales[(steps + 1) % SCALES_KEPT];
+        for (int group = 0; group < g.num_fine; group += g.step_groups, steps++) {
             const step here = make_step(&g, panel, group);
-            for (int row = 0; row < num_rows; row += 2 * g.tile_rows, parity ^= 1) {
-                const int is_last_of_codes = row + 2 * g.tile_rows >= num_rows;
+            room next = {panel, group + g.step_groups, 0, g.b->codes[(steps + 1) % 2],
+                         g.b->scales[(steps + 1) % SCALES_KEPT]};
+            if (next.group >= g.num_fine) next.panel += 2, next.group = 0;
+            if (next.panel < num_panels)
+                next.num_groups = make_step(&g, next.panel, next.group).num_groups;
+            for (int pair = 0; pair < num_pairs; pair++, parity ^= 1) {
                 *s = here;
+                s->codes = g.b->codes[steps % 2][0];
                 s->scales = g.b->scales[steps % SCALES_KEPT];
-                s->first_row = row;
-                s->num_rows = num_rows - row < 2 * g.tile_rows ? num_rows - row : 2 * g.tile_rows;
+                s->first_row = pair * 2 * g.tile_rows;
+                s->num_rows = num_rows - s->first_row < 2 * g.tile_rows ? num_rows - s->first_row
+                                                                        : 2 * g.tile_rows;
                 s->sums = g.b->sums[parity];
-                for (int u = 0; u < STEP_GROUPS; u++) {
-                    if (u < s->num_groups) multiply_group(&g, s, u);
-                    if (is_last_of_codes && next_group + u < next_end)
-                        unpack_group(&g, next_panel, next_group + u, u, next_scales);
-                    if (last->num_rows) read_part(&g, last, u, STEP_GROUPS);
+                for (int slice = 0; slice < num_slices; slice++) {
+                    multiply_slice(&g, s, slice);
+                    unpack_slice(&g, &next, slice, pair, num_pairs);
+                    if (last->num_rows) read_part(&g, last, slice, num_slices);
                 }
                 step *swap = last;
                 last = s;
@@ -383,7 +457,11 @@ static void gemm_tiles(const ktk_gemm_args *args) {
  * 32; the whole tile of 8 rows stays in gemm.c, where the count is close and needs no model of a
  * CPU nobody measured. */
 enum { TILE_MIN_ROWS = 9 };
-ktk_gemm_fn ktk_gemm_int4_avx512vnni, ktk_gemm_int8_avx512vnni;
+ktk_gemm_fn ktk_gemm_nl4_avx512vnni, ktk_gemm_int4_avx512vnni, ktk_gemm_int8_avx512vnni;
+
+void ktk_gemm_nl4_amx(const ktk_gemm_args *args) {
+    (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_nl4_avx512vnni)(args);
+}
 
 void ktk_gemm_int4_amx(const ktk_gemm_args *args) {
     (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_int4_avx512vnni)(args);
@@ -402,5 +480,7 @@ void ktk_gemm_int8_amx(const ktk_gemm_args *args) {
      .work = {WORK_FIXED, 0, 128}}
 const ktk_kernels ktk_tiles_amx = {
     .name = "amx",
-    .gemm = {[KTK_INT4] = GEMM(ktk_gemm_int4_amx), [KTK_INT8] = GEMM(ktk_gemm_int8_amx)},
+    .gemm = {[KTK_NL4] = GEMM(ktk_gemm_nl4_amx),
+             [KTK_INT4] = GEMM(ktk_gemm_int4_amx),
+             [KTK_INT8] = GEMM(ktk_gemm_int8_amx)},
 };
