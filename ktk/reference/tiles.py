@@ -95,19 +95,25 @@ class Tiles:
         _require(len(self.data[n]) > 0, "tile_without_shape")
         return self.data[n]
 
+    def _moved(self, n: int) -> np.ndarray:
+        tile = self._tile(n)
+        # As Bochs 3.0, which is #UD here; the page of TILELOADD does not say it.
+        _require(tile.shape[1] % 4 == 0, "tile_dwords")
+        return tile
+
     def tilezero(self, n: int) -> None:
         self._tile(n)[:] = 0
 
     def tileloadd(self, n: int, memory: np.ndarray, start: int, stride: int) -> None:
         """Row r from memory[start + r * stride:]; memory : uint8 (bytes,)."""
-        tile = self._tile(n)
+        tile = self._moved(n)
         for r in range(len(tile)):
             tile[r] = memory[start + r * stride : start + r * stride + tile.shape[1]]
 
     tileloaddt1 = tileloadd  # the same but for a hint to the caches
 
     def tilestored(self, n: int, memory: np.ndarray, start: int, stride: int) -> None:
-        tile = self._tile(n)
+        tile = self._moved(n)
         _require(len(tile) == 1 or abs(stride) >= tile.shape[1], "store_rows_overlap")
         for r in range(len(tile)):
             memory[start + r * stride : start + r * stride + tile.shape[1]] = tile[r]
@@ -118,7 +124,7 @@ class Tiles:
         _require(self.is_configured, "tiles_unconfigured")
         _require(len({a, b, c}) == 3, "dot_same_tile")
         result, left, right = (self._tile(n) for n in (c, a, b))
-        _require(not any(t.shape[1] % 4 for t in (result, left, right)), "dot_dwords")
+        _require(not any(t.shape[1] % 4 for t in (result, left, right)), "tile_dwords")
         _require(len(result) == len(left), "dot_rows")
         _require(left.shape[1] // 4 == len(right), "dot_k")
         _require(result.shape[1] == right.shape[1], "dot_columns")

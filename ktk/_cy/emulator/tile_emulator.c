@@ -248,7 +248,7 @@ static int store_tile(tiles *t, int n, uint64_t address, int64_t stride) {
 static int dot_fault(const tiles *t, int c, int a, int b) {
     if (c == a || c == b || a == b) return FAULT(SAME_TILE);
     if (!t->rows[c] || !t->rows[a] || !t->rows[b]) return FAULT(NO_SHAPE);
-    if (t->colsb[c] % 4 || t->colsb[a] % 4 || t->colsb[b] % 4) return FAULT(DOT_DWORDS);
+    if (t->colsb[c] % 4 || t->colsb[a] % 4 || t->colsb[b] % 4) return FAULT(DWORDS);
     if (t->rows[c] != t->rows[a]) return FAULT(DOT_ROWS);
     if (t->colsb[a] / 4 != t->rows[b]) return FAULT(DOT_K);
     if (t->colsb[c] != t->colsb[b]) return FAULT(DOT_COLUMNS);
@@ -345,6 +345,7 @@ static int carry_out(const instruction *in) {
         memset(t->data[in->dest], 0, sizeof t->data[0]);
         return 0;
     }
+    if (t->colsb[in->dest] % 4) return FAULT(DWORDS);
     if (in->kind == KTK_TILE_TILESTORED) return store_tile(t, in->dest, in->address, in->stride);
     return load_tile(t, in->dest, in->address, in->stride);
 }

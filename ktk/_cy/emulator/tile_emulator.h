@@ -42,7 +42,7 @@
     X(UNCONFIGURED, "tiles_unconfigured", "no ldtilecfg, or a tilerelease since")                  \
     X(NO_SHAPE, "tile_without_shape", "the configuration gives this tile no rows")                 \
     X(SAME_TILE, "dot_same_tile", "two operands are the same tile")                                \
-    X(DOT_DWORDS, "dot_dwords", "a row of an operand is not whole dwords")                         \
+    X(DWORDS, "tile_dwords", "a row of a tile that is moved or multiplied is not whole dwords")    \
     X(DOT_ROWS, "dot_rows", "the result and the first source differ in rows")                      \
     X(DOT_K, "dot_k", "dwords in a row of the first source and rows of the second differ")         \
     X(DOT_COLUMNS, "dot_columns", "the result and the second source differ in columns")            \
