@@ -20,8 +20,8 @@ from ktk.experts.rotation import rotate
 F = np.float32
 # The largest product, in root mean squares of a channel. A Gaussian's best lies in the middle; a
 # channel with outliers that no rotation has spread wants the last.
-LADDER = (2.2, 2.4, 2.6, 2.8, 3.0, 3.2, 3.5, 4.0, 6.0, 10.0)
-_GROUPS_TRIED = 16  # of a channel, for its scale
+LADDER = (2.3, 2.6, 2.9, 3.2, 3.6, 4.5, 7.0, 10.0)
+_GROUPS_TRIED = 64  # of a channel, for its scale: of fewer the best is often chance
 _COLUMNS = 128  # rounded between two products with the rest of the factor
 _ALONE = 32  # columns rounded at a time where a channel has no groups
 
