@@ -9,7 +9,7 @@
 enum { KTK_LEVEL_ZERO = 16 };
 #define KTK_LEVEL(LEVEL) KTK_LEVEL_ZERO + (LEVEL)
 static const uint8_t ktk_levels[16] __attribute__((aligned(16))) = {
-    KTK_LEVEL(-10), KTK_LEVEL(-8), KTK_LEVEL(-7), KTK_LEVEL(-5), KTK_LEVEL(-4), KTK_LEVEL(-3),
+    KTK_LEVEL(-10), KTK_LEVEL(-8), KTK_LEVEL(-6), KTK_LEVEL(-5), KTK_LEVEL(-4), KTK_LEVEL(-3),
     KTK_LEVEL(-2),  KTK_LEVEL(-1), KTK_LEVEL(0),  KTK_LEVEL(1),  KTK_LEVEL(2),  KTK_LEVEL(3),
     KTK_LEVEL(4),   KTK_LEVEL(5),  KTK_LEVEL(7),  KTK_LEVEL(9)};
 static const int8_t ktk_multipliers[16]

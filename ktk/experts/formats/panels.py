@@ -8,7 +8,7 @@ from ktk.experts.formats.base import GROUP_SIZES, Format, Plane, Search, steps
 _GROUP_SCALES = Plane("scales", "bf16", 0)
 
 # Steps between the levels grow with them, as IQ4_NL's do: rotated weights are nearly Gaussian.
-_LEVELS = (-10, -8, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9)
+_LEVELS = (-10, -8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9)
 _MAGNITUDES = (5, 6, 7, 8, 9, 10, 11, 12)
 
 # Ordered by bits per weight, fewest first.
