@@ -46,6 +46,8 @@ ISA_ROWS = (
     IsaRow("avx512vnni", _VNNI, _ALL),
     IsaRow("avx512bf16", (*_VNNI, "-mavx512bf16"), (_OF_BLOCKS,), ()),
     IsaRow("amx", (*_VNNI, "-mamx-tile", "-mamx-int8"), (f"{KERNELS}/gemm_amx.c",)),
+    # No vectors of its own: the tile emulator runs it on any CPU that these tests run on.
+    IsaRow("amxbf16", _AVX2, (f"{KERNELS}/gemm_amx_bf16.c",), ()),
 )
 
 # Compiled once, with baseline flags: they run before the CPU is known, or on any.

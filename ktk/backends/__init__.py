@@ -23,6 +23,7 @@ from ktk.log import logger, warn_once
 _BUILT_IN = (
     "ktk.backends.amx_int4:AmxInt4Backend",
     "ktk.backends.amx_int8:AmxInt8Backend",
+    "ktk.backends.amx_bf16:AmxBf16Backend",
     "ktk.backends.avx512:Avx512Backend",
     "ktk.backends.avx2:Avx2Backend",
     "ktk.backends.llamafile:LlamafileBackend",
@@ -33,7 +34,7 @@ _BUILT_IN = (
 # Methods that name a weight format rather than a backend; any backend may run them.
 _FORMAT_METHODS = {name.upper(): name for name in PANELS}
 # Backends whose packed weights run elsewhere too: the next best runs them, with one warning.
-_PORTABLE = {"AMXINT4": "int4", "AMXINT8": "int8"}
+_PORTABLE = {"AMXINT4": "int4", "AMXINT8": "int8", "AMXBF16": "bf16"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the AMX backends share: one weight format each, on the ``amx`` ISA row."""
+"""What the AMX backends share: one weight format each, on the ISA rows with tiles."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class AmxBackend(NativeBackend):
         return super().why_not(spec)
 
     def kernel(self, spec: MoESpec) -> str:
-        kernel = super().kernel(spec)
-        return kernel.replace("amx", "amx(emulated)", 1) if self.is_emulated else kernel
+        isa, what = super().kernel(spec).split(" ", 1)
+        return f"{isa}{'(emulated)' * self.is_emulated} {what}"

@@ -75,7 +75,10 @@ def peak_of(kernel: str, weight_format: str) -> str:
     isa = kernel.split(" ")[0]
     if isa not in cpu.ISA_LEVELS:
         isa = cpu.best_isa() or "avx2"
-    isa = "avx512vnni" if isa == "avx512bf16" else isa  # it adds nothing to packed formats
+    if isa == "amxbf16" and weight_format == "bf16":
+        return "amx bf16"
+    # What these levels add is for bf16 alone.
+    isa = {"avx512bf16": "avx512vnni", "amxbf16": "amx"}.get(isa, isa)
     if weight_format not in ("int4", "int8"):
         return "avx2 fp32" if isa == "avx2" else "avx512 fp32"  # products and sums are fp32
     if isa in ("avx2", "avx512"):

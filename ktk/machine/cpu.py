@@ -29,8 +29,9 @@ ISA_LEVELS: dict[str, tuple[str, ...]] = {
     "avx512vnni": (*_AVX512, "avx512vnni"),
     "avx512bf16": (*_AVX512, "avx512vnni", "avx512_bf16"),
     "amx": (*_AVX512, "avx512vnni", "avx512_bf16", "amx_tile", "amx_int8"),
+    "amxbf16": (*_AVX512, "avx512vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
 }
-FEATURES = (*ISA_LEVELS["amx"], "avx_vnni", "avx512vbmi", "amx_bf16")
+FEATURES = (*ISA_LEVELS["amxbf16"], "avx_vnni", "avx512vbmi")
 _TILES = frozenset(name for name in FEATURES if name.startswith("amx_"))
 # What stops working when a feature is switched off.
 _NEEDS = {

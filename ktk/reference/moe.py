@@ -20,15 +20,20 @@ from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.reference.activation import activate
 from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float, linear_integer
+from ktk.reference.tiles import linear_bf16
 
 F = np.float32
 
 
 class ExactExperts:
-    """Exact model of one layer's packed experts: what every kernel's output is compared with."""
+    """Exact model of one layer's packed experts: what every kernel's output is compared with.
 
-    def __init__(self, packed: StoredExperts) -> None:
+    bf16_on_tiles : bf16 panels are multiplied as AMX tiles do it, in other float sums.
+    """
+
+    def __init__(self, packed: StoredExperts, bf16_on_tiles: bool = False) -> None:
         self.stored, self.spec = packed, packed.spec
+        self.is_on_tiles = bf16_on_tiles and packed.spec.weight_format == "bf16"
         self.layout = packed.spec.layout
 
     def panels(self, expert: int, projection: str) -> np.ndarray:
@@ -52,6 +57,8 @@ class ExactExperts:
                 x, matrix.padded_in, matrix.activation_group, matrix.rotation
             )
             y = linear_integer(codes, scales, act, matrix, matrix.format.zero_point)
+        elif self.is_on_tiles:
+            y = linear_bf16(codes[:, : x.shape[1]], x)
         else:
             grouped = (scales, matrix.group_size) if scales.size else ()
             y = linear_float(codes[:, : x.shape[1]], x, *grouped)

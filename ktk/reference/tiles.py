@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.reference.fma import fma
 
 NUM_TILES, MAX_ROWS, MAX_COLSB = 8, 16, 64
+DOT_K = 32  # k of one tdpbf16ps
 F = np.float32
 # (first source is signed, second is signed)
 DOTS = {
@@ -129,7 +131,7 @@ class Tiles:
         _require(left.shape[1] // 4 == len(right), "dot_k")
         _require(result.shape[1] == right.shape[1], "dot_columns")
         if name == "tdpbf16ps":
-            self._dot_bf16(result, left, right)
+            result[:] = _add_dots(result.view(F), _bf16(left), _bf16(right)).view(np.uint8)
             return
         a_signed, b_signed = DOTS[name]
         x = left.view(np.int8 if a_signed else np.uint8).astype(np.int64)  # (rows, 4 * k)
@@ -140,13 +142,30 @@ class Tiles:
         total = result.view("<i4").astype(np.int64) + x @ w
         result[:] = total.astype(np.int32).view(np.uint8)  # wraps
 
-    @staticmethod
-    def _dot_bf16(result: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-        """Even and odd k apart by fma in order of k, then both together, then onto the result."""
-        x, w = _bf16(left), _bf16(right)  # (rows, k, 2), (k, columns, 2)
-        parts = np.zeros((len(left), w.shape[1], 2), F)
-        with np.errstate(all="ignore"):
-            for k in range(len(right)):
-                parts = _flush(fma(x[:, k, None, :], w[None, k], parts))
-            both = _flush(parts[..., 0] + parts[..., 1])
-            result[:] = _flush(_flush(result.view(F)) + both).view(np.uint8)
+
+def _add_dots(result: np.ndarray, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """What tdpbf16ps makes of a tile: float32 (rows, columns) + (rows, k, 2) by (k, columns, 2).
+
+    Even and odd k apart by fma in order of k, then both together, then onto the result.
+    """
+    parts = np.zeros((len(x), w.shape[1], 2), F)
+    with np.errstate(all="ignore"):
+        for k in range(len(w)):
+            parts = _flush(fma(x[:, k, None, :], w[None, k], parts))
+        both = _flush(parts[..., 0] + parts[..., 1])
+        return _flush(_flush(result) + both)
+
+
+def linear_bf16(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """float32 (rows, out) = x (rows, in), rounded to bf16, @ weights (out, in).T, by tdpbf16ps.
+
+    One instruction for each 32 k in order, from +0, whatever the number of rows. weights : float32
+    that are values of bf16.
+    """
+    pad = ((0, 0), (0, -x.shape[1] % DOT_K))
+    a = _flush(bf16_to_f32(f32_to_bf16(np.pad(x, pad)))).reshape(len(x), -1, 2)
+    w = _flush(np.pad(weights, pad)).reshape(len(weights), -1, 2).transpose(1, 0, 2)
+    y = np.zeros((len(x), len(weights)), F)
+    for k in range(0, len(w), DOT_K // 2):
+        y = _add_dots(y, a[:, k : k + DOT_K // 2], w[k : k + DOT_K // 2])
+    return y

@@ -93,6 +93,8 @@ def test_without_the_extension_the_error_says_what_to_do(monkeypatch: pytest.Mon
         ("avx2 bf16", "bf16", "avx2 fp32"),
         ("avx512vnni bf16", "bf16", "avx512 fp32"),
         ("amx int4 g128", "int4", "amx int8"),
+        ("amxbf16 bf16", "bf16", "amx bf16"),
+        ("amxbf16 int8", "int8", "amx int8"),
     ],
 )
 def test_a_kernel_is_held_against_its_own_instructions(

@@ -31,7 +31,7 @@ def sources() -> dict[Path, str]:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_takes_what_it_has_not_from_the_one_below(level: str) -> None:
-    """Its own kernels: packed integers on tiles, BF16 blocks with VDPBF16PS,
+    """Its own kernels: packed integers and bf16 on tiles, BF16 blocks with VDPBF16PS,
     everything up to VNNI.
     """
     native = native_module()
@@ -39,6 +39,7 @@ def test_a_level_takes_what_it_has_not_from_the_one_below(level: str) -> None:
     for name in native.formats():
         own = {"avx2", "avx512", "avx512vnni"}
         own |= {"amx"} if name in ("nl4", "int4", "int8") else set()
+        own |= {"amxbf16"} if name == "bf16" else set()
         own |= {"avx512bf16"} if name == "BF16" else set()
         assert native.kernel_isa(level, name) == [isa for isa in below if isa in own][-1]
 

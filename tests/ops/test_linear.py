@@ -50,7 +50,8 @@ def exact(made: Linear, x: np.ndarray) -> np.ndarray:
     layout = made.spec.layout
     data = aligned_buffer(layout.expert_bytes)[None]
     layout.panels(data[0], "down")[:] = made.panels
-    y = ExactExperts(StoredExperts.of_panels(made.spec, data)).linear(0, "down", poison_rows(x))
+    model = ExactExperts(StoredExperts.of_panels(made.spec, data), cpu.best_isa() == "amxbf16")
+    y = model.linear(0, "down", poison_rows(x))
     return y if made.bias is None else y + made.bias[: made.out_features]
 
 

@@ -25,6 +25,7 @@
 #include <string.h>
 
 #include "ktk_kernels.h"
+#include "tiles.h"
 #include "vec.h"
 
 enum {
@@ -89,29 +90,6 @@ typedef struct {
     const int32_t *sums;
     const float *scales;
 } step;
-
-/* "memory": the compiler must not move stores to what a tile reads, or loads of what it wrote, past
- * it. */
-#define TILE_LOAD(T, FROM, STRIDE)                                                                 \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #T::"r"(FROM), "r"((int64_t)(STRIDE)) : "memory")
-#define TILE_STORE(T, TO, STRIDE)                                                                  \
-    __asm__ volatile("tilestored %%tmm" #T ", (%0,%1,1)" ::"r"(TO), "r"((int64_t)(STRIDE))         \
-                     : "memory")
-#define TILE_ZERO(T) __asm__ volatile("tilezero %%tmm" #T::)
-#define TILE_DOT(C, A, B) __asm__ volatile("tdpbssd %%tmm" #B ", %%tmm" #A ", %%tmm" #C::)
-
-static void configure(int tile_rows, int depth) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t colsb[16];
-        uint8_t rows[16];
-    } c = {.palette = 1};
-    for (int t = 0; t < 8; t++) {
-        c.colsb[t] = (uint16_t)(t == 4 || t == 5 ? depth : 64);
-        c.rows[t] = (uint8_t)(t < 6 ? tile_rows : depth / 4);
-    }
-    __asm__ volatile("ldtilecfg %0" ::"m"(c));
-}
 
 /* Rows of A side by side for every depth of k; what lies past the last row or the last k is zero.
  */
@@ -252,15 +230,15 @@ static void multiply_slice(const gemm *g, const step *s, int slice) {
     }
     TILE_LOAD(4, a, depth);
     TILE_LOAD(6, b, 64);
-    TILE_DOT(0, 4, 6);
+    TILE_DOT("tdpbssd", 0, 4, 6);
     if (two_panels) {
         TILE_LOAD(7, b + PANEL_CODES, 64);
-        TILE_DOT(1, 4, 7);
+        TILE_DOT("tdpbssd", 1, 4, 7);
     }
     if (two_tiles) {
         TILE_LOAD(5, a + tile_bytes, depth);
-        TILE_DOT(2, 5, 6);
-        if (two_panels) TILE_DOT(3, 5, 7);
+        TILE_DOT("tdpbssd", 2, 5, 6);
+        if (two_panels) TILE_DOT("tdpbssd", 3, 5, 7);
     }
     if (at + depth < k) return;
     int32_t *to = (int32_t *)s->sums + place * GROUP_SUMS;
@@ -415,7 +393,7 @@ static void gemm_tiles(const ktk_gemm_args *args) {
     const int padded_rows = num_tiles * g.tile_rows;
     g.packed_step = (int64_t)padded_rows * g.depth;
     pack_rows(&g, num_rows, padded_rows);
-    configure(g.tile_rows, g.depth);
+    tile_configure(g.tile_rows, g.depth);
 
     const int num_slices = g.step_groups * g.slices;
     const int num_pairs = (num_rows + 2 * g.tile_rows - 1) / (2 * g.tile_rows);
@@ -450,7 +428,7 @@ static void gemm_tiles(const ktk_gemm_args *args) {
             }
         }
     read_part(&g, last, 0, 1);
-    __asm__ volatile("tilerelease" ::);
+    TILE_RELEASE();
 }
 
 /* By counted instructions tiles are ahead from 4 rows with groups of 128 k, from 7 with groups of

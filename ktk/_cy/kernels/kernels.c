@@ -6,9 +6,10 @@
 
 #include "ktk.h"
 
-/* From gemm.c, gemm_amx.c and vendor/llamafile/kernels.c, each compiled for the level it is named
- * for. */
-extern const ktk_kernels ktk_panels_avx2, ktk_panels_avx512, ktk_panels_avx512vnni, ktk_tiles_amx;
+/* From gemm.c, gemm_amx.c, gemm_amx_bf16.c and vendor/llamafile/kernels.c, each compiled for the
+ * level it is named for. */
+extern const ktk_kernels ktk_panels_avx2, ktk_panels_avx512, ktk_panels_avx512vnni, ktk_tiles_amx,
+    ktk_tiles_amxbf16;
 extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni,
     lf_blocks_avx512bf16;
 
@@ -17,7 +18,7 @@ static const ktk_kernels *const SOURCES[] = {
     &ktk_panels_avx2,       &lf_blocks_avx2,                              /* */
     &ktk_panels_avx512,     &lf_blocks_avx512,                            /* */
     &ktk_panels_avx512vnni, &lf_blocks_avx512vnni, &lf_blocks_avx512bf16, /* */
-    &ktk_tiles_amx,
+    &ktk_tiles_amx,         &ktk_tiles_amxbf16,
 };
 enum { NUM_SOURCES = sizeof SOURCES / sizeof *SOURCES };
 

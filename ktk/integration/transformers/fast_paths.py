@@ -80,7 +80,7 @@ def _amx(moes: list[MoE]) -> FastPath:
     for moe in moes:
         if moe.kernel.startswith("amx"):
             continue
-        amx = [backends.backends()[name] for name in ("AMXINT4", "AMXINT8")]
+        amx = [backends.backends()[name] for name in ("AMXINT4", "AMXINT8", "AMXBF16")]
         if reason := amx[0].why_not():
             return FastPath(AMX, reason)
         if any(backend.why_not(moe.spec) is None for backend in amx):
