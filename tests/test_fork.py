@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 
 from ktk import fork
 from make import ROOT
+from make.children import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -57,7 +56,6 @@ KEPT = """
 import sys
 import ktk
 from ktk.experts.spec import MoESpec
-sys.path.append(sys.argv[1])
 from make.cases import pack_all, random_experts
 spec = MoESpec(4, 64, 96, "int8")
 sys.kept = ktk.MoE(pack_all(spec, random_experts(spec, 1)))
@@ -66,6 +64,4 @@ sys.kept = ktk.MoE(pack_all(spec, random_experts(spec, 1)))
 
 def test_a_pool_that_outlives_pythons_modules_says_nothing() -> None:
     """``sys`` goes last of all. An error in there has neither name nor traceback."""
-    command = [sys.executable, "-c", KEPT, str(ROOT / "tests")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout + done.stderr == ""
+    assert run_python(KEPT) == ""

@@ -4,7 +4,6 @@ the registry and the engine.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import threading
@@ -18,10 +17,22 @@ from ktk import backends
 from ktk.backends.base import Backend, Runner
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
-from ktk.machine import threads as engine
 from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
+from make.children import run_python
+
+# For a process whose only MoEs are these: caches of other packages may hold a server's app, and its
+# model, after its tests.
+ALONE = """
+import gc
+import pytest
+import ktk
+from ktk.experts.spec import MoESpec
+from make.cases import pack_all, random_experts
+spec = MoESpec(6, 64, 48, "int8")
+packed = pack_all(spec, random_experts(spec, 1))
+"""
 
 
 @pytest.fixture
@@ -257,7 +268,7 @@ def test_a_named_backend_runs_or_says_why_not(
     if backends.backends()[row.name].why_not(packed.spec) is None:
         assert ktk.MoE(packed, method=row.name.lower()).backend == row.name
         return
-    with pytest.raises((ktk.BackendError, ValueError), match="cannot run here|runs int4 weights"):
+    with pytest.raises((ktk.BackendError, ValueError), match=r"cannot run here|runs \w+ weights"):
         ktk.MoE(packed, method=row.name)
 
 
@@ -316,16 +327,19 @@ def test_a_plugged_in_backend_is_listed_and_runs(packed: StoredExperts, monkeypa
         backends.backends.cache_clear()
 
 
-def test_one_process_has_one_thread_layout(packed: StoredExperts) -> None:
-    gc.collect()
-    first = ktk.MoE(packed, num_threads=3)
-    assert ktk.MoE(packed).num_threads == 3
-    with pytest.raises(ktk.EngineError, match="num_threads=3"):
-        ktk.MoE(packed, num_threads=2)
-    del first
-    gc.collect()
-    assert ktk.MoE(packed, num_threads=2).num_threads == 2
-    gc.collect()
+def test_one_process_has_one_thread_layout() -> None:
+    run_python(
+        """
+        first = ktk.MoE(packed, num_threads=3)
+        assert ktk.MoE(packed).num_threads == 3
+        with pytest.raises(ktk.EngineError, match="num_threads=3"):
+            ktk.MoE(packed, num_threads=2)
+        del first
+        gc.collect()
+        assert ktk.MoE(packed, num_threads=2).num_threads == 2
+        """,
+        before=ALONE,
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
@@ -335,16 +349,21 @@ def test_bad_thread_counts_are_refused(packed: StoredExperts, value: object) -> 
 
 
 def test_impossible_numa_layouts_are_refused() -> None:
-    gc.collect()
+    run_python(
+        """
+        from ktk.machine import threads as engine
 
-    class User:
-        pass
+        class User:
+            pass
 
-    for arguments, text in (
-        ((2, 2, (0,)), "has 1 entries"),
-        ((1, 2, None), "below threadpool_count"),
-        ((64, 64, None), "NUMA nodes"),
-        ((1, 1, (77,)), "no node"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            engine.acquire(User(), *arguments)
+        for arguments, text in (
+            ((2, 2, (0,)), "has 1 entries"),
+            ((1, 2, None), "below threadpool_count"),
+            ((64, 64, None), "NUMA nodes"),
+            ((1, 1, (77,)), "no node"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                engine.acquire(User(), *arguments)
+        """,
+        before=ALONE,
+    )
