@@ -41,7 +41,11 @@ def packed_format(method: str, experts: StoredExperts) -> str | None:
 def packed_spec(experts: StoredExperts, weight_format: str) -> MoESpec:
     """The spec of these experts packed in ``weight_format``."""
     return dataclasses.replace(
-        experts.spec, weight_format=weight_format, group_size=None, activation_group=None
+        experts.spec,
+        weight_format=weight_format,
+        group_size=None,
+        activation_group=None,
+        rotation=None,
     )
 
 

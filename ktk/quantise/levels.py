@@ -59,7 +59,8 @@ def round_levels(
     upper: np.ndarray | None = None,
     weight: np.ndarray | None = None,
 ) -> Levelled:
-    """Round float32 (out, in), finite, rotated first as the layout says.
+    """Round float32 (out, in), finite, rotated first as the layout says; ValueError if that
+    overflows.
 
     upper, weight : of ``ktk.quantise.feedback.Factor``, of the rotated columns, (padded_in,
     padded_in) and (padded_in,); None: no errors are handed on, and all columns count alike.
@@ -69,7 +70,12 @@ def round_levels(
     rows = layout.num_panels * PANEL
     whole = np.zeros((-(-rows // lanes) * lanes, columns), F)
     whole[: len(w), : w.shape[1]] = w
-    x = np.ascontiguousarray(rotate(whole, layout.rotation).T)
+    whole = rotate(whole, layout.rotation)
+    if not np.isfinite(whole).all():
+        raise ValueError("weights are so large that rotating them overflows: mend the checkpoint")
+    # Of about 1, by a power of two, which rounds nothing: squares must not over- or underflow.
+    _, exponent = np.frexp(np.abs(whole).max(axis=1))
+    x = np.ascontiguousarray(np.ldexp(whole, -exponent[:, None]).T)
     count = np.ones(columns, F) if weight is None else weight
     group = layout.multiplier_group
     magnitudes, signs = _parts(fmt.multipliers) if group else (np.ones(1, F), np.ones(1, F))
@@ -103,9 +109,9 @@ def round_levels(
             target[stop:] += upper[here, stop:].T @ error[here]
     return Levelled(
         np.ascontiguousarray(codes.T[:rows].astype(np.uint8)),
-        scales[:rows],
+        np.ldexp(scales, exponent)[:rows],
         np.ascontiguousarray(chosen.T[:rows]) if group else None,
-        np.ascontiguousarray(error.T[:rows]),
+        np.ldexp(error, exponent).T[:rows].copy(),
     )
 
 

@@ -13,9 +13,12 @@ from ktk.experts.formats import PANELS
 from ktk.experts.layout import matrix_layout
 from ktk.experts.panels import dequantised, read_panels
 from ktk.experts.rotation import Rotation
+from ktk.experts.spec import MoESpec
+from ktk.ops.requantise import packed_spec
 from ktk.quantise.feedback import factorise
 from ktk.quantise.levels import round_levels
 from make import ROOT
+from make.cases import pack_all, random_experts
 
 F = np.float32
 NL4 = PANELS["nl4"]
@@ -54,7 +57,7 @@ def test_sizes_of_any_order_give_the_same_codes() -> None:
     w = np.random.default_rng(3).standard_normal((16, 256)).astype(F)
     layout = matrix_layout(NL4, 256, 16, 16, 128)
     want = round_levels(w, layout)
-    for size in (2.0**-60, 2.0**60):
+    for size in (2.0**-100, 2.0**-60, 2.0**60, 2.0**100):
         got = round_levels(w * F(size), layout)
         np.testing.assert_array_equal(want.codes, got.codes)
         np.testing.assert_allclose(got.scales, want.scales * F(size), rtol=1e-6)
@@ -87,3 +90,10 @@ def test_the_kernels_have_the_tables_numbers() -> None:
     # What the kernels' sums of 16 bits, and products of 8, stand on.
     assert max(abs(n) for n in levels) <= int(zero)
     assert max(abs(n) for n in levels) * max(NL4.multipliers) <= 127
+
+
+def test_gguf_experts_packed_as_nl4_are_rotated() -> None:
+    spec = MoESpec(2, 64, 64, "int8")
+    experts = pack_all(spec, random_experts(spec, 1))
+    assert packed_spec(experts, "nl4").turns == (64, 0)
+    assert packed_spec(experts, "int4").turns == (0, 0)

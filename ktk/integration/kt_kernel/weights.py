@@ -219,6 +219,7 @@ class LayerWeights:
             weight_format=weight_format,
             group_size=self.group_size,
             activation_group=activation_group,
+            rotation=None,
         )
         if not spec.is_packed:
             return _arranged(dataclasses.replace(blocks, spec=spec), None, keep)
