@@ -1,0 +1,1 @@
+"""Which experts are in memory where not all fit: policies, traces to judge them by, slots."""
