@@ -8,16 +8,17 @@ MODEL ?=
 NUMA_TESTS ?= tests/machine/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*.pxd ktk/_cy/*/*.pxi ktk/_cy/*/*.c ktk/_cy/*/*.h vendor/*/*.c vendor/*/*.h vendor/*/*/*.h)
 
-.PHONY: setup demo test test-fast test-numa test-versions lock lint wheel bench doctor clean
+.PHONY: setup demo test test-fast test-numa test-versions pytest lock lint wheel bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
 
-# torch first: what follows must find it there.
+# torch first: what follows must find it there. Python compiles what is imported, when it is: of all
+# modules of all packages that takes 40 s.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q torch
-	$(PIP) install -q -e '.[transformers,serve,dev]'
+	$(PIP) install -q --no-compile torch
+	$(PIP) install -q --no-compile -e '.[transformers,serve,dev]'
 	touch $@
 
 # A file of weights is all that is wanted of it: what it depends on compiles llama.cpp, four minutes.
@@ -33,13 +34,20 @@ demo: setup
 	$(BIN)/ktk demo --model '$(MODEL)'
 endif
 
-# A file's tests share its servers and models: they stay in one process.
-test: setup $(VENV)/.smollm2 lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Lint runs beside the tests: of it mypy takes a minute of one core.
+test: setup $(VENV)/.smollm2
+	$(MAKE) --no-print-directory -j2 lint pytest
+
+# A file's tests share its servers and models: they stay in one process. tests/conftest.py has put
+# the files that take longest first.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+pytest:
+	$(BIN)/python $(PYTEST)
 
 # A minute or two: neither the slow tests nor those that want a browser, and no lint.
 test-fast: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not browser'
+	$(BIN)/python $(PYTEST) -m 'not slow and not browser'
 
 # In a virtual machine with two NUMA nodes, emulated: minutes. As root it installs qemu, else it says how.
 test-numa: setup

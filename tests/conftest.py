@@ -11,6 +11,12 @@ import pytest
 from ktk import log
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests, or with a browser, begin: at the end one core would wait for them."""
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "browser")))}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def _warnings_come_again() -> None:
     """A warning that an earlier test has seen is not the last of its kind."""
