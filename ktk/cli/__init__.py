@@ -1,5 +1,5 @@
-"""The command line. Each sub-command is a module with a function ``command`` and one line in
-COMMANDS.
+"""The command line. Each sub-command is a module with a function ``command``, or a table COMMANDS
+of such functions with a HELP, and one line in COMMANDS here.
 
 A ``command`` is an ordinary typer function; heavy imports belong inside it, so that ``ktk --help``
 is quick.
@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": "ktk.cli.demo",
     "eval": "ktk.cli.eval",
     "bench": "ktk.cli.bench",
+    "residency": "ktk.cli.residency",
 }
 
 
@@ -68,6 +69,12 @@ def app() -> typer.Typer:
     )
     for name, module in COMMANDS.items():
         row = importlib.import_module(module)
+        if table := getattr(row, "COMMANDS", None):
+            group = typer.Typer(no_args_is_help=True, help=row.HELP)
+            for own, function in table.items():
+                group.command(own)(_with_home(function))
+            application.add_typer(group, name=name)
+            continue
         command = _with_home(row.command)
         application.command(name, epilog=getattr(row, "EPILOG", None))(command)
     return application
