@@ -51,7 +51,7 @@ LAZY = (
     ("ktk.demo", "ktk", 10, "the same; the demo's first line comes before them"),
     ("ktk.generate", "ktk.integration", 8, "transformers: headers tell what a path holds"),
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),
-    ("ktk.quantise", "ktk.quantise", 3, "the same"),
+    ("ktk.quantise", "ktk.quantise", 4, "the same"),
     ("ktk", "transformers", 9, "1 s and torch; quiet() must come first"),
     ("ktk", "torch", 6, "2 s; the operator takes NumPy arrays, too"),
     ("ktk", "safetensors.torch", 1, "torch"),

@@ -15,8 +15,11 @@ integers of a block's scale, the integers around it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +33,7 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
 from ktk.quantise import block_bytes
 from ktk.quantise.blocks import BLOCK_TYPES, LARGEST, quantise_rows
-from ktk.quantise.levels import compiled, round_levels
+from ktk.quantise.levels import NO_NUMBA, round_levels
 from ktk.quantise.pack import NOT_FINITE, check_expert
 
 F = np.float32
@@ -40,6 +43,15 @@ DAMPING = 0.01
 PRIOR = 0.25
 _BALANCE_BITS = 4  # channels are scaled by 2**-4 to 2**4, which half-precision scales can take
 _COLUMNS = 128  # rounded between two products with the rest of U
+
+
+@cache
+def _compiled() -> Any:
+    """The kernels of Numba; RuntimeError without it."""
+    try:
+        return importlib.import_module("ktk.quantise._feedback_numba")
+    except ImportError as error:
+        raise RuntimeError(NO_NUMBA) from error
 
 
 def packed_grid(layout: MatrixLayout) -> Grid:
@@ -120,7 +132,7 @@ def round_matrix(w: np.ndarray, factor: Factor, grid: Grid) -> Rounded:
 
     On one thread, mostly without the GIL.
     """
-    kernels = compiled()
+    kernels = _compiled()
     rows, columns = w.shape
     lanes = kernels.LANES
     x = np.zeros((columns, -(-rows // lanes) * lanes), F)

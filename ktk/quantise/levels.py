@@ -24,6 +24,9 @@ LADDER = (2.3, 2.6, 2.9, 3.2, 3.6, 4.5, 7.0, 10.0)
 _GROUPS_TRIED = 64  # of a channel, for its scale: of fewer the best is often chance
 _COLUMNS = 128  # rounded between two products with the rest of the factor
 _ALONE = 32  # columns rounded at a time where a channel has no groups
+NO_NUMBA = (
+    "levels and calibration are rounded by numba, which cannot be imported: pip install numba"
+)
 
 
 class Levelled(NamedTuple):
@@ -42,15 +45,12 @@ class Levelled(NamedTuple):
 
 
 @cache
-def compiled() -> Any:
+def _compiled() -> Any:
     """The kernels of Numba; RuntimeError without it."""
     try:
-        return importlib.import_module("ktk.quantise._feedback_numba")
+        return importlib.import_module("ktk.quantise._levels_numba")
     except ImportError as error:
-        raise RuntimeError(
-            "levels and calibration are rounded by numba, which cannot be imported: pip install "
-            "numba"
-        ) from error
+        raise RuntimeError(NO_NUMBA) from error
 
 
 def round_levels(
@@ -65,7 +65,7 @@ def round_levels(
     upper, weight : of ``ktk.quantise.feedback.Factor``, of the rotated columns, (padded_in,
     padded_in) and (padded_in,); None: no errors are handed on, and all columns count alike.
     """
-    kernels, fmt = compiled(), layout.format
+    kernels, fmt = _compiled(), layout.format
     lanes, columns = kernels.LANES, layout.padded_in
     rows = layout.num_panels * PANEL
     whole = np.zeros((-(-rows // lanes) * lanes, columns), F)
@@ -134,7 +134,7 @@ def _scales(
     table: np.ndarray,
 ) -> np.ndarray:
     """float32 (rows,) of least error over LADDER; x (K, rows)."""
-    kernels = compiled()
+    kernels = _compiled()
     largest = float(magnitudes.max() * np.abs(table).max())
     size = np.sqrt(np.square(x, dtype=np.float64).mean(axis=0)).astype(F) / F(largest)
     best, least = np.zeros_like(size), np.full_like(size, np.inf)
