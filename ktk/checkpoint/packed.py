@@ -24,7 +24,9 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict_json
 from ktk.errors import CheckpointError
+from ktk.experts.formats import PANELS
 from ktk.experts.layout import EXPERT_ALIGN, LAYOUT_VERSION
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts, order_of
 from ktk.machine.cpu import num_physical_cores
@@ -33,6 +35,8 @@ from ktk.paths import user_path
 
 QUANT_METHOD = "ktk"
 STATE_FILE = "ktk-convert.json"
+# Of a MoESpec, what quantization_config always says; see ``coding_of``.
+CODING = ("weight_format", "group_size", "activation_group")
 TEMPORARY_PREFIX = ".ktk-tmp-"
 TENSOR = "experts"
 _LAYER_FILE = re.compile(r"ktk-experts-(\d{5})\.safetensors")
@@ -231,14 +235,7 @@ def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
             f"{path}: quantization_config.layers must list layer indices of 0 to 99999"
         )
     specs = {layer: read_spec(directory, layer) for layer in sorted(set(layers))}
-    for key in ("weight_format", "group_size", "activation_group"):
-        for layer, spec in specs.items():
-            if key in said and said[key] != getattr(spec, key):
-                raise CheckpointError(
-                    f"{layer_path(directory, layer)}: {key}={getattr(spec, key)!r}, {path} says "
-                    f"{said[key]!r}; "
-                    "the directory mixes two conversions: convert again"
-                )
+    _check_codings(directory, specs, said)
     return PackedConfig(
         directory=directory,
         specs=specs,
@@ -247,6 +244,39 @@ def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
         layout_version=LAYOUT_VERSION,
         config=config,
     )
+
+
+def coding_of(spec: MoESpec) -> dict[str, Any]:
+    """What quantization_config says of how a layer is coded; a rotation of none is not said."""
+    coding = {name: getattr(spec, name) for name in CODING}
+    return {**coding, "rotation": list(spec.turns)} if spec.turns.width else coding
+
+
+def _check_codings(directory: Path, specs: dict[int, MoESpec], said: dict[str, Any]) -> None:
+    """CheckpointError unless each layer is coded as quantization_config says, null: as it likes.
+
+    Where that has no rotation, all layers have the first one's: converters of before wrote none.
+    """
+    path = directory / "config.json"
+    stated = {name: said[name] for name in CODING if said.get(name) is not None}
+    if "rotation" not in said:
+        stated["rotation"] = next(iter(specs.values())).turns
+    elif said["rotation"] is not None:
+        try:
+            stated["rotation"] = Rotation.of(said["rotation"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: quantization_config: {error}") from None
+    for name, wanted in stated.items():
+        for layer, spec in specs.items():
+            if wanted != (found := getattr(spec, name)):
+                raise CheckpointError(
+                    f"{layer_path(directory, layer)}: {name}={_shown(found)}, {path} says "
+                    f"{_shown(wanted)}; the directory mixes two conversions: convert again"
+                )
+
+
+def _shown(value: object) -> str:
+    return repr(list(value) if isinstance(value, Rotation) else value)
 
 
 def _spec(file: SafetensorsFile, layer: int) -> MoESpec:
@@ -280,6 +310,10 @@ def _spec(file: SafetensorsFile, layer: int) -> MoESpec:
             )
     try:
         spec = MoESpec.from_json(fields)
+        if not spec.is_packed:
+            raise ValueError(
+                f"weight_format={spec.weight_format!r}: must be one of {', '.join(PANELS)}"
+            )
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: ktk metadata: {error}") from None
     info, wanted = file.tensors[TENSOR], (spec.num_experts, spec.layout.expert_bytes)

@@ -163,9 +163,10 @@ def _report(s: Summary) -> str:
 
 
 def _figures(s: Summary, reused: str) -> str:
+    turned = "" if s.rotation is None else f" rotated by {s.rotation[0]}"
     return (
         f"{s.output}: {s.num_layers} layers of {s.num_experts} experts{reused}, "
-        f"{s.family} {s.source_dtype} -> {s.weight_format}, "
+        f"{s.family} {s.source_dtype} -> {s.weight_format}{turned}, "
         f"{s.bits_per_weight:.2f} bits per weight\n"
         f"experts {s.expert_bytes / 1e6:.1f} MB, other tensors {s.other_bytes / 1e6:.1f} MB, "
         f"{s.seconds:.1f} s, {s.mb_per_second:.0f} MB/s of input"

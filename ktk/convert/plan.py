@@ -17,6 +17,7 @@ from ktk.convert.sinks.gguf_whole import WholeGgufSink
 from ktk.convert.sinks.packed import PackedSink
 from ktk.convert.sources import Calibration, HuggingFaceSource, Source
 from ktk.experts.formats import GGUF, PANELS, written_types
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.machine.cpu import num_physical_cores
 from ktk.models import SOURCE_DTYPES
@@ -39,7 +40,7 @@ class Request:
     input_type: str | None = None
     group_size: int | None = None
     activation_group: int | None = None
-    rotation: int | None = None
+    rotation: Rotation | int | None = None
     threads: int | None = None
     resume: bool = False
     whole: str | None = None
@@ -96,12 +97,15 @@ class Request:
 
     def _check_gguf(self) -> None:
         """What a GGUF file as output does not take."""
-        for name in ("group_size", "activation_group", "rotation"):
+        own = "has groups of its own"
+        for name, why in (
+            ("group_size", own),
+            ("activation_group", own),
+            ("rotation", "is not rotated"),
+        ):
             value = getattr(self, name)
             if value is not None:
-                raise ValueError(
-                    f"{name}={value!r}: {self.quant_method} has groups of its own, leave it out"
-                )
+                raise ValueError(f"{name}={value!r}: {self.quant_method} {why}, leave it out")
         if self.resume:
             raise ValueError("resume: a GGUF file is written in one go; run again without --resume")
         if self.output.exists() or self.output.is_symlink():

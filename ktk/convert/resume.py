@@ -90,10 +90,10 @@ def _check(output: Path, state: dict[str, Any], resume: bool) -> None:
         )
     path = output / STATE_FILE
     have = read_json_object(path)
-    for key, value in state.items():
-        if key != "source" and have.get(key) != value:
+    for key in dict.fromkeys((*state, *have)):  # what is not so by default stands in one alone
+        if key != "source" and have.get(key) != state.get(key):
             raise ValueError(
-                f"{path}: was begun with {key}={have.get(key)!r}, now {value!r}: "
+                f"{path}: was begun with {key}={have.get(key)!r}, now {state.get(key)!r}: "
                 "resume with the same options, or give another output"
             )
     changed = _changed(have.get("source"), state["source"])

@@ -24,6 +24,7 @@ from ktk.convert.sources import Calibration, open_source
 from ktk.convert.window import in_order
 from ktk.errors import CheckpointError
 from ktk.experts.formats.parse import parse
+from ktk.experts.rotation import Rotation
 from ktk.experts.stored import CodedExpert
 from ktk.ops.moe import MoE
 from ktk.paths import user_path
@@ -49,7 +50,8 @@ class Summary:
 
     input_bytes, expert_bytes, other_bytes : read, and written of both kinds. seconds : of this run.
     reused_layers : layers an earlier run had finished. mb_per_second : input bytes of this run's
-    own work. notes : what a reader of the output should know, a sentence each.
+    own work. notes : what a reader of the output should know, a sentence each. rotation : width and
+    seed, or None.
     """
 
     output: str
@@ -68,6 +70,7 @@ class Summary:
     seconds: float
     mb_per_second: float
     notes: tuple[str, ...] = ()
+    rotation: list[int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -81,7 +84,7 @@ def convert(
     input_type: str | None = None,
     group_size: int | None = None,
     activation_group: int | None = None,
-    rotation: int | None = None,
+    rotation: Rotation | int | None = None,
     threads: int | None = None,
     resume: bool = False,
     whole: str | None = None,

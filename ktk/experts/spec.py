@@ -58,7 +58,7 @@ class MoESpec:
         if self.turns.width and not (fmt.is_packed and fmt.is_integer):
             raise ValueError(
                 f"rotation={self.turns.width}: {fmt.name} takes 0, its activations "
-                "are not rounded in panels"
+                "are not rounded in panels; leave it out"
             )
 
     @property
@@ -119,7 +119,7 @@ class MoESpec:
             raise ValueError(
                 f"MoE spec: unknown fields {sorted(unknown)}, missing {sorted(missing)}"
             )
-        fields = {"rotation": 0, **fields}
+        fields = {**fields, "rotation": Rotation.of(fields.get("rotation", 0))}
         if "activation" in fields:
             fields["activation"] = Activation.from_json(fields["activation"])
         return cls(**fields)

@@ -31,10 +31,20 @@ def test_command_converts_and_reports(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["reused_layers"] == 2
 
 
+def test_a_rotation_is_written_and_reported(tmp_path: Path) -> None:
+    make(tmp_path / "in", "deepseek")
+    arguments = ("-i", tmp_path / "in", "-o", tmp_path / "out", "--quant-method", "int8")
+    done = run_convert(*arguments, "--rotation", "256", "--activation-group", "256")
+    assert done.returncode == 0, done.stderr
+    assert "-> int8 rotated by 256, " in done.stdout
+    assert read_config(tmp_path / "out").specs[0].turns == (256, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
         (("--quant-method", "int3"), "quant_method='int3'"),
+        (("--rotation", "32"), "rotation=32: the width must be 0, 64 or 256"),
         (("--input-type", "fp8"), "input_type='fp8'"),
         (("-i", "/nothing/here"), "no such file or directory"),
     ],

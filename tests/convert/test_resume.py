@@ -77,6 +77,11 @@ def test_resume_refuses_another_job(tmp_path: Path) -> None:
     before = contents(output)
     with pytest.raises(ValueError, match="begun with quant_method='int4', now 'int8'"):
         convert(source, output, quant_method="int8", resume=True)
+    with pytest.raises(ValueError, match=r"begun with rotation=None, now \[64, 0\]"):
+        convert(source, output, quant_method="int4", rotation=64, resume=True)
+    convert(source, tmp_path / "rotated", quant_method="int4", rotation=64)
+    with pytest.raises(ValueError, match=r"begun with rotation=\[64, 0\], now None"):
+        convert(source, tmp_path / "rotated", quant_method="int4", resume=True)
     with pytest.raises(ValueError, match="begun with group_size=32, now 64"):
         convert(source, output, group_size=64, resume=True)
     os.utime(source / "model.safetensors", ns=(1, 1))

@@ -27,11 +27,11 @@ class Sink(ABC):
     ``open``, ``begin``, ``write_layer`` for each of ``missing``, ``write_others``, ``finish``.
 
     output : the path as given. folder : a directory on the disk that is written to. specs : by
-    layer. coding : weight_format, group_size, activation_group for people. other_input_bytes,
-    other_bytes : of the tensors that are not experts', read and written. can_resume : what is
-    finished may be taken over by another run. notes : a sentence each. Once it is open, missing :
-    layers still to write, missing_bytes : bytes still to write, reused_others : of
-    other_input_bytes, those an earlier run had done.
+    layer. coding : weight_format, group_size, activation_group, and a rotation if there is one, for
+    people. other_input_bytes, other_bytes : of the tensors that are not experts', read and written.
+    can_resume : what is finished may be taken over by another run. notes : a sentence each. Once it
+    is open, missing : layers still to write, missing_bytes : bytes still to write, reused_others :
+    of other_input_bytes, those an earlier run had done.
     """
 
     output: Path

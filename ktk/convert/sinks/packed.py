@@ -57,7 +57,7 @@ class PackedSink(Sink):
         self.output = self.folder = _outside(source.place, output)
         self.notes = source.notes
         first = next(iter(specs.values()))
-        self.coding = _coding(first)
+        self.coding = packed.coding_of(first)
         self.state = _state(fingerprint, first, provenance)
         self.config = source.config()
         self.config["quantization_config"] = _described(source, specs, self.coding, provenance)
@@ -182,25 +182,16 @@ def _outside(place: Path, output: Path) -> Path:
     return output
 
 
-def _coding(spec: MoESpec) -> dict[str, Any]:
-    return {
-        "weight_format": spec.weight_format,
-        "group_size": spec.group_size,
-        "activation_group": spec.activation_group,
-    }
-
-
 def _state(
     fingerprint: list[dict[str, Any]], spec: MoESpec, provenance: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What tells this job from another."""
+    coding = packed.coding_of(spec)
     return {
         "ktk_version": __version__,
         "layout_version": LAYOUT_VERSION,
-        "quant_method": spec.weight_format,
-        "group_size": spec.group_size,
-        "activation_group": spec.activation_group,
-        **({"rotation": list(spec.turns)} if spec.turns.width else {}),
+        "quant_method": coding.pop("weight_format"),
+        **coding,
         "calibration": provenance,
         "source": fingerprint,
     }

@@ -233,6 +233,10 @@ def test_architectures_are_gguf_s() -> None:
             "m.gguf",
             "group_size=32: q4_k has groups of its own",
         ),
+        (
+            {"quant_method": "q4_k", "rotation": 64},
+            "rotation=64: q4_k is not rotated",
+        ),
         ({"quant_method": "q4_k", "resume": True}, "m.gguf", "written in one go"),
         ({"quant_method": "q4_k", "input_type": "fp16"}, "m.gguf", "are bf16; leave it out"),
     ],

@@ -18,6 +18,7 @@ from ktk.convert.sinks import packed as sink
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.layout import LAYOUT_VERSION
+from ktk.experts.rotation import Rotation
 from ktk.models import plain
 from make.checkpoints import (
     STYLES,
@@ -60,15 +61,19 @@ def test_every_style_converts_and_its_other_tensors_stay(tmp_path: Path, style: 
         ("int4", {"group_size": 128}),
         ("int4", {"group_size": 0, "activation_group": 128}),
         ("int8", {"activation_group": 64}),
+        ("int8", {"activation_group": 256, "rotation": 64}),
+        ("int4", {"rotation": (256, 7)}),
+        ("nl4", {}),
+        ("nl4", {"rotation": 0}),
         ("bf16", {}),
     ],
 )
 def test_options_reach_the_layers_and_config(
-    tmp_path: Path, quant_method: str, options: dict[str, int]
+    tmp_path: Path, quant_method: str, options: dict[str, Any]
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     make(source, "deepseek")
-    summary = convert(source, output, quant_method=quant_method, input_type="bf16", **options)  # type: ignore[arg-type]
+    summary = convert(source, output, quant_method=quant_method, input_type="bf16", **options)
     np.testing.assert_array_equal(
         read_layer(output, 1).data, packed_by_hand(source, 1, weight_format=quant_method, **options)
     )
@@ -76,12 +81,15 @@ def test_options_reach_the_layers_and_config(
     after = json.loads((output / "config.json").read_text())
     said = after.pop("quantization_config")
     assert after == before
-    spec = read_layer(output, 0).spec
+    spec = read_config(output).specs[0]
+    assert spec.turns == Rotation.of(options.get("rotation", 64 if quant_method == "nl4" else 0))
+    rotation = {"rotation": list(spec.turns)} if spec.turns.width else {}
     assert said == {
         "quant_method": "ktk",
         "weight_format": quant_method,
         "group_size": spec.group_size,
         "activation_group": spec.activation_group,
+        **rotation,
         "layout_version": LAYOUT_VERSION,
         "layers": [0, 1],
         "family": "deepseek",
@@ -91,6 +99,7 @@ def test_options_reach_the_layers_and_config(
         spec.group_size,
         spec.activation_group,
     )
+    assert summary.rotation == rotation.get("rotation")
     assert json.dumps(summary.to_json())
 
 
