@@ -235,6 +235,7 @@ def test_architectures_are_gguf_s() -> None:
         ),
         (
             {"quant_method": "q4_k", "rotation": 64},
+            "m.gguf",
             "rotation=64: q4_k is not rotated",
         ),
         ({"quant_method": "q4_k", "resume": True}, "m.gguf", "written in one go"),
