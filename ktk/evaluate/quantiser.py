@@ -82,9 +82,8 @@ class Quantiser:
         """The module's own spec, and the one its experts are coded with: padded to whole blocks."""
         v = self.variant
         if self.is_packed:
-            spec, activation = module_spec(module, v.format, v.group_size, self._activation_group)
-            if self._rotation is not None:
-                spec = dataclasses.replace(spec, rotation=self._rotation)
+            coding = v.format, v.group_size, self._activation_group, self._rotation
+            spec, activation = module_spec(module, *coding)
         else:
             spec, activation = module_spec(module, None, None, None)
             fmt = BLOCKS[v.format]

@@ -174,6 +174,9 @@ def test_a_method_for_packed_weights_quantises_the_blocks_anew(
         ("auto", {"weight_format": "int8"}),
         ("AVX2", {"weight_format": "int8"}),
         ("AVX512", {"group_size": 128}),
+        ("INT8", {"rotation": 64}),
+        ("NUMPY", {"weight_format": "nl4"}),
+        ("NUMPY", {"weight_format": "nl4", "rotation": 0}),
     ],
 )
 def test_blocks_become_the_format_and_groups_that_are_asked_for(
@@ -184,20 +187,23 @@ def test_blocks_become_the_format_and_groups_that_are_asked_for(
     wrapper = wrapper_of(file, method=method, **asked)
     wrapper.load_weights(ORDER)
     blocks = blocks_of(file)
-    spec = MoESpec(E, H, N, **{"weight_format": "int4", **asked})
+    weight_format = "int8" if method == "INT8" else "int4"
+    spec = MoESpec(E, H, N, **{"weight_format": weight_format, **asked})
     want = pack_experts(spec, lambda e: expert_weights(blocks, int(ORDER[e])))
     assert wrapper.moe.spec == spec
     assert np.array_equal(want.data, wrapper.moe.packed.data)
 
 
 @needs_kernels
-def test_blocks_take_an_activation_group_but_no_group_size(file: Path) -> None:
+def test_blocks_take_an_activation_group_but_no_group_size_or_rotation(file: Path) -> None:
     wrapper = wrapper_of(file, activation_group=32)
     wrapper.load_weights()
     assert wrapper.moe.spec.activation_group == 32
     for asked in ({"group_size": 32}, {"activation_group": 0}):
         with pytest.raises(ValueError, match="group"):
             wrapper_of(file, **asked).load_weights()
+    with pytest.raises(ValueError, match="rotation=64: gguf takes 0"):
+        wrapper_of(file, rotation=64).load_weights()
 
 
 def test_what_does_not_fit_is_named(file: Path, tmp_path: Path) -> None:

@@ -295,6 +295,13 @@ def test_load_model_of_fp8_blocks_equals_its_conversion(tmp_path: Path) -> None:
         assert torch.equal(got, want)
     asked = load_model(tmp_path / "in", quantization_config=KtkConfig("int4", group_size=64))
     assert all("int4 g64" in row.kernel for row in packed_modules(asked))
+    rotated = load_model(tmp_path / "in", quantization_config=KtkConfig("int8", rotation=64))
+    rotated.save_pretrained(tmp_path / "rotated")
+    convert(tmp_path / "in", tmp_path / "turned", quant_method="int8", rotation=64)
+    for layer, spec in read_config(tmp_path / "rotated").specs.items():
+        assert spec.turns == (64, 0)
+        made = read_layer(tmp_path / "turned", layer).data
+        assert np.array_equal(read_layer(tmp_path / "rotated", layer).data, made)
 
 
 def mxfp4_directory(path: Path) -> None:
@@ -340,6 +347,8 @@ def test_mxfp4_runs_as_blocks_of_the_same_numbers(tmp_path: Path) -> None:
     assert (logits - exact).abs().mean() <= 0.05 * exact.abs().mean()
     named.save_pretrained(tmp_path / "saved")
     assert torch.equal(run(load_model(tmp_path / "saved"))[0], exact)
+    with pytest.raises(ValueError, match="rotation=64: gguf takes 0"):
+        load_model(tmp_path, quantization_config=KtkConfig(None, rotation=64))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats import GGUF, get_format
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.models import find_experts
@@ -36,8 +37,8 @@ _BIASES = ("gate_bias", "up_bias", "down_bias")
 class LayerWeights:
     """What a wrapper asks of its layer's weights, and how they are had.
 
-    Shapes are the whole layer's. weight_format, group_size, activation_group, activation : None
-    takes what the weights record, then the default.
+    Shapes are the whole layer's. weight_format, group_size, activation_group, rotation,
+    activation : None takes what the weights record, then the default.
     """
 
     layer_idx: int
@@ -48,6 +49,7 @@ class LayerWeights:
     weight_format: str | None
     group_size: int | None
     activation_group: int | None
+    rotation: Rotation | None
     activation: Activation | None
     weight_path: Path | None
     cpu_save: bool
@@ -122,6 +124,7 @@ class LayerWeights:
             self.weight_format or "int4",
             self.group_size,
             self.activation_group,
+            rotation=self.rotation,
             **fields,
         )
 
@@ -168,6 +171,11 @@ class LayerWeights:
         if self.group_size not in (None, spec.group_size):
             raise ValueError(
                 f"{source} has group_size={spec.group_size}, the wrapper asks for {self.group_size}"
+            )
+        if self.rotation is not None and self.rotation != spec.turns:
+            raise ValueError(
+                f"{source} has rotation={list(spec.turns)}, the wrapper asks for "
+                f"{list(self.rotation)}: leave it out, or convert again"
             )
         group = self.activation_group
         return dataclasses.replace(
@@ -219,7 +227,7 @@ class LayerWeights:
             weight_format=weight_format,
             group_size=self.group_size,
             activation_group=activation_group,
-            rotation=None,
+            rotation=self.rotation,
         )
         if not spec.is_packed:
             return _arranged(dataclasses.replace(blocks, spec=spec), None, keep)

@@ -23,6 +23,7 @@ import numpy as np
 
 from ktk import backends, fork
 from ktk.experts.formats.floats import to_f32
+from ktk.experts.rotation import Rotation
 from ktk.experts.stored import StoredExperts
 from ktk.integration.kt_kernel.arguments import check_mode, checked_int, mask_of, swiglu_activation
 from ktk.integration.kt_kernel.staging import Buffers
@@ -80,7 +81,7 @@ class KTMoEWrapper:
         ktk's own: False loads only the experts that the mask leaves to the CPU when weights are
         loaded; a call that routes to another, unmasked since, is a BackendError. Not with cpu_save,
         which writes whole layers.
-    group_size, weight_format, activation_group : int, str, int or None
+    group_size, weight_format, activation_group, rotation : int, str, int, Rotation or int, or None
         ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has
         it.
 
@@ -125,6 +126,7 @@ class KTMoEWrapper:
         *,
         weight_format: str | None = None,
         activation_group: int | None = None,
+        rotation: Rotation | int | None = None,
         repack: bool | None = None,
         load_gpu_experts: bool = True,
     ) -> None:
@@ -168,6 +170,7 @@ class KTMoEWrapper:
             weight_format=weight_format or backends.method_format(self.method),
             group_size=group_size,
             activation_group=activation_group,
+            rotation=None if rotation is None else Rotation.of(rotation),
             activation=swiglu_activation(swiglu_limit, swiglu_alpha),
             weight_path=self.weight_path,
             cpu_save=self.cpu_save,

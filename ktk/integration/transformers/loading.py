@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from ktk import backends
 from ktk.errors import CheckpointError
+from ktk.experts.rotation import Rotation
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
     drop_weights,
@@ -73,13 +74,15 @@ def use_ktk(
     activation_group: int | None = None,
     method: str = "auto",
     num_threads: int | None = None,
+    *,
+    rotation: Rotation | int | None = None,
 ) -> list[PackedModule]:
     """Pack every experts module of a float model in place, freeing its float weights layer by
     layer.
 
     weight_format : a name of ``ktk.experts.formats.PANELS``; None takes the exact one for the
         weights' dtype.
-    group_size, activation_group, method, num_threads : as in ``ktk.MoE.from_weights``.
+    group_size, activation_group, rotation, method, num_threads : as in ``ktk.MoE.from_weights``.
     Returns one row per module. Raises ValueError if there is nothing to pack or a module is packed
     already, BackendError if nothing runs it; both before anything is changed.
     """
@@ -98,15 +101,14 @@ def use_ktk(
                 "otherwise"
             )
         try:
-            backends.select(
-                method, module_spec(module, weight_format, group_size, activation_group)[0]
-            )
+            spec, _ = module_spec(module, weight_format, group_size, activation_group, rotation)
+            backends.select(method, spec)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
     report = []
     for name, module in modules:
         handle = pack_module(
-            module, weight_format, group_size, activation_group, method, num_threads
+            module, weight_format, group_size, activation_group, method, num_threads, rotation
         )
         drop_weights(module)
         report.append(PackedModule.of(name, handle))
@@ -231,7 +233,12 @@ def _load_quantised(
     if dtype in (None, "auto"):
         dtype = config.dtype or torch.bfloat16
     with quantised_checkpoint(
-        path, wanted.weight_format, wanted.group_size, wanted.activation_group, method
+        path,
+        wanted.weight_format,
+        wanted.group_size,
+        wanted.activation_group,
+        wanted.turns,
+        method,
     ) as (source, tensors):
         spec = next(iter(source.specs.values()))
         kwargs["quantization_config"] = KtkConfig(
@@ -240,6 +247,7 @@ def _load_quantised(
             spec.activation_group,
             wanted.method,
             linear=wanted.linear,
+            rotation=spec.turns if spec.turns.width else None,
         ).asking(replace(request, source=source))
         if "generation_config" not in kwargs and (path / "generation_config.json").is_file():
             kwargs["generation_config"] = GenerationConfig.from_pretrained(path)

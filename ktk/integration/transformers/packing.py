@@ -15,6 +15,7 @@ import torch
 from ktk import backends
 from ktk.errors import CheckpointError
 from ktk.experts.activation import Activation
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.integration.transformers.activations import recognise
@@ -43,6 +44,7 @@ def module_spec(
     weight_format: str | None,
     group_size: int | None,
     activation_group: int | None,
+    rotation: Rotation | int | None = None,
 ) -> tuple[MoESpec, Activation | None]:
     """The spec a float experts module packs to, and its activation (None if ktk does not know it).
 
@@ -77,6 +79,7 @@ def module_spec(
         has_gate=module.has_gate,
         has_bias=module.has_bias,
         activation=activation or Activation(),
+        rotation=rotation,
     )
     return spec, activation
 
@@ -183,10 +186,12 @@ def pack_module(
     activation_group: int | None = None,
     method: str = "auto",
     num_threads: int | None = None,
+    rotation: Rotation | int | None = None,
 ) -> ExpertsHandle:
     """Pack a float module and hang the handle on it; its parameters stay as they are."""
     with _lock:
-        spec, activation = module_spec(module, weight_format, group_size, activation_group)
+        coding = weight_format, group_size, activation_group, rotation
+        spec, activation = module_spec(module, *coding)
         backends.select(method, spec)  # refuse before the long part
         packer = ModulePacker(module, spec)
         for name in weight_names(module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from ktk import backends
 from ktk.errors import CheckpointError
+from ktk.experts.rotation import NO_ROTATION, Rotation
 from ktk.experts.spec import MoESpec
 from ktk.integration.choices import check_linear
 from ktk.integration.transformers import names as hf
@@ -67,17 +69,20 @@ class KtkConfig(hf.QuantizationConfigMixin):
     """``quantization_config`` of a packed directory; given to from_pretrained, packs a float model
     on load.
 
-    weight_format, group_size, activation_group, method : as in ``use_ktk``. A packed directory's
-    own values win over given ones; its method is KTK_BACKEND, ``load_model(method=...)`` or
-    "method" in its config.json.
-    gguf : as in ``load_model``; weight_format and the groups do not count then.
+    weight_format, group_size, activation_group, rotation, method : as in ``use_ktk``; rotation may
+    be [width, seed], as it is saved. A packed directory's own values win over given ones; its
+    method is KTK_BACKEND, ``load_model(method=...)`` or "method" in its config.json.
+    gguf : as in ``load_model``; weight_format, the groups and rotation do not count then.
     linear : how the dense linear layers run, one of ``ktk.integration.choices.LINEAR``; None, in
     directories of before, is "none".
-    Raises ValueError for a weight_format, method or linear that is unknown and for groups that the
-    format has not, TypeError for other options.
+    Raises ValueError for a weight_format, method or linear that is unknown and for groups or a
+    rotation that the format has not, TypeError for other options.
     """
 
     __slots__ = ("request",)  # beside the attributes, all of which are saved
+
+    # saved, as an attribute, only where it was given
+    rotation: list[int] | None = None
 
     def __init__(
         self,
@@ -87,14 +92,16 @@ class KtkConfig(hf.QuantizationConfigMixin):
         method: str = "auto",
         gguf: str | os.PathLike[str] | None = None,
         linear: str | None = "none",
+        rotation: Rotation | Sequence[int] | int | None = None,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
         if others and "layout_version" not in others:  # which every packed directory has
             raise TypeError(
                 f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, "
-                "group_size, activation_group, method, gguf and linear"
+                "group_size, activation_group, method, gguf, linear and rotation"
             )
+        turns = None if rotation is None else Rotation.of(rotation)
         if weight_format is not None:  # for its checks; 128 is a multiple of every group
             MoESpec(
                 1,
@@ -103,6 +110,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
                 weight_format=weight_format,
                 group_size=group_size,
                 activation_group=activation_group,
+                rotation=turns,
             )
         backends.check_method(method, weight_format if gguf is None else None)
         linear = "none" if linear is None else linear
@@ -116,6 +124,8 @@ class KtkConfig(hf.QuantizationConfigMixin):
         self.method = method
         self.gguf = None if gguf is None else str(user_path(gguf))
         self.linear = linear
+        if turns is not None:
+            self.rotation = list(turns)
         for name, value in others.items():
             setattr(self, name, value)
 
@@ -125,6 +135,18 @@ class KtkConfig(hf.QuantizationConfigMixin):
         if isinstance(config_dict, SavedConfig):
             return cls(**config_dict).asking(config_dict.request)
         return super().from_dict(config_dict, *options, **named)
+
+    @property
+    def turns(self) -> Rotation | None:
+        """``rotation``, as a MoESpec takes it."""
+        return None if self.rotation is None else Rotation.of(self.rotation)
+
+    def state_rotation(self, found: set[Rotation]) -> None:
+        """What is saved of layers with these rotations: nothing of none, null of several."""
+        if found == {NO_ROTATION}:
+            vars(self).pop("rotation", None)
+        else:
+            self.rotation = list(*found) if len(found) == 1 else None
 
     def asking(self, request: Request) -> KtkConfig:
         """The same for a call that asks for something besides."""
@@ -220,7 +242,11 @@ class KtkHfQuantizer(hf.HfQuantizer):
             for name, module in modules.items():
                 try:
                     spec, _ = module_spec(
-                        module, config.weight_format, config.group_size, config.activation_group
+                        module,
+                        config.weight_format,
+                        config.group_size,
+                        config.activation_group,
+                        config.turns,
                     )
                     backends.select(self._method, spec)
                 except (ValueError, TypeError) as error:

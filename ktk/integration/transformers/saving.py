@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from ktk.checkpoint.packed import layer_path, list_layers, write_layer
+from ktk.checkpoint.packed import CODING, layer_path, list_layers, write_layer
 from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.stored import StoredExperts
 from ktk.integration.choices import PACKED_LINEAR
@@ -106,7 +106,9 @@ def write_experts(model: Any, directory: Path) -> None:
         layer_path(directory, layer).unlink()
     said.gguf = None
     said.layers, said.layout_version = sorted(layers), LAYOUT_VERSION
-    for field in ("weight_format", "group_size", "activation_group"):
-        values = {getattr(packed.spec, field) for packed in layers.values()}
+    specs = [packed.spec for packed in layers.values()]
+    for field in CODING:
+        values = {getattr(spec, field) for spec in specs}
         setattr(said, field, values.pop() if len(values) == 1 else None)
+    said.state_rotation({spec.turns for spec in specs})
     model.config.quantization_config = said

@@ -17,6 +17,7 @@ from ktk.checkpoint.packed import read_config, read_layer
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
 from ktk.experts.formats import GGUF
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.models import Config, find_experts
@@ -75,6 +76,7 @@ def quantised_checkpoint(
     weight_format: str | None,
     group_size: int | None,
     activation_group: int | None,
+    rotation: Rotation | None,
     method: str,
 ) -> Iterator[tuple[ExpertsSource, Mapping[str, LazyTensor]]]:
     """The experts of a checkpoint that other tools quantised, and its other tensors, decoded.
@@ -95,7 +97,7 @@ def quantised_checkpoint(
         for layer in experts.layers:
             fields = experts.spec_fields(layer)
             if keeps_blocks:
-                spec = MoESpec(**fields, weight_format=GGUF.name)
+                spec = MoESpec(**fields, weight_format=GGUF.name, rotation=rotation)
                 keeps_blocks = _runs(method, spec)
             if not keeps_blocks:
                 spec = MoESpec(
@@ -103,6 +105,7 @@ def quantised_checkpoint(
                     weight_format=weight_format,
                     group_size=group_size,
                     activation_group=activation_group,
+                    rotation=rotation,
                 )
                 backends.select(method, spec)
             specs[layer] = spec

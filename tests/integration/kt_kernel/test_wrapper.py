@@ -111,6 +111,14 @@ def test_mask_and_count_must_agree():
         ({"weight_format": "int3"}, ValueError, "int3"),
         ({"group_size": 48}, ValueError, "group_size=48"),
         ({"activation_group": 7}, ValueError, "activation_group=7"),
+        ({"rotation": 32}, ValueError, "rotation=32: the width must be 0, 64 or 256"),
+        ({"rotation": "64"}, ValueError, "rotation='64': must be a width"),
+        (
+            {"rotation": 7, "method": "auto", "weight_format": None},
+            ValueError,
+            "rotation=7: the width must be 0, 64 or 256",
+        ),
+        ({"rotation": 64, "weight_format": "bf16"}, ValueError, "rotation=64: bf16 takes 0"),
         ({"mode": "train"}, ValueError, "mode='train'"),
         (
             {"mode": "sft", "lora_rank": 16},

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 
@@ -13,14 +14,19 @@ import numpy as np
 import pytest
 import torch
 
+import ktk
 from ktk import backends
+from ktk.checkpoint import read_layer
+from ktk.convert.run import convert
 from ktk.errors import BackendError, CheckpointError
 from ktk.experts.activation import Activation
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
 from ktk.quantise.pack import pack_experts
 from ktk.reference.moe import ExactExperts
+from make import checkpoints
 from make.wrapper_cases import (
     NAMES,
     E,
@@ -223,6 +229,39 @@ def test_auto_takes_the_files_format_and_activation(tmp_path):
     other = make(weight_path=tmp_path, method="auto", weight_format=None, activation_group=128)
     other.load_weights()
     assert other.moe.spec.activation_group == 128  # not part of the layout: the caller's choice
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "nl4"])
+@pytest.mark.parametrize("rotation", [None, 0, 64, (256, 3)])
+def test_weights_are_rotated_as_asked_and_a_saved_layer_keeps_it(tmp_path, weight_format, rotation):
+    given = {"weight_format": weight_format, "rotation": rotation}
+    saved = save(tmp_path, **given)
+    turns = Rotation.of((64 if weight_format == "nl4" else 0) if rotation is None else rotation)
+    assert saved.moe.spec.turns == turns
+    spec = MoESpec(E, H, N, weight_format, rotation=rotation)
+    want = ktk.MoE.from_weights(*random_weights(), **given, method="NUMPY")
+    assert want.spec == spec
+    hidden, ids, weights = routed(5)
+    out = saved.forward(hidden, ids, weights)
+    assert_same_bits(out, want(hidden, ids, weights))
+    for asked in (None, turns):
+        again = make(weight_path=tmp_path, weight_format=weight_format, rotation=asked)
+        again.load_weights()
+        assert again.moe.spec == spec
+        assert_same_bits(again.forward(hidden, ids, weights), out)
+    for other in {(0, 0), (64, 0), (64, 3)} - {turns}:
+        wrapper = make(weight_path=tmp_path, weight_format=None, method="auto", rotation=other)
+        with pytest.raises(ValueError, match=re.escape(f"has rotation={list(turns)}, the wrapper")):
+            wrapper.load_weights()
+
+
+def test_an_ordinary_directory_is_rotated_when_it_is_quantised(tmp_path):
+    checkpoints.make(tmp_path, "mixtral", sizes=(1, E, H, N))
+    wrapper = make(weight_path=tmp_path, rotation=64)
+    wrapper.load_weights()
+    convert(tmp_path, tmp_path.with_name("packed"), quant_method="int8", rotation=64)
+    assert np.array_equal(wrapper.moe.packed.data, read_layer(tmp_path.with_name("packed"), 0).data)
+    assert wrapper.moe.spec.turns == (64, 0)
 
 
 @pytest.mark.parametrize(
