@@ -154,6 +154,7 @@ cdef extern from "ktk_decoder.h" nogil:
         const int64_t *position
         const float *cosines
         const float *sines
+        int64_t *chosen
 
     ctypedef struct ktk_norm:
         const float *weight

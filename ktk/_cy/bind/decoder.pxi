@@ -107,11 +107,12 @@ cdef class DecoderLayer(_OnPool):
     cdef ktk_decoder_layer layer
     cdef object spec
     cdef list memory  # of the C structs
+    cdef object chosen
 
     def __init__(self, spec, str isa, engine):
         """spec : ktk.ops.decoder.DecoderSpec. engine : ktk.machine.threads.EngineLayout."""
         self._take_pool(isa, engine)
-        self.spec, self.memory = spec, []
+        self.spec, self.memory, self.chosen = spec, [], None
         cdef size_t size = len(spec.branches) * sizeof(ktk_branch)
         cdef ktk_branch *branches = <ktk_branch *>self._room(size)
         cdef ktk_branch *b = branches
@@ -194,7 +195,14 @@ cdef class DecoderLayer(_OnPool):
         rows.num_rows, rows.sequences = num_rows, sequences
         rows.sequence, rows.position = index, place
         rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
+        rows.chosen = NULL
         self._run(_DTYPES[dtype], <const void *>hidden, &rows, <void *>out)
+
+    def leave_chosen(self, chosen):
+        """From now on forward_row writes the experts of its row to chosen, int64 (top_k,),
+        contiguous; None: no more.
+        """
+        self.chosen = chosen
 
     def forward_row(self, str dtype, uintptr_t hidden, uintptr_t cosines, uintptr_t sines,
                     uintptr_t keys, int64_t key_head, int64_t key_row,
@@ -216,6 +224,8 @@ cdef class DecoderLayer(_OnPool):
         rows.num_rows, rows.sequences = 1, &sequence
         rows.sequence, rows.position = &index, &position
         rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
+        chosen = self.chosen  # stays alive though another thread may take it away
+        rows.chosen = NULL if chosen is None else <int64_t *>_address(chosen)
         self._run(_DTYPES[dtype], <const void *>hidden, &rows, <void *>out)
 
     cdef int _run(self, int dtype, const void *hidden, const ktk_decoder_rows *rows,

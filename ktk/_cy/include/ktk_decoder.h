@@ -25,6 +25,7 @@ typedef struct {
     const int32_t *sequence;      /* (num_rows): an index of sequences */
     const int64_t *position;      /* (num_rows) */
     const float *cosines, *sines; /* (num_rows, dim of the rotary / 2) */
+    int64_t *chosen; /* (num_rows, top_k), where routed rows leave their ids, or NULL */
 } ktk_decoder_rows;
 
 /* x / sqrt(mean(x^2) + epsilon) * weight. weight NULL: there is no norm. */

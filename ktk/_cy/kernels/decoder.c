@@ -106,6 +106,8 @@ static void run_routed(component *c, float *out) {
     const ktk_routed *l = c->part;
     const crew *crew = &c->s->crew;
     ktk_each_row(&c->s->crew, 0, crew->num_rows, route_row, c);
+    if (c->s->rows->chosen)
+        memcpy(c->s->rows->chosen, c->ids, 8 * (size_t)(crew->num_rows * l->router.top_k));
     c->s->status =
         ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows, l->router.top_k,
                     KTK_DTYPE_F32, c->s->x, c->ids, c->weights, NULL, out, out, c->scratch);

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 
 from ktk.errors import BackendError
@@ -21,10 +22,11 @@ from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.decoder_specs import DescribedLayer, UnlikeError, describe_layer
 from ktk.integration.transformers.decoder_trial import Trial, can_run, run_native
-from ktk.integration.transformers.experts import is_experts
+from ktk.integration.transformers.experts import is_experts, unheard
 from ktk.integration.transformers.linear import SharedForward
 from ktk.log import warn_once
 from ktk.ops import linear
+from ktk.ops.components import RoutedExperts
 from ktk.ops.decoder import DecoderLayer
 
 _KNOWN = {
@@ -137,6 +139,7 @@ class FusedForward:
         self.is_tried, self.is_unlike = False, False
         self.calls = 0
         self.reason: str | None = None
+        self.chosen: np.ndarray | None = None
 
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
         is_new_token = hidden_states.shape[:-1] == (1, 1) and not arguments
@@ -154,6 +157,26 @@ class FusedForward:
         self.calls += 1
         self.reason = None
         return out
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token is routed to."""
+        routed = [c for c in self.described.spec.components if isinstance(c, RoutedExperts)]
+        return max((c.router.top_k for c in routed), default=0)
+
+    def leave_chosen(self, chosen: np.ndarray | None) -> None:
+        """Have native calls write the experts of their token to ``chosen``; None: no more.
+
+        chosen : int64, contiguous, (top_k,) or longer. ValueError for any other.
+        """
+        if chosen is not None and not (
+            chosen.dtype == np.int64 and chosen.flags.c_contiguous and chosen.size >= self.top_k
+        ):
+            raise ValueError(
+                f"chosen is {chosen.dtype} {chosen.shape}: must be contiguous int64 ({self.top_k},)"
+            )
+        self.chosen = chosen
+        self.layer.native.leave_chosen(chosen)
 
     def _rows(
         self, x: torch.Tensor, named: dict[str, Any]
@@ -220,10 +243,12 @@ class FusedForward:
         reason = self.verdicts.get(kind)
         if reason is None:
             trial = Trial(self.described, self.module, self.own_forward, named, self.index)
-            reason = trial.differs(is_thorough=kind not in self.verdicts)
+            with unheard(self.module):
+                reason = trial.differs(is_thorough=kind not in self.verdicts)
             self.verdicts.setdefault(kind, reason)
             if reason is None and trial.spec is not self.described.spec:
                 self.layer = DecoderLayer(trial.spec)
+                self.layer.native.leave_chosen(self.chosen)
         self.is_unlike = reason is not None
         return reason
 

@@ -8,7 +8,8 @@ every parameter of a module that is mapped to "cpu").
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from ktk.ops.moe import MoE
 
 NAME = "ktk"  # of the experts function
 _ATTRIBUTE = "_ktk"
+_LISTENER = "_ktk_listener"
+Listener = Callable[[torch.Tensor, torch.Tensor], None]
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -128,6 +131,36 @@ def handle_of(module: Any) -> ExpertsHandle | None:
 def hang(module: Any, handle: ExpertsHandle) -> None:
     """Have a module's experts run by these once ``select_ktk`` chose the experts function."""
     setattr(module, _ATTRIBUTE, handle)
+
+
+def listen(module: Any, listener: Listener | None) -> None:
+    """Have ``listener`` called with the expert ids and weights, (num_tokens, top_k), of each call
+    of a module that ktk runs; None: no more.
+    """
+    if listener is None:
+        module.__dict__.pop(_LISTENER, None)
+    else:
+        module.__dict__[_LISTENER] = listener
+
+
+def listener_of(module: Any) -> Listener | None:
+    """Who ``listen`` was given, if anybody."""
+    found: Listener | None = module.__dict__.get(_LISTENER)
+    return found
+
+
+@contextlib.contextmanager
+def unheard(owner: torch.nn.Module) -> Iterator[None]:
+    """While it lasts, nobody is told of calls of experts in ``owner``: they are no model's pass."""
+    listeners = [(module, listener_of(module)) for module in owner.modules()]
+    heard = [(module, listener) for module, listener in listeners if listener is not None]
+    for module, _ in heard:
+        listen(module, None)
+    try:
+        yield
+    finally:
+        for module, listener in heard:
+            listen(module, listener)
 
 
 def select_ktk(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 
 from ktk.integration.transformers.activations import join_gate_up
-from ktk.integration.transformers.experts import ExpertsHandle, handle_of, has_post_norm
+from ktk.integration.transformers.experts import (
+    ExpertsHandle,
+    handle_of,
+    has_post_norm,
+    listener_of,
+)
 from ktk.integration.transformers.gradients import ExpertsFunction
 from ktk.integration.transformers.packing import pack_module, source_key
 
@@ -28,6 +33,9 @@ def ktk_experts_forward(
     handle = handle_of(module)
     if handle is None or (handle.sources is not None and handle.sources != source_key(module)):
         handle = pack_module(module)
+    listener = listener_of(module)
+    if listener is not None:
+        listener(top_k_index, top_k_weights)
     if torch.is_grad_enabled():
         inputs = (hidden_states, top_k_weights, *module.parameters())
         if any(x.requires_grad for x in inputs):

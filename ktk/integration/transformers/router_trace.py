@@ -12,26 +12,12 @@ import torch
 from transformers import DynamicCache
 
 from ktk.integration.transformers import names as hf
-from ktk.integration.transformers.experts import find_experts, handle_of
-from ktk.integration.transformers.forward import ktk_experts_forward
+from ktk.integration.transformers.experts import find_experts, handle_of, listen
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
 from ktk.integration.transformers.loading import load_model
 from ktk.integration.transformers.tokens import load_tokenizer
 from ktk.placement.residency.trace import Trace
-
-_NAME = "ktk_record"
-_ATTRIBUTE = "_ktk_recorder"
-
-
-def _experts_function(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    module.__dict__[_ATTRIBUTE](top_k_index, top_k_weights)
-    return ktk_experts_forward(module, hidden_states, top_k_index, top_k_weights)
-
-
-hf.ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_function)
 
 
 class RouterRecorder:
@@ -101,20 +87,13 @@ def recording(model: Any) -> Iterator[RouterRecorder]:
     (``fuse_decoder_layers`` sends new tokens past the experts modules). ValueError for any other.
     """
     recorder = RouterRecorder(model)
-    modules = recorder.modules
-    owners = {id(m.config): m.config for m in (model, *modules) if hasattr(m, "config")}
-    before = {key: hf.experts_implementation(config) for key, config in owners.items()}
     try:
-        for config in owners.values():
-            hf.set_experts_implementation(config, _NAME)
-        for layer, module in enumerate(modules):
-            module.__dict__[_ATTRIBUTE] = recorder.note(layer)
+        for layer, module in enumerate(recorder.modules):
+            listen(module, recorder.note(layer))
         yield recorder
     finally:
-        for key, config in owners.items():
-            hf.set_experts_implementation(config, before[key])
-        for module in modules:
-            module.__dict__.pop(_ATTRIBUTE, None)
+        for module in recorder.modules:
+            listen(module, None)
 
 
 def open_plain(path: str | os.PathLike[str]) -> tuple[Any, Any]:
