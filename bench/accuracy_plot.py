@@ -5,7 +5,7 @@ curve.
     accuracy.png] [--bits 3 9]
 
 Below the curve is a format of llama.cpp if no format written by ktk has both no more bits and no
-more KL. Of several rows with one label and activation group the last counts.
+more KL. Of several rows with one label, activation group and rotation the last counts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DISTANCE = [f.name for f in dataclasses.fields(Distance)]
 
 def read_rows(files: list[Path]) -> list[Row]:
     """By bits, the float model's row first."""
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, int, int], Row] = {}
     for line in "".join(file.read_text() for file in files).splitlines():
         fields = json.loads(line)
         found = Distance(**{name: fields.pop(name) for name in DISTANCE})
         row = Row(distance=found, **fields)
-        rows[row.label, row.activation_group] = row
+        rows[row.label, row.activation_group, row.rotation] = row
     return sorted(rows.values(), key=lambda r: (r.label != "float", r.bits_per_weight, r.label))
 
 
@@ -57,13 +57,15 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs=2, default=(3.0, 9.0))
     arguments = parser.parse_args()
     rows = read_rows(arguments.rows)
-    print("| experts | bits per weight | activation group | perplexity | KL | KL, 99 % | top-1 |")
-    print("|---|---|---|---|---|---|---|")
+    coding = "experts | bits per weight | activation group | rotation"
+    print(f"| {coding} | perplexity | KL | KL, 99 % | top-1 |")
+    print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         d = r.distance
         print(
             f"| {r.label} | {r.bits_per_weight:.2f} | {r.activation_group or '-'} | "
-            f"{d.perplexity:.2f} | {d.kl:.4f} | {d.kl_p99:.3f} | {d.top1:.1%} |"
+            f"{r.rotation or '-'} | {d.perplexity:.2f} | {d.kl:.4f} | {d.kl_p99:.3f} | "
+            f"{d.top1:.1%} |"
         )
     below = [f"{r.label} ({r.distance.kl:.4f})" for r in below_the_curve(rows, *arguments.bits)]
     print("below ktk's curve:", ", ".join(below) or "none")

@@ -174,7 +174,8 @@ def _print_table(rows: list[Row]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("experts", no_wrap=True)
-    for heading in ("bits/\nweight", "act.\ngroup", "perplexity", "KL", "KL\n99 %", "top-1"):
+    groups = ("bits/\nweight", "act.\ngroup", "rota-\ntion")
+    for heading in (*groups, "perplexity", "KL", "KL\n99 %", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         d = row.distance
@@ -182,6 +183,7 @@ def _print_table(rows: list[Row]) -> None:
             row.label,
             f"{row.bits_per_weight:.2f}",
             str(row.activation_group or "-"),
+            str(row.rotation or "-"),
             f"{d.perplexity:.3f}",
             f"{d.kl:.4f}",
             f"{d.kl_p99:.3f}",

@@ -15,6 +15,8 @@ import torch
 from ktk.evaluate.distance import Distance, StoredLogits, distance
 from ktk.evaluate.quantiser import Quantiser, quantise_model
 from ktk.evaluate.variants import Variant
+from ktk.experts.formats import PANELS
+from ktk.experts.spec import MoESpec
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.experts import (
     find_experts,
@@ -32,7 +34,7 @@ class Row:
     """A variant's figures.
 
     bits_per_weight : of the format, padding not counted. activation_group : 0: activations stay
-        float.
+        float. rotation : its width; 0: none.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Row:
     activation_group: int
     distance: Distance
     seconds: float
+    rotation: int = 0
 
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
@@ -82,9 +85,15 @@ def evaluate(
 ) -> Iterator[Row]:
     """The reference's row, then one for each variant as it is done;
     everything but the experts in float32.
+
+    activation_group, rotation : as in MoESpec, of the packed formats among them. Raises ValueError
+    before any work for what one of these has not.
     """
     from transformers import AutoConfig
 
+    for v in variants:
+        if v.by == "ktk" and v.format in PANELS:
+            MoESpec(1, 1, 1, v.format, v.group_size, activation_group, rotation=rotation)
     source = user_path(source)
     step("reference")
     model = load_float(source)
@@ -126,4 +135,5 @@ def _row(model: Any, label: str, found: Distance, seconds: float) -> Row:
     bits = sum(8 * m.bytes for m in modules) / weights
     first = next(handle.moe.spec for _, m in find_experts(model) if (handle := handle_of(m)))
     kernels = " + ".join(sorted({m.kernel for m in modules}))
-    return Row(label, kernels, bits, first.activation_group or 0, found, seconds)
+    group, width = first.activation_group or 0, first.turns.width
+    return Row(label, kernels, bits, group, found, seconds, width)

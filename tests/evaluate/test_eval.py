@@ -154,6 +154,21 @@ def test_eval_of_a_converted_directory_is_that_of_its_format(
     assert rows[str(done)]["kl"] == pytest.approx(rows["int8 channel"]["kl"], rel=1e-6)
 
 
+def test_eval_rotates_what_it_packs_and_says_so(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = tmp_path / "int8"
+    convert(source, done, quant_method="int8", rotation=64)
+    arguments = ("eval", source, "--text", text, "--tokens", 256, "-f", "int8")
+    plain = run_json(capsys, *arguments)["int8 channel"]
+    rows = run_json(capsys, *arguments, "-f", done, "--rotation", 64)
+    rotated = rows["int8 channel"]
+    assert rows[str(done)]["kl"] == pytest.approx(rotated["kl"], rel=1e-6)
+    assert rotated["kl"] != plain["kl"]
+    assert (plain["rotation"], rotated["rotation"], rows[str(done)]["rotation"]) == (0, 64, 64)
+    assert rows["float"]["rotation"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -161,6 +176,8 @@ def test_eval_of_a_converted_directory_is_that_of_its_format(
         (["-f", "int3"], "must be one of"),
         (["--plot", "x.pdf"], "must end in .png or .svg"),
         (["--ggml", "."], "libggml-base.so"),
+        (["-f", "int8", "--rotation", "32"], "rotation=32: the width must be 0, 64 or 256"),
+        (["-f", "int8", "-f", "bf16", "--rotation", "64"], "rotation=64: bf16 takes 0"),
     ],
 )
 def test_eval_refuses_with_the_reason(
