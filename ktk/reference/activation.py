@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.experts.activation import Activation
-from ktk.reference.fma import fma
+from ktk.experts.fma import fma
 
 F = np.float32
 EXP_MIN, EXP_MAX = F(-87.0), F(88.0)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ktk.experts.fma import fma
 from ktk.experts.layout import MatrixLayout
 from ktk.experts.rows import QuantisedActivations
-from ktk.reference.fma import fma
 
 
 def linear_integer(

@@ -12,13 +12,13 @@ import numpy as np
 
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
+from ktk.experts.fma import fma
 from ktk.experts.layout import MatrixLayout
 from ktk.experts.panels import read_panels
 from ktk.experts.rows import poison_rows, quantise_activations
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.reference.activation import activate
-from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float, linear_integer
 from ktk.reference.tiles import linear_bf16
 

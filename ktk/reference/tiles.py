@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ktk.experts.fma import fma
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
-from ktk.reference.fma import fma
 
 NUM_TILES, MAX_ROWS, MAX_COLSB = 8, 16, 64
 DOT_K = 32  # k of one tdpbf16ps

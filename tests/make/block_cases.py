@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from ktk._cy import native_module
+from ktk.experts.fma import fma
 from ktk.experts.layout import PANEL
 from ktk.experts.rows import quantise_activations
 from ktk.experts.stored import StoredExperts, StoredMatrix
 from ktk.placement.parts import layout_of
-from ktk.reference.fma import fma
 from ktk.reference.linear import linear_float
 from ktk.reference.moe import ExactExperts
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktk.experts.activation import Activation
+from ktk.experts.fma import fma
 from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import bf16_to_f32, e4m3_table, f32_to_bf16
 from ktk.experts.rows import quantise_activations
 from ktk.experts.spec import MoESpec
 from ktk.reference import activation
-from ktk.reference.fma import fma
 from ktk.reference.moe import ExactExperts, oracle_activation, oracle_forward
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
 
