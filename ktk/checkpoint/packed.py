@@ -190,13 +190,8 @@ def read_layer(
         def read(at: int) -> None:
             expert = names[at]
             file.read_into(TENSOR, spans[at].data, expert * size)
-            fault = _not_finite(spec, spans[at])
-            if fault:
-                begin = file.tensors[TENSOR].begin + expert * size
-                raise CheckpointError(
-                    f"{file.path}: layer {layer} expert {expert}: {fault} NaN or infinite (tensor "
-                    f"{TENSOR!r}, bytes {begin} to {begin + size}); convert this layer again"
-                )
+            begin = file.tensors[TENSOR].begin + expert * size
+            check_finite(spec, spans[at], f"{file.path}: layer {layer} expert {expert}", begin)
 
         # Beyond eight readers no disk gets faster.
         with ThreadPoolExecutor(num_threads or min(num_physical_cores(), 8)) as pool:
@@ -331,6 +326,32 @@ def _check_version(version: object, path: Path) -> None:
             f"{path}: layout version {version!r}: this ktk reads {LAYOUT_VERSION}; convert the "
             "checkpoint again"
         )
+
+
+def check_finite(spec: MoESpec, span: np.ndarray, what: str, begin: int) -> None:
+    """CheckpointError if a scale or bias of an expert's bytes is NaN or infinite.
+
+    span : uint8 (expert_bytes,). what : names the expert. begin : where it is in its file.
+    """
+    fault = _not_finite(spec, span)
+    if fault:
+        raise CheckpointError(
+            f"{what}: {fault} NaN or infinite (tensor {TENSOR!r}, bytes {begin} to "
+            f"{begin + len(span)}); convert this layer again"
+        )
+
+
+def open_layer(directory: str | os.PathLike[str], layer: int) -> tuple[SafetensorsFile, MoESpec]:
+    """A layer's open file, to read experts from later, and what its checked header declares.
+
+    Its one tensor ``TENSOR`` has the experts one behind the other. Raises CheckpointError.
+    """
+    file = SafetensorsFile(layer_path(directory, layer))
+    try:
+        return file, _spec(file, layer)
+    except BaseException:
+        file.close()
+        raise
 
 
 def _not_finite(spec: MoESpec, span: np.ndarray) -> str | None:
