@@ -14,6 +14,7 @@ import numpy as np
 
 from ktk.errors import BackendError
 from ktk.experts.layout import PANEL, round_up
+from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine.memory import aligned_buffer
 from ktk.placement.blocks import in_whole_panels
@@ -55,6 +56,16 @@ class ExpertStore:
         self._leaving = np.zeros(self.spec.num_experts, np.int64)  # place()s that wait for them
         self._changed = threading.Condition()
         self._listeners: list[Listener] = []
+
+    @classmethod
+    def absent(cls, spec: MoESpec) -> ExpertStore:
+        """A store of packed experts of which none is in memory yet.
+
+        ValueError if the spec's format does not lie in panels.
+        """
+        unused = aligned_buffer(spec.layout.expert_bytes).reshape(1, -1)  # never touched
+        order = np.full(spec.num_experts, -1)
+        return cls(StoredExperts.of_panels(spec, unused, order))
 
     @property
     def present(self) -> np.ndarray:

@@ -91,6 +91,19 @@ def test_absent_experts_are_named_or_fetched_once(experts: StoredExperts) -> Non
 
 
 @compiled
+def test_a_store_without_experts_is_filled_one_by_one() -> None:
+    whole = packed("int4")
+    full, store = ExpertStore(whole), ExpertStore.absent(whole.spec)
+    assert not store.present.any()
+    moe = MoE(store)
+    with pytest.raises(BackendError, match="not in memory"):
+        moe(*routed())
+    for e in range(EXPERTS):
+        store.place(e, full.copy_of(e))
+    assert_exact(MoE(whole)(*routed()), moe(*routed()))
+
+
+@compiled
 def test_experts_that_move_go_and_come_under_threads_keep_the_bits(experts: StoredExperts) -> None:
     """The memory an expert leaves is written over at once: no call may read it any more."""
     store = ExpertStore(experts)

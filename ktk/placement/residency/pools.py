@@ -89,6 +89,21 @@ class Pools:
         others = (self.num_layers - 1) * min(self.options.min_per_layer, self.num_experts)
         return min(self.capacity - others, self.num_experts)
 
+    def space(self, layer: int, idle: list[int]) -> int:
+        """How many more experts of the layer can come into memory now.
+
+        idle : of each layer, how many in memory may leave.
+        """
+        if self.options.is_per_layer:
+            return self._sizes[layer] - self._of_layer[layer] + idle[layer]
+        least = self.options.min_per_layer
+        others = sum(
+            max(0, min(can, many - least))
+            for other, (can, many) in enumerate(zip(idle, self._of_layer, strict=True))
+            if other != layer
+        )
+        return self.capacity - self._total + idle[layer] + others
+
     def foresee(self, calls: list[tuple[int, list[int]]]) -> None:
         """For policies that know the future: each call's layer and keys.
 
