@@ -30,10 +30,12 @@
 #ifdef __AVX512F__
 #define MAX_ROWS 8
 #define MOST_LEVEL_ROWS 8
+#define DIRECT_ROWS 4 /* of gemm_levels.h */
 enum { BEST_ROWS = 8 };
 #else
 #define MAX_ROWS 6
 #define MOST_LEVEL_ROWS 3 /* of gemm_levels.h: three sums of 16 bits and three of 32, twice */
+#define DIRECT_ROWS 5     /* of one tile, though sums of 32 bits wait in memory: 12 % at 5 rows */
 enum { BEST_ROWS = 4 };
 #endif
 #ifdef __AVX512VNNI__
@@ -50,7 +52,6 @@ enum { CALL_ROWS = 64 };
 /* Tiles of so few rows go over a panel so fast that the CPU's own prefetcher keeps ahead of them,
  * and any help only costs: one row, one core, int4 24 -> 32, int8 22 -> 34 GB/s without. */
 #define STREAMED_ROWS(FORMAT) (PV == 1 && (FORMAT) == KTK_INT8 ? 4 : 2)
-enum { DIRECT_ROWS = 4 }; /* of gemm_levels.h */
 
 /* Which scale multiplies the integer sum; EQUAL: both groups have one size, the weight's scale
  * comes first. */

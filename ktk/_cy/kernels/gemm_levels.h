@@ -5,15 +5,18 @@
  * scale, inner), y = fma(inner, channel scale, 0); where one group covers the row the channel's
  * scale comes first (ktk/reference/linear.py).
  *
- * For each activation group of a panel, once for all tiles of rows: nibbles to u = level +
- * KTK_LEVEL_ZERO, one byte a k, by VPSHUFB, and multipliers to 16-bit lanes. Then a tile of rows,
- * 16 k at a time. VNNI: four VPDPBUSD to a sum of 16 k, then VPDPWSSD by the multiplier. Else four
- * VPMADDUBSW summed in 16 bits, then VPMADDWD by the multiplier. So the multiplier costs what
- * widening 16-bit sums costs anyhow, and float work comes once in an activation group.
+ * A tile of rows, 16 k at a time. VNNI: four VPDPBUSD to a sum of 16 k, then VPDPWSSD by the
+ * multiplier. Else four VPMADDUBSW summed in 16 bits, then VPMADDWD by the multiplier. So the
+ * multiplier costs what widening 16-bit sums costs anyhow, and float work comes once in an
+ * activation group.
  *
- * Sums of 16 bits may wrap on the way: with the rows' correction, -KTK_LEVEL_ZERO * sum of 16 codes
- * in the low half of a dword, they end within +-32512 for levels within +-16. Only the low half of
- * VPDPBUSD's sum is multiplied.
+ * Up to DIRECT_ROWS rows take a panel's nibbles and multipliers where they lie. For more, each
+ * activation group of the panel is unpacked once for all tiles. One factor of VPMADDUBSW is
+ * unsigned. On the direct way (and for VPDPBUSD) it is the weight, level + KTK_LEVEL_ZERO, and
+ * rows bring the correction, -KTK_LEVEL_ZERO * sum of 16 codes, in the low half of a dword: sums of
+ * 16 bits may wrap on the way and end within +-32512 for levels within +-16. On the other it is the
+ * activation, code + ACTIVATION_ZERO: sums stay within +-32640, and the correction, of the weights
+ * alone, comes once for all rows. That spares one of ten instructions of a row.
  *
  * Groups of 32 k are two of 16 with one multiplier; without groups all multipliers are 1. */
 enum {
@@ -21,17 +24,30 @@ enum {
     MOST_CHUNK = 256, /* the largest activation group */
     CHUNK_CODES = MOST_CHUNK * KTK_PANEL,
     CHUNK_MULTIPLIERS = MOST_CHUNK / LEVEL_GROUP * KTK_PANEL * 4,
-    CHUNK_BYTES = CHUNK_CODES + CHUNK_MULTIPLIERS
+    CHUNK_CORRECTION = KTK_PANEL * 4,
+    CHUNK_BYTES = CHUNK_CODES + CHUNK_MULTIPLIERS + CHUNK_CORRECTION,
+#ifdef __AVX512VNNI__
+    ROWS_ARE_UNSIGNED = 0, /* of an unpacked chunk: VPDPBUSD broadcasts its signed factor */
+#else
+    ROWS_ARE_UNSIGNED = 1,
+#endif
+    ACTIVATION_ZERO = 128,
+#ifdef __AVX512F__
+    MULTIPLIER_SHIFT = 0
+#else
+    MULTIPLIER_SHIFT = 8 /* in the high byte of its lane it is widened by moving it there */
+#endif
 };
 
-/* One activation group of a panel, 64-byte aligned: [k / 4][16][4] bytes, [k / 16][16] dwords. */
+/* One activation group of a panel, 64-byte aligned: [k / 4][16][4] bytes, [k / 16][16] dwords;
+ * correction int32[16], what sums begin with. */
 typedef struct {
-    uint8_t *codes, *multipliers;
+    uint8_t *codes, *multipliers, *correction;
 } level_chunk;
 
 /* k [k, k + 8) of 16 channels, as codes have them: levels of the first four k and of the last. */
-INLINE void levels_of(const uint8_t *codes, VI low[PV], VI high[PV]) {
-    const VI levels = VI_LOAD_TABLE(ktk_levels), mask = VI_SET8(15);
+INLINE void levels_of(VI levels, const uint8_t *codes, VI low[PV], VI high[PV]) {
+    const VI mask = VI_SET8(15);
     UNROLL
     for (int v = 0; v < PV; v++) {
         const VI c = VI_LOAD(codes + v * 32);
@@ -40,7 +56,8 @@ INLINE void levels_of(const uint8_t *codes, VI low[PV], VI high[PV]) {
     }
 }
 
-/* Indices of multipliers, a byte a channel, to dwords of two 16-bit lanes. */
+/* Indices of multipliers, a byte a channel, to dwords of two 16-bit lanes, times 1 <<
+ * MULTIPLIER_SHIFT. */
 INLINE void widen_multipliers(__m128i index, VI to[PV]) {
     const __m128i table = _mm_load_si128((const __m128i *)ktk_multipliers);
     const __m128i bytes = _mm_shuffle_epi8(table, _mm_and_si128(index, _mm_set1_epi8(15)));
@@ -51,9 +68,17 @@ INLINE void widen_multipliers(__m128i index, VI to[PV]) {
     to[0] = VI_OR(to[0], VI_SLL32(wide, 16));
 #endif
 #else
-    const VI words = _mm256_permute4x64_epi64(_mm256_cvtepi8_epi16(bytes), 0xd8);
-    to[0] = _mm256_unpacklo_epi16(words, words);
-    to[1] = _mm256_unpackhi_epi16(words, words);
+    const VI both = _mm256_broadcastsi128_si256(bytes);
+#define HIGH_BYTES(C) ((C) << 24 | 0x800080 | (C) << 8) /* of a dword; 0x80 makes a zero */
+    UNROLL
+    for (int v = 0; v < PV; v++) {
+        const int c = v * LANES;
+        to[v] = VI_SHUFFLE8(both, _mm256_setr_epi32(HIGH_BYTES(c), HIGH_BYTES(c + 1),
+                                                    HIGH_BYTES(c + 2), HIGH_BYTES(c + 3),
+                                                    HIGH_BYTES(c + 4), HIGH_BYTES(c + 5),
+                                                    HIGH_BYTES(c + 6), HIGH_BYTES(c + 7)));
+    }
+#undef HIGH_BYTES
 #endif
 }
 
@@ -72,7 +97,8 @@ INLINE void multipliers_of(const ktk_matrix *w, const uint8_t *panel, int k, VI 
         widen_multipliers(k & 32 ? _mm_srli_epi16(both, 4) : both, first);
     } else {
         UNROLL
-        for (int v = 0; v < PV; v++) first[v] = VI_SET32(INT8_UNIT == 4 ? 1 : 0x10001);
+        for (int v = 0; v < PV; v++)
+            first[v] = VI_SET32((INT8_UNIT == 4 ? 1 : 0x10001) << MULTIPLIER_SHIFT);
     }
     UNROLL
     for (int v = 0; v < PV; v++) second[v] = first[v];
@@ -80,27 +106,47 @@ INLINE void multipliers_of(const ktk_matrix *w, const uint8_t *panel, int k, VI 
 
 /* k [begin, begin + num_k) of a panel; both are multiples of 32. */
 INLINE void unpack_chunk(const ktk_matrix *w, const uint8_t *panel, int begin, int num_k,
-                         const uint8_t *ahead, level_chunk to) {
-    const int64_t first = w->code_offset + (int64_t)begin * KTK_PANEL / 2;
-    const uint8_t *codes = panel + first;
-    for (int k = 0; k < num_k; k += 8) {
-        VI low[PV], high[PV];
-        if (ahead) _mm_prefetch((const char *)ahead + first + k * KTK_PANEL / 2, _MM_HINT_T1);
-        levels_of(codes + k * KTK_PANEL / 2, low, high);
-        UNROLL
-        for (int v = 0; v < PV; v++) {
-            VI_STORE(to.codes + k * KTK_PANEL + v * 32, low[v]);
-            VI_STORE(to.codes + k * KTK_PANEL + 64 + v * 32, high[v]);
-        }
-    }
+                         level_chunk to) {
+    const uint8_t *codes = panel + w->code_offset + (int64_t)begin * KTK_PANEL / 2;
+    const VI levels =
+        VI_SUB8(VI_LOAD_TABLE(ktk_levels), VI_SET8(ROWS_ARE_UNSIGNED ? KTK_LEVEL_ZERO : 0));
+    VI correction[PV];
+    UNROLL
+    for (int v = 0; v < PV; v++) correction[v] = VI_ZERO();
     for (int k = 0; k < num_k; k += 32) {
-        uint8_t *at = to.multipliers + k / LEVEL_GROUP * KTK_PANEL * 4;
+        uint8_t *codes_to = to.codes + k * KTK_PANEL;
+        uint8_t *multipliers_to = to.multipliers + k / LEVEL_GROUP * KTK_PANEL * 4;
         VI by[2][PV];
         multipliers_of(w, panel, begin + k, by[0], by[1]);
         UNROLL
-        for (int half = 0; half < 2; half++) UNROLL
-        for (int v = 0; v < PV; v++) VI_STORE(at + 64 * half + v * 32, by[half][v]);
+        for (int half = 0; half < 2; half++) {
+            VI sum[PV];
+            UNROLL
+            for (int k8 = 0; k8 < LEVEL_GROUP; k8 += 8) {
+                VI low[PV], high[PV];
+                levels_of(levels, codes, low, high);
+                codes += 8 * KTK_PANEL / 2;
+                UNROLL
+                for (int v = 0; v < PV; v++) {
+                    VI_STORE(codes_to + v * 32, low[v]);
+                    VI_STORE(codes_to + 64 + v * 32, high[v]);
+                    const VI both = VI_ADD8(low[v], high[v]);
+                    sum[v] = k8 ? VI_ADD8(sum[v], both) : both; /* within +-64 */
+                }
+                codes_to += 8 * KTK_PANEL;
+            }
+            UNROLL
+            for (int v = 0; v < PV; v++) {
+                VI_STORE(multipliers_to + v * 32, by[half][v]);
+                const VI wide = VI_MADDUBS(VI_SET8((char)ACTIVATION_ZERO), sum[v]);
+                correction[v] = VI_SUB32(correction[v], VI_MADD(wide, by[half][v]));
+            }
+            multipliers_to += KTK_PANEL * 4;
+        }
     }
+    UNROLL
+    for (int v = 0; v < PV; v++)
+        VI_STORE(to.correction + v * 32, ROWS_ARE_UNSIGNED ? correction[v] : VI_ZERO());
 }
 
 /* What a chunk's sums become: out is 0 or the sum of the chunks before. */
@@ -109,8 +155,10 @@ typedef struct {
     int is_first, scale_first;
 } chunk_end;
 
-/* sum += products of four k, of all rows. */
-INLINE void dot_levels(const int MR, const VI w[PV], const uint8_t *rows, VI sum[MAX_ROWS][PV]) {
+/* sum += products of four k, of all rows; IS_FIRST: sum = them. */
+INLINE void dot_levels(const int MR, const int IS_UNSIGNED, const int IS_FIRST, const VI w[PV],
+                       const uint8_t *rows, VI sum[MAX_ROWS][PV]) {
+    (void)IS_UNSIGNED, (void)IS_FIRST; /* of VPDPBUSD */
     UNROLL
     for (int m = 0; m < MR; m++) {
 #ifdef __AVX512VNNI__
@@ -119,7 +167,8 @@ INLINE void dot_levels(const int MR, const VI w[PV], const uint8_t *rows, VI sum
         const VI quad = VI_SET32(load32(rows + 4 * m));
         UNROLL
         for (int v = 0; v < PV; v++) {
-            sum[m][v] = VI_ADD16(sum[m][v], VI_MADDUBS(w[v], quad));
+            const VI product = IS_UNSIGNED ? VI_MADDUBS(quad, w[v]) : VI_MADDUBS(w[v], quad);
+            sum[m][v] = IS_FIRST ? product : VI_ADD16(sum[m][v], product);
             VI_PIN(sum[m][v]);
         }
 #endif
@@ -130,29 +179,38 @@ INLINE void dot_levels(const int MR, const VI w[PV], const uint8_t *rows, VI sum
  * unpacking it for others) or from `chunk`. */
 INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
                         const uint8_t *panel, int begin, const level_chunk *chunk, int num_k,
-                        const uint8_t *rows, const int32_t *sums, const float *a_scale,
-                        chunk_end end, float *restrict out, int64_t out_stride) {
-    const uint8_t *codes =
-        IS_DIRECT ? panel + w->code_offset + (int64_t)begin * KTK_PANEL / 2 : chunk->codes;
+                        fetching fetch, const uint8_t *rows, const int32_t *sums,
+                        const float *a_scale, chunk_end end, float *restrict out,
+                        int64_t out_stride) {
+    const int64_t first = w->code_offset + (int64_t)begin * KTK_PANEL / 2;
+    const uint8_t *codes = IS_DIRECT ? panel + first : chunk->codes;
     const uint8_t *multipliers = chunk->multipliers;
+    const int IS_UNSIGNED = !IS_DIRECT && ROWS_ARE_UNSIGNED;
+    int until = fetch.turn;
     VI acc[MAX_ROWS][PV];
     UNROLL
     for (int m = 0; m < MR; m++) UNROLL
-    for (int v = 0; v < PV; v++) acc[m][v] = VI_ZERO();
+    for (int v = 0; v < PV; v++)
+        acc[m][v] = IS_UNSIGNED ? VI_LOAD(chunk->correction + v * 32) : VI_ZERO();
     for (int k = 0; k < num_k; k += 32) {
         VI by[2][PV];
+        if ((!IS_DIRECT || MR > STREAMED_ROWS(KTK_INT4)) && fetch.ahead && until-- == 0) {
+            until = fetch.turns - 1;
+            prefetch(fetch.ahead + first + k * KTK_PANEL / 2, 32 * KTK_PANEL / 2);
+        }
         if (IS_DIRECT) multipliers_of(w, panel, begin + k, by[0], by[1]);
         UNROLL
         for (int half = 0; half < 2; half++) {
             VI sum[MAX_ROWS][PV];
             UNROLL
             for (int m = 0; m < MR; m++) UNROLL
-            for (int v = 0; v < PV; v++) sum[m][v] = VI_SET32(sums[m]);
+            for (int v = 0; v < PV; v++)
+                if (!IS_UNSIGNED) sum[m][v] = VI_SET32(sums[m]);
             UNROLL
             for (int k8 = 0; k8 < LEVEL_GROUP; k8 += 8) {
                 VI low[PV], high[PV];
                 if (IS_DIRECT) {
-                    levels_of(codes, low, high);
+                    levels_of(VI_LOAD_TABLE(ktk_levels), codes, low, high);
                     codes += 8 * KTK_PANEL / 2;
                 } else {
                     UNROLL
@@ -161,8 +219,8 @@ INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
                     for (int v = 0; v < PV; v++) high[v] = VI_LOAD(codes + 64 + v * 32);
                     codes += 8 * KTK_PANEL;
                 }
-                dot_levels(MR, low, rows, sum);
-                dot_levels(MR, high, rows + 4 * MR, sum);
+                dot_levels(MR, IS_UNSIGNED, IS_UNSIGNED && !k8, low, rows, sum);
+                dot_levels(MR, IS_UNSIGNED, 0, high, rows + 4 * MR, sum);
                 rows += 8 * MR;
             }
             if (!IS_DIRECT) {
@@ -190,8 +248,8 @@ INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
         for (int m = 0; m < MR; m++) {
             float *at = out + m * out_stride + v * LANES;
             const VF own = VF_SET(a_scale[m]);
-            VF y = VF_FMA(VF_CVT(acc[m][v]), end.scale_first ? scale : own,
-                          end.is_first ? VF_ZERO() : VF_LOAD(at));
+            VF y = VF_FMA(VF_CVT(VI_SRA32(acc[m][v], MULTIPLIER_SHIFT)),
+                          end.scale_first ? scale : own, end.is_first ? VF_ZERO() : VF_LOAD(at));
             if (end.scales) y = VF_FMA(y, end.scale_first ? own : scale, VF_ZERO());
             VF_STORE(at, y);
         }
@@ -200,13 +258,14 @@ INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
 
 /* Rows [0, num_rows) of a tile over the chunk at k. */
 INLINE void tile_levels_of(int num_rows, int is_direct, const ktk_matrix *w, const uint8_t *panel,
-                           int k, int num_k, const level_chunk *chunk, const tile_rows *tile,
-                           chunk_end end, float *out, int64_t out_stride) {
+                           int k, int num_k, const level_chunk *chunk, fetching fetch,
+                           const tile_rows *tile, chunk_end end, float *out, int64_t out_stride) {
     const uint8_t *rows = tile->codes + (int64_t)k * num_rows;
     const int32_t *sums = tile->correction + k / LEVEL_GROUP * num_rows;
     const float *a_scale = tile->scales + k / w->activation_group * num_rows;
 #define TILE(MR, IS_DIRECT)                                                                        \
-    tile_levels(MR, IS_DIRECT, w, panel, k, chunk, num_k, rows, sums, a_scale, end, out, out_stride)
+    tile_levels(MR, IS_DIRECT, w, panel, k, chunk, num_k, fetch, rows, sums, a_scale, end, out,    \
+                out_stride)
     switch (num_rows * (is_direct ? -1 : 1)) {
     case -1:
         TILE(1, 1);
@@ -220,9 +279,11 @@ INLINE void tile_levels_of(int num_rows, int is_direct, const ktk_matrix *w, con
     case -4:
         TILE(4, 1);
         break;
-    case 1:
-        TILE(1, 0);
+#if DIRECT_ROWS > 4
+    case -5:
+        TILE(5, 1);
         break;
+#endif
     case 2:
         TILE(2, 0);
         break;
@@ -255,12 +316,16 @@ void CAT(ktk_gemm_nl4_, KTK_ISA)(const ktk_gemm_args *g) {
     const int num_rows = g->num_rows, num_k = w->padded_in;
     const int is_direct = num_rows <= DIRECT_ROWS;
     const int num_tiles = is_direct ? 1 : (num_rows + MOST_LEVEL_ROWS - 1) / MOST_LEVEL_ROWS;
-    const level_chunk chunk = {g->work, g->work + CHUNK_CODES};
+    const level_chunk chunk = {g->work, g->work + CHUNK_CODES,
+                               g->work + CHUNK_CODES + CHUNK_MULTIPLIERS};
     uint8_t *work = g->work + CHUNK_BYTES;
     tile_rows tile[CALL_ROWS];
     for (int t = 0; t < num_tiles; t++) { /* of nearly equal height */
         const int first = t * num_rows / num_tiles, end = (t + 1) * num_rows / num_tiles;
+        uint8_t *codes = work;
         work = pack_tile(4, w, g->a, g->rows + first, end - first, work, &tile[t]);
+        if (ROWS_ARE_UNSIGNED && !is_direct)
+            for (int i = 0; i < num_k * (end - first); i++) codes[i] ^= ACTIVATION_ZERO;
     }
     for (int p = 0; p < g->num_panels; p++) {
         const uint8_t *panel = g->panels + p * w->panel_bytes;
@@ -271,11 +336,12 @@ void CAT(ktk_gemm_nl4_, KTK_ISA)(const ktk_gemm_args *g) {
             const int many = num_k - k < w->activation_group ? num_k - k : w->activation_group;
             const int is_last = k + many == num_k;
             const chunk_end end = {is_last ? panel : NULL, !k, num_k <= w->activation_group};
-            if (!is_direct) unpack_chunk(w, panel, k, many, ahead, chunk);
+            if (!is_direct) unpack_chunk(w, panel, k, many, chunk);
             for (int t = 0; t < num_tiles; t++) {
                 const int first = t * num_rows / num_tiles;
                 const int rows = (t + 1) * num_rows / num_tiles - first;
-                tile_levels_of(rows, is_direct, w, panel, k, many, &chunk, &tile[t], end,
+                tile_levels_of(rows, is_direct, w, panel, k, many, &chunk,
+                               (fetching){ahead, t, num_tiles}, &tile[t], end,
                                g->out + first * g->out_stride + p * KTK_PANEL, g->out_stride);
             }
         }
