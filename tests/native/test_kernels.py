@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,10 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktk import backends
-from ktk._cy import emulate_tiles, measure_module, native_module
-from ktk._cy.isa import ISA_ROWS
-from ktk.backends.base import Runner
-from ktk.backends.native import NativeBackend, NativeRunner
+from ktk._cy import measure_module, native_module
 from ktk.experts.activation import Activation
 from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import f32_to_bf16
@@ -30,49 +27,16 @@ from ktk.machine import cpu
 from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
+from make.implementations import (
+    IMPLEMENTATIONS,
+    emulate_or_skip,
+    load,
+    run,
+    sums_on_tiles,
+)
 
 FORMAT_GROUPS = [(f.name, g) for f in PANELS.values() for g in f.group_sizes]
 TILE_MIN_ROWS = 9  # gemm.c
-IMPLEMENTATIONS = [
-    *(("native", row.name) for row in ISA_ROWS),
-    *((name, "") for name, b in backends.backends().items() if not isinstance(b, NativeBackend)),
-]
-
-
-def emulate_or_skip() -> Any:
-    """The tile emulator, which runs the same machine code as silicon does."""
-    if "amx_tile" in cpu.detect() and not cpu.detect().emulated:
-        pytest.skip("the CPU has tiles: test_tile_machines.py counts in a process without them")
-    try:
-        return emulate_tiles()
-    except ValueError as error:
-        pytest.skip(f"amx: {error}")
-
-
-def sums_on_tiles(implementation: tuple[str, str], name: str) -> bool:
-    """Whether float weights are multiplied on tiles, which add in another order."""
-    return implementation[1] == "amxbf16" and name == "bf16"
-
-
-def load(implementation: tuple[str, str], packed: StoredExperts, num_threads: int = 2) -> Runner:
-    """A runner of a named ISA row or backend; skips with the reason where it cannot run."""
-    name, row = implementation
-    if name == "native":
-        if native_module() is None:
-            pytest.skip("the compiled extension is not built")
-        if lacking := cpu.missing(row, cpu.detect()):
-            if (
-                not row.startswith("amx")
-                or cpu.missing("avx512vnni", cpu.detect())
-                or cpu.detect().refused_tiles
-            ):
-                pytest.skip(f"{row}: CPU lacks {', '.join(lacking)}")
-            emulate_or_skip()
-        return NativeRunner(packed, row, EngineLayout(num_threads))
-    backend = backends.backends()[name]
-    if reason := backend.why_not(packed.spec):
-        pytest.skip(f"{name}: {reason}")
-    return backend.load(packed, EngineLayout(num_threads))
 
 
 class Case(NamedTuple):
@@ -99,14 +63,6 @@ def exact_case(
     add = random_hidden(num_tokens, spec.hidden_size, seed + 3) if has_add else None
     want = ExactExperts(packed, bf16_on_tiles).forward(x, *routing, None, add)
     return Case(packed, (x, *routing), add, want)
-
-
-def run(
-    runner: Runner, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, skip=None, add=None
-) -> np.ndarray:
-    out = np.full_like(x, 7)
-    runner.forward(x, ids, weights, skip, out, add)
-    return out
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
