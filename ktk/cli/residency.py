@@ -97,6 +97,10 @@ def record(
     prompt: Annotated[
         int, typer.Option(min=1, help="The first of them, in one call; the others one by one.")
     ] = 32,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the first experts of each token; default: all it uses."),
+    ] = None,
 ) -> None:
     """Run a text through a model and write which experts its tokens went to."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; read when transformers is imported
@@ -109,6 +113,7 @@ def record(
     ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     source = f"{Path(model).name}, {'standard library' if text is None else text.name}"
     trace = record_text(loaded, ids, min(prompt, len(ids)), source)
+    trace = trace if top_k is None else trace.first(top_k)
     trace.save(output)
     _print_spread(trace, output)
 

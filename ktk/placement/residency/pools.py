@@ -132,6 +132,12 @@ class Pools:
         """The call uses an expert that is in memory."""
         self._policy(key // self.num_experts).hit(key)
 
+    def hit_all(self, layer: int, keys: list[int]) -> None:
+        """The call uses these experts of the layer, which are in memory."""
+        hit = self._policy(layer).hit
+        for key in keys:
+            hit(key)
+
     def admit(self, key: int, is_used: Callable[[int], bool]) -> int | None:
         """An expert comes into memory. Returns who leaves for it, None where there was room.
 

@@ -99,6 +99,7 @@ class Slots:
         self._free = list(range(self.capacity))[::-1]
         num_keys = len(stores) * self.num_experts
         self._experts = [ExpertState.COLD] * num_keys
+        self._is_ready = [False] * num_keys  # resident or pinned
         self._readers = [0] * num_keys  # calls that use each expert, or wait for it
         self._slot_of: dict[int, int] = {}
         self._idle = [0] * len(stores)  # of each layer: resident, not pinned, without readers
@@ -212,15 +213,20 @@ class Slots:
         """
         wanted = set(keys)
         with self._changed:
+            if is_first and all(map(self._is_ready.__getitem__, keys)):  # mostly so: be quick
+                self._count(keys, (), ())
+                self._pools.begin(layer, keys, scores)
+                self._pools.hit_all(layer, keys)
+                self._add_readers(keys, 1)
+                return True
             self._wait_for_room(layer, keys)
             cold = [key for key in keys if self._experts[key] is ExpertState.COLD]
             coming = [key for key in keys if self._experts[key] is ExpertState.PREFETCHING]
             if is_first:
                 self._count(keys, cold, coming)
                 self._pools.begin(layer, keys, scores)
-            for key in keys:
-                if self._experts[key] is not ExpertState.COLD:
-                    self._pools.hit(key)
+            here = [key for key in keys if self._experts[key] is not ExpertState.COLD]
+            self._pools.hit_all(layer, here)
             claims = self._claim(cold, wanted)
             self._add_readers(keys, 1)
         try:
@@ -237,14 +243,15 @@ class Slots:
         self._release(keys)
         return False
 
-    def _count(self, keys: list[int], cold: list[int], coming: list[int]) -> None:
+    def _count(self, keys: list[int], cold: Sequence[int], coming: Sequence[int]) -> None:
         counters = self._counters
         counters.cold += len(cold)
         counters.in_flight += len(coming)
         counters.hits += len(keys) - len(cold) - len(coming)
-        used = self._foretold.intersection(keys)
-        counters.prefetch_hits += len(used)
-        self._foretold -= used
+        if self._foretold:
+            used = self._foretold.intersection(keys)
+            counters.prefetch_hits += len(used)
+            self._foretold -= used
 
     def _wait_for_room(self, layer: int, keys: list[int]) -> None:
         """Until the call can have all it needs at once: who waits holds nothing,
@@ -364,21 +371,30 @@ class Slots:
         return layer * self.num_experts + expert
 
     def _keys(self, layer: int, experts: Iterable[int]) -> list[int]:
-        return [self._key(layer, expert) for expert in sorted(set(experts))]
+        own = sorted(set(experts))
+        if own:
+            self._key(layer, own[0])
+            self._key(layer, own[-1])
+        first = layer * self.num_experts
+        return [first + expert for expert in own]
 
     def _is_idle(self, key: int) -> bool:
         return self._experts[key] is ExpertState.RESIDENT and not self._readers[key]
 
     def _add_readers(self, keys: list[int], change: int) -> None:
+        """change : 1 or -1."""
         for key in keys:
-            before = self._is_idle(key)
-            self._readers[key] += change
-            self._idle[key // self.num_experts] += self._is_idle(key) - before
+            many = self._readers[key]
+            self._readers[key] = many + change
+            turns = not many or not many + change  # it was or becomes unused
+            if turns and self._experts[key] is ExpertState.RESIDENT:
+                self._idle[key // self.num_experts] -= change
 
     def _step(self, key: int, state: ExpertState) -> None:
         assert state in EXPERT_STEPS[self._experts[key]], (self._experts[key], state)
         before = self._is_idle(key)
         self._experts[key] = state
+        self._is_ready[key] = state in (ExpertState.RESIDENT, ExpertState.PINNED)
         self._idle[key // self.num_experts] += self._is_idle(key) - before
 
     def _step_slot(self, slot: int, state: SlotState) -> None:

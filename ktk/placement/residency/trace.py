@@ -13,6 +13,7 @@ and version = 1, num_layers, num_experts, expert_bytes (0 = unknown) and source,
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import zipfile
 import zlib
@@ -118,6 +119,15 @@ class Trace:
             yield Call(
                 layer, (experts.astype(np.int64) + layer * self.num_experts).tolist(), scores
             )
+
+    def first(self, top_k: int) -> Trace:
+        """The same trace with only the first experts of each token, the likeliest as routers give
+        them. ValueError unless 1 <= top_k <= self.top_k.
+        """
+        if not 1 <= top_k <= self.top_k:
+            raise ValueError(f"top_k={top_k}: must be 1..{self.top_k}")
+        ids, weights = self.expert_ids[:, :top_k], self.weights[:, :top_k]
+        return dataclasses.replace(self, expert_ids=ids, weights=weights)
 
     def save(self, path: Path) -> None:
         """Writes the file, compressed."""

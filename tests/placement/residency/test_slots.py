@@ -97,6 +97,7 @@ def check(slots: Slots) -> None:
             assert (key in used) == (state in (*HERE, ExpertState.PREFETCHING))
             assert (key in slots._pools) == (key in used)
             assert slots._readers[key] >= 0
+            assert slots._is_ready[key] == (state in HERE)
             if state in HERE:
                 span = slots._memory[used[key], : SPEC.layout.expert_bytes]
                 assert slots._slots[used[key]] is SlotState.READY

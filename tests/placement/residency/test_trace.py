@@ -56,6 +56,16 @@ def test_calls_have_each_expert_once_and_the_largest_weight() -> None:
     assert calls[1].scores.tolist() == [0, 0, 1, 0.5]
 
 
+def test_the_first_experts_of_each_token() -> None:
+    one = small().first(1)
+    assert one.expert_ids.tolist() == [[0], [1], [2], [3], [0], [-1]]
+    assert one.weights[1].tolist() == [0.75]
+    assert one.top_k == 1
+    for top_k in (0, 3):
+        with pytest.raises(ValueError, match=r"must be 1\.\.2"):
+            small().first(top_k)
+
+
 def test_the_spread_is_that_of_a_count_by_hand() -> None:
     found = spread(small())
     # Layer 0: of (1, 3) one stands in (0, 1), of (0, 2) none in (1, 3). Layer 1: of (3) one.
