@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": "ktk.cli.eval",
     "bench": "ktk.cli.bench",
     "residency": "ktk.cli.residency",
+    "place": "ktk.cli.place",
 }
 
 

@@ -46,7 +46,7 @@ class ModelDescription:
     expert_bytes : of experts as they will run; of a GGUF file they are mapped, so they need not
     fit. rest_bytes : of all else, in ``dtype`` but for linear_bytes of it: dense linear layers that
     run as a GGUF file's blocks, which every token reads. kv_bytes : of a KV cache of ``context``
-    tokens. reason : why it cannot run, or None.
+    tokens. moe_layers : indices of the layers with experts. reason : why it cannot run, or None.
     warning : what will be slow, or None.
     """
 
@@ -70,6 +70,7 @@ class ModelDescription:
     available_bytes: int
     total_bytes: int
     linear_bytes: int = 0
+    moe_layers: tuple[int, ...] = ()
     reason: str | None = None
     warning: str | None = None
 
@@ -264,6 +265,7 @@ def _describe(
         kv_bytes=TokenShape.of_config(text).num_bytes(DTYPE_BYTES[dtype], tokens),
         available_bytes=available,
         total_bytes=total,
+        moe_layers=tuple(sorted(specs)),
         reason=reason,
     )
 
@@ -319,6 +321,7 @@ def _describe_gguf(
         kv_bytes=shape.num_bytes(DTYPE_BYTES[dtype], tokens),
         available_bytes=available,
         total_bytes=total,
+        moe_layers=tuple(experts.layers),
         reason=reason,
     )
     if not available or found.needed_bytes + found.expert_bytes <= available:
