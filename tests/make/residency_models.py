@@ -246,6 +246,8 @@ class WTinyLfu(Model):
 
 
 class Baseline(Model):
+    alpha = 0.01
+
     def start(self) -> None:
         self.turn = 0
 
@@ -253,7 +255,7 @@ class Baseline(Model):
         calls = [keys for layer, keys, _ in self.history if layer == key // self.num_experts]
         average = 0.0
         for keys in calls:
-            average = average * (1 - 0.01) + (1 - (1 - 0.01)) * (key in keys)
+            average = average * (1 - self.alpha) + (1 - (1 - self.alpha)) * (key in keys)
         return average
 
     def victim(self, free: set[int]) -> int:
@@ -261,6 +263,10 @@ class Baseline(Model):
         chosen = min(free, key=lambda key: (self.average(key), (key - self.turn) % many))
         self.turn = chosen + 1
         return chosen
+
+
+class Lrfu(Baseline):
+    alpha = 0.2
 
 
 class LeastStale(Stamped):
@@ -328,6 +334,7 @@ MODELS: dict[str, type[Model]] = {
     "s3fifo": S3Fifo,
     "w_tinylfu": WTinyLfu,
     "baseline": Baseline,
+    "lrfu": Lrfu,
     "least-stale": LeastStale,
     "heat": Heat,
 }

@@ -26,7 +26,7 @@ class PoolOptions:
     """
 
     capacity: int
-    policy: str = "lru"
+    policy: str = "lrfu"
     parameters: dict[str, Any] = field(default_factory=dict)
     is_per_layer: bool = False
     min_per_layer: int = 0

@@ -78,7 +78,7 @@ def test_a_policy_chooses_as_its_model_over_a_long_skewed_run(name: str) -> None
     rng = np.random.default_rng(7)
     popular = 1 / np.arange(1, 41)
     keys = rng.choice(
-        40, 3000 if name not in ("heat", "baseline") else 300, p=popular / popular.sum()
+        40, 3000 if name not in ("heat", "baseline", "lrfu") else 300, p=popular / popular.sum()
     )
     run_both(name, 10, [[int(key)] for key in keys], 1, 40)
 

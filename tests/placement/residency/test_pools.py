@@ -40,13 +40,13 @@ def test_a_pool_for_each_layer_never_takes_another_layers_room() -> None:
 
 
 def test_no_layer_is_pushed_below_its_minimum_by_another() -> None:
-    pools = Pools(PoolOptions(6, min_per_layer=2), 2, 8, 2)
+    pools = Pools(PoolOptions(6, "lru", min_per_layer=2), 2, 8, 2)
     use(pools, 0, [0, 1])
     for e in range(8):
         use(pools, 1, [e])
     assert sum(key in pools for key in range(8)) == 2
     assert pools.room(1) == 4
-    free = Pools(PoolOptions(6), 2, 8, 2)
+    free = Pools(PoolOptions(6, "lru"), 2, 8, 2)
     use(free, 0, [0, 1])
     for e in range(8):
         use(free, 1, [e])

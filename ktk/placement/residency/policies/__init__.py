@@ -9,6 +9,7 @@ from ktk.placement.residency.policies.baseline import Baseline
 from ktk.placement.residency.policies.belady import Belady
 from ktk.placement.residency.policies.heat import Heat
 from ktk.placement.residency.policies.least_stale import LeastStale
+from ktk.placement.residency.policies.lrfu import Lrfu
 from ktk.placement.residency.policies.lru import Lru
 from ktk.placement.residency.policies.s3fifo import S3Fifo
 from ktk.placement.residency.policies.sieve import Sieve
@@ -26,6 +27,7 @@ _ROWS: tuple[type[Policy], ...] = (
     S3Fifo,
     WTinyLfu,
     Baseline,
+    Lrfu,
     LeastStale,
     Heat,
     Belady,
