@@ -19,6 +19,8 @@ from ktk.integration.transformers.loading import load_model
 from ktk.integration.transformers.tokens import load_tokenizer
 from ktk.placement.residency.trace import Trace
 
+PIECE = 256  # tokens of a text run at once
+
 
 class RouterRecorder:
     """Collects the calls of a model's experts modules, in their order, of one text at a time."""
@@ -114,27 +116,27 @@ def record_text(
     source: str = "",
     step: Callable[[int], None] | None = None,
 ) -> Trace:
-    """The trace of a text: ``prompt`` tokens in one call, then the text's own tokens one by one.
+    """The trace of a text in the calls that generating it makes: ``prompt`` tokens in one call,
+    then one by one.
 
-    step : called with the number of tokens done. ValueError unless 1 <= prompt <= len(token_ids),
-    and as ``recording``.
+    The text is run in pieces, faster than one by one: where a token goes depends on those before it
+    only. step : called with the number of tokens done. ValueError unless 1 <= prompt <=
+    len(token_ids), and as ``recording``.
     """
     if not 1 <= prompt <= len(token_ids):
         raise ValueError(f"prompt={prompt}: must be 1..{len(token_ids)}, the text's tokens")
-    ids = torch.tensor([token_ids])
     with recording(model) as recorder:
         cache = DynamicCache(config=model.config)
-        start, end = 0, prompt
-        while start < len(token_ids):
+        for start in range(0, len(token_ids), PIECE):
+            piece = torch.tensor([token_ids[start : start + PIECE]])
             named = {**hf.last_logits(model), hf.CACHE: cache}
-            model(input_ids=ids[:, start:end], use_cache=True, **named)
+            model(input_ids=piece, use_cache=True, **named)
             if step is not None:
-                step(end)
-            start, end = end, end + 1
+                step(start + piece.shape[1])
     trace = recorder.trace(source)
     if len(trace.layers) != len(token_ids) * trace.num_layers:
         raise ValueError(
             f"{len(trace.layers)} rows of {len(token_ids)} tokens in {trace.num_layers} layers "
             "were recorded: some went past the experts modules; load the model with load_model"
         )
-    return trace
+    return trace.stepped(prompt)

@@ -129,6 +129,22 @@ class Trace:
         ids, weights = self.expert_ids[:, :top_k], self.weights[:, :top_k]
         return dataclasses.replace(self, expert_ids=ids, weights=weights)
 
+    def stepped(self, prompt: int) -> Trace:
+        """The same tokens in the calls that generating them makes: the first ``prompt`` in one call
+        of each layer, the others one by one.
+
+        For the trace of one text. ValueError if a token stands twice in a layer.
+        """
+        step = np.maximum(self.tokens - prompt + 1, 0) if prompt else self.tokens
+        calls = step * self.num_layers + self.layers
+        order = np.lexsort((self.tokens, calls))
+        same = (np.diff(self.tokens[order]) == 0) & (np.diff(calls[order]) == 0)
+        if same.any():
+            raise ValueError("a token stands twice in a layer: must be the trace of one text")
+        names = ("layers", "tokens", "expert_ids", "weights")
+        rows = {name: getattr(self, name)[order] for name in names}
+        return dataclasses.replace(self, calls=calls[order], **rows)
+
     def save(self, path: Path) -> None:
         """Writes the file, compressed."""
         stored: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}

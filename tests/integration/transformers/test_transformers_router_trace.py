@@ -10,7 +10,14 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from ktk.integration.transformers import fuse_decoder_layers, linear, replace_linears, use_ktk
+from ktk.integration.transformers import (
+    fuse_decoder_layers,
+    linear,
+    replace_linears,
+    router_trace,
+    use_ktk,
+)
+from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.router_trace import record_text, recording
 from ktk.placement.residency.trace import Trace
 from make.cases import assert_exact
@@ -33,6 +40,11 @@ def given_to(model: torch.nn.Module) -> list[list[np.ndarray]]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_trace, "PIECE", 5)
+
+
 def record(model: torch.nn.Module) -> Trace:
     return record_text(model, TOKEN_IDS, PROMPT, "a test")
 
@@ -48,7 +60,7 @@ def test_a_trace_is_what_the_experts_modules_were_called_with(family: str) -> No
         FAMILIES[family], "n_routed_experts", getattr(FAMILIES[family], "num_local_experts", 8)
     )
     for layer, calls in enumerate(given):
-        assert [len(ids) for ids in calls] == [PROMPT, *[1] * (len(TOKEN_IDS) - PROMPT)]
+        assert [len(ids) for ids in calls] == [5, 2]
         rows = trace.layers == layer
         assert_exact(np.concatenate(calls).astype(np.int32), trace.expert_ids[rows])
         assert trace.tokens[rows].tolist() == list(range(len(TOKEN_IDS)))
@@ -57,6 +69,22 @@ def test_a_trace_is_what_the_experts_modules_were_called_with(family: str) -> No
     calls_in_order = [call.layer for call in trace.each_call()]
     assert calls_in_order == list(range(trace.num_layers)) * steps
     assert (trace.weights > 0).all()
+
+
+def test_a_trace_is_that_of_tokens_one_by_one() -> None:
+    """As ids and calls; the logits that they come from have other roundings."""
+    model = make_model("qwen3_moe")
+    use_ktk(model, "int8")
+    want = record(model)
+    with torch.inference_mode(), recording(model) as recorder:
+        made = model(torch.tensor([TOKEN_IDS[:PROMPT]]), use_cache=True)
+        for token in TOKEN_IDS[PROMPT:]:
+            cache = {hf.CACHE: made.past_key_values}
+            made = model(torch.tensor([[token]]), use_cache=True, **cache)
+    got = recorder.trace()
+    for name in ("layers", "calls", "tokens", "expert_ids"):
+        assert_exact(getattr(got, name), getattr(want, name))
+    np.testing.assert_allclose(got.weights, want.weights, atol=1e-3)
 
 
 def test_recording_leaves_results_and_model_as_they_were() -> None:
@@ -90,6 +118,7 @@ def test_tokens_that_go_past_the_experts_modules_are_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(linear, "SMALLEST", 1)
+    monkeypatch.setattr(router_trace, "PIECE", 1)
     model = make_model("qwen3_moe")
     use_ktk(model, "int8")
     replace_linears(model, "int8")

@@ -66,6 +66,20 @@ def test_the_first_experts_of_each_token() -> None:
             small().first(top_k)
 
 
+def test_a_text_run_at_once_is_stepped_through() -> None:
+    """Two layers' calls of all tokens become those of a prompt of two, then one by one."""
+    options = Synthetic(2, 16, 4, num_tokens=5, prompt=5)
+    whole = synthetic_trace(options)
+    want = synthetic_trace(dataclasses.replace(options, prompt=2))
+    got = whole.stepped(2)
+    for name in ARRAYS:
+        assert_exact(getattr(want, name), getattr(got, name))
+    for name in ARRAYS:
+        assert_exact(getattr(whole, name), getattr(want.stepped(5), name))
+    with pytest.raises(ValueError, match="twice"):
+        dataclasses.replace(whole, tokens=np.zeros(10, np.int64)).stepped(2)
+
+
 def test_the_spread_is_that_of_a_count_by_hand() -> None:
     found = spread(small())
     # Layer 0: of (1, 3) one stands in (0, 1), of (0, 2) none in (1, 3). Layer 1: of (3) one.
