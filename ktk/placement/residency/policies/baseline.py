@@ -6,6 +6,8 @@ of its layer: by alpha towards 1 if the call uses it, else towards 0.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from ktk.placement.residency.policy import Blocked, Policy, Shape, check_share
@@ -15,7 +17,14 @@ class Baseline(Policy):
     """alpha : weight of the newest call."""
 
     name = "baseline"
-    aliases = ("default", "current", "current_ema", "ema", "ema_hotset", "legacy")
+    aliases: ClassVar[tuple[str, ...]] = (
+        "default",
+        "current",
+        "current_ema",
+        "ema",
+        "ema_hotset",
+        "legacy",
+    )
 
     def __init__(self, shape: Shape, *, alpha: float = 0.01) -> None:
         super().__init__(shape)

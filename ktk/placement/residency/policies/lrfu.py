@@ -9,6 +9,8 @@ policies that subsumes the least recently used and least frequently used policie
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ktk.placement.residency.policies.baseline import Baseline
 from ktk.placement.residency.policy import Shape
 
@@ -17,7 +19,7 @@ class Lrfu(Baseline):
     """alpha : weight of the newest call."""
 
     name = "lrfu"
-    aliases = ()
+    aliases: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: Shape, *, alpha: float = 0.2) -> None:
         super().__init__(shape, alpha=alpha)
