@@ -19,6 +19,7 @@ import numpy as np
 F = np.float32
 # Those whose 1 / sqrt(width) is a power of two: the only product, and it rounds nothing.
 WIDTHS = (64, 256)
+_CHUNK = 1 << 16
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -71,7 +72,7 @@ def sign_bits(seed: int, columns: int) -> np.ndarray:
     return bits
 
 
-def _signs(rotation: Rotation, columns: int) -> np.ndarray:
+def signs(rotation: Rotation, columns: int) -> np.ndarray:
     """float32 (columns,), 1 or -1."""
     words = sign_bits(rotation.seed, columns)
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
@@ -79,13 +80,24 @@ def _signs(rotation: Rotation, columns: int) -> np.ndarray:
 
 
 def _hadamard(x: np.ndarray, width: int) -> np.ndarray:
-    """float32 (..., columns): butterflies of neighbours 1, 2, 4, ... apart, (a + b, a - b)."""
-    shape, step = x.shape, 1
-    while step < width:
-        pairs = x.reshape(-1, 2, step)
-        x = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
-        step *= 2
-    return x.reshape(shape) * F(1 / math.isqrt(width))
+    """float32 (..., columns): butterflies of neighbours 1, 2, 4, ... apart, (a + b, a - b).
+
+    Of _CHUNK values at a time, their columns as rows, which NumPy adds 4 times as fast.
+    """
+    blocks = x.reshape(-1, width)
+    out, shrink = np.empty(blocks.shape, F), F(1 / math.isqrt(width))
+    for start in range(0, len(blocks), _CHUNK // width):
+        here = slice(start, start + _CHUNK // width)
+        given = blocks[here].T.copy()  # (width, blocks)
+        found, step = np.empty_like(given), 1
+        while step < width:
+            a, b = given.reshape(-1, 2, step * given.shape[1]).swapaxes(0, 1)
+            sums = found.reshape(-1, 2, step * given.shape[1])
+            np.add(a, b, out=sums[:, 0])
+            np.subtract(a, b, out=sums[:, 1])
+            given, found, step = found, given, 2 * step
+        np.multiply(given.T, shrink, out=out[here])
+    return out.reshape(x.shape)
 
 
 def rotate(x: np.ndarray, rotation: Rotation) -> np.ndarray:
@@ -93,11 +105,11 @@ def rotate(x: np.ndarray, rotation: Rotation) -> np.ndarray:
     if not rotation.width:
         return x
     with np.errstate(invalid="ignore", over="ignore"):  # inf and NaN spread over their block
-        return _hadamard(x * _signs(rotation, x.shape[-1]), rotation.width)
+        return _hadamard(x * signs(rotation, x.shape[-1]), rotation.width)
 
 
 def rotate_back(x: np.ndarray, rotation: Rotation) -> np.ndarray:
     """What ``rotate`` made x of, except for rounding."""
     if not rotation.width:
         return x
-    return _hadamard(x, rotation.width) * _signs(rotation, x.shape[-1])
+    return _hadamard(x, rotation.width) * signs(rotation, x.shape[-1])
