@@ -13,6 +13,7 @@ from ktk.cli import opening
 from ktk.kv.sizes import server_cache
 from ktk.machine import cpu
 
+RECORDER_MODES = ("stat", "stat_approx", "per_pass", "per_token")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 EPILOG = """Examples:
 
@@ -66,6 +67,14 @@ def command(
     batch_tokens: Annotated[
         int, typer.Option(min=16, help="Tokens of one forward pass: how prompts are cut up.")
     ] = 512,
+    recorder_mode: Annotated[
+        str,
+        typer.Option(
+            "--expert-distribution-recorder-mode",
+            help="What /start_expert_distribution_record records: stat, stat_approx, per_pass or "
+            "per_token.",
+        ),
+    ] = "stat",
     method: opening.Method = "auto",
     weight_format: opening.WeightFormat = "auto",
     linear: opening.Linear = "file",
@@ -76,6 +85,11 @@ def command(
     api_key = api_key or env.api_key()
     if no_auth and api_key:
         raise typer.BadParameter("--no-auth contradicts the API key: leave one of them out")
+    if recorder_mode not in RECORDER_MODES:
+        raise typer.BadParameter(
+            f"--expert-distribution-recorder-mode {recorder_mode}: must be one of "
+            f"{', '.join(RECORDER_MODES)}"
+        )
     local = _is_loopback(host)
     if not local and not api_key and not no_auth:
         raise typer.BadParameter(
@@ -125,6 +139,7 @@ def command(
         host,
         port,
         Access(api_key, hosts=hosts, cors_origins=tuple(cors_origin or ())),
+        recorder_mode=recorder_mode,
     )
 
 

@@ -27,9 +27,11 @@ from ktk import __version__
 from ktk.generate.engine import Engine, RequestError, ServerBusy
 from ktk.generate.open import OpenModel
 from ktk.generate.text import stop_tokens
+from ktk.integration.transformers.expert_statistics import ExpertStatistics
 from ktk.integration.transformers.fast_paths import memory_paths, run_paths
 from ktk.integration.transformers.tokens import Spelling, encode, encode_chat, vocabulary_size
 from ktk.machine import cpu
+from ktk.server import distribution
 from ktk.server.answer import Answer, Stop
 from ktk.server.forms import Chat, Completion, Form, error_body
 from ktk.server.metrics import Metrics
@@ -291,8 +293,13 @@ class _Service:
         return request.tokens
 
 
-def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
-    """The ASGI application for a model whose engine has been started."""
+def build_app(
+    opened: OpenModel, engine: Engine, access: Access, recorder_mode: str = "stat"
+) -> FastAPI:
+    """The ASGI application for a model whose engine has been started.
+
+    recorder_mode : of ``ktk.placement.masks.recorder.MODES``.
+    """
     metrics = Metrics(engine, opened.name)
     service = _Service(opened, engine, metrics)
     app = FastAPI(title="ktk", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
@@ -370,6 +377,10 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
         gone_later = metrics.requests.labels(request.scope["route"].path, str(CLIENT_GONE)).inc
         return _EventStream(_after(first, events), gone_later)
 
+    distribution.add_routes(
+        app, _statistics(opened.model, recorder_mode), access.cors_origins, counted
+    )
+
     @app.get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [service.model_row()]})
@@ -409,6 +420,14 @@ def build_app(opened: OpenModel, engine: Engine, access: Access) -> FastAPI:
         )
 
     return app
+
+
+def _statistics(model: Any, mode: str) -> ExpertStatistics | str:
+    """Of the model, or why there are none."""
+    try:
+        return ExpertStatistics(model, mode)
+    except ValueError as error:
+        return str(error)
 
 
 def _invalid(error: RequestValidationError) -> Response:

@@ -36,12 +36,21 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    opened: OpenModel, engine: Engine, host: str, port: int, access: Access, grace: float = 2.0
+    opened: OpenModel,
+    engine: Engine,
+    host: str,
+    port: int,
+    access: Access,
+    grace: float = 2.0,
+    recorder_mode: str = "stat",
 ) -> None:
-    """Serve a model by a started engine until SIGINT or SIGTERM, and stop the engine."""
+    """Serve a model by a started engine until SIGINT or SIGTERM, and stop the engine.
+
+    recorder_mode : as in ``build_app``.
+    """
     try:
         config = uvicorn.Config(
-            build_app(opened, engine, access),
+            build_app(opened, engine, access, recorder_mode),
             host=host,
             port=port,
             log_level="warning",
