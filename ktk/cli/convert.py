@@ -31,7 +31,7 @@ def command(
     quant_method: Annotated[
         str,
         typer.Option(
-            help="int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, "
+            help="nl4, int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, "
             "iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
         ),
     ] = "int4",
@@ -89,8 +89,8 @@ def command(
         bool, typer.Option("--json", help="Print a JSON summary, and no progress.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint's experts to INT4, INT8 or bf16 panels, everything else copied;
-    or to a GGUF file."""
+    """Convert a checkpoint's experts to panels of a format, everything else copied; or to a GGUF
+    file."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
