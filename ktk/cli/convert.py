@@ -52,14 +52,14 @@ def command(
         int | None,
         typer.Option(
             help="Activations that share a scale: 32, 64, 128 or 256; "
-            "default: 128 for int4, 64 for int8, 256 for nl4."
+            "default: 128 for int4, 256 for int8 and nl4."
         ),
     ] = None,
     rotation: Annotated[
         int | None,
         typer.Option(
             help="Columns of weights and activations that are turned together, so that outliers "
-            "spread: 64 or 256, 0 = none; default: 64 for nl4, else none."
+            "spread: 64 or 256, 0 = none; default: 64 for int8 and nl4, else none."
         ),
     ] = None,
     calibrate: Annotated[

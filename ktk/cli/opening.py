@@ -37,8 +37,8 @@ WeightFormat = Annotated[
     str,
     typer.Option(
         "--weight-format",
-        help="Of float experts: int8, int4, bf16, fp32; auto: int8 if it fits into memory, else "
-        "int4.",
+        help="Of float experts: int8, nl4, int4, bf16, fp32; auto: int8 if it fits into memory, "
+        "else nl4.",
     ),
 ]
 Linear = Annotated[

@@ -24,7 +24,7 @@ from ktk.quantise.texts import stdlib_text, windows
 
 WINDOW = 256
 ANSWER_TOKENS = 32
-FORMATS = ("int8", "int4")
+FORMATS = ("int8", "nl4")
 GGUF_FORMATS = ("q8_0", "q4_0")
 GGUF_METHOD = "LLAMAFILE"
 

@@ -33,7 +33,7 @@ from ktk.paths import user_path
 # besides weights.
 OVERHEAD = 700 << 20
 TOKEN_EMBEDDING = "token_embd.weight"  # which every whole GGUF model has
-AUTO_FORMATS = ("int8", "int4")  # of float experts, the most exact first: the first one that fits
+AUTO_FORMATS = ("int8", "nl4")  # of float experts, the most exact first: the first one that fits
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 

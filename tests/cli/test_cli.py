@@ -44,8 +44,11 @@ def test_every_command_has_help(name: str) -> None:
 
 def test_the_help_of_convert_tells_the_formats_own_groups() -> None:
     said = " ".join(ktk("convert", "--help").stdout.replace("│", " ").split())
-    for name in ("int4", "int8"):
-        assert f"{PANELS[name].default_activation_group} for {name}" in said
+    groups = {name: PANELS[name].default_activation_group for name in ("int4", "int8", "nl4")}
+    assert groups["int8"] == groups["nl4"]
+    assert f"{groups['int4']} for int4, {groups['int8']} for int8 and nl4" in said
+    turned = [name for name, fmt in PANELS.items() if fmt.default_rotation]
+    assert f"{PANELS['int8'].default_rotation} for {' and '.join(sorted(turned))}" in said
 
 
 def test_doctor_tells_each_backend_as_json_and_as_a_table() -> None:

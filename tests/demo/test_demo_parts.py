@@ -279,7 +279,7 @@ def test_demo_of_a_users_checkpoint_prints_every_method(tmp_path, capsys) -> Non
     assert [row["method"] for row in rows] == [
         "bf16",
         "ktk INT8",
-        "ktk INT4",
+        "ktk NL4",
         *(("ktk Q8_0", "ktk Q4_0") if RUNS_GGUF else ()),
     ]
     assert rows[0]["bits_per_weight"] == 16
@@ -290,7 +290,7 @@ def test_demo_of_a_users_checkpoint_prints_every_method(tmp_path, capsys) -> Non
         assert [row["bits_per_weight"] for row in rows[3:]] == [8.5, 4.5]
         assert "gguf Q8_0" in rows[3]["kernel"] and "gguf Q4_0" in rows[4]["kernel"]
     assert "int8" in rows[1]["kernel"]
-    assert "int4 g32" in rows[2]["kernel"]
+    assert "nl4 g16" in rows[2]["kernel"]
     assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in rows)
     assert rows[2]["expert_bytes"] < rows[1]["expert_bytes"] < rows[0]["expert_bytes"] * 0.8
 
@@ -308,7 +308,7 @@ def test_demo_of_a_users_checkpoint_prints_every_method(tmp_path, capsys) -> Non
 
 
 def test_a_method_runs_the_formats_it_has_kernels_for(monkeypatch) -> None:
-    packed, types = ("int8", "int4"), ("q8_0", "q4_0")
+    packed, types = ("int8", "nl4"), ("q8_0", "q4_0")
     assert run.chosen_formats("auto") == (packed, types if RUNS_GGUF else ())
     assert run.chosen_formats("numpy") == (packed, ())
     assert run.chosen_formats("llamafile") == ((), types)

@@ -77,7 +77,7 @@ def test_the_demo_s_answer_is_no_near_tie(checkpoint: Path) -> None:
     steps = slice(ids.shape[1] - 1, -1)
     exact_leads = leads(exact(made).logits[0, steps], answer)
     moved = {}
-    for name in ("int8", "int4"):
+    for name in ("int8", "nl4"):
         own = leads(load(checkpoint, name)(made).logits[0, steps], answer)
         assert own.min() > 0, f"{name}: another token leads"
         moved[name] = float((own - exact_leads).abs().max())

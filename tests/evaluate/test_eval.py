@@ -157,12 +157,12 @@ def test_eval_of_a_converted_directory_is_that_of_its_format(
 def test_eval_rotates_what_it_packs_and_says_so(
     source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = tmp_path / "int8"
-    convert(source, done, quant_method="int8", rotation=64)
-    arguments = ("eval", source, "--text", text, "--tokens", 256, "-f", "int8")
-    plain = run_json(capsys, *arguments)["int8 channel"]
+    done = tmp_path / "int4"
+    convert(source, done, quant_method="int4", rotation=64)
+    arguments = ("eval", source, "--text", text, "--tokens", 256, "-f", "int4")
+    plain = run_json(capsys, *arguments)["int4 g32"]
     rows = run_json(capsys, *arguments, "-f", done, "--rotation", 64)
-    rotated = rows["int8 channel"]
+    rotated = rows["int4 g32"]
     assert rows[str(done)]["kl"] == pytest.approx(rotated["kl"], rel=1e-6)
     assert rotated["kl"] != plain["kl"]
     assert (plain["rotation"], rotated["rotation"], rows[str(done)]["rotation"]) == (0, 64, 64)

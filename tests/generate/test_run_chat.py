@@ -469,13 +469,13 @@ def test_a_model_that_does_not_fit_is_refused_with_the_figures(
     from ktk.generate.open import open_model
     from ktk.machine import cpu
 
-    needs = describe_model(model, weight_format="int4").needed_bytes
+    needs = describe_model(model, weight_format="nl4").needed_bytes
     int8 = describe_model(model, weight_format="int8").needed_bytes
     assert needs < int8
     monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, int8))
     assert describe_model(model).weight_format == "int8"
     monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, needs))
-    assert describe_model(model).weight_format == "int4"
+    assert describe_model(model).weight_format == "nl4"
     monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, 50 << 20))
     with pytest.raises(
         MemoryError, match=rf"needs {needs / 1e6:.0f} MB.*52 MB of 68.7 GB are free"

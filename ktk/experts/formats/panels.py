@@ -56,7 +56,8 @@ PANELS = (
         zero_point=128,
         code_min=-127,
         code_max=127,
-        default_activation_group=64,
+        default_activation_group=256,
+        default_rotation=64,
         search=Search(refits=2, channel_ladder=tuple(127 * (1 + 0.02 * i) for i in range(16))),
     ),
     # Of checkpoints like DeepSeek-V3: one scale for 128 rows by 128 columns, codes and scales as

@@ -16,6 +16,7 @@ from ktk.checkpoint import Checkpoint, list_layers, read_config, read_layer
 from ktk.convert.run import Progress, convert
 from ktk.convert.sinks import packed as sink
 from ktk.errors import CheckpointError
+from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.rotation import Rotation
@@ -82,7 +83,9 @@ def test_options_reach_the_layers_and_config(
     said = after.pop("quantization_config")
     assert after == before
     spec = read_config(output).specs[0]
-    assert spec.turns == Rotation.of(options.get("rotation", 64 if quant_method == "nl4" else 0))
+    assert spec.turns == Rotation.of(
+        options.get("rotation", PANELS[quant_method].default_rotation)
+    )
     rotation = {"rotation": list(spec.turns)} if spec.turns.width else {}
     assert said == {
         "quant_method": "ktk",
