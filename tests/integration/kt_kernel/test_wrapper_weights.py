@@ -236,7 +236,7 @@ def test_auto_takes_the_files_format_and_activation(tmp_path):
 def test_weights_are_rotated_as_asked_and_a_saved_layer_keeps_it(tmp_path, weight_format, rotation):
     given = {"weight_format": weight_format, "rotation": rotation}
     saved = save(tmp_path, **given)
-    turns = Rotation.of((64 if weight_format == "nl4" else 0) if rotation is None else rotation)
+    turns = Rotation.of(64 if rotation is None else rotation)
     assert saved.moe.spec.turns == turns
     spec = MoESpec(E, H, N, weight_format, rotation=rotation)
     want = ktk.MoE.from_weights(*random_weights(), **given, method="NUMPY")
