@@ -83,9 +83,7 @@ def test_options_reach_the_layers_and_config(
     said = after.pop("quantization_config")
     assert after == before
     spec = read_config(output).specs[0]
-    assert spec.turns == Rotation.of(
-        options.get("rotation", PANELS[quant_method].default_rotation)
-    )
+    assert spec.turns == Rotation.of(options.get("rotation", PANELS[quant_method].default_rotation))
     rotation = {"rotation": list(spec.turns)} if spec.turns.width else {}
     assert said == {
         "quant_method": "ktk",
