@@ -26,16 +26,32 @@ LIMITED_API = (3, 11)  # requires-python; the first with buffers
 WRAPPER_FLAGS = ("-O1", "-fno-lto", "-g0", "-Wno-unused-const-variable")
 
 
+def sum_of(paths):
+    """A digest of the bytes of files."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return total.hexdigest()
+
+
+def is_text(path, text):
+    return path.is_file() and path.read_text() == text
+
+
 class BuildKernels(build_ext):
     """build_ext that compiles the sources of all extensions side by side, longest first, and then
     links.
 
     Objects stay in build/ and serve again, for a wheel after an installation say, until one of what
-    they are made of changes.
+    they are made of changes: its bytes, since Cython writes its C again, the same, once it is newer
+    than that.
     """
 
     def build_extensions(self):
         jobs = {ext.name: self.jobs(ext) for ext in self.extensions}
+        # A wheel's build comes here twice: then objects stand among them.
+        depends = self.extensions[0].depends
+        self.headers = sum_of(path for path in depends if not path.endswith(".o"))
         # The kernels over blocks take 20 s each, anything else at most 6.
         order = sorted(
             (job for of_one in jobs.values() for job in of_one),
@@ -69,14 +85,15 @@ class BuildKernels(build_ext):
         return jobs
 
     def compile(self, source, folder, flags):
-        """The object's path, compiled unless it is newer than all that it could be made of."""
+        """The object's path, compiled unless it is there, made of the same bytes."""
         ext = self.extensions[0]
         command = repr((self.compiler.compiler_so, ext.include_dirs, ext.define_macros, flags))
         digest = hashlib.sha256(command.encode()).hexdigest()[:16]
         place = Path("build/objects", digest, folder)
         made = place / source.with_suffix(".o")
-        newest = max(Path(path).stat().st_mtime for path in (source, *ext.depends))
-        if self.force or not made.exists() or made.stat().st_mtime <= newest:
+        made_of, current = made.with_suffix(".sum"), self.headers + sum_of([source])
+        if self.force or not made.exists() or not is_text(made_of, current):
+            made_of.unlink(missing_ok=True)
             self.compiler.compile(
                 [str(source)],
                 output_dir=str(place),
@@ -85,6 +102,7 @@ class BuildKernels(build_ext):
                 extra_postargs=[*flags],
                 debug=self.debug,
             )
+            made_of.write_text(current)
         return str(made)
 
     def copy_extensions_to_source(self):
