@@ -27,7 +27,7 @@ from ktk.experts.formats import BLOCKS, Format
 from ktk.experts.formats.base import NOT_ROUNDED, TO_BF16, Grid
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, MatrixLayout, matrix_layout
-from ktk.experts.panels import lay_panels
+from ktk.experts.panels import dequantised, lay_panels
 from ktk.experts.rotation import NO_ROTATION, Rotation, rotate, rotate_back
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
@@ -247,17 +247,16 @@ def calibrated(
     if fmt.is_packed:
         layout = matrix_layout(fmt, columns, rows, group_size, 0, rotation)
         wide = layout.num_groups * layout.group_size
+        factor = padded(factor, wide)
+        if fmt.levels:
+            panels = round_levels(given, layout, factor.upper, factor.weight).panels(layout)
+            return panels, dequantised(panels, layout)
         whole = np.zeros((layout.num_panels * PANEL, wide), F)
         whole[:rows, :columns] = given
         whole = rotate(whole, rotation)
-        factor = padded(factor, wide)
-        if fmt.levels:
-            levelled = round_levels(given, layout, factor.upper, factor.weight)
-            panels, error = levelled.panels(layout), levelled.error
-        else:
-            rounded = round_matrix(whole, factor, packed_grid(layout))
-            panels, error = _panels(rounded, layout), rounded.error.T
-        return panels, rotate_back(whole - error, rotation)[:rows, :columns]
+        rounded = round_matrix(whole, factor, packed_grid(layout))
+        values = rotate_back(whole - rounded.error.T, rotation)[:rows, :columns]
+        return _panels(rounded, layout), values
     if fmt.grid is None:
         known = ", ".join(row.name for row in BLOCKS.values() if row.grid)
         raise ValueError(f"type={fmt.name!r}: must be one of {known} to be calibrated")

@@ -10,18 +10,115 @@ import numpy as np
 import pytest
 
 from ktk.experts.formats import PANELS
-from ktk.experts.layout import matrix_layout
+from ktk.experts.layout import MatrixLayout, matrix_layout
 from ktk.experts.panels import dequantised, read_panels
-from ktk.experts.rotation import Rotation
+from ktk.experts.rotation import Rotation, rotate
 from ktk.experts.spec import MoESpec
 from ktk.ops.requantise import packed_spec
+from ktk.quantise import levels as rounding
 from ktk.quantise.feedback import factorise
-from ktk.quantise.levels import round_levels
+from ktk.quantise.levels import Span, numbers_of, round_levels, spans_of
 from make import ROOT
 from make.cases import pack_all, random_experts
 
 F = np.float32
 NL4 = PANELS["nl4"]
+
+
+def nearest(values: np.ndarray, spans: tuple[Span, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest levels, and how many lie between each and 0."""
+    inside, level, index = (np.zeros_like(values) for _ in range(3))
+    for low, high, per, step in spans:
+        wider = np.clip(values, low, high)
+        steps = np.rint((wider - inside) * per)
+        level, index, inside = level + steps * step, index + steps, wider
+    return level, index
+
+
+def ordered_sum(terms: np.ndarray) -> np.ndarray:
+    return np.add.accumulate(terms, axis=-1, dtype=F)[..., -1]
+
+
+def inverse_of(values: np.ndarray) -> np.ndarray:
+    return np.divide(F(1), values, out=np.zeros_like(values), where=values != 0)
+
+
+def oracle(w: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, ...]:
+    """Codes, scales and multipliers of whole panels' rows: the kernels' operations in their
+    order.
+    """
+    grouped = layout.multiplier_group
+    numbers = numbers_of(NL4.levels, NL4.multipliers if grouped else ())
+    turned = rotate(w, layout.rotation)
+    exponent = np.frexp(np.abs(turned).max(axis=1))[1]
+    x = np.ldexp(turned, -exponent[:, None])
+    largest = numbers.reach * numbers.magnitudes[-1]
+    size = np.sqrt(ordered_sum(x * x) / F(x.shape[1])) / largest
+    groups = x.reshape(len(x), -1, grouped or 32)
+    high, low = (np.maximum(v.max(axis=2), F(0)) for v in (groups, -groups))
+    top = np.maximum(high, low)
+    sign = np.where(high > low, numbers.lean, -numbers.lean) if grouped else np.ones_like(top)
+
+    def loss_of(step: np.ndarray) -> np.ndarray:
+        values = groups * inverse_of(step)[..., None]
+        rest = values - nearest(values, numbers.level_spans)[0]
+        return ordered_sum(rest * rest) * (step * step)
+
+    def wanted(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        per = inverse_of(scale * numbers.reach)[:, None]
+        return nearest(top * per, numbers.magnitude_spans)
+
+    least, best = np.full(len(x), np.inf, F), np.zeros(len(x), F)
+    is_open = np.ones(len(x), bool)
+    core = rounding.LADDER if grouped else rounding.CHANNEL_LADDER
+    for i, rung in enumerate(core + rounding.TAIL):
+        scale = size * F(rung)
+        loss = ordered_sum(loss_of(scale[:, None] * (wanted(scale)[0] * sign)))
+        better = is_open & (loss < least)
+        least, best = np.where(better, loss, least), np.where(better, scale, best)
+        is_open = better | (i < len(core))
+    at = wanted(best)[1].astype(int) + numbers.origin[0]
+    least, chosen = np.full(top.shape, np.inf, F), np.zeros(top.shape, F)
+    for away, turn in numbers.tries:
+        place = np.clip(at + away, 0, len(numbers.magnitudes) - 1)
+        multiplier = numbers.magnitudes[place] * sign * F(turn)
+        loss = loss_of(best[:, None] * multiplier)
+        chosen = np.where(loss < least, multiplier, chosen)
+        least = np.minimum(loss, least)
+    values = groups * inverse_of(best[:, None] * chosen)[..., None]
+    codes = nearest(values, numbers.level_spans)[1] + numbers.origin[1]
+    place = np.searchsorted(numbers.magnitudes, np.abs(chosen))
+    index = place + len(numbers.magnitudes) * (chosen < 0)
+    return codes.reshape(x.shape), np.ldexp(best, exponent), index
+
+
+@pytest.mark.parametrize("rotation", [Rotation(), Rotation(64, 5), Rotation(256)])
+@pytest.mark.parametrize("group", [16, 32, 0])
+def test_codes_are_the_oracles_on_every_machine(group: int, rotation: Rotation) -> None:
+    rng = np.random.default_rng(5)
+    w = rng.standard_t(3, (80, 512)).astype(F)  # some channels want the ladder's tail
+    w[::7] = rng.standard_normal(w[::7].shape) * rng.lognormal(0, 2, (len(w[::7]), 1))
+    w[3] = 0
+    w[4, 1:] = 0
+    layout = matrix_layout(NL4, 512, 80, group, 128, rotation)
+    got = round_levels(w, layout)
+    codes, scales, multipliers = oracle(w, layout)
+    np.testing.assert_array_equal(codes, got.codes)
+    np.testing.assert_array_equal(scales, got.scales)
+    if group:
+        np.testing.assert_array_equal(multipliers, got.multipliers)
+        assert len(np.unique(multipliers)) == len(NL4.multipliers)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [NL4.levels, (-8, -5, -3, -1, 0, 2, 4, 7), (-9, -3, 0, 1, 2, 4), (0, 1, 4), (5, 6, 8), (3,)],
+)
+def test_spans_lead_to_the_nearest_level(levels: tuple[int, ...]) -> None:
+    values = np.random.default_rng(6).uniform(-12, 12, 4000).astype(F)
+    level, _ = nearest(values, spans_of(levels))
+    distance = np.abs(values[:, None] - np.array(levels, F))
+    np.testing.assert_array_equal(np.array(levels)[distance.argmin(axis=1)], level)
 
 
 def relative_error(w: np.ndarray, group: int, rotation: Rotation) -> float:
@@ -30,7 +127,7 @@ def relative_error(w: np.ndarray, group: int, rotation: Rotation) -> float:
     return float(np.square(w - got).sum() / np.square(w).sum())
 
 
-@pytest.mark.parametrize(("group", "most"), [(16, 0.0054), (32, 0.0067), (0, 0.0110)])
+@pytest.mark.parametrize(("group", "most"), [(16, 0.0050), (32, 0.0063), (0, 0.0101)])
 @pytest.mark.parametrize("rotation", [Rotation(), Rotation(64), Rotation(256, 3)])
 def test_error_of_normal_weights(group: int, most: float, rotation: Rotation) -> None:
     w = np.random.default_rng(0).standard_normal((64, 1024)).astype(F)
@@ -71,13 +168,13 @@ def test_feedback_lowers_the_loss_of_rotated_columns() -> None:
     factor = factorise(h)
     layout = matrix_layout(NL4, 256, 32, 16, 128)
 
-    def loss(error: np.ndarray) -> float:
-        e = error[:32].astype(np.float64)
+    def loss(levelled: rounding.Levelled) -> float:
+        e = (w - dequantised(levelled.panels(layout), layout)).astype(np.float64)
         return float(np.einsum("ij,jk,ik->", e, h, e))
 
     plain = round_levels(w, layout)
     handed_on = round_levels(w, layout, factor.upper, factor.weight)
-    assert loss(handed_on.error) < 0.6 * loss(plain.error)
+    assert loss(handed_on) < 0.6 * loss(plain)
 
 
 def test_the_kernels_have_the_tables_numbers() -> None:
