@@ -36,6 +36,11 @@ def _check() -> None:
         raise BackendError(f"ktk.ops.linear.Linear cannot run here: {reason}")
 
 
+# Not the format's, which suits rotated activations. Linear layers are not rotated: with it keys and
+# MLPs of fused decoder layers came out wrong (their trial refuses such layers).
+_ACTIVATION_GROUPS = {"int8": 64}
+
+
 class Linear:
     """A dense matrix, in panels or in the blocks of a GGUF file (``of_blocks``), and its bias.
 
@@ -44,7 +49,8 @@ class Linear:
     weight : (out_features, in_features), float32, float16 or bfloat16, an array or CPU tensor;
         quantised, not kept.
     bias : (out_features,), a float type, or None.
-    weight_format, group_size, activation_group, num_threads : as in ``ktk.MoE.from_weights``.
+    weight_format, group_size, activation_group, num_threads : as in ``ktk.MoE.from_weights``,
+    except that nothing is rotated and the ``activation_group`` of int8 is 64.
 
     Results have the same bits for any number of rows and threads. Raises ValueError / TypeError
     naming the argument that does not fit, BackendError without the compiled extension, EngineError
@@ -72,6 +78,8 @@ class Linear:
             raise ValueError(f"weight has shape {w.shape}: must be (out_features, in_features)")
         # A matrix is the down projection of a single expert.
         out_features, in_features = w.shape
+        if activation_group is None:
+            activation_group = _ACTIVATION_GROUPS.get(weight_format)
         self.spec = MoESpec(
             1,
             out_features,
@@ -80,6 +88,7 @@ class Linear:
             group_size,
             activation_group,
             has_gate=False,
+            rotation=0,
         )
         layout = self.spec.layout.down
         shape = (layout.num_panels, layout.panel_bytes)
