@@ -36,8 +36,8 @@ def _check() -> None:
         raise BackendError(f"ktk.ops.linear.Linear cannot run here: {reason}")
 
 
-# Not the format's, which suits rotated activations. Linear layers are not rotated: with it keys and
-# MLPs of fused decoder layers came out wrong (their trial refuses such layers).
+# Not the format's, which suits rotated activations. Linear layers are not rotated: ktk_put makes
+# operands of several products of one row, and rotating it for one would change it for the next.
 _ACTIVATION_GROUPS = {"int8": 64}
 
 

@@ -23,6 +23,20 @@ def scores_of(calls: list[list[int]]) -> list[dict[int, float]]:
     return [{key: float(rng.integers(1, 65)) / 64 for key in keys} for keys in calls]
 
 
+def present_of_call(
+    pools: Pools, layer: int, keys: list[int], scores: np.ndarray | None
+) -> list[int]:
+    """The keys that were in memory when a call of them came; then all are."""
+    pools.begin(layer, keys, scores)
+    present = [key for key in keys if key in pools]
+    for key in present:
+        pools.hit(key)
+    for key in keys:
+        if key not in present:
+            pools.admit(key, keys.__contains__)
+    return present
+
+
 def run_both(
     name: str, capacity: int, calls: list[list[int]], num_layers: int, num_experts: int
 ) -> None:
@@ -38,14 +52,7 @@ def run_both(
         row = np.zeros(num_experts, np.float32)
         for key in keys:
             row[key % num_experts] = scores[key]
-        pools.begin(layer, keys, row)
-        present = [key for key in keys if key in pools]
-        for key in present:
-            pools.hit(key)
-        for key in keys:
-            if key not in present:
-                pools.admit(key, keys.__contains__)
-        assert len(present) == want_hits
+        assert len(present_of_call(pools, layer, keys, row)) == want_hits
         found = {key for key in range(num_layers * num_experts) if key in pools}
         assert found == model.resident, f"call {number}"
         assert len(pools) == len(found) <= capacity
@@ -103,14 +110,7 @@ def misses(name: str, capacity: int, calls: list[list[int]]) -> int:
     pools.foresee([(0, keys) for keys in calls])
     count = 0
     for keys in calls:
-        pools.begin(0, keys, None)
-        present = [key for key in keys if key in pools]
-        for key in present:
-            pools.hit(key)
-        for key in keys:
-            if key not in present:
-                pools.admit(key, keys.__contains__)
-                count += 1
+        count += len(keys) - len(present_of_call(pools, 0, keys, None))
     return count
 
 

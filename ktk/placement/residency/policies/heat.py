@@ -13,10 +13,11 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.placement.residency.heat_map import HeatMap
+from ktk.placement.residency.policies.lru import Lru
 from ktk.placement.residency.policy import Blocked, Policy, Shape, check_share
 
 
-class Heat(Policy):
+class Heat(Lru):
     """gamma, beta, transition_alpha : as HeatMap has them. lookahead_weight : of heat beside
     recency.
     """
@@ -43,7 +44,6 @@ class Heat(Policy):
             check_share("beta", beta),
             check_share("transition_alpha", transition_alpha),
         )
-        self._order: dict[int, None] = {}  # least recent first
 
     def share(self, first: Policy) -> None:
         assert isinstance(first, Heat)
@@ -51,13 +51,6 @@ class Heat(Policy):
 
     def observe(self, layer: int, scores: np.ndarray) -> None:
         self._map.observe(layer, scores)
-
-    def hit(self, key: int) -> None:
-        del self._order[key]
-        self._order[key] = None
-
-    def insert(self, key: int) -> None:
-        self._order[key] = None
 
     def evict(self, is_blocked: Blocked) -> int:
         keys = np.fromiter(self._order, np.int64, len(self._order))
@@ -71,6 +64,3 @@ class Heat(Policy):
                 return key
             keys, score = np.delete(keys, at), np.delete(score, at)
         raise LookupError("every expert in memory is in use")
-
-    def discard(self, key: int) -> None:
-        del self._order[key]
