@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": "ktk.cli.bench",
     "residency": "ktk.cli.residency",
     "place": "ktk.cli.place",
+    "sglang": "ktk.cli.sglang",
 }
 
 
@@ -77,7 +78,11 @@ def app() -> typer.Typer:
             application.add_typer(group, name=name)
             continue
         command = _with_home(row.command)
-        application.command(name, epilog=getattr(row, "EPILOG", None))(command)
+        application.command(
+            name,
+            epilog=getattr(row, "EPILOG", None),
+            context_settings=getattr(row, "CONTEXT", None),
+        )(command)
     return application
 
 

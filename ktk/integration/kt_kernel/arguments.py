@@ -9,6 +9,25 @@ import numpy as np
 from ktk.experts.activation import Activation
 from ktk.ops.inputs import is_bf16, on_host, to_numpy
 
+# KT-Kernel's methods that go by another name here: packed as int4 or int8, by whatever runs it.
+METHODS = {"RAWINT4": "INT4", "GPTQ_INT4": "INT4", "MOE_INT4": "INT4", "MOE_INT8": "INT8"}
+# Its methods for codes that no kernel here multiplies as they are.
+_NOT_HERE = ("FP8_PERCHANNEL", "MXFP4", "MXFP8", "SYCL_GPTQ_INT4")
+
+
+def ktk_method(method: Any) -> Any:
+    """What KT-Kernel's name of a method is here; any other name as it is.
+
+    ValueError for those that ktk does not run.
+    """
+    key = method.upper() if isinstance(method, str) else method
+    if key in _NOT_HERE:
+        raise ValueError(
+            f"method={method!r}: ktk has no kernels for these codes; INT4, NL4 or INT8 quantises "
+            "the checkpoint's experts anew as they are loaded, LLAMAFILE runs a GGUF file's blocks"
+        )
+    return METHODS.get(key, method)
+
 
 def checked_int(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
@@ -16,6 +35,19 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
     if not least <= value <= 2**24:
         raise ValueError(f"{name}={value}: must be at least {least}, at most {2**24}")
     return int(value)
+
+
+def checked_nodes(numa_nodes: Any, threadpool_count: int | None) -> tuple[int, ...] | None:
+    """The NUMA node of each part, if they are named."""
+    if numa_nodes is None:
+        return None
+    nodes = tuple(checked_int("numa_nodes", node, 0) for node in numa_nodes)
+    if threadpool_count is not None and len(nodes) != threadpool_count:
+        raise ValueError(
+            f"numa_nodes={list(nodes)} has {len(nodes)} entries: "
+            f"must be one per thread pool, threadpool_count={threadpool_count}"
+        )
+    return nodes
 
 
 def check_mode(mode: str, given: list[str]) -> None:

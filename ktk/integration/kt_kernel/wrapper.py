@@ -14,18 +14,25 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ktk import backends, fork
+from ktk import backends
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.rotation import Rotation
 from ktk.experts.stored import StoredExperts
-from ktk.integration.kt_kernel.arguments import check_mode, checked_int, mask_of, swiglu_activation
+from ktk.integration.kt_kernel.arguments import (
+    check_mode,
+    checked_int,
+    checked_nodes,
+    ktk_method,
+    mask_of,
+    swiglu_activation,
+)
+from ktk.integration.kt_kernel.deferral import Deferred, sequence, split
 from ktk.integration.kt_kernel.staging import Buffers
 from ktk.integration.kt_kernel.weights import LayerWeights
 from ktk.machine import queue as fifo
@@ -34,8 +41,16 @@ from ktk.ops.inputs import as_call, as_routing, device_of, on_host, on_stream
 from ktk.ops.moe import MoE
 from ktk.paths import user_path
 
+_buffers = Buffers()
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _BIASES = ("gate_bias", "up_bias", "down_bias")
+
+
+class _Submitted(NamedTuple):
+    ticket: fifo.Ticket
+    deferred: fifo.Ticket | None
+    num_tokens: int
+    device: str
 
 
 class KTMoEWrapper:
@@ -65,7 +80,7 @@ class KTMoEWrapper:
     max_deferred_experts_per_token : int or None
         See the module's text and ``select_deferred_experts``. None or 0: off.
     method : str
-        One of ``ktk.backends.methods()``.
+        One of ``ktk.backends.methods()``, or KT-Kernel's RAWINT4, GPTQ_INT4, MOE_INT4, MOE_INT8.
     mode : str
         "inference". "sft" and its arguments (lora_rank ... full_weight_grad) are refused in this
         version.
@@ -154,7 +169,7 @@ class KTMoEWrapper:
         self.max_deferred_experts_per_token = checked_int(
             "max_deferred_experts_per_token", 0 if deferred is None else deferred, least=0
         )
-        self.method = backends.check_method(method)
+        self.method = backends.check_method(ktk_method(method))
         self.weight_path = None if weight_path is None else user_path(weight_path)
         self.cpu_save = bool(cpu_save)
         self._repack = repack
@@ -181,16 +196,7 @@ class KTMoEWrapper:
         self._submitted: _Submitted | None = None
         # Tasks nobody waits for; the next sync raises their exceptions.
         self._unseen: deque[fifo.Ticket] = deque()
-        nodes = (
-            None
-            if numa_nodes is None
-            else tuple(checked_int("numa_nodes", n, 0) for n in numa_nodes)
-        )
-        if nodes is not None and threadpool_count is not None and len(nodes) != threadpool_count:
-            raise ValueError(
-                f"numa_nodes={list(nodes)} has {len(nodes)} entries: "
-                f"must be one per thread pool, threadpool_count={threadpool_count}"
-            )
+        nodes = checked_nodes(numa_nodes, threadpool_count)
         layout = engine.acquire(self, cpuinfer_threads, threadpool_count, nodes)
         self.cpuinfer_threads = layout.num_threads
         self.threadpool_count = layout.threadpool_count
@@ -357,7 +363,7 @@ class KTMoEWrapper:
         stream: Any,
     ) -> _Submitted:
         moe = self.moe
-        before, _sequence.deferred = _sequence.deferred, None  # gone if anything below raises
+        before, sequence.deferred = sequence.deferred, None  # gone if anything below raises
         call = as_call(hidden_states, topk_ids, topk_weights, self.hidden_size, stream)
         ids, top_k = call.topk_ids, call.topk_ids.shape[1]
         if top_k != self.num_experts_per_tok:
@@ -370,7 +376,7 @@ class KTMoEWrapper:
         deferred_ids: np.ndarray | None = None
         if self.max_deferred_experts_per_token:
             protected = self.num_experts_per_tok - self.max_deferred_experts_per_token
-            ids, deferred_ids = _split(ids, call.topk_weights, protected)
+            ids, deferred_ids = split(ids, call.topk_weights, protected)
             deferred_ids = deferred_ids if (deferred_ids != -1).any() else None
         key = (*call.hidden.shape, top_k, str(call.result.dtype), call.device)
         staging = _buffers.take(key, call.hidden, ids, call.topk_weights)
@@ -401,7 +407,7 @@ class KTMoEWrapper:
         ticket, deferred = start(immediate_task), None
         if deferred_ids is not None:
             deferred = fifo.submit(deferred_task)
-            _sequence.deferred = _Deferred((self.layer_idx + 1, *call.hidden.shape), deferred)
+            sequence.deferred = Deferred((self.layer_idx + 1, *call.hidden.shape), deferred)
         return _Submitted(ticket, deferred, len(call.hidden), call.device)
 
     def _run(
@@ -426,7 +432,7 @@ class KTMoEWrapper:
             self._raise_unseen()
             result = submitted.ticket.take()
         except BaseException:
-            _sequence.deferred = None  # this sequence ends here
+            sequence.deferred = None  # this sequence ends here
             raise
         finally:
             if submitted.deferred is not None:  # only now: its errors belong to a later sync
@@ -461,7 +467,7 @@ class KTMoEWrapper:
         host = on_host(expert_ids)
         rows = host.shape[0] if getattr(host, "ndim", 0) else 0
         ids, weights = as_routing(host, on_host(scores), rows)
-        pair = _split(ids, weights, protected_k)
+        pair = split(ids, weights, protected_k)
         if device == "numpy":
             return pair
         torch = sys.modules["torch"]
@@ -486,42 +492,4 @@ class KTMoEWrapper:
     def clear_buffer_cache() -> None:
         """Free the staging buffers not in use and drop this thread's pending deferred experts."""
         _buffers.clear()
-        _sequence.deferred = None
-
-
-# -- running ---------------------------------------------------------------------------------------
-
-
-class _Submitted(NamedTuple):
-    ticket: fifo.Ticket
-    deferred: fifo.Ticket | None
-    num_tokens: int
-    device: str
-
-
-class _Deferred(NamedTuple):
-    meant_for: tuple[int, int, int]  # layer_idx, tokens, hidden_size
-    ticket: fifo.Ticket
-
-
-class _Sequence(threading.local):
-    """Deferred experts of the calling thread's last submit: a thread is a sequence of layers."""
-
-    deferred: _Deferred | None = None
-
-
-_sequence = _Sequence()
-_buffers = Buffers()
-
-
-@fork.in_child
-def _forget_deferred() -> None:
-    """The thread that would compute it is not there."""
-    _sequence.deferred = None
-
-
-def _split(ids: np.ndarray, scores: np.ndarray, protected_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See ``KTMoEWrapper.select_deferred_experts``; equal scores protect the earlier slot."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, : max(protected_k, 0)]
-    now = np.isin(ids, np.take_along_axis(ids, best, axis=1))  # (num_tokens, top_k)
-    return np.where(now, ids, -1), np.where(now, -1, ids)
+        sequence.deferred = None
