@@ -4,6 +4,7 @@ and as checkpoints give them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from ktk.experts.formats.floats import as_values
 from ktk.experts.layout import K_ALIGN, PANEL, round_up
 from ktk.experts.rotation import NO_ROTATION, Rotation
 from ktk.experts.spec import MoESpec
+from ktk.machine.memory import aligned_buffer
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,22 @@ class StoredExperts:
         if at is None:
             raise BackendError(f"experts {expert} are not in memory: bring them back first")
         return at
+
+    def without(self, absent: np.ndarray) -> StoredExperts:
+        """Only the others. absent : bool (num_experts,).
+
+        Panels are copied, so that the memory of all can go; blocks stay where they are mapped.
+        """
+        places = [self.place_or_none(e) for e in range(self.spec.num_experts)]
+        kept = [e for e, at in enumerate(places) if at is not None and not absent[e]]
+        if self.spans is None:
+            order = np.array([-1 if at is None else at for at in places])
+            return dataclasses.replace(self, order=np.where(absent, -1, order))
+        rows, size = max(len(kept), 1), self.spec.layout.expert_bytes  # shapes must be somewhere
+        spans = aligned_buffer(rows * size).reshape(rows, size)
+        for row, expert in enumerate(kept):
+            spans[row] = self.spans[self.place(expert)]
+        return StoredExperts.of_panels(self.spec, spans, order_of(self.spec.num_experts, kept))
 
     @property
     def is_packed(self) -> bool:
