@@ -49,6 +49,10 @@ class Runner(ABC):
         nodes.
         """
 
+    def packed_expert(self, expert: int) -> StoredExperts:
+        """Experts of which at least this one is there, without a copy of the others."""
+        return self.packed()
+
     def weights(self) -> list[np.ndarray]:
         """The memory that ``forward`` reads: uint8 arrays, views of it.
 

@@ -15,7 +15,7 @@ from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu, openmp
 from ktk.machine.threads import EngineLayout
 from ktk.placement.blocks import in_whole_panels
-from ktk.placement.parts import join, layout_of, parts_of
+from ktk.placement.parts import join, join_one, layout_of, parts_of
 from ktk.placement.store import ExpertStore
 
 
@@ -84,6 +84,9 @@ class NativeRunner(Runner):
 
     def packed(self) -> StoredExperts:
         return self.stored or join(self.spec, self.parts, self.order)
+
+    def packed_expert(self, expert: int) -> StoredExperts:
+        return self.stored or join_one(self.spec, self.parts, self.order, expert)
 
     def weights(self) -> list[np.ndarray]:
         if self.stored is not None and self.stored.spans is not None:

@@ -176,3 +176,18 @@ def join(spec: MoESpec, parts: list[Part], order: np.ndarray | None) -> StoredEx
         if place is not None:
             place.view(np.float32)[:] = bias
     return StoredExperts.of_panels(spec, data, order)
+
+
+def join_one(
+    spec: MoESpec, parts: list[Part], order: np.ndarray | None, expert: int
+) -> StoredExperts:
+    """Of packed experts one in one piece, the others absent; all absent if it is."""
+    at = expert if order is None else int(order[expert])
+    alone = np.full(spec.num_experts, -1, np.int64)
+    alone[expert] = min(at, 0)
+    return join(spec, [_one(part, max(at, 0)) for part in parts], alone)
+
+
+def _one(part: Part, at: int) -> Part:
+    tables = [None if table is None else table[at : at + 1] for table in part[:6]]
+    return Part._make([*tables, *part[6:]])

@@ -33,6 +33,7 @@ from ktk.integration.kt_kernel.arguments import (
     swiglu_activation,
 )
 from ktk.integration.kt_kernel.deferral import Deferred, sequence, split
+from ktk.integration.kt_kernel.gpu_buffers import WeightWriter
 from ktk.integration.kt_kernel.staging import Buffers
 from ktk.integration.kt_kernel.weights import LayerWeights
 from ktk.machine import queue as fifo
@@ -53,7 +54,7 @@ class _Submitted(NamedTuple):
     device: str
 
 
-class KTMoEWrapper:
+class KTMoEWrapper(WeightWriter):
     """One MoE layer's CPU experts.
 
     Parameters
@@ -153,6 +154,7 @@ class KTMoEWrapper:
             "zero_point": zero_point,
             "full_weight_grad": full_weight_grad,
         }
+        super().__init__()
         check_mode(mode, [name for name, value in sft_only.items() if value is not None])
         self.layer_idx = checked_int("layer_idx", layer_idx, least=0)
         self.num_experts = checked_int("num_experts", num_experts)
