@@ -12,6 +12,7 @@ from ktk.errors import BackendError
 from ktk.experts.formats import GGUF, activation_group_of, get_format
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, round_up
+from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredMatrix
 from ktk.machine import cpu, openmp
@@ -36,11 +37,6 @@ def _check() -> None:
         raise BackendError(f"ktk.ops.linear.Linear cannot run here: {reason}")
 
 
-# Not the format's, which suits rotated activations. Linear layers are not rotated: ktk_put makes
-# operands of several products of one row, and rotating it for one would change it for the next.
-_ACTIVATION_GROUPS = {"int8": 64}
-
-
 class Linear:
     """A dense matrix, in panels or in the blocks of a GGUF file (``of_blocks``), and its bias.
 
@@ -49,8 +45,8 @@ class Linear:
     weight : (out_features, in_features), float32, float16 or bfloat16, an array or CPU tensor;
         quantised, not kept.
     bias : (out_features,), a float type, or None.
-    weight_format, group_size, activation_group, num_threads : as in ``ktk.MoE.from_weights``,
-    except that nothing is rotated and the ``activation_group`` of int8 is 64.
+    weight_format, group_size, activation_group, rotation, num_threads : as in
+    ``ktk.MoE.from_weights``.
 
     Results have the same bits for any number of rows and threads. Raises ValueError / TypeError
     naming the argument that does not fit, BackendError without the compiled extension, EngineError
@@ -65,6 +61,7 @@ class Linear:
         weight_format: str = "int8",
         group_size: int | None = None,
         activation_group: int | None = None,
+        rotation: Rotation | int | None = None,
         num_threads: int | None = None,
     ) -> None:
         _check()
@@ -78,8 +75,6 @@ class Linear:
             raise ValueError(f"weight has shape {w.shape}: must be (out_features, in_features)")
         # A matrix is the down projection of a single expert.
         out_features, in_features = w.shape
-        if activation_group is None:
-            activation_group = _ACTIVATION_GROUPS.get(weight_format)
         self.spec = MoESpec(
             1,
             out_features,
@@ -88,7 +83,7 @@ class Linear:
             group_size,
             activation_group,
             has_gate=False,
-            rotation=0,
+            rotation=rotation,
         )
         layout = self.spec.layout.down
         shape = (layout.num_panels, layout.panel_bytes)

@@ -47,6 +47,7 @@ class Weights:
     router: Router = field(default_factory=lambda: Router(EXPERTS, 3, is_normalised=True))
     norms: str = "before"  # the components, or "after" them, or "both"; or "one" for all
     multiplier: float = 1.0
+    forms: dict[str, dict[str, Any]] = field(default_factory=dict)  # options of Linear by name
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,7 +92,8 @@ class Weights:
         self.spec = DecoderSpec(tuple(branches))
 
     def _linear(self, name: str) -> Linear:
-        return Linear(self.w[name], self.bias.get(name), weight_format="fp32")
+        form = self.forms.get(name, {"weight_format": "fp32"})
+        return Linear(self.w[name], self.bias.get(name), **form)
 
     def _attention(self, draw: Any) -> Attention:
         sizes = {"each": [self.head_dim] * 2, "whole": [len(self.w["q"]), len(self.w["k"])]}
@@ -171,6 +173,9 @@ class Weights:
         return residual, key, value
 
     def _times(self, name: str, x: np.ndarray) -> np.ndarray:
+        if name in self.forms:  # rounded: by itself, as it is tested elsewhere
+            row: np.ndarray = self._linear(name)(x[None].astype(np.float32))[0]
+            return row
         return self.w[name].astype(np.float64) @ x + self.bias.get(name, 0)
 
     def _attend(

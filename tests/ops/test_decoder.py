@@ -72,6 +72,17 @@ def test_layer_is_the_float64_one(name: str, cached: int) -> None:
     assert np.array_equal(keys[:, untouched], before[:, untouched])
 
 
+def test_matrices_of_one_row_may_have_different_forms() -> None:
+    """Each takes the row as it is, whatever the matrix before has made of it."""
+    turned, other, groups = {"rotation": (64, 1)}, {"rotation": (64, 2)}, {"rotation": 0}
+    forms = {"q": turned, "k": other, "v": groups, "gate": turned, "up": {"rotation": (256, 1)}}
+    weights = Weights(mlp="plain", norms="one", forms=forms)
+    x, cosines, sines, keys, values = inputs(weights.spec, 37)
+    want, *_ = weights.forward(x, cosines, sines, keys[:, :37], values[:, :37])
+    got = run_row(DecoderLayer(weights.spec), x, cosines, sines, keys, values, 37)
+    assert np.abs(got - want).max() <= 3e-3 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bf16"])
 @pytest.mark.parametrize("name", ["norms of heads", "latents, neighbours put apart"])
 def test_half_precision_is_rounded_at_the_ends_and_in_the_cache(name: str, dtype: str) -> None:

@@ -55,6 +55,13 @@ def exact(made: Linear, x: np.ndarray) -> np.ndarray:
     return y if made.bias is None else y + made.bias[: made.out_features]
 
 
+@pytest.mark.parametrize("rotation", [0, 256, (64, 7)])
+def test_a_rotation_is_the_exact_models(rotation: Any) -> None:
+    made = Linear(random(40, 200), weight_format="int8", rotation=rotation)
+    x = random(5, 200, seed=2)
+    assert np.array_equal(made(x), exact(made, x))
+
+
 @pytest.mark.parametrize(("fmt", "group"), FORMATS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_forward_is_the_exact_model(fmt: str, group: int | None, sizes: tuple[int, int]) -> None:

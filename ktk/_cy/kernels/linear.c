@@ -31,12 +31,14 @@ void ktk_lay_out_crew(crew *c, arena *a) {
 static int have_one_form(const ktk_matrix *a, const ktk_matrix *b) {
     return a->padded_in == b->padded_in && a->codes_kind == b->codes_kind &&
            a->zero_point == b->zero_point && a->activation_group == b->activation_group &&
-           a->fine_group == b->fine_group;
+           a->fine_group == b->fine_group && a->rotation == b->rotation &&
+           a->rotation_seed == b->rotation_seed;
 }
 
 product ktk_lay_out_product_into(crew *c, arena *a, const ktk_dense *m, int64_t num_rows, int dtype,
                                  void *y, int64_t stride) {
-    ktk_want_floats(c, max_int(m->w.padded_in, m->w.max_rows * PANELS * KTK_PANEL));
+    const int row_floats = m->w.rotation ? 2 * m->w.padded_in : m->w.padded_in; /* ktk_put's copy */
+    ktk_want_floats(c, max_int(row_floats, m->w.max_rows * PANELS * KTK_PANEL));
     ktk_want_work(c, m->w.work_bytes);
     return (product){.w = &m->w,
                      .panels = m->panels,
@@ -64,9 +66,15 @@ product ktk_lay_out_product(crew *c, arena *a, const ktk_dense *m, const product
 void ktk_put(const crew *c, const product *products, int n, int64_t row, float *x) {
     for (int i = 0; i < n; i++) {
         const product *p = &products[i];
+        const int columns = p->w->padded_in;
         if (i && p->rows.codes == products[0].rows.codes) continue;
-        memset(x + p->in_features, 0, 4 * (size_t)(p->w->padded_in - p->in_features));
-        put_token(c->kernels, p->w, &p->rows, row, x);
+        memset(x + p->in_features, 0, 4 * (size_t)(columns - p->in_features));
+        float *own = x;
+        if (p->w->rotation && i + 1 < n) { /* those that follow need the row as it is */
+            own = x + columns;
+            memcpy(own, x, 4 * (size_t)columns);
+        }
+        put_token(c->kernels, p->w, &p->rows, row, own);
     }
 }
 

@@ -49,8 +49,8 @@ product ktk_lay_out_product_into(crew *c, arena *a, const ktk_dense *m, int64_t 
  * have the same form. */
 product ktk_lay_out_product(crew *c, arena *a, const ktk_dense *m, const product *shared);
 
-/* Row x as the operand of n products. x (in_features) lies in a thread's float buffer; what is
- * behind it becomes zero. */
+/* Row x as the operand of n products. x (in_features) is the beginning of a thread's float buffer;
+ * what is behind it is lost, and the last product may turn it. */
 void ktk_put(const crew *c, const product *products, int n, int64_t row, float *x);
 
 /* All n in one run of the pool. */
