@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from ktk import log
+
+# Several processes test at once, each with a thread a core. OpenMP's threads spin where they wait:
+# beside another process two took 5 times the CPU time of one, two that sleep 0.9 times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
