@@ -11,7 +11,7 @@ cdef extern from "ktk_probe.h" nogil:
 
 
 cdef extern from "ktk.h" nogil:
-    enum: KTK_ABSENT
+    enum: KTK_DONE, KTK_ABSENT, KTK_NOT_BROUGHT
     enum: KTK_NUM_FORMATS
     enum: KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16
     enum: KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2
@@ -147,6 +147,9 @@ cdef extern from "ktk_decoder.h" nogil:
         ktk_paged values
         int64_t page_tokens
 
+    ctypedef int ktk_bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
+                           const float *weights)
+
     ctypedef struct ktk_decoder_rows:
         int32_t num_rows
         const ktk_sequence *sequences
@@ -155,6 +158,8 @@ cdef extern from "ktk_decoder.h" nogil:
         const float *cosines
         const float *sines
         int64_t *chosen
+        ktk_bring *bring
+        void *caller
 
     ctypedef struct ktk_norm:
         const float *weight
@@ -218,6 +223,7 @@ cdef extern from "ktk_decoder.h" nogil:
         ktk_dense logits
         ktk_router router
         const ktk_layer *experts
+        void *owner
 
     ctypedef struct ktk_component:
         int32_t kind

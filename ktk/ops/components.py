@@ -12,8 +12,8 @@ import numpy as np
 
 from ktk.experts.activation import Activation
 from ktk.ops.linear import Linear
-from ktk.ops.moe import MoE
 from ktk.ops.router import Router
+from ktk.ops.streamed import AnyMoE
 
 DIM_STEP = 16  # widths of keys and values are multiples of it
 ROTARY_ORDERS = ("halves", "pairs", "pairs to halves")
@@ -239,7 +239,7 @@ class RoutedExperts:
     """
 
     kind: ClassVar[str] = "routed"
-    experts: MoE
+    experts: AnyMoE
     logits: Linear
     router: Router
 

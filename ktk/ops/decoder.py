@@ -17,6 +17,7 @@ from ktk.machine import cpu, openmp
 from ktk.machine import threads as engine
 from ktk.ops.components import Attention, Component, LatentAttention, Norm, RoutedExperts
 from ktk.ops.linear import why_not as linear_why_not
+from ktk.ops.streamed import Visit
 
 MAX_COMPONENTS = 3  # of a branch
 PAGE_STEP = 16  # tokens of a page are a multiple of it, where there are several
@@ -152,16 +153,16 @@ class DecoderLayer:
         if reason := linear_why_not():
             raise BackendError(f"ktk.ops.decoder.DecoderLayer cannot run here: {reason}")
         native: Any = native_module()
-        for component in spec.components:
-            if isinstance(component, RoutedExperts):
-                moe = component.experts
-                if not isinstance(getattr(moe.runner, "experts", None), native.Experts):
-                    raise BackendError(f"{moe.backend} has no native experts to call")
+        routed = [c.experts for c in spec.components if isinstance(c, RoutedExperts)]
+        new_visit = Visit if any(moe.is_streamed for moe in routed) else None
+        for moe in routed:
+            if not isinstance(getattr(moe.runner, "experts", None), native.Experts):
+                raise BackendError(f"{moe.backend} has no native experts to call")
         self.spec = spec
         threads = engine.acquire(self, num_threads)
         if openmp.is_pending:
             openmp.borrow(native)
-        self.native = native.DecoderLayer(spec, cpu.best_isa(), threads)
+        self.native = native.DecoderLayer(spec, cpu.best_isa(), threads, new_visit)
 
     def forward(
         self,

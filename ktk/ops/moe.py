@@ -76,6 +76,8 @@ class MoE:
     count.
     """
 
+    is_streamed = False  # all experts stay in memory
+
     def __init__(
         self,
         packed: StoredExperts | ExpertStore,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ktk.errors import BackendError
 from ktk.experts.fma import fma
 from ktk.experts.formats.floats import f32_to_bf16, to_f32
 from ktk.ops.inputs import as_add, as_hidden, as_mask, as_routing, new_like
@@ -24,12 +25,17 @@ WAVE_BYTES = 64 << 20  # of the rows that wait for their sum: more tokens are cu
 class StreamedMoE:
     """``MoE`` over experts that come and go.
 
-    moe : over the layer's ExpertStore, the one ``slots`` has. layer : its number there.
+    moe : over the layer's ExpertStore, the one ``slots`` has. layer : its number there. where : the
+    directory or file that has them all, for messages.
     """
 
-    def __init__(self, moe: MoE, slots: Slots, layer: int) -> None:
-        self.moe, self.slots, self.layer = moe, slots, layer
-        self.spec = moe.spec
+    is_streamed = True
+
+    def __init__(self, moe: MoE, slots: Slots, layer: int, where: str = "the disk") -> None:
+        self.moe, self.slots, self.layer, self.where = moe, slots, layer, where
+        self.spec, self.backend, self.kernel = moe.spec, moe.backend, moe.kernel
+        self.bits_per_weight, self.num_threads = moe.bits_per_weight, moe.num_threads
+        self.runner = moe.runner
 
     def forward(
         self,
@@ -69,6 +75,29 @@ class StreamedMoE:
 
     __call__ = forward
 
+    def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+        """As ``MoE.linear``, and the same bits. Raises as ``forward``, too."""
+        width = self.spec.hidden_size if projection == "down" else self.spec.intermediate_size
+        columns = width * (1 + (projection == "gate_up" and self.spec.has_gate))
+        ids = np.asarray(expert_ids)
+        out = np.empty((len(ids), columns), np.float32)
+        for wave in self._waves(ids):
+            at = np.flatnonzero(np.isin(ids, wave))
+            with self.slots.using(self.layer, wave):
+                out[at] = self.moe.linear(projection, np.asarray(x)[at], ids[at])
+        return out
+
+    @property
+    def packed(self) -> Any:
+        """BackendError: they are never in memory all at once."""
+        raise BackendError(
+            f"experts of {self.where} come into memory only as tokens need them: load the model "
+            "without a limit of expert memory, or take them from there"
+        )
+
+    def __repr__(self) -> str:
+        return f"Streamed{self.moe!r}"
+
     def _scores(self, ids: np.ndarray, weights: np.ndarray, is_used: np.ndarray) -> np.ndarray:
         """float32 (num_experts,): the largest weight over the tokens."""
         scores = np.zeros(self.slots.num_experts, np.float32)
@@ -100,6 +129,55 @@ class StreamedMoE:
         experts.sort(key=lambda e: self.slots.state(self.layer, e) not in here)
         room = self.slots.room(self.layer)
         return [experts[i : i + room] for i in range(0, len(experts), room)]
+
+
+AnyMoE = MoE | StreamedMoE
+
+
+class Visit:
+    """What a native call of a decoder layer asks for experts that come and go: by ``bring`` while
+    it runs, which must not wait for other calls, as these may wait for the thread pool that it has;
+    by ``wait`` between two tries.
+
+    error : what ``bring`` raised, for ``wait`` to raise.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._held: dict[StreamedMoE, list[int]] = {}  # keys in its slots
+        self._wanted: tuple[StreamedMoE, list[int], np.ndarray] | None = None
+
+    def bring(self, owner: StreamedMoE, ids: list[int], weights: list[float]) -> bool:
+        """Whether the experts are in memory now, until ``end``. ids : of all rows; a router chose
+        them, so each is an expert's.
+        """
+        if owner in self._held:
+            return True  # a try before has routed the same rows
+        scores = np.zeros(owner.slots.num_experts, np.float32)
+        np.maximum.at(scores, ids, np.array(weights, np.float32))
+        held = owner.slots.hold(owner.layer, ids, scores, waits=False)
+        if held is None:
+            self._wanted = owner, ids, scores
+            return False
+        self._held[owner] = held
+        return True
+
+    def wait(self) -> None:
+        """Until the experts that the last ``bring`` could not have are in memory."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        assert self._wanted is not None
+        owner, ids, scores = self._wanted
+        held = owner.slots.hold(owner.layer, ids, scores)
+        assert held is not None
+        self._held[owner] = held
+
+    def end(self) -> None:
+        """The native call is over."""
+        for owner, held in self._held.items():
+            owner.slots.release(held)
+        self._held.clear()
 
 
 def _as_dtype(total: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

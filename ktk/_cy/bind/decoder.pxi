@@ -101,6 +101,20 @@ cdef ktk_rotary _rotary(rotary) except *:
     return r
 
 
+cdef int _bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
+                const float *weights) noexcept with gil:
+    """The ktk_bring of a visit; what it raises waits in the visit."""
+    cdef int64_t i
+    visit = <object>caller
+    try:
+        chosen = [ids[i] for i in range(num_ids)]
+        return KTK_DONE if visit.bring(<object>owner, chosen,
+                                       [weights[i] for i in range(num_ids)]) else KTK_NOT_BROUGHT
+    except BaseException as error:
+        visit.error = error
+        return KTK_NOT_BROUGHT
+
+
 cdef class DecoderLayer(_OnPool):
     """Rows through a decoder layer, in one call. The caller has checked that shapes fit."""
 
@@ -108,11 +122,15 @@ cdef class DecoderLayer(_OnPool):
     cdef object spec
     cdef list memory  # of the C structs
     cdef object chosen
+    cdef object new_visit
 
-    def __init__(self, spec, str isa, engine):
-        """spec : ktk.ops.decoder.DecoderSpec. engine : ktk.machine.threads.EngineLayout."""
+    def __init__(self, spec, str isa, engine, new_visit=None):
+        """spec : ktk.ops.decoder.DecoderSpec. engine : ktk.machine.threads.EngineLayout.
+        new_visit : () -> ktk.ops.streamed.Visit, of a spec with experts that come and go.
+        """
         self._take_pool(isa, engine)
         self.spec, self.memory, self.chosen = spec, [], None
+        self.new_visit = new_visit
         cdef size_t size = len(spec.branches) * sizeof(ktk_branch)
         cdef ktk_branch *branches = <ktk_branch *>self._room(size)
         cdef ktk_branch *b = branches
@@ -171,6 +189,8 @@ cdef class DecoderLayer(_OnPool):
         cdef ktk_routed *c = <ktk_routed *>self._room(sizeof(ktk_routed))
         c.logits, c.experts = _dense(r.logits), &(<Experts>r.experts.runner.experts).layer
         _fill_router(&c.router, r.router)
+        # The spec keeps the owner alive.
+        c.owner = <void *>r.experts if r.experts.is_streamed else NULL
         return c
 
     def forward(self, str dtype, int num_rows, uintptr_t hidden, uintptr_t cosines,
@@ -228,13 +248,21 @@ cdef class DecoderLayer(_OnPool):
         rows.chosen = NULL if chosen is None else <int64_t *>_address(chosen)
         self._run(_DTYPES[dtype], <const void *>hidden, &rows, <void *>out)
 
-    cdef int _run(self, int dtype, const void *hidden, const ktk_decoder_rows *rows,
+    cdef int _run(self, int dtype, const void *hidden, ktk_decoder_rows *rows,
                   void *out) except -1:
-        cdef _Pool pool = self._pool()
         cdef int status
-        with nogil:
-            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, dtype,
-                                               hidden, rows, out)
+        if self.new_visit is None:
+            status = self._call(dtype, hidden, rows, out)
+        else:
+            visit = self.new_visit()
+            rows.bring, rows.caller = _bring, <void *>visit
+            try:
+                status = self._call(dtype, hidden, rows, out)
+                while status == KTK_NOT_BROUGHT:
+                    visit.wait()
+                    status = self._call(dtype, hidden, rows, out)
+            finally:
+                visit.end()
         if status == KTK_ABSENT:
             raise BackendError("experts that the rows are routed to are not in memory: bring them "
                                "back first")
@@ -242,6 +270,15 @@ cdef class DecoderLayer(_OnPool):
             raise MemoryError(f"no memory for {rows.num_rows} rows, the first at "
                               f"{rows.position[0]} tokens")
         return 0
+
+    cdef int _call(self, int dtype, const void *hidden, const ktk_decoder_rows *rows,
+                   void *out) except -1:
+        cdef _Pool pool = self._pool()
+        cdef int status
+        with nogil:
+            status = ktk_decoder_layer_forward(&self.layer, self.kernels, pool.pool, dtype,
+                                               hidden, rows, out)
+        return status
 
 
 cdef void _fill_sequence(ktk_sequence *s, given) except *:

@@ -37,8 +37,8 @@ struct ktk_lock *ktk_lock_new(void); /* NULL: no memory */
 void ktk_lock_free(struct ktk_lock *lock);
 
 /* What an operator says: done; scratch memory cannot be had; a token goes to an expert that is
- * elsewhere, and nothing was computed. */
-enum ktk_status { KTK_DONE, KTK_NO_MEMORY, KTK_ABSENT };
+ * elsewhere, and nothing was computed; experts cannot be brought while the pool is locked. */
+enum ktk_status { KTK_DONE, KTK_NO_MEMORY, KTK_ABSENT, KTK_NOT_BROUGHT };
 
 /* An entry of the layer's tables; waits until no operator reads them. address NULL: the expert is
  * elsewhere. */

@@ -17,6 +17,11 @@ typedef struct {
     int64_t page_tokens;
 } ktk_sequence;
 
+/* Puts experts that rows were routed to where the layer's tables say, until the call is over.
+ * caller : the rows' own. owner : the experts' own. ids, weights (num_ids). A ktk_status. */
+typedef int ktk_bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
+                      const float *weights);
+
 /* What a call gives new tokens, a row each. A row's key and value are written at its position among
  * its sequence's tokens, and it attends to those up to it; no two rows of a call have the same. */
 typedef struct {
@@ -25,7 +30,9 @@ typedef struct {
     const int32_t *sequence;      /* (num_rows): an index of sequences */
     const int64_t *position;      /* (num_rows) */
     const float *cosines, *sines; /* (num_rows, dim of the rotary / 2) */
-    int64_t *chosen; /* (num_rows, top_k), where routed rows leave their ids, or NULL */
+    int64_t *chosen;  /* (num_rows, top_k), where routed rows leave their ids, or NULL */
+    ktk_bring *bring; /* for experts with an owner; it runs while the pool is locked */
+    void *caller;
 } ktk_decoder_rows;
 
 /* x / sqrt(mean(x^2) + epsilon) * weight. weight NULL: there is no norm. */
@@ -99,6 +106,7 @@ typedef struct {
     ktk_dense logits;
     ktk_router router;
     const ktk_layer *experts;
+    void *owner; /* of experts that come and go, NULL: they stay */
 } ktk_routed;
 
 enum ktk_component_kind { KTK_ATTENTION, KTK_LATENT_ATTENTION, KTK_MLP, KTK_ROUTED };

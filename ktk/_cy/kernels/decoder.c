@@ -106,8 +106,12 @@ static void run_routed(component *c, float *out) {
     const ktk_routed *l = c->part;
     const crew *crew = &c->s->crew;
     ktk_each_row(&c->s->crew, 0, crew->num_rows, route_row, c);
-    if (c->s->rows->chosen)
-        memcpy(c->s->rows->chosen, c->ids, 8 * (size_t)(crew->num_rows * l->router.top_k));
+    const ktk_decoder_rows *rows = c->s->rows;
+    if (rows->chosen) memcpy(rows->chosen, c->ids, 8 * (size_t)(crew->num_rows * l->router.top_k));
+    if (l->owner)
+        c->s->status = rows->bring(rows->caller, l->owner, crew->num_rows * l->router.top_k, c->ids,
+                                   c->weights);
+    if (c->s->status) return;
     c->s->status =
         ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows, l->router.top_k,
                     KTK_DTYPE_F32, c->s->x, c->ids, c->weights, NULL, out, out, c->scratch);
@@ -179,7 +183,8 @@ static void run_branch(step *s, const ktk_branch *branch, arena a) {
     const int is_plain = !branch->output_norm.weight && branch->multiplier == 1.0f;
     float *out = is_plain ? s->residual : s->sum;
     if (!is_plain) memset(out, 0, 4 * (size_t)(s->crew.num_rows * s->hidden_size));
-    for (int i = 0; i < branch->num_components; i++) components[i].run(&components[i], out);
+    for (int i = 0; i < branch->num_components && !s->status; i++)
+        components[i].run(&components[i], out);
     if (!is_plain) ktk_each_row(&s->crew, 0, s->crew.num_rows, end_row, &context);
 }
 
@@ -222,7 +227,8 @@ int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels 
     if (a.base) {
         lay_out_layer(&s, &a);
         kernels->load(dtype, hidden, floats, s.residual);
-        for (int i = 0; i < layer->num_branches; i++) run_branch(&s, &layer->branches[i], a);
+        for (int i = 0; i < layer->num_branches && !s.status; i++)
+            run_branch(&s, &layer->branches[i], a);
         kernels->store(dtype, s.residual, floats, out);
     }
     ktk_pool_unlock(pool);

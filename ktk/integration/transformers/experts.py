@@ -19,7 +19,7 @@ from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.integration.transformers import names as hf
-from ktk.ops.moe import MoE
+from ktk.ops.streamed import AnyMoE
 
 NAME = "ktk"  # of the experts function
 _ATTRIBUTE = "_ktk"
@@ -82,7 +82,7 @@ class ExpertsHandle:
 
     def __init__(
         self,
-        moe: MoE,
+        moe: AnyMoE,
         activation: Activation | None,
         sources: tuple[object, ...] | None,
         blocks: StoredExperts | None = None,

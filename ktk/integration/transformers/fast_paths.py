@@ -12,9 +12,10 @@ from ktk.integration.transformers.decoder_layers import fusion_report, some
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.machine import cpu
 from ktk.machine.memory import huge_share
-from ktk.ops.moe import MoE
+from ktk.ops.streamed import AnyMoE, StreamedMoE
 
 AMX, REPACKED, HUGE_PAGES = "AMX", "repacked", "huge pages"
+ALL_RESIDENT = "all experts in memory"
 ENOUGH_HUGE = 0.9  # of the experts' memory: its last pages may be small ones
 
 
@@ -60,7 +61,17 @@ def memory_paths(model: Any) -> list[FastPath]:
     moes = [handle.moe for _, m in find_experts(model) if (handle := handle_of(m)) is not None]
     if not moes:
         return [FastPath(name, "ktk runs no experts of it") for name in (AMX, REPACKED, HUGE_PAGES)]
-    return [_amx(moes), _repacked(moes), _huge_pages(moes)]
+    return [_amx(moes), _repacked(moes), _huge_pages(moes), *_streamed(moes)]
+
+
+def _streamed(moes: list[AnyMoE]) -> list[FastPath]:
+    """Nothing where all experts are in memory."""
+    slots = next((moe.slots for moe in moes if isinstance(moe, StreamedMoE)), None)
+    if slots is None:
+        return []
+    room, all_of = slots.capacity, sum(moe.spec.num_experts for moe in moes)
+    reason = None if room == all_of else "expert memory is limited: others are read from the disk"
+    return [FastPath(ALL_RESIDENT, reason, f"room for {room} of {all_of} experts")]
 
 
 def _fused(model: Any) -> FastPath:
@@ -76,7 +87,7 @@ def _fused(model: Any) -> FastPath:
     return FastPath("fused decode", "; ".join(reasons) or None, f"{taken} of {len(layers)} layers")
 
 
-def _amx(moes: list[MoE]) -> FastPath:
+def _amx(moes: list[AnyMoE]) -> FastPath:
     for moe in moes:
         if moe.kernel.startswith("amx"):
             continue
@@ -89,10 +100,13 @@ def _amx(moes: list[MoE]) -> FastPath:
     return FastPath(AMX, None)
 
 
-def _repacked(moes: list[MoE]) -> FastPath:
+def _repacked(moes: list[AnyMoE]) -> FastPath:
     in_place = 0
     for moe in moes:
-        if not moe.spec.is_packed:
+        if isinstance(moe, StreamedMoE):
+            if not moe.spec.is_packed:
+                return FastPath(REPACKED, "experts are read from the file as tokens need them")
+        elif not moe.spec.is_packed:
             matrices = moe.packed.matrices.values()
             in_place += sum(m.num_bytes for m in matrices if not m.is_repacked)
     if not in_place:
@@ -102,8 +116,11 @@ def _repacked(moes: list[MoE]) -> FastPath:
     return FastPath(REPACKED, text, what)
 
 
-def _huge_pages(moes: list[MoE]) -> FastPath:
-    share = huge_share([array for moe in moes for array in moe.runner.weights()])
+def _huge_pages(moes: list[AnyMoE]) -> FastPath:
+    of_layers = [
+        [moe.slots.memory] if isinstance(moe, StreamedMoE) else moe.runner.weights() for moe in moes
+    ]
+    share = huge_share([array for arrays in of_layers for array in arrays])
     if share is None:
         return FastPath(HUGE_PAGES, "the system does not tell")
     detail = f"{share:.0%} of the experts' memory"

@@ -37,6 +37,7 @@ from ktk.integration.transformers.quantizer import (
 from ktk.integration.transformers.saving import SavePretrained
 from ktk.integration.transformers.sources import quantised_checkpoint
 from ktk.paths import user_path
+from ktk.placement.residency.expert_memory import ExpertMemory
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def load_model(
     gguf: str | os.PathLike[str] | None = None,
     quantization_config: KtkConfig | None = None,
     only_text: bool = False,
+    expert_memory: ExpertMemory | str | int | None = None,
     **kwargs: Any,
 ) -> Any:
     """A causal language model from a directory, packed, float or quantised, its experts run by ktk.
@@ -144,13 +146,19 @@ def load_model(
     gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from
         the mapped file, in place of those of ``path``, which must be an ordinary directory; they
         are not read.
-    only_text : leave out the towers of a model that also sees or hears. kwargs : for
-        ``from_pretrained``. Raises CheckpointError, BackendError, ValueError.
+    only_text : leave out the towers of a model that also sees or hears.
+    expert_memory : of a packed directory or ``gguf``: experts are read when tokens need them, and
+        no more than fit into this are in memory, with the same results; "8GiB" of memory, "25%" of
+        all experts, a number of them, or an ``ExpertMemory`` with a policy; None: all.
+    kwargs : for ``from_pretrained``. Raises CheckpointError, BackendError, ValueError.
     """
 
     if not (path := user_path(path)).is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json")
     backends.check_method(method)
+    memory = ExpertMemory.of(expert_memory)
+    if memory is None and quantization_config is not None:
+        memory = quantization_config.request.expert_memory
     config = model_config(path)
     auto = auto_class(config)
     given = _quant_method(config)
@@ -161,7 +169,7 @@ def load_model(
                 "the directory they came from"
             )
         kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf).asking(
-            Request(only_text=only_text)
+            Request(only_text=only_text, expert_memory=memory)
         )
         return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     if quantization_config is not None and method.lower() == "auto":
@@ -171,6 +179,7 @@ def load_model(
         None if method.lower() == "auto" else method,
         None if wanted.linear == "none" else wanted.linear,
         only_text=only_text,
+        expert_memory=memory,
     )
     if given == "ktk":
         return _load_packed(path, auto, dtype, request, kwargs)

@@ -33,9 +33,11 @@ from ktk.integration.transformers.multimodal import leave_out_towers
 from ktk.integration.transformers.packing import ModulePacker, attach, module_spec
 from ktk.integration.transformers.saving import SavePretrained, write_experts
 from ktk.integration.transformers.sources import ExpertsSource, layer_of, packed_directory
+from ktk.integration.transformers.streaming import stream
 from ktk.log import logger
 from ktk.ops.gguf_model import open_experts
 from ktk.paths import user_path
+from ktk.placement.residency.expert_memory import ExpertMemory
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class Request:
     """What one call asks for while a model is loaded; it is never saved.
 
     method, linear : in place of the KtkConfig's own, unless None. source : of the experts, instead
-    of the checkpoint that from_pretrained reads. only_text : towers are left out.
+    of the checkpoint that from_pretrained reads. only_text : towers are left out. expert_memory :
+    None: all experts are loaded.
     """
 
     method: str | None = None
     linear: str | None = None
     source: ExpertsSource | None = None
     only_text: bool = False
+    expert_memory: ExpertMemory | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Request:
         return self
@@ -75,6 +79,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
     gguf : as in ``load_model``; weight_format, the groups and rotation do not count then.
     linear : how the dense linear layers run, one of ``ktk.integration.choices.LINEAR``; None, in
     directories of before, is "none".
+    expert_memory : of a packed directory or gguf, as in ``load_model``; it is not saved.
     Raises ValueError for a weight_format, method or linear that is unknown and for groups or a
     rotation that the format has not, TypeError for other options.
     """
@@ -93,13 +98,14 @@ class KtkConfig(hf.QuantizationConfigMixin):
         gguf: str | os.PathLike[str] | None = None,
         linear: str | None = "none",
         rotation: Rotation | Sequence[int] | int | None = None,
+        expert_memory: ExpertMemory | str | int | None = None,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
         if others and "layout_version" not in others:  # which every packed directory has
             raise TypeError(
                 f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, "
-                "group_size, activation_group, method, gguf, linear and rotation"
+                "group_size, activation_group, method, gguf, linear, rotation and expert_memory"
             )
         turns = None if rotation is None else Rotation.of(rotation)
         if weight_format is not None:  # for its checks; 128 is a multiple of every group
@@ -115,7 +121,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
         backends.check_method(method, weight_format if gguf is None else None)
         linear = "none" if linear is None else linear
         check_linear(linear)
-        self.request = Request()
+        self.request = Request(expert_memory=ExpertMemory.of(expert_memory))
         # plug-ins have no row in transformers' enum
         self.quant_method = "ktk"  # type: ignore[assignment]
         self.weight_format = weight_format
@@ -228,6 +234,13 @@ class KtkHfQuantizer(hf.HfQuantizer):
         modules: dict[str, Any] = dict(find_experts(model))
         log_left_eager(model)
         self.source = self._open(checkpoint_files)
+        if config.request.expert_memory is not None and (
+            self.source is None or self.source.open_reader is None
+        ):
+            raise ValueError(
+                "expert_memory: these experts are packed while they are loaded, all of them: give "
+                "a directory that `ktk convert` wrote, or a GGUF file"
+            )
         if self.pre_quantized:
             self.dtypes = hf.dtypes(model)
         if self.source is not None:
@@ -283,7 +296,11 @@ class KtkHfQuantizer(hf.HfQuantizer):
             raise self.error
         hf.restore_dtypes(model, self.dtypes)
         config = self.quantization_config
-        for name, module in find_experts(model):
+        modules = dict(find_experts(model))
+        if (memory := config.request.expert_memory) is not None and self.source is not None:
+            stream(model, modules, self.source, memory, self._method)
+            modules.clear()
+        for name, module in modules.items():
             if self.source is not None:
                 attach(module, self.source.read(layer_of(name)), self._method)
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,19 +22,22 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.models import Config, find_experts
 from ktk.models.plain import PlainTensor, plain_tensors
+from ktk.placement.residency.reader import FilesReader, PackedReader
 from ktk.quantise.pack import pack_experts
 
 
 @dataclass(frozen=True)
 class ExpertsSource:
     """Experts by layer. where : for messages. is_beside :
-    the model's checkpoint has experts too, which stay unread.
+    the model's checkpoint has experts too, which stay unread. open_reader : of layers with these
+    numbers, one expert at a time; None where they are not stored as they run.
     """
 
     where: str
     specs: dict[int, MoESpec]
     read: Callable[[int], StoredExperts]
     is_beside: bool = False
+    open_reader: Callable[[Sequence[int]], FilesReader] | None = None
 
 
 class LazyTensor:
@@ -67,7 +70,12 @@ def layer_of(name: str) -> int:
 def packed_directory(directory: Path) -> ExpertsSource:
     """What ``ktk convert`` or save_pretrained wrote. Raises CheckpointError."""
     specs = read_config(directory).specs
-    return ExpertsSource(str(directory), specs, partial(read_layer, directory))
+    return ExpertsSource(
+        str(directory),
+        specs,
+        partial(read_layer, directory),
+        open_reader=partial(PackedReader, directory),
+    )
 
 
 @contextmanager

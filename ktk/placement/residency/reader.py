@@ -12,12 +12,15 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ktk.checkpoint.packed import TENSOR, check_finite, open_layer
 from ktk.errors import CheckpointError
+from ktk.experts.activation import Activation
 from ktk.experts.spec import MoESpec
+from ktk.placement.store import ExpertStore
 
 BLOCK = 4096  # O_DIRECT: offsets, sizes and addresses are multiples
 TRIES = 4  # of a read that fails; a read that gives something is none
@@ -42,7 +45,20 @@ class ExpertReader(ABC):
         """No read runs or comes any more."""
 
 
-class PackedReader(ExpertReader):
+class FilesReader(ExpertReader):
+    """A reader of files that say what the experts are.
+
+    is_direct : whether reads go past the page cache.
+    """
+
+    is_direct: bool
+
+    @abstractmethod
+    def store(self, layer: int, activation: Activation | None = None) -> ExpertStore:
+        """The layer's experts, none of them in memory yet. activation : in place of its spec's."""
+
+
+class PackedReader(FilesReader):
     """Experts of a packed directory (``ktk convert``). Its files stay open, so that a directory
     that is replaced meanwhile does not matter.
 
@@ -86,6 +102,10 @@ class PackedReader(ExpertReader):
             return fd
         self._stack.callback(os.close, direct)
         return direct
+
+    def store(self, layer: int, activation: Activation | None = None) -> ExpertStore:
+        spec = self.specs[layer]
+        return ExpertStore.absent(replace(spec, activation=activation or spec.activation))
 
     def read(self, layer: int, expert: int, span: np.ndarray) -> None:
         path, fd, first = self._files[layer]

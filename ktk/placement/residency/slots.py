@@ -88,7 +88,7 @@ class Slots:
     ) -> None:
         if find_policy(options.policy).is_offline:
             raise ValueError(f"residency policy {options.policy}: knows the future, for replays")
-        self._stores, self._reader = list(stores), reader
+        self._stores, self.reader = list(stores), reader
         self.num_experts = max(store.spec.num_experts for store in stores)
         self._pools = Pools(options, len(stores), self.num_experts, top_k)
         self.capacity = self._pools.capacity
@@ -114,6 +114,11 @@ class Slots:
                 store.place(expert, None)
 
     # --- what callers see ---
+
+    @property
+    def memory(self) -> np.ndarray:
+        """uint8 (capacity, slot_bytes): all slots."""
+        return self._memory
 
     def room(self, layer: int) -> int:
         """The most experts of the layer that one call may use."""
@@ -142,7 +147,26 @@ class Slots:
         Waits for other calls where those have all the room: a thread must not use it within
         itself. BackendError if there are more experts
         than ``room(layer)``, or what is pinned leaves no room; CheckpointError if one cannot be
-        read: all then is as before, but for who left.
+        read: all then is as before, except who left.
+        """
+        held = self.hold(layer, experts, scores)
+        assert held is not None
+        try:
+            yield
+        finally:
+            self.release(held)
+
+    def hold(
+        self,
+        layer: int,
+        experts: Iterable[int],
+        scores: np.ndarray | None = None,
+        waits: bool = True,
+    ) -> list[int] | None:
+        """``using`` that ends with ``release`` of what this returns.
+
+        waits : for the end of other calls where those have all the room; else None is returned, and
+        nothing is held. Raises as ``using``.
         """
         keys = self._keys(layer, experts)
         if len(keys) > self.room(layer):
@@ -151,12 +175,17 @@ class Slots:
                 "in waves"
             )
         is_first = True
-        while not self._acquire(layer, keys, scores, is_first):
+        while not (is_held := self._acquire(layer, keys, scores, is_first, waits)):
+            if is_held is None:
+                return None
             is_first = False  # a prefetch on which it waited has failed: read it again
-        try:
-            yield
-        finally:
-            self._release(keys)
+        return keys
+
+    def release(self, held: list[int]) -> None:
+        """A call that ``hold`` brought experts for has ended."""
+        with self._changed:
+            self._add_readers(held, -1)
+            self._changed.notify_all()
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> int:
         """Begins to read those that are cold, while there is room that nobody uses and no more
@@ -201,15 +230,21 @@ class Slots:
         for key in list(self._slot_of):
             layer, expert = divmod(key, self.num_experts)
             self._stores[layer].place(expert, None)
-        self._reader.close()
+        self.reader.close()
 
     # --- a call's way ---
 
     def _acquire(
-        self, layer: int, keys: list[int], scores: np.ndarray | None, is_first: bool
-    ) -> bool:
+        self,
+        layer: int,
+        keys: list[int],
+        scores: np.ndarray | None,
+        is_first: bool,
+        waits: bool,
+    ) -> bool | None:
         """Readers of all keys, which are resident then; False, without readers, if one that
-        another call or a prefetch was reading could not be read.
+        another call or a prefetch was reading could not be read; None if it would have to wait for
+        room.
         """
         wanted = set(keys)
         with self._changed:
@@ -219,6 +254,8 @@ class Slots:
                 self._pools.hit_all(layer, keys)
                 self._add_readers(keys, 1)
                 return True
+            if not waits and not self._has_room(layer, keys):
+                return None
             self._wait_for_room(layer, keys)
             cold = [key for key in keys if self._experts[key] is ExpertState.COLD]
             coming = [key for key in keys if self._experts[key] is ExpertState.PREFETCHING]
@@ -238,9 +275,9 @@ class Slots:
                 if all(self._experts[key] is not ExpertState.COLD for key in coming):
                     return True
         except BaseException:
-            self._release(keys)
+            self.release(keys)
             raise
-        self._release(keys)
+        self.release(keys)
         return False
 
     def _count(self, keys: list[int], cold: Sequence[int], coming: Sequence[int]) -> None:
@@ -324,7 +361,7 @@ class Slots:
             if claim.victim is not None:
                 self._leave(claim.victim)
             span = self._memory[claim.slot, : store.span_bytes]
-            self._reader.read(layer, expert, span)
+            self.reader.read(layer, expert, span)
             store.place(expert, span)
         except BaseException:
             with self._changed:
@@ -354,11 +391,6 @@ class Slots:
             with self._changed:
                 self._step(victim, ExpertState.COLD)
                 self._changed.notify_all()
-
-    def _release(self, keys: list[int]) -> None:
-        with self._changed:
-            self._add_readers(keys, -1)
-            self._changed.notify_all()
 
     # --- states, under the lock ---
 

@@ -1,0 +1,54 @@
+"""All layers of a model's experts over one pool of slots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from ktk.experts.activation import Activation
+from ktk.ops.moe import MoE
+from ktk.ops.streamed import StreamedMoE
+from ktk.placement.residency.expert_memory import ExpertMemory
+from ktk.placement.residency.reader import FilesReader
+from ktk.placement.residency.slots import Slots
+
+
+class StreamedLayers:
+    """A model's experts of which only some are in memory; ``layers[number]`` is a ``StreamedMoE``.
+
+    reader : of them, of the layers with these numbers in this order. activations : by layer, in
+    place of the specs' own. top_k : experts that one token uses in a layer. method, num_threads :
+    as in ``MoE``. where : what is read, for messages.
+    Raises ValueError if not even one token's experts fit, BackendError if nothing runs them.
+    """
+
+    def __init__(
+        self,
+        reader: FilesReader,
+        numbers: Sequence[int],
+        memory: ExpertMemory,
+        top_k: int,
+        *,
+        activations: Mapping[int, Activation] | None = None,
+        method: str = "auto",
+        num_threads: int | None = None,
+        where: str | os.PathLike[str] = "the disk",
+    ) -> None:
+        given = activations or {}
+        stores = [reader.store(at, given.get(number)) for at, number in enumerate(numbers)]
+        room = memory.room(
+            [store.span_bytes for store in stores],
+            [store.spec.num_experts for store in stores],
+            top_k,
+        )
+        moes = [MoE(store, method=method, num_threads=num_threads) for store in stores]
+        self.memory, self.room = memory, room
+        self.slots = Slots(stores, reader, memory.options(room), top_k)
+        named = os.fspath(where)
+        self._layers = {
+            number: StreamedMoE(moe, self.slots, at, named)
+            for at, (number, moe) in enumerate(zip(numbers, moes, strict=True))
+        }
+
+    def __getitem__(self, number: int) -> StreamedMoE:
+        return self._layers[number]
