@@ -36,6 +36,7 @@ def diagnosis() -> dict[str, Any]:
     from ktk.backends.llamafile import types_by_path
     from ktk.backends.native import kernel_isa
     from ktk.machine import cpu
+    from ktk.ops.device_experts import accelerator
 
     features = cpu.detect()
     total, available = cpu.memory()
@@ -62,6 +63,7 @@ def diagnosis() -> dict[str, Any]:
         ],
         "memory": {"total_bytes": total, "available_bytes": available},
         "huge_pages": cpu.huge_pages(),
+        "accelerator": None if (device := accelerator()) is None else str(device),
         "extension": {"built": native_module() is not None, "kernels": kernel_isa("int4")},
         "backends": [
             {"name": r.name, "runs": r.reason is None, "reason": r.reason, "kernel": r.kernel}
@@ -153,6 +155,7 @@ def command(
             f"transparent: {pages['enabled'] or 'unknown'}, defrag: "
             f"{pages['defrag'] or 'unknown'}, reserved: {pages['reserved_2MiB'] or '0'}"
         ),
+        "accelerator": found["accelerator"] or "none that torch finds: the CPU runs all experts",
         "extension": f"built, kernels {found['extension']['kernels']}"
         if found["extension"]["built"]
         else "not built: Numba and NumPy run; reinstall with a C compiler for the fast kernels",

@@ -17,7 +17,7 @@ from ktk.placement.masks.costs import Costs, Demand, step_seconds
 from ktk.placement.masks.grid import ExpertGrid, num_gpu_experts
 from ktk.placement.masks.published import agreement, published
 from ktk.placement.masks.workload import Workload, served_trace
-from ktk.placement.residency.capacity import parse_capacity
+from ktk.placement.residency.capacity import parse_bytes
 from ktk.placement.residency.trace import read_trace
 
 EPILOG = """Examples:
@@ -123,7 +123,7 @@ def command(
         grid,
         per_layer=gpu_experts,
         ratio=gpu_ratio,
-        memory=None if gpu_memory is None else memory_bytes(gpu_memory),
+        memory=None if gpu_memory is None else parse_bytes(gpu_memory),
         expert_bytes=expert_bytes,
     )
     counts = None if stats is None else read_statistics(stats)
@@ -171,13 +171,6 @@ def command(
     views.print_heat(grid, chosen, counts)
     if output is not None:
         typer.echo(f"masks: {output}")
-
-
-def memory_bytes(text: str) -> int:
-    """ "8GiB" as bytes. ValueError for what is no size."""
-    if not text.strip().upper().endswith("B"):
-        raise ValueError(f"--gpu-memory {text}: must be bytes, as 8GiB or 500MB")
-    return parse_capacity(text, 1 << 62, 1)
 
 
 def _row(grid: ExpertGrid, name: str, masks: np.ndarray, known: Any, expert_bytes: int) -> Row:

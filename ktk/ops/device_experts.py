@@ -188,6 +188,26 @@ class DeviceExperts:
         }
 
 
+def why_not(device: torch.device) -> str | None:
+    """Why torch has no such device here; None if it has."""
+    if device.type == "cpu":
+        return None
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type != device.type:
+        named = "no accelerator" if found is None else f"{found.type} alone"
+        return f"torch {torch.__version__} finds {named} here"
+    count = torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        return f"there are {count} of {device.type}"
+    return None
+
+
+def accelerator() -> torch.device | None:
+    """The device that torch finds beside the CPU."""
+    found = torch.accelerator.current_accelerator()
+    return found if found is not None and why_not(found) is None else None
+
+
 def device_expert_bytes(spec: MoESpec, dtype: torch.dtype) -> int:
     """Bytes that an expert takes on a device, biases included."""
     outs = (1 + spec.has_gate) * spec.intermediate_size + spec.hidden_size

@@ -86,7 +86,7 @@ class HybridMoE:
         source = experts if gpu_experts is None else gpu_experts
         _check_present(experts, np.flatnonzero(~on_device), "the CPU is to run")
         _check_present(source, np.flatnonzero(on_device), "the device is to hold")
-        self.stored = experts
+        self._blocks = None if experts.is_packed else experts  # repacked ones cannot be decoded
         self.device_experts = DeviceExperts(
             self.spec, int(on_device.sum()), torch.device(device), dtype
         )
@@ -104,6 +104,11 @@ class HybridMoE:
     def mask(self) -> np.ndarray:
         """bool (num_experts,): True on the device now; a copy."""
         return self._residents.mask.copy()
+
+    @property
+    def num_on_device(self) -> int:
+        """Experts of the device now."""
+        return int(self._residents.mask.sum())
 
     @property
     def device(self) -> torch.device:
@@ -182,14 +187,14 @@ class HybridMoE:
                 f"{self.device_experts.num_slots}"
             )
         with self._swapping:
-            before = self._residents
+            before, stored = self._residents, self._blocks or self.moe.packed
             leaving = np.flatnonzero(before.mask & ~wanted)
             entering = np.flatnonzero(wanted & ~before.mask)
-            _check_present(self.stored, leaving, "leave the device and")
+            _check_present(stored, leaving, "leave the device and")
             if not len(leaving) + len(entering):
                 return
             device = self.device_experts
-            staged = [device.staged(expert_weights(self.stored, e)) for e in entering.tolist()]
+            staged = [device.staged(expert_weights(stored, e)) for e in entering.tolist()]
             slots = np.where(wanted, before.slots, -1)
             self._publish(Residents(slots.copy()))
             free = np.setdiff1d(np.arange(device.num_slots), slots)
@@ -232,8 +237,8 @@ class HybridMoE:
         self._residents.calls = 0
 
     def __repr__(self) -> str:
-        on_device = int(self._residents.mask.sum())
-        return f"HybridMoE({on_device} of {self.spec.num_experts} experts on {self.device}, " + (
+        return (
+            f"HybridMoE({self.num_on_device} of {self.spec.num_experts} experts on {self.device}, "
             f"{self.device_experts.dtype}; {self.moe!r})"
         )
 

@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("transformers", minversion="5")
 
-from ktk.cli.place import memory_bytes
 from ktk.cli.place_views import heat_lines
 from ktk.placement.masks.files import read_masks, write_statistics
 from ktk.placement.masks.grid import ExpertGrid
@@ -19,6 +18,7 @@ from ktk.placement.masks.published import TOKENS_PER_SECOND
 from ktk.placement.masks.simulate import SIMULATED
 from ktk.placement.masks.strategies import STRATEGIES, Known, place
 from ktk.placement.masks.workload import Workload, served_trace
+from ktk.placement.residency.capacity import parse_bytes
 from make.cases import assert_exact
 from make.command_line import Done, ktk
 from make.transformers_cases import make_model
@@ -180,8 +180,8 @@ def test_what_is_refused_is_one_line(
 
 
 def test_sizes_in_words() -> None:
-    assert memory_bytes("8GiB") == 8 << 30
-    assert memory_bytes("500 MB") == 500_000_000
+    assert parse_bytes("8GiB") == 8 << 30
+    assert parse_bytes("500 MB") == 500_000_000
 
 
 def test_a_picture_is_drawn(model: Path, tmp_path: Path) -> None:

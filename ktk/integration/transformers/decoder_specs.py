@@ -297,6 +297,8 @@ def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
     handle = handle_of(experts)
     if handle is None or handle.activation is None:
         raise UnlikeError("its experts are not packed, or their activation is its own")
+    if handle.hybrid is not None:
+        raise UnlikeError(f"some of its experts are on {handle.hybrid.device}")
     gates = {
         n: c for n, c in children.items() if _matrix_of(c, handle.moe.spec.num_experts) is not None
     }

@@ -16,10 +16,10 @@ import torch
 
 from ktk.integration.transformers.decoder_layers import FusedForward, decoder_layers
 from ktk.integration.transformers.experts import find_experts, handle_of, listen
+from ktk.integration.transformers.model_grid import model_grid, said
 from ktk.integration.transformers.sources import layer_of
-from ktk.models.config import NUM_LAYERS_KEYS, TOP_K_KEYS
+from ktk.models.config import TOP_K_KEYS
 from ktk.placement.masks.files import recorder_directory
-from ktk.placement.masks.grid import ExpertGrid
 from ktk.placement.masks.recorder import ExpertRecorder
 
 
@@ -46,14 +46,9 @@ class ExpertStatistics:
             if isinstance(module.forward, FusedForward) and module.forward.top_k
         }
         self._owner = _holder_of_layers(model, next(iter(modules)))
-        layers = tuple(sorted(self._modules))
+        grid = model_grid(model, self._modules, max(spec.num_experts for spec in packed))
         config = getattr(model, "config", None)
-        grid = ExpertGrid(
-            max(_said(config, NUM_LAYERS_KEYS), layers[-1] + 1),
-            max(spec.num_experts for spec in packed),
-            layers,
-        )
-        widest = [_said(config, TOP_K_KEYS), *(fused.top_k for fused in self._fused.values())]
+        widest = [said(config, TOP_K_KEYS), *(fused.top_k for fused in self._fused.values())]
         self.recorder = ExpertRecorder(grid, min(max(1, *widest), grid.num_experts), mode)
         self._hooks: list[Any] = []
 
@@ -105,10 +100,3 @@ def _holder_of_layers(model: torch.nn.Module, experts: str) -> torch.nn.Module:
         if isinstance(model.get_submodule(".".join(parts[:end])), torch.nn.ModuleList):
             return model.get_submodule(".".join(parts[: end - 1]))
     return model
-
-
-def _said(config: Any, keys: tuple[str, ...]) -> int:
-    """The first of the keys that a config's language model has; 0 if it has none."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = (getattr(text, key, None) for key in keys)
-    return next((value for value in found if isinstance(value, int)), 0)

@@ -19,6 +19,7 @@ from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.integration.transformers import names as hf
+from ktk.ops.hybrid import HybridMoE
 from ktk.ops.streamed import AnyMoE
 
 NAME = "ktk"  # of the experts function
@@ -86,8 +87,10 @@ class ExpertsHandle:
         activation: Activation | None,
         sources: tuple[object, ...] | None,
         blocks: StoredExperts | None = None,
+        hybrid: HybridMoE | None = None,
     ) -> None:
-        self.moe = moe
+        self.moe = moe  # of the CPU
+        self.hybrid = hybrid  # if a device has some of them
         self.activation = activation  # None: the module computes its own
         self.sources = sources  # what was packed; None if the float weights are gone
         self.blocks = blocks  # in the file's order, which the operator may have repacked

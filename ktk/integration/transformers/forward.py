@@ -60,6 +60,9 @@ def run_experts(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """``ktk_experts_forward`` without a graph."""
+    if handle.hybrid is not None and not has_post_norm(module):
+        result: torch.Tensor = handle.hybrid(hidden_states.detach(), top_k_index, top_k_weights)
+        return result
     ids, weights = top_k_index.detach().cpu(), top_k_weights.detach().cpu()
     if handle.activation is not None and not has_post_norm(module):
         out: torch.Tensor = handle.moe.forward(hidden_states.detach().cpu(), ids, weights)
@@ -94,7 +97,8 @@ def _by_slot(
     experts = ids[token, slot]  # (rows,)
     x = hidden[token].float()  # (rows, H)
     if handle.activation is not None:
-        y = handle.moe.forward(x, experts[:, None], torch.ones(len(x), 1))
+        operator = handle.hybrid or handle.moe
+        y = operator.forward(x, experts[:, None], torch.ones(len(x), 1))
     else:
         y = _own_activation(module, handle, x, experts)
     if has_post_norm(module):

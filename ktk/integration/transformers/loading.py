@@ -42,23 +42,28 @@ from ktk.placement.residency.expert_memory import ExpertMemory
 
 @dataclass(frozen=True)
 class PackedModule:
-    """One experts module as it runs now. bytes: of its packed experts."""
+    """One experts module as it runs now. bytes: of its packed experts. gpu_experts: how many of
+    them are on ``device``.
+    """
 
     name: str
     kernel: str
     bits_per_weight: float
     bytes: int
     fused_activation: bool
+    gpu_experts: int = 0
+    device: str = "cpu"
 
     @classmethod
     def of(cls, name: str, handle: ExpertsHandle) -> PackedModule:
-        moe, spec = handle.moe, handle.moe.spec
+        moe, spec, hybrid = handle.moe, handle.moe.spec, handle.hybrid
         return cls(
             name,
             moe.kernel,
             moe.bits_per_weight,
             round(moe.bits_per_weight * spec.num_weights * spec.num_experts / 8),
             handle.activation is not None,
+            *(() if hybrid is None else (hybrid.num_on_device, str(hybrid.device))),
         )
 
 
@@ -140,8 +145,9 @@ def load_model(
 
     Float experts are packed exactly while they are read, quantised ones as exactly as can be: int4
     (GPTQ, compressed-tensors) with its own codes and groups, MXFP4 with its own blocks, fp8 as
-    int8. ``quantization_config`` asks for something else; of a packed directory's only method and
-    linear count. The other layers of a quantised checkpoint are dequantised.
+    int8. ``quantization_config`` asks for something else; of a packed directory's only method,
+    linear and a device's experts count. The other layers of a quantised checkpoint are
+    dequantised.
     method : as in ``ktk.MoE``. dtype : of everything but the experts; None keeps the checkpoint's.
     gguf : a GGUF model's file, any part of a split one, or their directory: its experts run, from
         the mapped file, in place of those of ``path``, which must be an ordinary directory; they
@@ -168,8 +174,9 @@ def load_model(
                 f"{path}: its experts are packed or quantised already: leave gguf out, or name "
                 "the directory they came from"
             )
+        gpu = None if quantization_config is None else quantization_config.request.gpu
         kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf).asking(
-            Request(only_text=only_text, expert_memory=memory)
+            Request(only_text=only_text, expert_memory=memory, gpu=gpu)
         )
         return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     if quantization_config is not None and method.lower() == "auto":
@@ -180,6 +187,7 @@ def load_model(
         None if wanted.linear == "none" else wanted.linear,
         only_text=only_text,
         expert_memory=memory,
+        gpu=wanted.request.gpu,
     )
     if given == "ktk":
         return _load_packed(path, auto, dtype, request, kwargs)

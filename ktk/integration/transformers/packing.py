@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +23,7 @@ from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.experts import ExpertsHandle, hang, weight_names
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
+from ktk.ops.hybrid import HybridMoE
 from ktk.ops.inputs import as_weights
 from ktk.ops.moe import MoE
 from ktk.quantise.pack import pack_matrix
@@ -207,14 +209,24 @@ def attach(
     packed: StoredExperts,
     method: str = "auto",
     num_threads: int | None = None,
+    operator: Callable[[StoredExperts], MoE | HybridMoE] | None = None,
 ) -> ExpertsHandle:
     """Hang packed experts or GGUF blocks on a module without weights;
     the module says the activation, not the file.
+
+    operator : makes what runs them; None: ``MoE``.
     """
     activation = recognise(module)
     spec = dataclasses.replace(packed.spec, activation=activation or Activation())
-    moe = MoE(dataclasses.replace(packed, spec=spec), method=method, num_threads=num_threads)
+    experts = dataclasses.replace(packed, spec=spec)
+    made = (
+        MoE(experts, method=method, num_threads=num_threads)
+        if operator is None
+        else operator(experts)
+    )
+    hybrid = made if isinstance(made, HybridMoE) else None
+    moe = made.moe if isinstance(made, HybridMoE) else made
     blocks = None if packed.is_packed else packed
-    handle = ExpertsHandle(moe, activation, None, blocks)
+    handle = ExpertsHandle(moe, activation, None, blocks, hybrid)
     hang(module, handle)
     return handle

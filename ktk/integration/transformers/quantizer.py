@@ -18,8 +18,10 @@ from ktk import backends
 from ktk.errors import CheckpointError
 from ktk.experts.rotation import NO_ROTATION, Rotation
 from ktk.experts.spec import MoESpec
+from ktk.experts.stored import StoredExperts
 from ktk.integration.choices import check_linear
 from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
 from ktk.integration.transformers.experts import (
     drop_weights,
@@ -28,6 +30,7 @@ from ktk.integration.transformers.experts import (
     select_ktk,
     weight_names,
 )
+from ktk.integration.transformers.gpu_experts import GpuExperts, Placement
 from ktk.integration.transformers.linear import run_linears
 from ktk.integration.transformers.multimodal import leave_out_towers
 from ktk.integration.transformers.packing import ModulePacker, attach, module_spec
@@ -46,7 +49,7 @@ class Request:
 
     method, linear : in place of the KtkConfig's own, unless None. source : of the experts, instead
     of the checkpoint that from_pretrained reads. only_text : towers are left out. expert_memory :
-    None: all experts are loaded.
+    None: all experts are loaded. gpu : which experts a device holds.
     """
 
     method: str | None = None
@@ -54,6 +57,7 @@ class Request:
     source: ExpertsSource | None = None
     only_text: bool = False
     expert_memory: ExpertMemory | None = None
+    gpu: GpuExperts | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Request:
         return self
@@ -80,6 +84,12 @@ class KtkConfig(hf.QuantizationConfigMixin):
     linear : how the dense linear layers run, one of ``ktk.integration.choices.LINEAR``; None, in
     directories of before, is "none".
     expert_memory : of a packed directory or gguf, as in ``load_model``; it is not saved.
+    gpu_experts : experts that a device runs: an int of each layer on average, a float 0..1 of all,
+        or bytes, as "8GiB". placement : "uniform", "front-loading" or "random", or a .pt file of
+        masks (then without gpu_experts) or of statistics, placed by frequency. device : of torch's,
+        by default its accelerator. load_gpu_experts : keep them in the CPU's memory, too, which
+        swaps, gradients and save_pretrained need. These four are of this machine: never saved, and
+        for a packed directory taken by ``load_model`` alone.
     Raises ValueError for a weight_format, method or linear that is unknown and for groups or a
     rotation that the format has not, TypeError for other options.
     """
@@ -99,13 +109,19 @@ class KtkConfig(hf.QuantizationConfigMixin):
         linear: str | None = "none",
         rotation: Rotation | Sequence[int] | int | None = None,
         expert_memory: ExpertMemory | str | int | None = None,
+        *,
+        gpu_experts: int | float | str | None = None,
+        placement: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        load_gpu_experts: bool = True,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
         if others and "layout_version" not in others:  # which every packed directory has
             raise TypeError(
                 f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, "
-                "group_size, activation_group, method, gguf, linear, rotation and expert_memory"
+                "group_size, activation_group, method, gguf, linear, rotation, expert_memory, "
+                "gpu_experts, placement, device and load_gpu_experts"
             )
         turns = None if rotation is None else Rotation.of(rotation)
         if weight_format is not None:  # for its checks; 128 is a multiple of every group
@@ -121,7 +137,9 @@ class KtkConfig(hf.QuantizationConfigMixin):
         backends.check_method(method, weight_format if gguf is None else None)
         linear = "none" if linear is None else linear
         check_linear(linear)
-        self.request = Request(expert_memory=ExpertMemory.of(expert_memory))
+        memory = ExpertMemory.of(expert_memory)
+        asked = GpuExperts.asked(gpu_experts, placement, device, load_gpu_experts)
+        self.request = Request(expert_memory=memory, gpu=asked)
         # plug-ins have no row in transformers' enum
         self.quant_method = "ktk"  # type: ignore[assignment]
         self.weight_format = weight_format
@@ -177,6 +195,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}  # of the tensors of a packed directory's model
         self.packers: dict[str, ModulePacker] = {}  # by module, while float experts are read
         self.error: Exception | None = None  # transformers swallows what is raised in its loop
+        self.placement: Placement | None = None  # of experts that a device runs
         self.save_directory: Path | None = None  # of the save_pretrained() call in progress
 
     @property
@@ -270,7 +289,25 @@ class KtkHfQuantizer(hf.HfQuantizer):
                 f"{type(model).__name__} has no experts that ktk can run: load it without "
                 "quantization_config"
             )
+        if config.request.gpu is not None:
+            self._place(model, modules, config.request.gpu)
         select_ktk(model, modules.values())
+
+    def _place(self, model: Any, modules: dict[str, Any], asked: GpuExperts) -> None:
+        """Everything that keeps experts from a device, before any is read."""
+        if not modules:
+            raise ValueError(f"{type(model).__name__} has no experts for gpu_experts")
+        if self.quantization_config.request.expert_memory is not None:
+            raise ValueError("expert_memory and experts on a device: give one of them")
+        for name, module in modules.items():
+            if recognise(module) is None:
+                raise ValueError(
+                    f"{name}: its activation is its own, which runs on the CPU alone: leave "
+                    "gpu_experts out"
+                )
+        specs = {layer_of(name): packer.spec for name, packer in self.packers.items()}
+        specs = specs if self.source is None else self.source.specs
+        self.placement = Placement(asked, model, specs, model.dtype)
 
     def _open(self, checkpoint_files: list[str] | None) -> ExpertsSource | None:
         """Where packed or quantised experts lie; None if the checkpoint's float ones are to be
@@ -302,19 +339,44 @@ class KtkHfQuantizer(hf.HfQuantizer):
             modules.clear()
         for name, module in modules.items():
             if self.source is not None:
-                attach(module, self.source.read(layer_of(name)), self._method)
+                self._attach_read(layer_of(name), module, self.source)
                 continue
             try:
                 packed = self.packers.pop(name).packed()
             except CheckpointError as error:
                 raise CheckpointError(f"{name}: {error}") from None
             drop_weights(module)
-            attach(module, packed, self._method)
+            self._attach(layer_of(name), module, packed)
         config.linear, config.request = config.request.linear or config.linear, Request()
         if config.linear != "none":
             run_linears(model, config.linear)
             fuse_decoder_layers(model)
         model.save_pretrained = SavePretrained(model)
+
+    def _attach_read(self, layer: int, module: Any, source: ExpertsSource) -> None:
+        """Hang a layer's experts of the source on a module."""
+        left = None if self.placement is None else self.placement.left_to_cpu(layer)
+        if left is None or source.read_some is None:
+            self._attach(layer, module, source.read(layer))
+            return
+        assert self.placement is not None
+        held = source.read_some(layer, self.placement.held(layer))
+        self._attach(layer, module, source.read_some(layer, left), held)
+
+    def _attach(
+        self, layer: int, module: Any, packed: StoredExperts, held: StoredExperts | None = None
+    ) -> None:
+        """held : what only the device has, of those that are not ``packed``."""
+        placement = self.placement
+        if placement is None:
+            attach(module, packed, self._method)
+            return
+        attach(
+            module,
+            packed,
+            self._method,
+            operator=lambda experts: placement.operator(layer, experts, held, self._method),
+        )
 
 
 class _PackParameter(hf.ConversionOps):

@@ -94,6 +94,11 @@ def write_experts(model: Any, directory: Path) -> None:
                 "does not hold: copy the "
                 'file, or load it with a method that packs, such as "INT8" or "INT4"'
             )
+        if packed.order is not None:
+            raise ValueError(
+                f"{name} has not all experts in the CPU's memory: load the model with "
+                "load_gpu_experts=True, and save that"
+            )
         if layer in layers:
             raise ValueError(
                 f"{name} and {names[layer]} are both layer {layer}: a packed directory holds one "

@@ -30,7 +30,8 @@ from ktk.quantise.pack import pack_experts
 class ExpertsSource:
     """Experts by layer. where : for messages. is_beside :
     the model's checkpoint has experts too, which stay unread. open_reader : of layers with these
-    numbers, one expert at a time; None where they are not stored as they run.
+    numbers, one expert at a time; None where they are not stored as they run. read_some : only the
+    named ones; None where all are read or none needs to be.
     """
 
     where: str
@@ -38,6 +39,7 @@ class ExpertsSource:
     read: Callable[[int], StoredExperts]
     is_beside: bool = False
     open_reader: Callable[[Sequence[int]], FilesReader] | None = None
+    read_some: Callable[[int, list[int]], StoredExperts] | None = None
 
 
 class LazyTensor:
@@ -70,11 +72,16 @@ def layer_of(name: str) -> int:
 def packed_directory(directory: Path) -> ExpertsSource:
     """What ``ktk convert`` or save_pretrained wrote. Raises CheckpointError."""
     specs = read_config(directory).specs
+
+    def read_some(layer: int, experts: list[int]) -> StoredExperts:
+        return read_layer(directory, layer, experts=experts)
+
     return ExpertsSource(
         str(directory),
         specs,
         partial(read_layer, directory),
         open_reader=partial(PackedReader, directory),
+        read_some=read_some,
     )
 
 

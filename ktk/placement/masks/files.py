@@ -38,7 +38,21 @@ def read_statistics(path: Path) -> np.ndarray:
 
     CheckpointError names the file and what is wrong.
     """
+    return _statistics(path, _load(path))
+
+
+def read_masks_or_statistics(path: Path) -> np.ndarray:
+    """Masks, bool, if the file has some, else statistics, float64; (num_layers, num_experts).
+
+    CheckpointError names the file and what is wrong.
+    """
     stored = _load(path)
+    is_bare = isinstance(stored, torch.Tensor) and stored.dtype == torch.bool
+    has_masks = is_bare or (isinstance(stored, dict) and MASKS in stored)
+    return _masks(path, stored) if has_masks else _statistics(path, stored)
+
+
+def _statistics(path: Path, stored: Any) -> np.ndarray:
     if isinstance(stored, dict) and RECORDS in stored and COUNTS not in stored:
         return _of_records(path, stored)
     if isinstance(stored, dict):
@@ -77,7 +91,10 @@ def write_records(path: Path, records: list[dict[str, Any]], shape: tuple[int, i
 
 def read_masks(path: Path) -> np.ndarray:
     """bool (num_layers, num_experts). CheckpointError names the file and what is wrong."""
-    stored = _load(path)
+    return _masks(path, _load(path))
+
+
+def _masks(path: Path, stored: Any) -> np.ndarray:
     if isinstance(stored, dict):
         if MASKS not in stored:
             raise CheckpointError(f"{path}: no masks: must have {MASKS}, has {_keys(stored)}")

@@ -82,7 +82,7 @@ def _front_loading(grid: ExpertGrid, number: int, known: Known) -> np.ndarray:
 
 def _random(grid: ExpertGrid, number: int, known: Known) -> np.ndarray:
     generator = torch.Generator().manual_seed(RANDOM_SEED)
-    order = torch.randperm(grid.total, generator=generator).numpy()
+    order = torch.randperm(grid.total, generator=generator, device="cpu").numpy()
     chosen = np.zeros(grid.total, np.bool_)
     chosen[order[:number]] = True
     return chosen.reshape(-1, grid.num_experts)

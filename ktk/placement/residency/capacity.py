@@ -39,3 +39,10 @@ def parse_capacity(text: str, num_experts: int, expert_bytes: int) -> int:
     if expert_bytes <= 0:
         raise ValueError(f"capacity {text!r}: the experts' size is unknown; give their number")
     return min(int(float(number) * _UNITS[unit[:-1]] / expert_bytes), num_experts)
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GiB" as bytes. ValueError for what is no size."""
+    if not text.strip().upper().endswith("B"):
+        raise ValueError(f"{text!r} is no memory: must be bytes, as 8GiB or 500MB")
+    return parse_capacity(text, 1 << 62, 1)
