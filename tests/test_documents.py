@@ -198,10 +198,13 @@ def test_every_sub_command_has_its_row() -> None:
 
 def test_every_metric_has_its_row() -> None:
     pytest.importorskip("prometheus_client")
+    from ktk.placement.residency.report import Counters, ResidencyReport
     from ktk.server.metrics import Metrics
 
     engine = SimpleNamespace(running=0, waiting=0, tokens_per_second=0.0, cache_pages=(0, 0))
-    families = list(Metrics(engine, "model").registry.collect())  # type: ignore[arg-type]
+    report = ResidencyReport("lru", True, 8, 4, 4096, 2, Counters())
+    made = Metrics(engine, "model", lambda: report)  # type: ignore[arg-type]
+    families = list(made.registry.collect())
     own = {f.name + "_total" * (f.type == "counter") for f in families if f.name.startswith("ktk_")}
     text = (ROOT / "docs" / "serving.md").read_text()
     rows = "".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `ktk_"))

@@ -49,9 +49,12 @@ def command(
     linear: opening.Linear = "file",
     dtype: opening.Dtype = None,
     force: opening.Force = False,
+    expert_memory: opening.ExpertLimit = None,
+    residency_policy: opening.Policy = None,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    opened = opening.load(model, method, weight_format, linear, dtype, force)
+    memory = opening.expert_memory(expert_memory, residency_policy)
+    opened = opening.load(model, method, weight_format, linear, dtype, force, memory=memory)
     if not opened.tokenizer.chat_template:
         raise ValueError(
             f"{model} has no chat template, so it was made to continue text: use ktk run {model} "
@@ -158,6 +161,8 @@ class Chat:
             signal.signal(signal.SIGINT, before)
         show("\n")
         typer.echo(speeds(made, self.options.get("max_tokens") or 0), err=True)
+        if (report := self.opened.residency()) is not None:
+            typer.echo(f"[experts so far: {report.use()}]", err=True)
         self.messages.append({"role": "assistant", "content": made.text})
 
     def _set_system(self, system: str | None) -> None:

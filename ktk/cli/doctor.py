@@ -7,11 +7,14 @@ from __future__ import annotations
 import json
 import platform
 from importlib import metadata
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ktk.cli import opening
+
+if TYPE_CHECKING:
+    from ktk.placement.residency.expert_memory import ExpertMemory
 
 # Paths of ktk.backends.llamafile.types_by_path, and what they mean.
 GGUF_PATHS = {
@@ -103,6 +106,8 @@ def command(
         bool,
         typer.Option("--headers", help="Do not load the model: fast paths are not tried."),
     ] = False,
+    expert_memory: opening.ExpertLimit = None,
+    residency_policy: opening.Policy = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what this machine is and which backends run on it; or what a model is, what runs it, if
@@ -111,7 +116,8 @@ def command(
     """
     if model is not None:
         options = (model, method, weight_format, linear, dtype)
-        _diagnose_model(options, context, headers, as_json)
+        memory = opening.expert_memory(expert_memory, residency_policy)
+        _diagnose_model(options, context, memory, headers, as_json)
         return
     found = diagnosis()
     if as_json:
@@ -181,7 +187,13 @@ def command(
 Options = tuple[str, str, str, str, str | None]  # path, method, weight format, linear, dtype
 
 
-def _diagnose_model(options: Options, context: int | None, headers: bool, as_json: bool) -> None:
+def _diagnose_model(
+    options: Options,
+    context: int | None,
+    memory: ExpertMemory | None,
+    headers: bool,
+    as_json: bool,
+) -> None:
     """What a model is and needs, and what it is like when it runs;
     exit code 1 if it cannot run here.
     """
@@ -192,12 +204,12 @@ def _diagnose_model(options: Options, context: int | None, headers: bool, as_jso
     from ktk.generate.describe import describe_model
 
     path, method, weight_format, linear, dtype = options
-    found = describe_model(path, method, weight_format, dtype, context, linear)
+    found = describe_model(path, method, weight_format, dtype, context, linear, memory)
     runs = not found.reason and found.fits
     console = Console(highlight=False)
     if not as_json:
         console.print(opening.description_table(found))
-    paths = [] if headers or not runs else _fast_paths(options)
+    paths = [] if headers or not runs else _fast_paths(options, memory)
     if as_json:
         tried = [path.to_json() for path in paths] if paths else None
         typer.echo(json.dumps({**found.to_json(), "fast_paths": tried}, indent=2))
@@ -212,7 +224,7 @@ def _diagnose_model(options: Options, context: int | None, headers: bool, as_jso
         raise typer.Exit(1)
 
 
-def _fast_paths(options: Options) -> list[Any]:
+def _fast_paths(options: Options, memory: ExpertMemory | None) -> list[Any]:
     """Loads the model, continues a short text with it as ``ktk run`` and as ``ktk serve`` do,
     and tells what was fast.
     """
@@ -220,7 +232,7 @@ def _fast_paths(options: Options) -> list[Any]:
     from ktk.generate.trial import start_engine
     from ktk.integration.transformers.fast_paths import memory_paths, run_paths
 
-    opened = opening.load(*options, force=False)
+    opened = opening.load(*options, force=False, memory=memory)
     context = min(TRIED_CONTEXT, opened.description.max_context or TRIED_CONTEXT)
     limits = Limits(context, 2, 2, context, 1 << 62)
     engine = start_engine(opened, limits)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ktk.generate.describe import ModelDescription
     from ktk.generate.open import OpenModel
+    from ktk.placement.residency.expert_memory import ExpertMemory
 
 SLOW = 2.0  # seconds after which a progress bar is shown
 
@@ -53,6 +54,24 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype", help="Of all but the experts: bfloat16, float16, float32; default: the model's."
+    ),
+]
+ExpertLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-memory",
+        metavar="SIZE",
+        help="Memory for experts: 8GiB, 25% of them, or their number. The others are read from the "
+        "disk when tokens need them, with the same results. Default: all are loaded.",
+    ),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--residency-policy",
+        metavar="NAME",
+        help="With --expert-memory: which expert leaves for another, see `ktk residency replay`; "
+        "default: lrfu.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
@@ -135,17 +154,43 @@ def load(
     dtype: str | None,
     force: bool,
     context: int | None = None,
+    memory: ExpertMemory | None = None,
 ) -> OpenModel:
-    """The model of a command line; its warning, if any, goes to stderr."""
+    """The model of a command line; its warning, if any, goes to stderr,
+    and how many of its experts are in memory, if not all.
+    """
     quiet_transformers()
     from ktk.generate.describe import describe_model
     from ktk.generate.open import open_model
 
-    description = describe_model(path, method, weight_format, dtype, context, linear)
+    description = describe_model(path, method, weight_format, dtype, context, linear, memory)
     if description.warning:
         typer.echo(f"ktk: warning: {description.warning}", err=True)
     with loading(description):
-        return open_model(path, method, weight_format, linear, dtype, context=context, force=force)
+        opened = open_model(
+            path,
+            method,
+            weight_format,
+            linear,
+            dtype,
+            context=context,
+            force=force,
+            expert_memory=memory,
+        )
+    if (report := opened.residency()) is not None:
+        typer.echo(f"experts: {report.line()}", err=True)
+    return opened
+
+
+def expert_memory(limit: str | None, policy: str | None) -> ExpertMemory | None:
+    """What --expert-memory and --residency-policy ask for. ValueError for what they do not take."""
+    if limit is None:
+        if policy is not None:
+            raise typer.BadParameter("--residency-policy needs --expert-memory")
+        return None
+    from ktk.placement.residency.expert_memory import ExpertMemory
+
+    return ExpertMemory(limit) if policy is None else ExpertMemory(limit, policy)
 
 
 def quiet_transformers() -> None:
@@ -170,7 +215,8 @@ def description_table(found: ModelDescription) -> Table:
         "quantised": "quantised checkpoint, experts are packed while it loads",
         "gguf": "GGUF, run from the mapped file",
     }
-    mapped = ", mapped: need not fit" if found.kind == "gguf" else ""
+    is_mapped = found.kind == "gguf" and not found.resident_experts
+    mapped = ", mapped: need not fit" if is_mapped else ""
     rows: dict[str, str] = {
         "model": f"{found.path} ({kinds[found.kind]})",
         "architecture": (
@@ -180,6 +226,11 @@ def description_table(found: ModelDescription) -> Table:
         "experts": (
             f"{found.weight_format}, {found.bits_per_weight:.2f} bits per weight, "
             f"{size(found.expert_bytes)}{mapped}"
+        ),
+        "of them in memory": (
+            f"room for {found.resident_experts} experts, {size(found.resident_bytes)}"
+            if found.resident_experts
+            else ""
         ),
         "run by": f"{found.backend}: {found.kernel}" if found.kernel else "nothing",
         "other weights": f"{size(found.rest_bytes - found.linear_bytes)} in {found.dtype}"
@@ -203,6 +254,8 @@ def description_table(found: ModelDescription) -> Table:
         )
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
+        if not text:
+            continue
         table.add_row(f"[bold]{name}[/bold]", escape(text))
     table.add_row("[bold]verdict[/bold]", verdict)
     if found.warning:

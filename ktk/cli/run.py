@@ -41,6 +41,8 @@ def command(
     linear: opening.Linear = "file",
     dtype: opening.Dtype = None,
     force: opening.Force = False,
+    expert_memory: opening.ExpertLimit = None,
+    residency_policy: opening.Policy = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
     ] = False,
@@ -52,7 +54,8 @@ def command(
     if raw and system is not None:
         raise typer.BadParameter("--raw takes no --system: it adds nothing to the prompt")
     text = sys.stdin.read() if prompt == "-" else prompt
-    opened = opening.load(model, method, weight_format, linear, dtype, force)
+    memory = opening.expert_memory(expert_memory, residency_policy)
+    opened = opening.load(model, method, weight_format, linear, dtype, force, memory=memory)
     from ktk.generate.session import Session
 
     session = Session(opened.model, opened.tokenizer)
@@ -94,10 +97,14 @@ def command(
             "decode_tokens_per_second": round(made.decode_speed, 2),
             "kernel": found.kernel,
         }
+        if (report := opened.residency()) is not None:
+            figures["expert_memory"] = report.to_json()
         typer.echo(json.dumps(figures, indent=2))
     else:
         show("\n")
         typer.echo(speeds(made, max_tokens), err=True)
+        if (report := opened.residency()) is not None:
+            typer.echo(f"[experts: {report.use()}]", err=True)
     if made.finish_reason == "interrupted":
         raise typer.Exit(130)
 

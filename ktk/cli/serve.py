@@ -80,6 +80,8 @@ def command(
     linear: opening.Linear = "file",
     dtype: opening.Dtype = None,
     force: opening.Force = False,
+    expert_memory: opening.ExpertLimit = None,
+    residency_policy: opening.Policy = None,
 ) -> None:
     """Serve a model to OpenAI's clients, and a chat page, until Ctrl-C."""
     api_key = api_key or env.api_key()
@@ -119,7 +121,8 @@ def command(
     from ktk.server.app import Access
     from ktk.server.serve import serve
 
-    opened = opening.load(model, method, weight_format, linear, dtype, force, context)
+    memory = opening.expert_memory(expert_memory, residency_policy)
+    opened = opening.load(model, method, weight_format, linear, dtype, force, context, memory)
     found = opened.description
     size = cache_bytes(kv_cache, found.kv_bytes, force)
     limits = Limits(found.context, max_requests, 256, batch_tokens, size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from ktk.kv.sizes import TokenShape, context_tokens, gguf_number
 from ktk.machine import cpu
 from ktk.models import find_experts, find_num_layers
 from ktk.models.arch import WHOLE_MODELS
+from ktk.models.config import TOP_K_KEYS
 from ktk.models.find import find_gguf_experts
 from ktk.models.gguf.experts import GgufExperts
 from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole.source import Source
 from ktk.paths import user_path
+from ktk.placement.residency.expert_memory import ExpertMemory
 
 # What Python, torch and transformers take, and what one forward pass of a few hundred tokens needs
 # besides weights.
@@ -47,7 +49,8 @@ class ModelDescription:
     fit. rest_bytes : of all else, in ``dtype`` but for linear_bytes of it: dense linear layers that
     run as a GGUF file's blocks, which every token reads. kv_bytes : of a KV cache of ``context``
     tokens. moe_layers : indices of the layers with experts. reason : why it cannot run, or None.
-    warning : what will be slow, or None.
+    warning : what will be slow, or None. resident_experts : that have room in memory, of all
+    layers, and resident_bytes of it; 0: all are loaded.
     """
 
     path: str
@@ -73,12 +76,16 @@ class ModelDescription:
     moe_layers: tuple[int, ...] = ()
     reason: str | None = None
     warning: str | None = None
+    resident_experts: int = 0
+    resident_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
         """Memory that must be there: mapped experts do not count."""
-        mapped = self.expert_bytes if self.kind == "gguf" else 0
-        return self.expert_bytes - mapped + self.rest_bytes + self.kv_bytes + OVERHEAD
+        experts = 0 if self.kind == "gguf" else self.expert_bytes
+        if self.resident_experts:
+            experts = self.resident_bytes
+        return experts + self.rest_bytes + self.kv_bytes + OVERHEAD
 
     @property
     def fits(self) -> bool:
@@ -88,9 +95,10 @@ class ModelDescription:
         """Why the model does not fit into memory, with the figures; None if it does."""
         if self.fits:
             return None
+        experts = self.resident_bytes if self.resident_experts else self.expert_bytes
         return (
             f"{self.path} needs {size(self.needed_bytes)} of memory (experts "
-            f"{size(self.expert_bytes)} {self.weight_format}, other weights "
+            f"{size(experts)} {self.weight_format}, other weights "
             f"{size(self.rest_bytes)}, KV cache of {self.context} tokens {size(self.kv_bytes)}, "
             f"working memory {size(OVERHEAD)}), and {size(self.available_bytes)} of "
             f"{size(self.total_bytes)} are free"
@@ -117,6 +125,7 @@ def describe_model(
     dtype: str | None = None,
     context: int | None = None,
     linear: str = "file",
+    expert_memory: ExpertMemory | None = None,
 ) -> ModelDescription:
     """What a model is and needs, from its headers alone.
 
@@ -125,8 +134,8 @@ def describe_model(
     weight_format : of float experts: a name of ``ktk.experts.formats.PANELS``; None or "auto" takes
     int8 if it fits into memory, else int4. dtype : "bfloat16", "float16" or "float32" for
     everything but the experts; None keeps the checkpoint's.
-    context : tokens of KV cache; None: the model's longest, at most 8192. linear : as in
-    ``open_model``.
+    context : tokens of KV cache; None: the model's longest, at most 8192. linear, expert_memory :
+    as in ``open_model``.
     Raises CheckpointError, ValueError.
     """
     check_linear(linear)
@@ -149,7 +158,7 @@ def describe_model(
                 f"file has; leave it out, or convert: ktk convert --input-path {path} --output "
                 f"DIR --quant-method {weight_format}"
             )
-        return _describe_gguf(where, method, dtype or "bfloat16", context, linear)
+        return _describe_gguf(where, method, dtype or "bfloat16", context, linear, expert_memory)
     if not where.is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json, or a .gguf file")
     if not (where / "config.json").exists():
@@ -164,7 +173,13 @@ def describe_model(
                 f"weight_format={weight_format!r}: the experts of {path} are packed already; "
                 "leave it out"
             )
-        return _describe_packed(where, config, method, dtype, context)
+        return _describe_packed(where, config, method, dtype, context, expert_memory)
+    if expert_memory is not None:
+        raise ValueError(
+            f"expert memory {expert_memory.limit}: the experts of {path} are packed while they are "
+            f"loaded, all of them: run `ktk convert --input-path {path} --output DIR` once, and "
+            "open DIR"
+        )
     kind = "quantised" if quantised else "float"
     if weight_format is not None:
         return _describe_float(where, kind, config, method, weight_format, dtype, context)
@@ -178,13 +193,35 @@ def describe_model(
 
 
 def _describe_packed(
-    path: Path, config: dict[str, Any], method: str, dtype: str | None, context: int | None
+    path: Path,
+    config: dict[str, Any],
+    method: str,
+    dtype: str | None,
+    context: int | None,
+    expert_memory: ExpertMemory | None,
 ) -> ModelDescription:
     specs = read_config(path).specs
     num_bytes = sum(layer_path(path, layer).stat().st_size for layer in specs)
     with Checkpoint.open(path) as checkpoint:
         rest = _rest_bytes(checkpoint, set(), _dtype(config, dtype))
-    return _describe(path, "packed", config, specs, method, num_bytes, rest, dtype, context)
+    found = _describe(path, "packed", config, specs, method, num_bytes, rest, dtype, context)
+    sizes = [spec.layout.expert_bytes for spec in specs.values()]
+    return _limited(found, expert_memory, sizes, [spec.num_experts for spec in specs.values()])
+
+
+def _limited(
+    found: ModelDescription,
+    expert_memory: ExpertMemory | None,
+    expert_bytes: list[int],
+    num_experts: list[int],
+) -> ModelDescription:
+    """With room for some experts only. expert_bytes, num_experts : of each layer."""
+    if expert_memory is None:
+        return found
+    if not found.num_experts_per_tok:
+        raise CheckpointError(f"{found.path}: does not say how many experts one token uses")
+    room = expert_memory.room(expert_bytes, num_experts, found.num_experts_per_tok)
+    return replace(found, resident_experts=room.capacity, resident_bytes=room.num_bytes)
 
 
 def _describe_float(
@@ -271,7 +308,12 @@ def _describe(
 
 
 def _describe_gguf(
-    path: Path, method: str, dtype: str, context: int | None, linear: str
+    path: Path,
+    method: str,
+    dtype: str,
+    context: int | None,
+    linear: str,
+    expert_memory: ExpertMemory | None,
 ) -> ModelDescription:
     checkpoint = GgufCheckpoint.open(path)
     experts = find_gguf_experts(checkpoint)
@@ -324,6 +366,13 @@ def _describe_gguf(
         moe_layers=tuple(experts.layers),
         reason=reason,
     )
+    if expert_memory is not None:
+        many = [experts.spec(layer).num_experts for layer in experts.layers]
+        sizes = [
+            sum(checkpoint.tensors[name].num_bytes for name in experts.tensor_names(layer)) // of
+            for layer, of in zip(experts.layers, many, strict=True)
+        ]
+        return _limited(found, expert_memory, sizes, many)
     if not available or found.needed_bytes + found.expert_bytes <= available:
         return found
     slow = (
@@ -374,5 +423,5 @@ def _dtype(config: dict[str, Any], dtype: str | None) -> str:
 
 
 def _top_k(text: Mapping[str, Any]) -> int:
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
+    names = (*TOP_K_KEYS, "moe_top_k")
     return next((int(text[n]) for n in names if isinstance(text.get(n), int)), 0)

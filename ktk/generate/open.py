@@ -20,8 +20,11 @@ from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
 from ktk.integration.transformers.linear import run_linears
 from ktk.integration.transformers.loading import load_model
 from ktk.integration.transformers.quantizer import KtkConfig
+from ktk.integration.transformers.streaming import expert_slots
 from ktk.integration.transformers.tokens import load_tokenizer
 from ktk.paths import user_path
+from ktk.placement.residency.expert_memory import ExpertMemory
+from ktk.placement.residency.report import ResidencyReport
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class OpenModel:
     model: Any
     tokenizer: Any
     description: ModelDescription
+
+    def residency(self) -> ResidencyReport | None:
+        """Which experts are in memory now, and what reading the others took; None: all are."""
+        slots = expert_slots(self.model)
+        return None if slots is None else slots.report()
 
     @property
     def name(self) -> str:
@@ -51,17 +59,19 @@ def open_model(
     *,
     context: int | None = None,
     force: bool = False,
+    expert_memory: ExpertMemory | None = None,
 ) -> OpenModel:
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
     path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense
     linear layers, as in ``ktk.integration.choices``: "int8" or "int4" packs them; "file" runs them
     as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
-    force : load it even if it does not fit.
+    force : load it even if it does not fit. expert_memory : of a packed directory: experts are read
+    when tokens need them, and no more than fit into this are in memory; None: all are loaded.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not
     fit.
     """
-    description = describe_model(path, method, weight_format, dtype, context, linear)
+    description = describe_model(path, method, weight_format, dtype, context, linear, expert_memory)
     path = user_path(path)
     if description.reason is not None:
         raise CheckpointError(f"{path}: {description.reason}")
@@ -71,7 +81,7 @@ def open_model(
     if description.kind == "gguf":
         model, tokenizer = _open_gguf(path, method, description.dtype, linear)
     else:
-        model, tokenizer = _open_directory(description, path, method, dtype)
+        model, tokenizer = _open_directory(description, path, method, dtype, expert_memory)
         run_linears(model, linear)
     use_attention(model)
     fuse_decoder_layers(model)
@@ -90,8 +100,9 @@ def _open_directory(
     path: str | os.PathLike[str],
     method: str,
     dtype: str | None,
+    expert_memory: ExpertMemory | None,
 ) -> tuple[Any, Any]:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"expert_memory": expert_memory}
     if description.kind == "float":
         options["quantization_config"] = KtkConfig(description.weight_format, method=method)
     tokenizer = load_tokenizer(path)  # before the model, which may take minutes

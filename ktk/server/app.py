@@ -201,6 +201,7 @@ class _Service:
             *run_paths(self.opened.model, engine.why_alone, is_served=True),
             *self._memory_paths,
         ]
+        report = self.opened.residency()
         return {
             "model": self.opened.name,
             "ktk": __version__,
@@ -210,6 +211,7 @@ class _Service:
             "backend": found.backend,
             "kernel": found.kernel,
             "expert_bytes": found.expert_bytes,
+            "expert_memory": None if report is None else report.to_json(),
             "num_moe_layers": found.num_moe_layers,
             "num_experts": found.num_experts,
             "num_experts_per_tok": found.num_experts_per_tok,
@@ -300,7 +302,7 @@ def build_app(
 
     recorder_mode : of ``ktk.placement.masks.recorder.MODES``.
     """
-    metrics = Metrics(engine, opened.name)
+    metrics = Metrics(engine, opened.name, opened.residency)
     service = _Service(opened, engine, metrics)
     app = FastAPI(title="ktk", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Guard, access=access)

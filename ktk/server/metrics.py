@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from ktk.generate.engine import Engine
+from ktk.placement.residency.report import ResidencyReport
 
 LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Counters of one server, in a registry of its own.
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    residency : which experts are in memory, None where all are.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: str,
+        residency: Callable[[], ResidencyReport | None] = lambda: None,
+    ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         info = Gauge("ktk_model", "The model served; always 1.", ["model"], registry=self.registry)
@@ -68,7 +81,45 @@ class Metrics:
             ("ktk_kv_cache_pages", "Pages of the KV cache.", lambda: engine.cache_pages[1]),
         ):
             Gauge(name, what, registry=self.registry).set_function(read)
+        self.registry.register(ResidencyCollector(residency))
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+# Of ktk.placement.residency.report.Counters. Of one scrape, hits + cold + in_flight are all uses.
+RESIDENCY = {
+    "hits": "Experts in memory when a call came.",
+    "cold": "Experts that a call waited for; nobody was reading them.",
+    "in_flight": "Experts that a call waited for while they were being read.",
+    "evictions": "Experts that left memory for another.",
+    "prefetches": "Experts read before a call asked.",
+    "prefetch_hits": "Of those, used by a call.",
+    "reads": "Experts read.",
+    "read_bytes": "Bytes of experts read.",
+    "failures": "Experts that could not be read.",
+    "waits": "Calls that waited for room.",
+}
+
+
+class ResidencyCollector(Collector):
+    """The metrics ktk_expert_*, all of one moment; none where all experts are in memory."""
+
+    def __init__(self, residency: Callable[[], ResidencyReport | None]) -> None:
+        self._residency = residency
+
+    def collect(self) -> Iterator[Metric]:
+        report = self._residency()
+        if report is None:
+            return
+        for name, what in RESIDENCY.items():
+            count = getattr(report.counters, name)
+            yield CounterMetricFamily(f"ktk_expert_{name}", what, value=count)
+        for name, what, value in (
+            ("ktk_experts", "Experts of all layers.", report.num_experts),
+            ("ktk_experts_resident", "Experts in memory now.", report.resident),
+            ("ktk_experts_room", "Experts that fit into memory.", report.capacity),
+            ("ktk_expert_memory_bytes", "Their room.", report.capacity * report.slot_bytes),
+        ):
+            yield GaugeMetricFamily(name, what, value=value)

@@ -30,7 +30,12 @@ Preadv = Callable[[int, list[memoryview], int], int]
 
 
 class ExpertReader(ABC):
-    """Where experts come from. Safe to use from several threads."""
+    """Where experts come from. Safe to use from several threads.
+
+    is_direct : whether reads go past the page cache.
+    """
+
+    is_direct: bool = False
 
     @abstractmethod
     def read(self, layer: int, expert: int, span: np.ndarray) -> None:
@@ -46,12 +51,7 @@ class ExpertReader(ABC):
 
 
 class FilesReader(ExpertReader):
-    """A reader of files that say what the experts are.
-
-    is_direct : whether reads go past the page cache.
-    """
-
-    is_direct: bool
+    """A reader of files that say what the experts are."""
 
     @abstractmethod
     def store(self, layer: int, activation: Activation | None = None) -> ExpertStore:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,38 +21,9 @@ from ktk.machine.memory import aligned_buffer
 from ktk.placement.residency.policies import find_policy
 from ktk.placement.residency.pools import PoolOptions, Pools
 from ktk.placement.residency.reader import ExpertReader
+from ktk.placement.residency.report import Counters, ResidencyReport
 from ktk.placement.residency.states import EXPERT_STEPS, SLOT_STEPS, ExpertState, SlotState
 from ktk.placement.store import ExpertStore
-
-
-@dataclass
-class Counters:
-    """Since the slots were made. An expert counts once a call.
-
-    hits : resident when the call came. cold, in_flight : not, or on the way by then; both are
-    misses. evictions : who left for another. prefetches : read before a call asked. prefetch_hits :
-    of those, used by a call. reads, read_bytes : that succeeded. failures : that did not. waits :
-    calls that waited for room.
-    """
-
-    hits: int = 0
-    cold: int = 0
-    in_flight: int = 0
-    evictions: int = 0
-    prefetches: int = 0
-    prefetch_hits: int = 0
-    reads: int = 0
-    read_bytes: int = 0
-    failures: int = 0
-    waits: int = 0
-
-    @property
-    def misses(self) -> int:
-        return self.cold + self.in_flight
-
-    @property
-    def uses(self) -> int:
-        return self.hits + self.misses
 
 
 class _Claim(NamedTuple):
@@ -86,8 +56,10 @@ class Slots:
         top_k: int,
         num_readers: int = 4,
     ) -> None:
-        if find_policy(options.policy).is_offline:
+        policy = find_policy(options.policy)
+        if policy.is_offline:
             raise ValueError(f"residency policy {options.policy}: knows the future, for replays")
+        self._policy_name = policy.name
         self._stores, self.reader = list(stores), reader
         self.num_experts = max(store.spec.num_experts for store in stores)
         self._pools = Pools(options, len(stores), self.num_experts, top_k)
@@ -128,6 +100,19 @@ class Slots:
         """A copy."""
         with self._changed:
             return dataclasses.replace(self._counters)
+
+    def report(self) -> ResidencyReport:
+        """How it stands now."""
+        with self._changed:
+            return ResidencyReport(
+                self._policy_name,
+                self.reader.is_direct,
+                sum(store.spec.num_experts for store in self._stores),
+                self.capacity,
+                self.slot_bytes,
+                sum(self._is_ready),
+                dataclasses.replace(self._counters),
+            )
 
     def state(self, layer: int, expert: int) -> ExpertState:
         return self._experts[self._key(layer, expert)]
