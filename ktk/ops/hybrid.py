@@ -30,6 +30,7 @@ from ktk.machine import queue as fifo
 from ktk.ops.device_experts import DeviceExperts, Pairs
 from ktk.ops.inputs import Call, as_call, as_mask, is_tensor
 from ktk.ops.moe import MoE
+from ktk.placement.masks.updates import Update
 
 
 class Residents:
@@ -61,6 +62,9 @@ class HybridMoE:
         Of the experts on the device, torch.bfloat16 or torch.float32.
     gpu_experts : StoredExperts or None
         Where the experts of the mask are read from, once; None: from ``experts``.
+    update : ktk.placement.masks.updates.Update or None
+        Says after each call which experts to swap to; None: only ``swap`` changes them. An expert
+        that leaves must be in the CPU's memory.
     method, num_threads
         Of the CPU's part, as ``MoE`` takes them.
 
@@ -70,6 +74,8 @@ class HybridMoE:
     if the device has no memory or nothing runs the CPU's part.
     """
 
+    _is_following: bool  # a thread swaps to what the update wants
+
     def __init__(
         self,
         experts: StoredExperts,
@@ -78,6 +84,7 @@ class HybridMoE:
         device: torch.device | str,
         dtype: torch.dtype = torch.bfloat16,
         gpu_experts: StoredExperts | None = None,
+        update: Update | None = None,
         method: str = "auto",
         num_threads: int | None = None,
     ) -> None:
@@ -86,6 +93,9 @@ class HybridMoE:
         source = experts if gpu_experts is None else gpu_experts
         _check_present(experts, np.flatnonzero(~on_device), "the CPU is to run")
         _check_present(source, np.flatnonzero(on_device), "the device is to hold")
+        if update is not None:
+            _check_present(experts, np.arange(self.spec.num_experts), "may be swapped and")
+        self.update = update
         self._blocks = None if experts.is_packed else experts  # repacked ones cannot be decoded
         self.device_experts = DeviceExperts(
             self.spec, int(on_device.sum()), torch.device(device), dtype
@@ -128,6 +138,14 @@ class HybridMoE:
         Raises TypeError / ValueError naming the argument that does not fit.
         """
         call = as_call(hidden_states, topk_ids, topk_weights, self.spec.hidden_size, None)
+        result = self._result(hidden_states, call)
+        if self.update is not None:
+            self._follow(self.update, call.topk_ids)
+        return result
+
+    __call__ = forward
+
+    def _result(self, hidden_states: Any, call: Call) -> Any:
         with self._using() as residents:
             valid = (call.topk_ids >= 0) & (call.topk_ids < self.spec.num_experts)
             slots = np.where(valid, residents.slots[np.where(valid, call.topk_ids, 0)], -1)
@@ -140,8 +158,6 @@ class HybridMoE:
             is_all = bool((valid == (slots >= 0)).all())  # nothing is left to the CPU
             sums = self._both(rows, call, slots, None if is_all else residents.mask)
         return _rounded(sums, call)
-
-    __call__ = forward
 
     def _both(
         self, rows: torch.Tensor, call: Call, slots: np.ndarray, skip: np.ndarray | None
@@ -205,6 +221,19 @@ class HybridMoE:
             device.synchronise()
             self._publish(Residents(slots))
 
+    def _follow(self, update: Update, topk_ids: np.ndarray) -> None:
+        """Swap to what the update wants after a call; not while another thread does."""
+        with self._changed:
+            if self._is_following:
+                return
+            self._is_following = True
+        try:
+            wanted = update.wanted(topk_ids, self._residents.mask)
+            if wanted is not None:
+                self.swap(wanted)
+        finally:
+            self._is_following = False
+
     def _checked(self, mask: Any) -> np.ndarray:
         found = as_mask(mask, self.spec.num_experts)
         if found is None:
@@ -235,6 +264,7 @@ class HybridMoE:
         self._changed = threading.Condition()
         self._swapping = threading.Lock()
         self._residents.calls = 0
+        self._is_following = False
 
     def __repr__(self) -> str:
         return (

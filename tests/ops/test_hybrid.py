@@ -18,6 +18,7 @@ from ktk.experts.spec import MoESpec
 from ktk.ops.device_experts import DeviceExperts
 from ktk.ops.hybrid import HybridMoE
 from ktk.ops.moe import MoE
+from ktk.placement.masks.updates import OnlineUpdate, PrefillUpdate
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
 
 EXPERTS, HIDDEN, INNER, TOP_K = 5, 96, 64, 2
@@ -268,6 +269,53 @@ def test_swaps_while_threads_call_show_in_no_result() -> None:
         thread.join(60)
     assert not failures, failures
     assert min(counts) > 5
+
+
+def test_an_update_swaps_after_the_call_it_saw() -> None:
+    made = hybrid("fp32", first(2), update=PrefillUpdate(8))
+    plain = MoE(PACKED["fp32"])
+    hidden, ids, weights = some_call(12)
+    for few in (hidden[:7], ids[:7], weights[:7]), (hidden[:1], ids[:1], weights[:1]):
+        assert_close(plain(*few), made(*few), ERROR["fp32"])
+        assert np.array_equal(made.mask, first(2))
+    ids[:] = torch.tensor([4, 2])
+    assert_close(plain(hidden, ids, weights), made(hidden, ids, weights), ERROR["fp32"])
+    assert np.flatnonzero(made.mask).tolist() == [2, 4]
+    assert_close(plain(hidden, ids, weights), made(hidden, ids, weights), ERROR["fp32"])
+    few_experts = PACKED["fp32"].without(first(2))
+    with pytest.raises(BackendError, match="experts 0, 1 may be swapped and are not in the CPU's"):
+        HybridMoE(
+            few_experts,
+            first(2),
+            device="cpu",
+            gpu_experts=PACKED["fp32"],
+            update=PrefillUpdate(8),
+        )
+
+
+def test_updates_of_threads_that_call_at_once_show_in_no_result() -> None:
+    made = hybrid("fp32", first(2), update=OnlineUpdate(2.0, 2, 0.0))
+    calls = [some_call(tokens, seed) for seed, tokens in enumerate((1, 1, 2, 1, 5))]
+    wants = [MoE(PACKED["fp32"])(*call) for call in calls]
+    failures, masks = [], set()
+
+    def work(own: int) -> None:
+        try:
+            for i in range(200):
+                at = (i // 20 + own) % len(calls)  # each text goes on for a while
+                assert_close(wants[at], made(*calls[at]), ERROR["fp32"])
+                masks.add(made.mask.tobytes())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures, failures
+    assert len(masks) > 3
+    assert made.num_on_device == 2
 
 
 def test_a_forked_child_calls_and_swaps_while_the_parent_does() -> None:

@@ -21,6 +21,7 @@ from ktk.paths import user_path
 from ktk.placement.masks.files import read_masks_or_statistics
 from ktk.placement.masks.grid import ExpertGrid, num_gpu_experts
 from ktk.placement.masks.strategies import STRATEGIES, Known, place
+from ktk.placement.masks.updates import update_of
 from ktk.placement.residency.capacity import parse_bytes
 
 # What needs no more than the model's shape; a file's statistics are placed by frequency.
@@ -34,13 +35,15 @@ class GpuExperts:
     number : int, of each layer on average; float, a share of all, 0..1; str, bytes, as "8GiB"; None
     with a file of masks. placement : one of uniform, front-loading and random, or a file of masks
     or statistics. device : of torch's; None: its accelerator. is_on_cpu_too : the CPU's memory has
-    the device's experts, too, as swaps, gradients and saving need it.
+    the device's experts, too, as swaps, gradients and saving need it. update : of
+    ``ktk.placement.masks.updates``, by name.
     """
 
     number: int | float | str | None
     placement: str
     device: torch.device | None
     is_on_cpu_too: bool = True
+    update: str | None = None
 
     @classmethod
     def asked(
@@ -49,17 +52,26 @@ class GpuExperts:
         placement: str | os.PathLike[str] | None,
         device: str | torch.device | None,
         load_gpu_experts: bool,
+        update: str | None,
     ) -> GpuExperts | None:
         """Checked as far as it can be without a model; None: nothing is asked for.
 
         ValueError and TypeError name the option of ``KtkConfig``.
         """
         if number is None and placement is None:
-            if device is not None or not load_gpu_experts:
+            if device is not None or update is not None or not load_gpu_experts:
                 raise ValueError(
-                    "device and load_gpu_experts are for gpu_experts or placement: give one of them"
+                    "device, load_gpu_experts and gpu_update are for gpu_experts or placement: "
+                    "give one of them"
                 )
             return None
+        if update is not None:
+            update_of(update)
+            if not load_gpu_experts:
+                raise ValueError(
+                    f"gpu_update={update!r}: experts that leave the device run on the CPU: leave "
+                    "load_gpu_experts=True"
+                )
         if isinstance(number, bool) or not isinstance(number, int | float | str | None):
             raise TypeError(
                 f"gpu_experts={number!r}: must be an int, of each layer; a float, of all 0..1; or "
@@ -80,7 +92,7 @@ class GpuExperts:
         if placement in _BY_NAME and number is None:
             raise ValueError(f"placement={placement!r}: say how many with gpu_experts")
         found = None if device is None else _parsed(device)
-        return cls(number, placement, found, bool(load_gpu_experts))
+        return cls(number, placement, found, bool(load_gpu_experts), update)
 
     def where(self) -> torch.device:
         """The device. ValueError if torch has none, or not this one."""
@@ -184,6 +196,7 @@ class Placement:
             device=self.device,
             dtype=self.dtype,
             gpu_experts=gpu_experts,
+            update=None if self.asked.update is None else update_of(self.asked.update),
             method=method,
         )
 

@@ -88,8 +88,9 @@ class KtkConfig(hf.QuantizationConfigMixin):
         or bytes, as "8GiB". placement : "uniform", "front-loading" or "random", or a .pt file of
         masks (then without gpu_experts) or of statistics, placed by frequency. device : of torch's,
         by default its accelerator. load_gpu_experts : keep them in the CPU's memory, too, which
-        swaps, gradients and save_pretrained need. These four are of this machine: never saved, and
-        for a packed directory taken by ``load_model`` alone.
+        swaps, gradients and save_pretrained need. gpu_update : "prefill", "prefill:1024" or
+        "online": who is there goes with the text, see ``ktk.placement.masks.updates``. These five
+        are of this machine: never saved, and for a packed directory taken by ``load_model`` alone.
     Raises ValueError for a weight_format, method or linear that is unknown and for groups or a
     rotation that the format has not, TypeError for other options.
     """
@@ -114,6 +115,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
         placement: str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         load_gpu_experts: bool = True,
+        gpu_update: str | None = None,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
@@ -121,7 +123,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
             raise TypeError(
                 f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, "
                 "group_size, activation_group, method, gguf, linear, rotation, expert_memory, "
-                "gpu_experts, placement, device and load_gpu_experts"
+                "gpu_experts, placement, device, load_gpu_experts and gpu_update"
             )
         turns = None if rotation is None else Rotation.of(rotation)
         if weight_format is not None:  # for its checks; 128 is a multiple of every group
@@ -138,7 +140,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
         linear = "none" if linear is None else linear
         check_linear(linear)
         memory = ExpertMemory.of(expert_memory)
-        asked = GpuExperts.asked(gpu_experts, placement, device, load_gpu_experts)
+        asked = GpuExperts.asked(gpu_experts, placement, device, load_gpu_experts, gpu_update)
         self.request = Request(expert_memory=memory, gpu=asked)
         # plug-ins have no row in transformers' enum
         self.quant_method = "ktk"  # type: ignore[assignment]

@@ -195,6 +195,21 @@ def test_experts_with_an_activation_of_their_own_stay_on_the_cpu(
         load_model(saved, quantization_config=asked())
 
 
+@pytest.mark.parametrize("update", ["prefill:8", "online"])
+def test_who_is_on_the_device_goes_with_the_text(update: str, saved: Path) -> None:
+    """And the tokens stay. Each layer keeps its number."""
+    want_logits, want_tokens = run(load_model(saved))
+    model = load_model(saved, quantization_config=asked(gpu_update=update, placement="random"))
+    model.generation_config.eos_token_id = None
+    before = masks_of(model)
+    logits, tokens = run(model)
+    after = masks_of(model)
+    assert (logits - want_logits).abs().max() <= 1e-4
+    assert torch.equal(tokens, want_tokens)
+    assert not np.array_equal(before, after)
+    assert np.array_equal(before.sum(axis=1), after.sum(axis=1))
+
+
 def test_experts_that_come_and_go_are_on_no_device(saved: Path, tmp_path: Path) -> None:
     convert(saved, tmp_path / "packed", quant_method="int8")
     with pytest.raises(ValueError, match="expert_memory and experts on a device: give one"):
@@ -215,6 +230,17 @@ def test_experts_that_come_and_go_are_on_no_device(saved: Path, tmp_path: Path) 
         ({"gpu_experts": None, "placement": "random"}, ValueError, "say how many with gpu_experts"),
         ({"placement": "frequency"}, ValueError, "'frequency' needs statistics: name their file"),
         ({"placement": "optimal"}, ValueError, "'optimal' needs statistics"),
+        ({"gpu_update": "daily"}, ValueError, "update 'daily': must be prefill"),
+        (
+            {"gpu_update": "online", "load_gpu_experts": False},
+            ValueError,
+            "gpu_update='online': .*leave load_gpu_experts=True",
+        ),
+        (
+            {"gpu_experts": None, "device": None, "gpu_update": "online"},
+            ValueError,
+            "gpu_update are for gpu_experts or placement",
+        ),
         ({"device": "nowhere"}, ValueError, "device='nowhere': "),
     ],
 )
