@@ -66,8 +66,9 @@ def open_model(
     path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense
     linear layers, as in ``ktk.integration.choices``: "int8" or "int4" packs them; "file" runs them
     as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
-    force : load it even if it does not fit. expert_memory : of a packed directory: experts are read
-    when tokens need them, and no more than fit into this are in memory; None: all are loaded.
+    force : load it even if it does not fit. expert_memory : of a packed directory or a
+    GGUF file: experts are read when tokens need them, and no more than fit into this are in memory;
+    None: all are loaded, or mapped.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not
     fit.
     """
@@ -79,7 +80,7 @@ def open_model(
     if refusal is not None and not force:
         raise MemoryError(refusal)
     if description.kind == "gguf":
-        model, tokenizer = _open_gguf(path, method, description.dtype, linear)
+        model, tokenizer = _open_gguf(path, method, description.dtype, linear, expert_memory)
     else:
         model, tokenizer = _open_directory(description, path, method, dtype, expert_memory)
         run_linears(model, linear)
@@ -89,9 +90,15 @@ def open_model(
 
 
 def _open_gguf(
-    path: str | os.PathLike[str], method: str, dtype: str, linear: str
+    path: str | os.PathLike[str],
+    method: str,
+    dtype: str,
+    linear: str,
+    expert_memory: ExpertMemory | None,
 ) -> tuple[Any, Any]:
-    model = load_gguf_model(path, method=method, dtype=dtype, linear=linear)
+    model = load_gguf_model(
+        path, method=method, dtype=dtype, linear=linear, expert_memory=expert_memory
+    )
     return model, load_gguf_tokenizer(path)
 
 

@@ -27,7 +27,8 @@ from ktk.integration.transformers.linear import replace_linears
 from ktk.integration.transformers.packing import attach
 from ktk.integration.transformers.quantizer import KtkConfig, KtkHfQuantizer
 from ktk.integration.transformers.saving import SavePretrained
-from ktk.integration.transformers.sources import layer_of
+from ktk.integration.transformers.sources import gguf_source, layer_of
+from ktk.integration.transformers.streaming import stream
 from ktk.machine.cpu import default_threads
 from ktk.models.arch import whole_model
 from ktk.models.find import find_gguf_experts
@@ -35,6 +36,7 @@ from ktk.models.whole.source import Source
 from ktk.ops.requantise import packed_format
 from ktk.paths import user_path
 from ktk.placement.blocks import repack as repack_blocks
+from ktk.placement.residency.expert_memory import ExpertMemory
 
 
 def load_gguf_model(
@@ -46,6 +48,7 @@ def load_gguf_model(
     linear: str = "file",
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    expert_memory: ExpertMemory | str | int | None = None,
 ) -> Any:
     """A causal language model from a GGUF file alone, its experts and large linear layers run by
     ktk from the mapped file.
@@ -59,7 +62,9 @@ def load_gguf_model(
     gradients (else parameters are frozen) and ``save_pretrained`` need. Without the compiled
     extension all are "none", with a warning.
     dtype : of everything else, which is dequantised: a torch dtype or its name; None: bfloat16.
-    progress : called with (weights laid in place, all of them).
+    progress : called with (weights laid in place, all of them). expert_memory : experts are read
+    from the file when tokens need them, past the page cache, and no more than fit into this are in
+    memory, as of ``load_model``; None: they run where the file is mapped.
     Raises CheckpointError for an architecture without a row in ``ktk.models.whole``, and for
     tensors that are missing, left over, or of other shapes than the metadata says; BackendError if
     nothing runs the experts.
@@ -70,6 +75,9 @@ def load_gguf_model(
     backends.check_method(method)
     check_linear(linear)
     dtype = _dtype(dtype)
+    memory = ExpertMemory.of(expert_memory)
+    if memory is not None and repack:
+        raise ValueError("repack copies all experts into memory: leave it or expert_memory out")
     experts = find_gguf_experts(GgufCheckpoint.open(path))
     row = whole_model(experts.architecture, str(path))
     fields = row.fields(Source(experts))
@@ -99,6 +107,9 @@ def load_gguf_model(
     if linears or (linear in PACKED_LINEAR and replace_linears(model, linear)):
         model.requires_grad_(False)  # nothing would get through: so calls need no torch.no_grad()
     _make_rotary(experts.checkpoint, model)
+    if memory is not None:
+        stream(model, modules, gguf_source(path, experts), memory, method, num_threads)
+        modules.clear()
     for name, module in modules.items():
         blocks = experts.experts(layer_of(name))
         if repack and packed_format(method, blocks) is None:

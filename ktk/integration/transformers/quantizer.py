@@ -35,7 +35,12 @@ from ktk.integration.transformers.linear import run_linears
 from ktk.integration.transformers.multimodal import leave_out_towers
 from ktk.integration.transformers.packing import ModulePacker, attach, module_spec
 from ktk.integration.transformers.saving import SavePretrained, write_experts
-from ktk.integration.transformers.sources import ExpertsSource, layer_of, packed_directory
+from ktk.integration.transformers.sources import (
+    ExpertsSource,
+    gguf_source,
+    layer_of,
+    packed_directory,
+)
 from ktk.integration.transformers.streaming import stream
 from ktk.log import logger
 from ktk.ops.gguf_model import open_experts
@@ -326,9 +331,8 @@ class KtkHfQuantizer(hf.HfQuantizer):
             return packed_directory(Path(checkpoint_files[0]).parent)
         if self.quantization_config.gguf is None:
             return None
-        gguf = open_experts(Path(self.quantization_config.gguf))
-        specs = {layer: gguf.spec(layer) for layer in gguf.layers}
-        return ExpertsSource(self.quantization_config.gguf, specs, gguf.experts, is_beside=True)
+        gguf = self.quantization_config.gguf
+        return gguf_source(gguf, open_experts(Path(gguf)), is_beside=True)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.error is not None:

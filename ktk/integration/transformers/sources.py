@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.models import Config, find_experts
+from ktk.models.gguf.experts import GgufExperts
 from ktk.models.plain import PlainTensor, plain_tensors
+from ktk.placement.residency.gguf_reader import GgufReader
 from ktk.placement.residency.reader import FilesReader, PackedReader
 from ktk.quantise.pack import pack_experts
 
@@ -83,6 +86,15 @@ def packed_directory(directory: Path) -> ExpertsSource:
         open_reader=partial(PackedReader, directory),
         read_some=read_some,
     )
+
+
+def gguf_source(
+    where: str | os.PathLike[str], experts: GgufExperts, is_beside: bool = False
+) -> ExpertsSource:
+    """The experts of a GGUF model."""
+    specs = {layer: experts.spec(layer) for layer in experts.layers}
+    reader = partial(GgufReader, experts)
+    return ExpertsSource(os.fspath(where), specs, experts.experts, is_beside, reader)
 
 
 @contextmanager

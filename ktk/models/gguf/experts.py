@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,17 @@ from ktk.models.gguf.routing import find_routing
 from ktk.models.gguf.tensors import Extras, Part
 
 BIAS_TYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Where one projection of a layer lies. places : of each expert, its file and first byte."""
+
+    format: Format
+    in_features: int
+    out_features: int
+    num_bytes: int  # of an expert
+    places: tuple[tuple[Path, int], ...]
 
 
 class GgufExperts:
@@ -96,7 +109,7 @@ class GgufExperts:
             )
             for name, part in parts.items()
         }
-        biases = self._biases(layer, spec)
+        biases = self.biases(layer)
         return StoredExperts(
             spec,
             matrices.get("gate"),
@@ -193,7 +206,32 @@ class GgufExperts:
             stacked[expert] = self.checkpoint.blocks(tensor.name)
         return stacked
 
-    def _biases(self, layer: int, spec: MoESpec) -> dict[str, np.ndarray]:
+    def rows(self, layer: int) -> dict[str, ExpertRows]:
+        """Where the bytes of ``experts(layer)`` lie, by projection, biases left out."""
+        found = {}
+        for name, part in self._layer(layer).items():
+            tensors = [self.checkpoint.info(tensor) for tensor in part.names]
+            row_bytes = tensors[0].row_bytes
+            first = part.first_row * row_bytes
+            if len(tensors) == 1:
+                step = tensors[0].num_bytes // part.num_experts
+                starts = [
+                    (tensors[0].file, tensors[0].begin + e * step) for e in range(part.num_experts)
+                ]
+            else:
+                starts = [(tensor.file, tensor.begin) for tensor in tensors]
+            found[name] = ExpertRows(
+                self._format(part),
+                part.in_features,
+                part.out_features,
+                part.out_features * row_bytes,
+                tuple((file, begin + first) for file, begin in starts),
+            )
+        return found
+
+    def biases(self, layer: int) -> dict[str, np.ndarray]:
+        """float32 (num_experts, out_features) of each projection that has one."""
+        spec = self.spec(layer)
         biases: dict[str, np.ndarray] = {}
         for (part, kind), name in self._extras.get(layer, {}).items():
             if kind != "bias":

@@ -13,6 +13,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -122,14 +123,33 @@ class PackedReader(FilesReader):
         self._finalizer()
 
 
-def fill(fd: int, span: np.ndarray, begin: int, what: str, preadv: Preadv = os.preadv) -> None:
+def open_direct(file: Path) -> tuple[int, bool]:
+    """A descriptor for reads past the page cache, and True; where the file system takes none, an
+    ordinary one, and False. OSError if it cannot be opened.
+    """
+    plain = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(file, plain | os.O_DIRECT), True
+    except (OSError, AttributeError):
+        return os.open(file, plain), False
+
+
+def fill(
+    fd: int,
+    span: np.ndarray,
+    begin: int,
+    what: str,
+    preadv: Preadv = os.preadv,
+    least: int | None = None,
+) -> None:
     """Read all of ``span`` from byte ``begin`` of a file; errors that may go by are tried again.
 
     A read that stops short goes on at the last whole block, as O_DIRECT must. CheckpointError names
-    ``what`` and the bytes.
+    ``what`` and the bytes. least : bytes that must be there; what the file has of the rest is read.
     """
     view, done, failed = memoryview(span), 0, 0  # type: ignore[arg-type]
-    while done < len(span):
+    least = len(span) if least is None else least
+    while done < least:
         at = done // BLOCK * BLOCK
         try:
             count = preadv(fd, [view[at:]], begin + at)
@@ -146,7 +166,7 @@ def fill(fd: int, span: np.ndarray, begin: int, what: str, preadv: Preadv = os.p
             if failed < TRIES and not _ends(fd, begin + done):
                 continue
             raise CheckpointError(
-                f"{what}: bytes {begin} to {begin + len(span)} wanted, the file ends at "
+                f"{what}: bytes {begin} to {begin + least} wanted, the file ends at "
                 f"{begin + done}: it was truncated; convert or copy it again"
             )
         done = at + count
