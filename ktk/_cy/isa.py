@@ -59,6 +59,8 @@ BASE_SOURCES = (
             "kernels",
             "moe",
             "moe_tasks",
+            "combine",
+            "row_major",
             "addresses",
             "linear",
             "decoder",

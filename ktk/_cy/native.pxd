@@ -115,6 +115,12 @@ cdef extern from "ktk.h" nogil:
                         int top_k, int dtype, const void *hidden, const int64_t *ids,
                         const float *weights,
                         const uint8_t *skip, const float *add, void *out)
+    void ktk_combine(const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens, int64_t hidden,
+                     int64_t stride, int top_k, int dtype, const float *y, const int32_t *place,
+                     const float *weights, const float *add, void *out)
+    void ktk_row_major(ktk_pool *pool, const uint8_t *codes, int64_t panel_stride,
+                       int64_t num_panels, int bits, int64_t num_rows, int64_t row_bytes,
+                       uint8_t *out)
     int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
                        int is_down,
                        int64_t num_rows, const float *x, const int64_t *ids, float *y)

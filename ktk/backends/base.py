@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ktk.experts.fma import fma
+from ktk.experts.rows import store_rows
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
@@ -42,6 +44,28 @@ class Runner(ABC):
         projection : "gate_up" (columns gate then up) or "down". x : float32 (rows, in_features).
         expert_ids : int64 (rows,), all valid. Returns float32 (rows, out_features).
         """
+
+    def combine(
+        self,
+        y: np.ndarray,
+        place: np.ndarray,
+        weights: np.ndarray,
+        add: np.ndarray | None,
+        out: np.ndarray,
+    ) -> None:
+        """out = sum over slots of weight * y[place], as ``forward`` sums them, plus ``add``.
+
+        y : float32 (rows, hidden_size padded to a multiple of 16), outputs of single experts.
+        place : int32 (tokens, top_k), rows of y; -1 adds nothing. weights, add, out : as in
+        ``forward``; all C-contiguous.
+        """
+        total = np.zeros(out.shape, np.float32)
+        y = y if len(y) else np.zeros((1, out.shape[1]), np.float32)
+        for slot in range(place.shape[1]):
+            rows = place[:, slot]
+            product = fma(weights[:, slot, None], y[rows, : out.shape[1]], total)
+            total = np.where(rows[:, None] >= 0, product, total)
+        store_rows(total if add is None else total + add, out)
 
     @abstractmethod
     def packed(self) -> StoredExperts:

@@ -82,6 +82,16 @@ class NativeRunner(Runner):
             result: np.ndarray = self.experts.linear(projection, x, expert_ids)
         return result
 
+    def combine(
+        self,
+        y: np.ndarray,
+        place: np.ndarray,
+        weights: np.ndarray,
+        add: np.ndarray | None,
+        out: np.ndarray,
+    ) -> None:
+        self.experts.combine(y, place, weights, add, out)
+
     def packed(self) -> StoredExperts:
         return self.stored or join(self.spec, self.parts, self.order)
 

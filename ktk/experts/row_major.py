@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ktk._cy import native_module
 from ktk.experts.dequantise import dequantise
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.layout import PANEL, MatrixLayout, matrix_layout
 from ktk.experts.stored import StoredMatrix
+from ktk.machine.threads import EngineLayout
 
 BF16 = "bf16"
 
@@ -42,8 +44,11 @@ def own_codes(matrix: StoredMatrix) -> str | None:
     return name if is_int4 and not matrix.in_features % matrix.group_size else None
 
 
-def row_major(matrix: StoredMatrix, stored: int, form: str) -> Rows:
-    """The expert stored at ``stored``. form : ``own_codes`` of the matrix, or bf16.
+def row_major(
+    matrix: StoredMatrix, stored: int, form: str, engine: EngineLayout | None = None
+) -> Rows:
+    """The expert stored at ``stored``. form : ``own_codes`` of the matrix, or bf16. engine : whose
+    threads take panels apart; None: NumPy does.
 
     ValueError for repacked blocks, which nothing puts back in order.
     """
@@ -53,7 +58,13 @@ def row_major(matrix: StoredMatrix, stored: int, form: str) -> Rows:
     sizes = matrix.in_features, matrix.out_features
     layout = matrix_layout(matrix.format, *sizes, matrix.group_size, 0, matrix.rotation)
     panels = matrix.data[stored]
-    codes = _codes(panels, layout)
+    native = None if engine is None else native_module()
+    if native is None:
+        codes = _codes(panels, layout)
+    else:
+        bits = layout.format.bits
+        codes = np.empty((matrix.out_features, -(-matrix.in_features * bits // 8)), np.uint8)
+        native.row_major(panels[:, layout.scale_bytes :], bits, codes, engine)
     if form == BF16:
         return Rows(codes, None, (1, 1))
     scales = layout.scales(panels)  # (panels, groups, scales of a group)

@@ -196,3 +196,33 @@ cdef class Experts(_OnPool):
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
         return result
+
+    def combine(self, y, place, weights, add, out):
+        """See ktk.backends.base.Runner.combine; y is as wide as whole panels."""
+        cdef _Pool pool = self._pool()
+        cdef int64_t num_tokens = place.shape[0], hidden = out.shape[1], stride = y.shape[1]
+        cdef int top_k = place.shape[1]
+        cdef int dtype = _DTYPES[out.dtype.char]
+        cdef const float *rows = <const float *>_address(y)
+        cdef const int32_t *places = <const int32_t *>_address(place)
+        cdef const float *factors = <const float *>_address(weights)
+        cdef const float *partial = _floats(add)
+        cdef void *sums = <void *>_address(out)
+        with nogil:
+            ktk_combine(self.kernels, pool.pool, num_tokens, hidden, stride, top_k, dtype, rows,
+                        places, factors, partial, sums)
+
+
+def row_major(codes, int bits, out, engine):
+    """Codes of panels row by row. codes : uint8 (panels, code bytes), panels at any distance.
+
+    bits : 4, 8 (of fp8) or 16. out : uint8 (rows, row bytes). engine :
+    ktk.machine.threads.EngineLayout, whose threads do it.
+    """
+    cdef _Pool pool = _pool_of(engine)
+    cdef const uint8_t *first = <const uint8_t *>_address(codes)
+    cdef int64_t stride = codes.strides[0], num_panels = codes.shape[0]
+    cdef int64_t num_rows = out.shape[0], row_bytes = out.shape[1]
+    cdef uint8_t *to = <uint8_t *>_address(out)
+    with nogil:
+        ktk_row_major(pool.pool, first, stride, num_panels, bits, num_rows, row_bytes, to)

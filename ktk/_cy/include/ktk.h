@@ -97,6 +97,19 @@ int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *po
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                    int64_t num_rows, const float *x, const int64_t *ids, float *y);
 
+/* Sums of outputs that were computed elsewhere (combine.c): out (num_tokens, hidden) of dtype = add
+ * + sum over j, in order, of y[place[j]] * weights[j]. y (rows, stride) float, stride a multiple of
+ * 16; place, weights (num_tokens, top_k), place -1 adds nothing; add (num_tokens, hidden) or NULL.
+ */
+void ktk_combine(const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens, int64_t hidden,
+                 int64_t stride, int top_k, int dtype, const float *y, const int32_t *place,
+                 const float *weights, const float *add, void *out);
+
+/* Codes of panels, of 4, 8 or 16 bits, row by row (row_major.c): out (num_rows, row_bytes). codes:
+ * the first panel's. Of 8 bits those of fp8, which lie one by one. */
+void ktk_row_major(ktk_pool *pool, const uint8_t *codes, int64_t panel_stride, int64_t num_panels,
+                   int bits, int64_t num_rows, int64_t row_bytes, uint8_t *out);
+
 /* A dense matrix: w.num_panels panels, one behind the other. panels NULL: there is none. */
 typedef struct {
     ktk_matrix w;

@@ -19,6 +19,8 @@ from ktk.experts.row_major import BF16, Rows, own_codes, row_major
 from ktk.experts.stored import StoredExperts
 from ktk.integration.kt_kernel.arguments import checked_int
 from ktk.machine import queue as fifo
+from ktk.machine import threads
+from ktk.machine.threads import EngineLayout
 from ktk.ops.moe import MoE
 
 _BUFFERS = ("w13_weight_ptrs", "w13_scale_ptrs", "w2_weight_ptrs", "w2_scale_ptrs")
@@ -63,9 +65,9 @@ class WeightWriter:
         addresses = {name: _addresses(name, pointers, ranks) for name, pointers in named}
         stored = self.moe.runner.packed_expert(expert)
         place = stored.place(expert)
-        form = self._form(stored, addresses)
+        form, layout = self._form(stored, addresses), threads.acquire(self)
         _check_cuts(stored, form, ranks)
-        self._writes.append(fifo.submit(partial(_write, stored, place, form, ranks, addresses)))
+        self._writes.append(fifo.submit(partial(_write, stored, place, form, addresses, layout)))
 
     def sync_write_weight_scale_to_buffer(self) -> None:
         """Wait until everything submitted is written.
@@ -129,10 +131,11 @@ def _write(
     stored: StoredExperts,
     place: int,
     form: str,
-    ranks: int,
     addresses: dict[str, list[int]],
+    layout: EngineLayout,
 ) -> None:
-    rows = {name: row_major(m, place, form) for name, m in stored.matrices.items()}
+    rows = {name: row_major(m, place, form, layout) for name, m in stored.matrices.items()}
+    ranks = len(addresses["w2_weight_ptrs"])
     for rank in range(ranks):
         both = [_rows_of(rows[name], rank, ranks) for name in ("gate", "up")]
         down = _columns_of(rows["down"], rank, ranks)

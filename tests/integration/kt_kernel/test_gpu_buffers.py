@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ktk
+from ktk._cy import native_module
 from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError
 from ktk.experts.dequantise import expert_weights
@@ -26,6 +27,16 @@ from make.wrapper_cases import loaded
 E, H, N = 3, 192, 256
 FORMS = {"fp8": 128, "int4": 32}  # how many columns a scale is for
 Pointers = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[np.ndarray]]
+
+
+@pytest.fixture(params=["compiled", "NumPy"], autouse=True)
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who takes panels apart."""
+    if request.param == "NumPy":
+        monkeypatch.setattr("ktk.experts.row_major.native_module", lambda: None)
+    elif native_module() is None:
+        pytest.skip("the extension is not built")
+    return str(request.param)
 
 
 def wrapper_of(experts: StoredExperts) -> ktk.KTMoEWrapper:

@@ -1,0 +1,109 @@
+"""Experts over two and four processes: the bits of one, and a clear end where a rank is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+
+from ktk.errors import EngineError
+from ktk.machine import cpu
+from ktk.ops.exchange import Exchange
+from ktk.ops.expert_parallel import shares
+from ktk.placement.parallel import Spread
+from make import ROOT, TESTS
+from make.parallel_rank import CASES, TIMEOUT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cpu.best_isa() is None, reason="no compiled kernels run here"),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo"),
+]
+
+
+def run(folder: Path, ranks: int, end: str | None = None) -> list[dict[str, str]]:
+    """What each rank says of each case; the last one says nothing where it was to end."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
+        "KTK_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, str(TESTS / "make" / "parallel_rank.py"), str(folder)]
+    more = [end] if end else []
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in range(ranks)
+    ]
+    living = processes[:-1] if end else processes
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in living]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    files = [folder / f"{rank}.json" for rank in range(len(living))]
+    assert all(file.exists() for file in files), "\n".join(printed)
+    return [json.loads(file.read_text()) for file in files]
+
+
+@cache
+def cases_of(ranks: int) -> list[dict[str, str]]:
+    return run(Path(mkdtemp(prefix="ktk-parallel-")), ranks)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_over_processes(ranks: int, name: str) -> None:
+    said = [
+        of_rank.get(name, "not run: an earlier case lost the others") for of_rank in cases_of(ranks)
+    ]
+    assert said == [""] * ranks, "\n".join(f"rank {r}: {s}" for r, s in enumerate(said) if s)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "end"), [(2, "killed"), (4, "killed"), (4, "stopped"), (2, "left")]
+)
+def test_a_lost_rank_is_an_error_on_all_others_in_bounded_time(
+    ranks: int, end: str, tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    assert run(tmp_path, ranks, end) == [{end: ""}] * (ranks - 1)
+    assert time.monotonic() - begin < 60 + TIMEOUT
+
+
+def test_without_torch_distributed_it_says_what_to_start() -> None:
+    with pytest.raises(EngineError, match="torchrun"):
+        Exchange()
+
+
+def test_shares_are_neighbours_as_equal_as_can_be() -> None:
+    assert shares(10, 4) == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
+    assert shares(2, 3) == [[0], [1], []]
+
+
+def test_the_model_on_paper_counts_what_can_be_counted() -> None:
+    """Two ranks of two experts, two of four chosen: 1 of 6 choices stays at home."""
+    model = Spread(2, 4, 2, 100, 400)
+    assert model.ranks_per_token == pytest.approx(5 / 6)
+    assert model.bytes_per_token == pytest.approx(5 / 6 * 100 + 1 * 408)
+    assert Spread(1, 4, 2, 100, 400).bytes_per_token == 0
+    assert model.experts_read(1) == pytest.approx(1)
+    assert model.experts_read(1e6) == pytest.approx(2)
+    read, sent = model.seconds(1, 1e9, 1e9, 1e6, 1e-3)
+    assert read == pytest.approx(model.experts_read(2)) and sent > 3e-3
