@@ -28,7 +28,7 @@ from ktk.experts.formats.floats import to_f32
 from ktk.experts.stored import StoredExperts
 from ktk.machine import queue as fifo
 from ktk.ops.device_experts import DeviceExperts, Pairs
-from ktk.ops.inputs import Call, as_call, as_mask, is_tensor
+from ktk.ops.inputs import Call, as_add, as_call, as_mask, is_tensor
 from ktk.ops.moe import MoE
 from ktk.placement.masks.updates import Update
 
@@ -124,13 +124,16 @@ class HybridMoE:
     def device(self) -> torch.device:
         return self.device_experts.device
 
-    def forward(self, hidden_states: Any, topk_ids: Any, topk_weights: Any) -> Any:
+    def forward(
+        self, hidden_states: Any, topk_ids: Any, topk_weights: Any, *, add: Any = None
+    ) -> Any:
         """Sum over each token's slots of weight * expert(hidden).
 
         hidden_states : (..., hidden_size), float32, float16 or bfloat16; an array, or a tensor on
             any device.
         topk_ids : (num_tokens, top_k), any integer type; an id outside 0..num_experts-1 adds
             exactly zero. topk_weights : likewise, any float type, used as float32.
+        add : float32 (num_tokens, hidden_size) on the CPU, or None; added before the rounding.
         Returns a new (num_tokens, hidden_size) array, or tensor on hidden_states' device, of its
         dtype. Where no expert of the device is asked for, it has the bits of ``MoE``; else it
         differs by rounding, and by that of activations, which formats of integers round on the
@@ -138,25 +141,27 @@ class HybridMoE:
         Raises TypeError / ValueError naming the argument that does not fit.
         """
         call = as_call(hidden_states, topk_ids, topk_weights, self.spec.hidden_size, None)
-        result = self._result(hidden_states, call)
+        result = self._result(hidden_states, call, as_add(add, call.hidden.shape))
         if self.update is not None:
             self._follow(self.update, call.topk_ids)
         return result
 
     __call__ = forward
 
-    def _result(self, hidden_states: Any, call: Call) -> Any:
+    def _result(self, hidden_states: Any, call: Call, add: np.ndarray | None) -> Any:
         with self._using() as residents:
             valid = (call.topk_ids >= 0) & (call.topk_ids < self.spec.num_experts)
             slots = np.where(valid, residents.slots[np.where(valid, call.topk_ids, 0)], -1)
             if (slots < 0).all():
                 skip = residents.mask if residents.mask.any() else None
-                self.moe.run(call.hidden, call.topk_ids, call.topk_weights, skip, call.out)
+                self.moe.run(call.hidden, call.topk_ids, call.topk_weights, skip, call.out, add)
                 return call.result if call.device == "numpy" else call.result.to(call.device)
             given = hidden_states if is_tensor(hidden_states) else _tensor(call)
             rows = given.detach().reshape(call.hidden.shape)
             is_all = bool((valid == (slots >= 0)).all())  # nothing is left to the CPU
             sums = self._both(rows, call, slots, None if is_all else residents.mask)
+            if add is not None:
+                sums.add_(torch.from_numpy(add).to(self.device))
         return _rounded(sums, call)
 
     def _both(

@@ -32,12 +32,12 @@ from ktk.integration.kt_kernel.arguments import (
     mask_of,
     swiglu_activation,
 )
-from ktk.integration.kt_kernel.deferral import Deferred, sequence, split
 from ktk.integration.kt_kernel.gpu_buffers import WeightWriter
 from ktk.integration.kt_kernel.staging import Buffers
 from ktk.integration.kt_kernel.weights import LayerWeights
 from ktk.machine import queue as fifo
 from ktk.machine import threads as engine
+from ktk.ops.deferral import Deferred, sequence, split
 from ktk.ops.inputs import as_call, as_routing, device_of, on_host, on_stream
 from ktk.ops.moe import MoE
 from ktk.paths import user_path

@@ -44,6 +44,7 @@ LOGITS = (0.5, 1.5, 3.0)
 LEAST_SAME, SAME_WEIGHT = 0.97, 1e-4
 NORM_SCALES = (1e-4, 1e-3, 1.0, 100.0)  # of inputs: the smallest show an epsilon of 1e-6 and more
 SAME_NORM = 1e-5
+DEFERRED = "some of its experts run with the next layer"
 
 
 # What models call a layer's norms: of attention's branch and of the feed-forward one the norm
@@ -299,6 +300,8 @@ def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
         raise UnlikeError("its experts are not packed, or their activation is its own")
     if handle.hybrid is not None:
         raise UnlikeError(f"some of its experts are on {handle.hybrid.device}")
+    if handle.deferral is not None:
+        raise UnlikeError(DEFERRED)
     gates = {
         n: c for n, c in children.items() if _matrix_of(c, handle.moe.spec.num_experts) is not None
     }

@@ -16,7 +16,7 @@ import torch
 
 from ktk.integration.transformers.decoder_layers import FusedForward, decoder_layers
 from ktk.integration.transformers.experts import find_experts, handle_of, listen
-from ktk.integration.transformers.model_grid import model_grid, said
+from ktk.integration.transformers.model_grid import holder_of_layers, model_grid, said
 from ktk.integration.transformers.sources import layer_of
 from ktk.models.config import TOP_K_KEYS
 from ktk.placement.masks.files import recorder_directory
@@ -45,7 +45,7 @@ class ExpertStatistics:
             for name, module in decoder_layers(model)
             if isinstance(module.forward, FusedForward) and module.forward.top_k
         }
-        self._owner = _holder_of_layers(model, next(iter(modules)))
+        self._owner = holder_of_layers(model, next(iter(modules)))
         grid = model_grid(model, self._modules, max(spec.num_experts for spec in packed))
         config = getattr(model, "config", None)
         widest = [said(config, TOP_K_KEYS), *(fused.top_k for fused in self._fused.values())]
@@ -89,14 +89,3 @@ class ExpertStatistics:
             self.recorder.note(row, ids.detach().cpu().numpy())
 
         return take
-
-
-def _holder_of_layers(model: torch.nn.Module, experts: str) -> torch.nn.Module:
-    """The module whose list the layers with experts are in: every pass goes through it, whichever
-    head is asked. experts : the name of one experts module.
-    """
-    parts = experts.split(".")
-    for end in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:end])), torch.nn.ModuleList):
-            return model.get_submodule(".".join(parts[: end - 1]))
-    return model

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,6 +75,23 @@ def has_post_norm(module: Any) -> bool:
     return bool(getattr(module, "has_post_expert_norm", False))
 
 
+class Deferring(Protocol):
+    """Who runs a layer's experts where some of them wait for the next layer."""
+
+    def is_on(self) -> bool:
+        """Whether they wait in this call."""
+
+    def run(
+        self,
+        layer: int,
+        handle: ExpertsHandle,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the layer's experts module returns."""
+
+
 class ExpertsHandle:
     """One module's experts, ready to run.
 
@@ -91,6 +108,7 @@ class ExpertsHandle:
     ) -> None:
         self.moe = moe  # of the CPU
         self.hybrid = hybrid  # if a device has some of them
+        self.deferral: tuple[Deferring, int] | None = None  # and the layer's number in it
         self.activation = activation  # None: the module computes its own
         self.sources = sources  # what was packed; None if the float weights are gone
         self.blocks = blocks  # in the file's order, which the operator may have repacked

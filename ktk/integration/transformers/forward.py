@@ -60,6 +60,9 @@ def run_experts(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """``ktk_experts_forward`` without a graph."""
+    if handle.deferral is not None and handle.deferral[0].is_on():
+        deferral, layer = handle.deferral
+        return deferral.run(layer, handle, hidden_states, top_k_index, top_k_weights)
     if handle.hybrid is not None and not has_post_norm(module):
         result: torch.Tensor = handle.hybrid(hidden_states.detach(), top_k_index, top_k_weights)
         return result

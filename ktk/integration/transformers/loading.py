@@ -174,9 +174,9 @@ def load_model(
                 f"{path}: its experts are packed or quantised already: leave gguf out, or name "
                 "the directory they came from"
             )
-        gpu = None if quantization_config is None else quantization_config.request.gpu
+        said = Request() if quantization_config is None else quantization_config.request
         kwargs["quantization_config"] = KtkConfig(method=method, gguf=gguf).asking(
-            Request(only_text=only_text, expert_memory=memory, gpu=gpu)
+            replace(said, only_text=only_text, expert_memory=memory)
         )
         return auto.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     if quantization_config is not None and method.lower() == "auto":
@@ -188,6 +188,7 @@ def load_model(
         only_text=only_text,
         expert_memory=memory,
         gpu=wanted.request.gpu,
+        most_deferred=wanted.request.most_deferred,
     )
     if given == "ktk":
         return _load_packed(path, auto, dtype, request, kwargs)

@@ -23,6 +23,7 @@ from ktk.integration.choices import check_linear
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.decoder_layers import fuse_decoder_layers
+from ktk.integration.transformers.deferral import defer_experts
 from ktk.integration.transformers.experts import (
     drop_weights,
     find_experts,
@@ -55,6 +56,7 @@ class Request:
     method, linear : in place of the KtkConfig's own, unless None. source : of the experts, instead
     of the checkpoint that from_pretrained reads. only_text : towers are left out. expert_memory :
     None: all experts are loaded. gpu : which experts a device holds.
+    most_deferred : experts of a token that run with the next layer.
     """
 
     method: str | None = None
@@ -63,6 +65,7 @@ class Request:
     only_text: bool = False
     expert_memory: ExpertMemory | None = None
     gpu: GpuExperts | None = None
+    most_deferred: int = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Request:
         return self
@@ -94,8 +97,11 @@ class KtkConfig(hf.QuantizationConfigMixin):
         masks (then without gpu_experts) or of statistics, placed by frequency. device : of torch's,
         by default its accelerator. load_gpu_experts : keep them in the CPU's memory, too, which
         swaps, gradients and save_pretrained need. gpu_update : "prefill", "prefill:1024" or
-        "online": who is there goes with the text, see ``ktk.placement.masks.updates``. These five
-        are of this machine: never saved, and for a packed directory taken by ``load_model`` alone.
+        "online": who is there goes with the text, see ``ktk.placement.masks.updates``.
+    max_deferred_experts : of each token, at most, that run with the next layer: see
+        ``ktk.integration.transformers.deferral``.
+    From gpu_experts on they are of this machine: never saved, and for a packed directory taken by
+    ``load_model`` alone.
     Raises ValueError for a weight_format, method or linear that is unknown and for groups or a
     rotation that the format has not, TypeError for other options.
     """
@@ -121,6 +127,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
         device: str | torch.device | None = None,
         load_gpu_experts: bool = True,
         gpu_update: str | None = None,
+        max_deferred_experts: int = 0,
         **others: Any,
     ) -> None:
         others.pop("quant_method", None)
@@ -128,7 +135,8 @@ class KtkConfig(hf.QuantizationConfigMixin):
             raise TypeError(
                 f"KtkConfig has no option {', '.join(sorted(others))}: it takes weight_format, "
                 "group_size, activation_group, method, gguf, linear, rotation, expert_memory, "
-                "gpu_experts, placement, device, load_gpu_experts and gpu_update"
+                "gpu_experts, placement, device, load_gpu_experts, gpu_update and "
+                "max_deferred_experts"
             )
         turns = None if rotation is None else Rotation.of(rotation)
         if weight_format is not None:  # for its checks; 128 is a multiple of every group
@@ -146,7 +154,11 @@ class KtkConfig(hf.QuantizationConfigMixin):
         check_linear(linear)
         memory = ExpertMemory.of(expert_memory)
         asked = GpuExperts.asked(gpu_experts, placement, device, load_gpu_experts, gpu_update)
-        self.request = Request(expert_memory=memory, gpu=asked)
+        if type(max_deferred_experts) is not int or max_deferred_experts < 0:
+            raise ValueError(
+                f"max_deferred_experts={max_deferred_experts!r}: must be an int, at least 0"
+            )
+        self.request = Request(expert_memory=memory, gpu=asked, most_deferred=max_deferred_experts)
         # plug-ins have no row in transformers' enum
         self.quant_method = "ktk"  # type: ignore[assignment]
         self.weight_format = weight_format
@@ -353,6 +365,8 @@ class KtkHfQuantizer(hf.HfQuantizer):
                 raise CheckpointError(f"{name}: {error}") from None
             drop_weights(module)
             self._attach(layer_of(name), module, packed)
+        if config.request.most_deferred:
+            defer_experts(model, config.request.most_deferred)
         config.linear, config.request = config.request.linear or config.linear, Request()
         if config.linear != "none":
             run_linears(model, config.linear)
