@@ -19,6 +19,7 @@ from ktk.integration.kt_kernel import install
 from make.sglang_files import KT, WRAPPER, folder_of
 
 NUM_LAYERS, E, K, H, N = 3, 8, 2, 128, 256
+GROUP = 32  # of int4
 MODULE = "sglang.srt.layers.moe.kt_ep_wrapper"
 BLOCK = 128
 
@@ -54,7 +55,11 @@ class FusedMoEMethodBase:
 
 
 class DeviceExperts(FusedMoEMethodBase):
-    """Experts of the device: bf16, or e4m3 with a float32 scale for 128 x 128."""
+    """Experts of the device: bf16; e4m3 with a float32 scale for 128 x 128; or 8 codes of 4 bits in
+    an int32, (in_features / 8, out_features), with a bf16 scale for 32.
+    """
+
+    num_bits, packed_factor, group_size, actorder = 4, 8, GROUP, None
 
     def __init__(self, form: str) -> None:
         self.form = form
@@ -77,6 +82,13 @@ class DeviceExperts(FusedMoEMethodBase):
         if is_fp8:
             made["w13_weight_scale_inv"] = torch.zeros(num_experts, 2 * i // BLOCK, h // BLOCK)
             made["w2_weight_scale_inv"] = torch.zeros(num_experts, h // BLOCK, i // BLOCK)
+        if self.form == "int4":
+            made = {
+                "w13_weight_packed": torch.zeros(num_experts, h // 8, 2 * i, dtype=torch.int32),
+                "w2_weight_packed": torch.zeros(num_experts, i // 8, h, dtype=torch.int32),
+                "w13_weight_scale": torch.zeros(num_experts, h // GROUP, 2 * i, dtype=params_dtype),
+                "w2_weight_scale": torch.zeros(num_experts, i // GROUP, h, dtype=params_dtype),
+            }
         for name, tensor in made.items():
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
 
@@ -87,13 +99,18 @@ class DeviceExperts(FusedMoEMethodBase):
         x, (weights, ids, _) = dispatched
         assert self.moe_runner_config.routed_scaling_factor is None or self.form == "mainline"
         out = torch.zeros(x.shape, dtype=torch.float32)
-        for e in range(len(layer.w13_weight)):
+        for e in range(len(next(layer.parameters()))):
             token, slot = torch.nonzero(ids == e, as_tuple=True)
             y = expert_of(x[token].float(), self.dense(layer, "w13", e), self.dense(layer, "w2", e))
             out.index_add_(0, token, weights[token, slot, None].float() * y)
         return Combined(out.to(x.dtype))
 
     def dense(self, layer: Any, name: str, expert: int) -> torch.Tensor:
+        if self.form == "int4":
+            scales = getattr(layer, f"{name}_weight_scale")[expert].float()
+            words = getattr(layer, f"{name}_weight_packed")[expert].reshape(-1, scales.shape[1])
+            nibbles = torch.stack([words >> 4 * j & 15 for j in range(8)], dim=1).flatten(0, 1)
+            return ((nibbles - 8) * scales.repeat_interleave(GROUP, 0)).T
         codes = getattr(layer, f"{name}_weight")[expert].float()
         if self.form != "fp8":
             return codes
@@ -191,7 +208,7 @@ def _surroundings(given: Arguments, place: Any) -> dict[str, dict[str, Any]]:
         "layers.moe.topk": {"TopKOutputChecker": is_bypassed},
         "layers.moe.utils": {"is_kt_ep_wrapper_disabled": lambda: False},
         "layers.quantization.base_config": {"FusedMoEMethodBase": FusedMoEMethodBase},
-        "layers.quantization.marlin_utils": {"marlin_permute_scales": None},
+        "layers.quantization.marlin_utils": {"marlin_permute_scales": lambda s, *_: s},
         "runtime_context": {
             "get_exec": lambda: SimpleNamespace(moe=moe),
             "get_parallel": lambda: SimpleNamespace(tp_rank=place.rank),
@@ -248,6 +265,7 @@ def wrapper_module(
                 setattr(owner, name, value)
         module: Any = _module(MODULE, place=place)
         sys.modules[MODULE] = module
+        module.gptq_marlin_repack = lambda words, *_: words  # imported where there is CUDA
         exec(compile(text, f"{release}/{WRAPPER}", "exec"), module.__dict__)
         yield module
 
@@ -282,10 +300,13 @@ def given_experts(given: Arguments) -> int:
 def cut(expert: Any, rank: int, ranks: int) -> dict[str, torch.Tensor]:
     """A rank's device weights of one expert by their names."""
     found = {}
-    for i, end in enumerate(("weight", "weight_scale_inv")[: len(expert) // 3]):
+    is_int4 = expert[0].dtype == torch.int32
+    ends = ("weight_packed", "weight_scale") if is_int4 else ("weight", "weight_scale_inv")
+    for i, end in enumerate(ends[: len(expert) // 3]):
         gate, up, down = expert[3 * i : 3 * i + 3]
-        found[f"w13_{end}"] = torch.cat([half.chunk(ranks)[rank] for half in (gate, up)])
-        found[f"w2_{end}"] = down.chunk(ranks, dim=1)[rank]
+        w13 = torch.cat([half.chunk(ranks)[rank] for half in (gate, up)])
+        w2 = down.chunk(ranks, dim=1)[rank]
+        found[f"w13_{end}"], found[f"w2_{end}"] = (w.T if is_int4 else w for w in (w13, w2))
     return found
 
 
@@ -304,9 +325,11 @@ def write_layers(path: Path, form: str) -> list[list[Any]]:
         experts = []
         for e in range(E):
             rows = [row_major(m, e, form) for m in stored.matrices.values()]
-            dtype = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
-            codes = [torch.from_numpy(r.codes.copy()).view(dtype) for r in rows]
+            dtypes = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "int4": torch.int32}
+            codes = [torch.from_numpy(r.codes.copy()).view(dtypes[form]) for r in rows]
             scales = [torch.from_numpy(r.scales) for r in rows if r.scales is not None]
+            if form == "int4":
+                scales = [s.view(torch.bfloat16) for s in scales]
             experts.append([*codes, *scales])
         layers.append(experts)
     return layers

@@ -91,6 +91,41 @@ def test_spawned_processes_find_it_too(tmp_path: Path) -> None:
     assert done.stdout.split() == [OURS, OURS]
 
 
+SERVER = """
+import sys
+from multiprocessing import get_context
+
+def scheduler():
+    import kt_kernel
+    print(kt_kernel.KTMoEWrapper.__module__, flush=True)
+
+if __name__ == "__main__":
+    print(*sys.argv[1:], flush=True)
+    process = get_context("spawn").Process(target=scheduler)
+    process.start(), process.join()
+"""
+
+
+def test_the_command_becomes_sglangs_server_with_ktk_in_its_processes(real: Path) -> None:
+    """Of a package sglang that does nothing else; another kt_kernel is installed, and said so."""
+    (real / "sglang").mkdir()
+    (real / "sglang" / "__init__.py").touch()
+    (real / "sglang" / "launch_server.py").write_text(SERVER)
+    given = ["--model-path", "m", "--kt-weight-path", str(real), "--kt-threadpool-count", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ktk", "sglang", *given],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(real)])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [" ".join([*given, NO_GRAPH]), OURS]
+    assert f"ktk stands in for the kt_kernel of {real}" in done.stderr
+    assert f"with {NO_GRAPH}" in done.stderr
+
+
 def test_after_sglang_has_looked_it_is_too_late() -> None:
     code = """
 import sys, types

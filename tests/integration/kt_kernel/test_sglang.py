@@ -21,6 +21,8 @@ import torch
 
 import ktk
 from ktk.experts.dequantise import expert_weights
+from ktk.experts.formats.floats import bf16_to_f32
+from ktk.experts.row_major import row_major
 from ktk.experts.spec import MoESpec
 from ktk.integration.kt_kernel.stand_in import kt_kernel
 from make import ROOT, TESTS
@@ -247,7 +249,7 @@ def test_a_mask_changed_in_place_holds_from_the_next_step_on(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("form", ["bf16", "fp8"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
 def test_a_long_prompt_runs_on_the_device_with_weights_that_ktk_writes(
     form: str, ranks: int, tmp_path: Path
 ) -> None:
@@ -273,18 +275,22 @@ def test_a_long_prompt_runs_on_the_device_with_weights_that_ktk_writes(
     assert [out for out, _ in said] == ["as it should be\n"] * ranks, [err for _, err in said]
 
 
-def test_the_device_weights_of_these_tests_are_the_experts_own() -> None:
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+def test_the_device_weights_of_these_tests_are_the_experts_own(form: str) -> None:
     """They come out of the function that the wrapper uses; here they meet another way to read."""
-    for form, spec in (("bf16", MoESpec(E, H, N, "bf16")), ("fp8", MoESpec(E, H, N, "fp8"))):
-        stored = pack_all(spec, random_experts(spec, 0))
-        for e in range(E):
-            from ktk.experts.row_major import row_major
-
-            floats = expert_weights(stored, e)
-            rows = [row_major(m, e, form) for m in stored.matrices.values()]
-            for want, got in zip((floats.gate, floats.up, floats.down), rows, strict=True):
+    spec = MoESpec(E, H, N, form)
+    stored = pack_all(spec, random_experts(spec, 0))
+    for e in range(E):
+        floats = expert_weights(stored, e)
+        rows = [row_major(m, e, form) for m in stored.matrices.values()]
+        for want, got in zip((floats.gate, floats.up, floats.down), rows, strict=True):
+            if form == "int4":
+                pairs = np.stack([got.codes & 15, got.codes >> 4], axis=2)
+                values = pairs.reshape(len(pairs), -1).astype(np.float32) - 8
+            else:
                 dtype = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
                 values = torch.from_numpy(got.codes.copy()).view(dtype).float().numpy()
-                if got.scales is not None:
-                    values = values * np.repeat(np.repeat(got.scales, 128, 0), 128, 1)
-                assert np.array_equal(want, values)
+            if got.scales is not None:
+                scales = bf16_to_f32(got.scales) if form == "int4" else got.scales
+                values = values * np.repeat(np.repeat(scales, got.block[0], 0), got.block[1], 1)
+            assert np.array_equal(want, values)
