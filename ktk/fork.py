@@ -25,6 +25,14 @@ def in_child(renew: Callable[[], None]) -> Callable[[], None]:
     return renew
 
 
+def around(hold: Callable[[], None], release: Callable[[], None]) -> None:
+    """Call ``hold`` before every fork, and ``release`` after it, in the parent and in the child:
+    for what must be at rest while memory is copied.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release)
+
+
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ktk import fork
 from ktk.errors import BackendError
 from ktk.experts.layout import EXPERT_ALIGN, round_up
 from ktk.machine.memory import aligned_buffer
@@ -80,10 +82,12 @@ class Slots:
         self._counters = Counters()
         self._changed = threading.Condition()
         self._num_readers = num_readers
-        self._threads = ThreadPoolExecutor(num_readers, thread_name_prefix="ktk-expert-reader")
+        self._is_paused = False  # no call begins
+        self._start_threads()
         for store in stores:
             for expert in range(store.spec.num_experts):
                 store.place(expert, None)
+        _all.add(self)
 
     # --- what callers see ---
 
@@ -180,7 +184,7 @@ class Slots:
         """
         claims: list[_Claim] = []
         with self._changed:
-            for key in self._keys(layer, experts):
+            for key in () if self._is_paused else self._keys(layer, experts):
                 if self._in_flight >= self._num_readers:
                     break
                 if self._experts[key] is ExpertState.COLD and self._has_room(layer, [key]):
@@ -217,6 +221,26 @@ class Slots:
             self._stores[layer].place(expert, None)
         self.reader.close()
 
+    def pause(self) -> None:
+        """Until ``resume`` no call begins; returns once all have ended and no read runs."""
+        self._changed.acquire()
+        self._is_paused = True
+        self._changed.wait_for(lambda: not self._in_flight and not any(self._readers))
+
+    def resume(self) -> None:
+        """By the thread that called ``pause``, in its process or in a child forked meanwhile."""
+        if self._process != fork.process():
+            self._start_threads()
+        self._is_paused = False
+        self._changed.notify_all()
+        self._changed.release()
+
+    def _start_threads(self) -> None:
+        self._process = fork.process()
+        self._threads = ThreadPoolExecutor(
+            self._num_readers, thread_name_prefix="ktk-expert-reader"
+        )
+
     # --- a call's way ---
 
     def _acquire(
@@ -233,6 +257,8 @@ class Slots:
         """
         wanted = set(keys)
         with self._changed:
+            if self._is_paused:
+                self._changed.wait_for(lambda: not self._is_paused)
             if is_first and all(map(self._is_ready.__getitem__, keys)):  # mostly so: be quick
                 self._count(keys, (), ())
                 self._pools.begin(layer, keys, scores)
@@ -417,3 +443,23 @@ class Slots:
     def _step_slot(self, slot: int, state: SlotState) -> None:
         assert state in SLOT_STEPS[self._slots[slot]], (self._slots[slot], state)
         self._slots[slot] = state
+
+
+# A child forked amid a read would have part of an expert; with O_DIRECT the rest of it might even
+# come to the child alone. One forked amid a call would wait for its end.
+_all: weakref.WeakSet[Slots] = weakref.WeakSet()
+_paused: list[Slots] = []
+
+
+def _pause_all() -> None:
+    for slots in list(_all):
+        slots.pause()
+        _paused.append(slots)
+
+
+def _resume_all() -> None:
+    while _paused:
+        _paused.pop().resume()
+
+
+fork.around(_pause_all, _resume_all)

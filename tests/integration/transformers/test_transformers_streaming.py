@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from ktk.machine import cpu
 from ktk.placement.residency.expert_memory import ExpertMemory
 from ktk.placement.residency.policies import POLICIES
 from ktk.placement.residency.slots import Slots
+from make.children import run_python
 from make.transformers_cases import FAMILIES, make_model, run
 
 pytestmark = pytest.mark.skipif(cpu.best_isa() is None, reason="no compiled kernels run here")
@@ -208,3 +210,49 @@ def test_such_a_model_says_why_it_cannot_be_saved(
         handle = handle_of(module)
         assert handle is not None
         assert "Streamed" in repr(handle.moe)
+
+
+FORKED = """
+import os, signal, sys, threading
+import torch
+from ktk.integration.transformers import KtkConfig, load_model, linear
+from ktk.integration.transformers.streaming import expert_slots
+torch.set_num_threads(1)  # its other threads are not in a child
+linear.SMALLEST = 1
+model = load_model(sys.argv[1], quantization_config=KtkConfig(linear="file"), expert_memory="5")
+ids = torch.arange(3, 14)[None]
+
+def logits():
+    with torch.no_grad():
+        return model(ids).logits
+
+want, over = logits(), threading.Event()
+
+def work():
+    while not over.is_set():
+        assert torch.equal(want, logits())
+
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        reads = expert_slots(model).counters().reads
+        same = torch.equal(want, logits())
+        os._exit(0 if same and expert_slots(model).counters().reads > reads else 1)
+    assert os.waitpid(child, 0)[1] == 0
+over.set()
+for thread in threads:
+    thread.join()
+print("same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_children_forked_amid_reads_have_the_bits_and_read_themselves(
+    directories: dict[str, Path],
+) -> None:
+    """And the process ends by itself, its reading threads with it."""
+    assert "same" in run_python(FORKED, str(directories["qwen3_moe"]))
