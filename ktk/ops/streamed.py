@@ -53,27 +53,39 @@ class StreamedMoE:
         hidden = as_hidden(hidden_states, self.spec.hidden_size)
         ids, weights = as_routing(topk_ids, topk_weights, len(hidden))
         mask = as_mask(skip, self.spec.num_experts)
-        more = as_add(add, hidden.shape)
         result, out = new_like(hidden_states, hidden.shape)
+        self.run(hidden, ids, weights, mask, out, as_add(add, hidden.shape))
+        return result
+
+    __call__ = forward
+
+    def run(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None = None,
+    ) -> None:
+        """As ``MoE.run``, and the same bits. Raises as ``forward``."""
+        ids, weights = topk_ids, topk_weights
         is_used = (ids >= 0) & (ids < self.spec.num_experts)
-        if mask is not None:
-            is_used[is_used] = ~mask[ids[is_used]]
+        if skip is not None:
+            is_used[is_used] = ~skip[ids[is_used]]
         experts = np.unique(ids[is_used]).tolist()
         if len(experts) <= self.slots.room(self.layer):
             with self.slots.using(self.layer, experts, self._scores(ids, weights, is_used)):
-                self.moe.run(hidden, ids, weights, mask, out, more)
-            return result
+                self.moe.run(hidden, ids, weights, skip, out, add)
+            return
         own_ids = np.where(is_used, ids, -1)
         step = max(1, WAVE_BYTES // (4 * ids.shape[1] * self.spec.hidden_size))
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             total = self._in_waves(hidden[part], own_ids[part], weights[part])
-            if more is not None:
-                total += more[part]
+            if add is not None:
+                total += add[part]
             out[part] = _as_dtype(total, out.dtype)
-        return result
-
-    __call__ = forward
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         """As ``MoE.linear``, and the same bits. Raises as ``forward``, too."""

@@ -15,6 +15,14 @@ METHODS = {"RAWINT4": "INT4", "GPTQ_INT4": "INT4", "MOE_INT4": "INT4", "MOE_INT8
 _NOT_HERE = ("FP8_PERCHANNEL", "MXFP4", "MXFP8", "SYCL_GPTQ_INT4")
 
 
+def check_top_k(num_experts_per_tok: int, num_experts: int) -> None:
+    """ValueError if a token would use more experts than there are."""
+    if num_experts_per_tok > num_experts:
+        raise ValueError(
+            f"num_experts_per_tok={num_experts_per_tok}: must be at most num_experts={num_experts}"
+        )
+
+
 def ktk_method(method: Any) -> Any:
     """What KT-Kernel's name of a method is here; any other name as it is.
 

@@ -21,7 +21,7 @@ from ktk.integration.kt_kernel.arguments import checked_int
 from ktk.machine import queue as fifo
 from ktk.machine import threads
 from ktk.machine.threads import EngineLayout
-from ktk.ops.moe import MoE
+from ktk.ops.streamed import AnyMoE
 
 _BUFFERS = ("w13_weight_ptrs", "w13_scale_ptrs", "w2_weight_ptrs", "w2_scale_ptrs")
 
@@ -35,7 +35,7 @@ class WeightWriter:
         self._writes: deque[fifo.Ticket] = deque()
 
     @property
-    def moe(self) -> MoE:
+    def moe(self) -> AnyMoE:
         raise NotImplementedError
 
     def submit_write_weight_scale_to_buffer(

@@ -22,11 +22,17 @@ from ktk.experts.formats import GGUF, get_format
 from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
+from ktk.integration.kt_kernel.arguments import checked_int
 from ktk.models import find_experts
 from ktk.ops.gguf_model import open_experts
 from ktk.ops.inputs import as_weights, is_bf16, to_numpy
-from ktk.ops.moe import expert_reader
+from ktk.ops.moe import MoE, expert_reader
 from ktk.ops.requantise import packed_format
+from ktk.ops.streamed import AnyMoE, StreamedMoE
+from ktk.ops.streamed_layers import StreamedLayers
+from ktk.placement.residency.expert_memory import ExpertMemory
+from ktk.placement.residency.gguf_reader import GgufReader
+from ktk.placement.residency.reader import FilesReader, PackedReader
 from ktk.quantise.pack import pack_experts
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -34,11 +40,29 @@ _BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 @dataclass(frozen=True)
+class Residency:
+    """A wrapper that keeps only some experts in memory: room for ``most``, of which a token uses
+    top_k.
+    """
+
+    most: int
+    top_k: int
+
+    @classmethod
+    def asked(cls, max_resident_experts: int | None, top_k: int) -> Residency | None:
+        """None if all are loaded. Raises ValueError, TypeError."""
+        if max_resident_experts is None:
+            return None
+        return cls(checked_int("max_resident_experts", max_resident_experts, top_k), top_k)
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """What a wrapper asks of its layer's weights, and how they are had.
 
     Shapes are the whole layer's. weight_format, group_size, activation_group, rotation,
-    activation : None takes what the weights record, then the default.
+    activation : None takes what the weights record, then the default. residency : None: all experts
+    are loaded.
     """
 
     layer_idx: int
@@ -53,6 +77,7 @@ class LayerWeights:
     activation: Activation | None
     weight_path: Path | None
     cpu_save: bool
+    residency: Residency | None = None
 
     def check(self) -> None:
         """Refuse a format that cannot run now rather than after the long part.
@@ -64,7 +89,7 @@ class LayerWeights:
 
     def load(
         self, physical_to_logical_map: Any, num_threads: int, keep: np.ndarray | None
-    ) -> StoredExperts:
+    ) -> StoredExperts | StreamedMoE:
         """The layer from ``weight_path``, slot p with the weights of logical expert map[p].
 
         keep : bool (num_experts,), slots to load; None: all.
@@ -76,6 +101,13 @@ class LayerWeights:
                 "weight_path is None: name a directory at construction, or call "
                 "load_weights_from_tensors()"
             )
+        if self.residency is not None:
+            if order is not None:
+                raise ValueError(
+                    "physical_to_logical_map puts experts elsewhere: with max_resident_experts "
+                    "they are read where they lie; leave one of them out"
+                )
+            return self._streamed(path, self.residency, num_threads)
         if is_gguf(path):
             return self._from_gguf(path, order, num_threads, keep)
         if layer_path(path, self.layer_idx).exists():
@@ -86,6 +118,36 @@ class LayerWeights:
             packed = self._quantise_checkpoint(path, num_threads, _wanted(order, keep))
         return _arranged(packed, order, keep)
 
+    def _streamed(self, path: Path, residency: Residency, num_threads: int) -> StreamedMoE:
+        """The layer, none of its experts in memory yet."""
+        numbers = (self.layer_idx,)
+        reader: FilesReader
+        if is_gguf(path):
+            experts = open_experts(path)
+            spec = experts.spec(self.layer_idx)
+            self._check_shapes(dataclasses.asdict(spec), f"{path}, layer {self.layer_idx},")
+            reader = GgufReader(experts, numbers)
+        elif layer_path(path, self.layer_idx).exists():
+            reader = PackedReader(path, numbers)
+            spec = self._check_packed(reader.specs[0], path)
+        else:
+            raise ValueError(
+                f"max_resident_experts={residency.most}: {path} holds no packed layer "
+                f"{self.layer_idx}: run `ktk convert` on it first, or leave it out"
+            )
+        source = f"{path}, layer {self.layer_idx},"
+        layers = StreamedLayers(
+            reader,
+            numbers,
+            ExpertMemory(str(residency.most)),
+            residency.top_k,
+            activations={self.layer_idx: self.agreed_activation(spec.activation, source)},
+            method=self.method,
+            num_threads=num_threads,
+            where=path,
+        )
+        return layers[self.layer_idx]
+
     def from_tensors(
         self,
         given: dict[str, Any],
@@ -95,6 +157,11 @@ class LayerWeights:
     ) -> StoredExperts:
         """Packed experts. given : gate_proj, up_proj, down_proj and the biases, in this order."""
         self.order(physical_to_logical_map)
+        if self.residency is not None:
+            raise ValueError(
+                "max_resident_experts: experts from tensors are all in memory: leave it out, or "
+                "name a packed directory or a GGUF file as weight_path"
+            )
         biases = [name for name in _BIASES if given[name] is not None]
         if biases and len(biases) < 3:
             raise ValueError(f"only {', '.join(biases)} given: give all three biases or none")
@@ -113,6 +180,15 @@ class LayerWeights:
         packed = pack_experts(spec, expert_reader(given), num_threads, _wanted(None, keep))
         self._save(packed)
         return packed
+
+    def operator(
+        self, experts: StoredExperts | StreamedMoE, num_threads: int, repack: bool | None
+    ) -> AnyMoE:
+        """What runs them. repack : of blocks, as ``MoE`` takes it."""
+        if isinstance(experts, StreamedMoE):
+            return experts
+        repack = None if experts.is_packed else repack
+        return MoE(experts, method=self.method, num_threads=num_threads, repack=repack)
 
     def spec(self, **fields: Any) -> MoESpec:
         """The spec the constructor asked for; ``fields`` come from the weights."""

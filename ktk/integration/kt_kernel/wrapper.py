@@ -26,6 +26,7 @@ from ktk.experts.rotation import Rotation
 from ktk.experts.stored import StoredExperts
 from ktk.integration.kt_kernel.arguments import (
     check_mode,
+    check_top_k,
     checked_int,
     checked_nodes,
     ktk_method,
@@ -34,12 +35,12 @@ from ktk.integration.kt_kernel.arguments import (
 )
 from ktk.integration.kt_kernel.gpu_buffers import WeightWriter
 from ktk.integration.kt_kernel.staging import Buffers
-from ktk.integration.kt_kernel.weights import LayerWeights
+from ktk.integration.kt_kernel.weights import LayerWeights, Residency
 from ktk.machine import queue as fifo
 from ktk.machine import threads as engine
 from ktk.ops.deferral import Deferred, sequence, split
 from ktk.ops.inputs import as_call, as_routing, device_of, on_host, on_stream
-from ktk.ops.moe import MoE
+from ktk.ops.streamed import AnyMoE, StreamedMoE
 from ktk.paths import user_path
 
 _buffers = Buffers()
@@ -97,6 +98,9 @@ class KTMoEWrapper(WeightWriter):
         ktk's own: False loads only the experts that the mask leaves to the CPU when weights are
         loaded; a call that routes to another, unmasked since, is a BackendError. Not with cpu_save,
         which writes whole layers.
+    max_resident_experts : int or None
+        ktk's own: so many of a packed layer or of a GGUF file are in memory, the others are read
+        when a call needs them, with the same results. None: all are loaded.
     group_size, weight_format, activation_group, rotation : int, str, int, Rotation or int, or None
         ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has
         it.
@@ -145,6 +149,7 @@ class KTMoEWrapper(WeightWriter):
         rotation: Rotation | int | None = None,
         repack: bool | None = None,
         load_gpu_experts: bool = True,
+        max_resident_experts: int | None = None,
     ) -> None:
         sft_only = {
             "lora_rank": lora_rank,
@@ -161,11 +166,7 @@ class KTMoEWrapper(WeightWriter):
         self.num_experts_per_tok = checked_int("num_experts_per_tok", num_experts_per_tok)
         self.hidden_size = checked_int("hidden_size", hidden_size)
         self.moe_intermediate_size = checked_int("moe_intermediate_size", moe_intermediate_size)
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={num_experts_per_tok}: must be at most "
-                f"num_experts={num_experts}"
-            )
+        check_top_k(self.num_experts_per_tok, self.num_experts)
         self.chunked_prefill_size = checked_int("chunked_prefill_size", chunked_prefill_size)
         deferred = max_deferred_experts_per_token
         self.max_deferred_experts_per_token = checked_int(
@@ -191,10 +192,11 @@ class KTMoEWrapper(WeightWriter):
             activation=swiglu_activation(swiglu_limit, swiglu_alpha),
             weight_path=self.weight_path,
             cpu_save=self.cpu_save,
+            residency=Residency.asked(max_resident_experts, self.num_experts_per_tok),
         )
         self.weights.check()
         self._mask = mask_of(gpu_experts_mask, num_gpu_experts, self.num_experts)
-        self._moe: MoE | None = None
+        self._moe: AnyMoE | None = None
         self._submitted: _Submitted | None = None
         # Tasks nobody waits for; the next sync raises their exceptions.
         self._unseen: deque[fifo.Ticket] = deque()
@@ -223,7 +225,7 @@ class KTMoEWrapper(WeightWriter):
         return int(self._mask.sum())
 
     @property
-    def moe(self) -> MoE:
+    def moe(self) -> AnyMoE:
         """The operator. RuntimeError before the weights are loaded."""
         if self._moe is None:
             raise RuntimeError(
@@ -294,11 +296,8 @@ class KTMoEWrapper(WeightWriter):
             kept[0] = True  # the shapes must come from somewhere
         return kept
 
-    def _use(self, experts: StoredExperts) -> None:
-        repack = None if experts.is_packed else self._repack
-        self._moe = MoE(
-            experts, method=self.method, num_threads=self.cpuinfer_threads, repack=repack
-        )
+    def _use(self, experts: StoredExperts | StreamedMoE) -> None:
+        self._moe = self.weights.operator(experts, self.cpuinfer_threads, self._repack)
 
     # -- running -------------------------------------------------------------------------------
 
@@ -414,7 +413,7 @@ class KTMoEWrapper(WeightWriter):
 
     def _run(
         self,
-        moe: MoE,
+        moe: AnyMoE,
         hidden: np.ndarray,
         ids: np.ndarray,
         weights: np.ndarray,
