@@ -142,6 +142,25 @@ class Pages:
             row += [table.ctypes.data, *strides]
         self.native = (*row, self.page_tokens)  # as native.DecoderLayer.forward takes it
 
+    @classmethod
+    def of_pool(cls, keys: np.ndarray, values: np.ndarray, numbers: Sequence[int]) -> Pages:
+        """Some pages of many, in this order.
+
+        keys, values : contiguous (pages, heads, page_tokens, width), page_tokens a multiple of 16.
+        """
+        self = cls.__new__(cls)
+        self.page_tokens, self.dtype = keys.shape[2], keys.dtype
+        self.num_tokens = self.page_tokens * len(numbers)
+        self.shapes = tuple((p.shape[1], p.shape[3]) for p in (keys, values))
+        row: list[Any] = []
+        self._tables = []
+        for pool in (keys, values):
+            table = pool.ctypes.data + np.array(numbers, np.uintp) * np.uintp(pool.strides[0])
+            self._tables.append(table)
+            row += [table.ctypes.data, *(stride // pool.itemsize for stride in pool.strides[1:3])]
+        self.native = (*row, self.page_tokens)
+        return self
+
 
 class DecoderLayer:
     """A ``DecoderSpec`` ready to run on the process-wide engine.
@@ -172,6 +191,7 @@ class DecoderLayer:
         pages: Sequence[Pages],
         sequence: Sequence[int],
         position: Sequence[int],
+        chosen: np.ndarray | None = None,
     ) -> np.ndarray:
         """Write each row's key and value at its position in its sequence, and attend to those up to
         it.
@@ -179,8 +199,9 @@ class DecoderLayer:
         hidden : (rows, hidden_size), float32, float16 or bf16 bits as uint16, as are keys and
         values. cosines, sines : float32 (rows, rotary.dim / 2). pages : of each sequence. sequence,
         position : of each row, an index of pages and a place among its tokens, no two rows the
-        same. Returns (rows, hidden_size) in hidden's dtype. A row has the same bits whatever other
-        rows, pages and threads there are. Raises ValueError for what does not fit.
+        same. chosen : contiguous int64 (rows, top_k), where the experts of each are left. Returns
+        (rows, hidden_size) in hidden's dtype. A row has the same bits whatever other rows, pages
+        and threads there are. Raises ValueError for what does not fit.
         """
         attention, rows = self.spec.attention, len(hidden)
         wanted: dict[str, tuple[np.ndarray, tuple[int, ...], Any]] = {
@@ -217,6 +238,7 @@ class DecoderLayer:
             sequence,
             position,
             out.ctypes.data,
+            chosen,
         )
         return out
 

@@ -195,10 +195,11 @@ cdef class DecoderLayer(_OnPool):
 
     def forward(self, str dtype, int num_rows, uintptr_t hidden, uintptr_t cosines,
                 uintptr_t sines, pages, sequence,
-                position, uintptr_t out):
+                position, uintptr_t out, chosen=None):
         """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). pages : for each sequence (address of
         the keys' table, head and row stride, of the values' likewise, page_tokens). sequence,
-        position : num_rows of each. The rest: addresses.
+        position : num_rows of each. chosen : int64 (num_rows, top_k), where the rows' experts are
+        left, or None. The rest: addresses.
         """
         cdef ktk_decoder_rows rows
         cdef int i
@@ -215,7 +216,7 @@ cdef class DecoderLayer(_OnPool):
         rows.num_rows, rows.sequences = num_rows, sequences
         rows.sequence, rows.position = index, place
         rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
-        rows.chosen = NULL
+        rows.chosen = NULL if chosen is None else <int64_t *>_address(chosen)
         self._run(_DTYPES[dtype], <const void *>hidden, &rows, <void *>out)
 
     def leave_chosen(self, chosen):

@@ -1,0 +1,107 @@
+"""``PagePool``: the pages of keys and values of all sequences, shared where they begin alike.
+
+A page that nobody holds keeps what is in it until it is needed: a sequence that begins with the
+same tokens takes it as it is. A page's content has a number that no other content ever gets, and is
+found by the number of the page before and its own tokens themselves, not by a hash of them: another
+text's keys cannot be taken for it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from ktk.kv.pages import PAGE
+from ktk.machine.memory import aligned_buffer
+from ktk.ops.decoder import Pages
+
+Shape = tuple[tuple[int, int], tuple[int, int]]
+NOTHING = 0  # the content before a sequence's first page
+
+
+class PagePool:
+    """count pages of PAGE tokens for every layer.
+
+    shapes : of each layer, ((heads, width) of keys, (heads, width) of values). dtype : of all.
+    Not for several threads at once.
+    """
+
+    def __init__(self, count: int, shapes: Sequence[Shape], dtype: np.dtype) -> None:
+        self.count = count
+        self._layers = [
+            (_pages(count, *keys, dtype), _pages(count, *values, dtype)) for keys, values in shapes
+        ]
+        self._holders = [0] * count
+        self._content = [NOTHING] * count
+        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}  # content -> how it is found
+        self._found: dict[tuple[int, tuple[int, ...]], int] = {}  # -> page
+        self._unheld = OrderedDict.fromkeys(range(count))  # the next to be taken first
+        self._last_content = NOTHING
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._unheld)
+
+    def take(self) -> int | None:
+        """A page for its one holder, what was in it forgotten; None if all are held."""
+        if not self._unheld:
+            return None
+        page, _ = self._unheld.popitem(last=False)
+        if self._content[page] != NOTHING:
+            del self._found[self._keys.pop(self._content[page])]
+            self._content[page] = NOTHING
+        self._holders[page] = 1
+        return page
+
+    def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Pages that hold the beginning of a sequence, now held once more; the last one's content.
+
+        At least one of the tokens is in none of them: there is one to compute.
+        """
+        pages: list[int] = []
+        content = NOTHING
+        for first in range(0, len(tokens) - PAGE, PAGE):
+            page = self._found.get((content, tuple(tokens[first : first + PAGE])))
+            if page is None:
+                break
+            content = self._content[page]
+            self._holders[page] += 1
+            self._unheld.pop(page, None)
+            pages.append(page)
+        return pages, content
+
+    def keep(self, page: int, before: int, tokens: Sequence[int]) -> int:
+        """A page is full: sequences that begin alike may take it. Returns its content.
+
+        before : the content of the page before, or NOTHING. tokens : its own PAGE ones.
+        """
+        key = before, tuple(tokens)
+        if key in self._found:
+            return self._content[self._found[key]]
+        self._last_content += 1
+        self._content[page] = self._last_content
+        self._keys[self._last_content] = key
+        self._found[key] = page
+        return self._last_content
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """A sequence's pages, held once less. Its last ones are the first to be taken again."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                self._unheld[page] = None
+                if self._content[page] == NOTHING:  # of no use to anybody
+                    self._unheld.move_to_end(page, last=False)
+
+    def tables(self, pages: Sequence[int]) -> list[Pages]:
+        """A sequence's pages as each layer's ``DecoderLayer`` takes them."""
+        return [Pages.of_pool(keys, values, pages) for keys, values in self._layers]
+
+
+def _pages(count: int, heads: int, width: int, dtype: np.dtype) -> np.ndarray:
+    shape = count, heads, PAGE, width
+    memory = aligned_buffer(int(np.prod(shape)) * dtype.itemsize)
+    return memory.view(dtype).reshape(shape)
