@@ -237,4 +237,7 @@ def _fast_paths(options: Options, memory: ExpertMemory | None) -> list[Any]:
     limits = Limits(context, 2, 2, context, 1 << 62)
     engine = start_engine(opened, limits)
     engine.stop()
-    return [*run_paths(opened.model, engine.why_alone), *memory_paths(opened.model)]
+    return [
+        *run_paths(opened.model, engine.why_alone, engine.why_not_native),
+        *memory_paths(opened.model),
+    ]

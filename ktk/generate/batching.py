@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import torch
 
-from ktk.generate.describe import size
-from ktk.generate.engine import Engine, Generation, Limits, Progress, RequestError, ServerBusy
+from ktk.generate.engine import Engine, Generation, Limits, Progress, ServerBusy, pages_within
 from ktk.generate.open import OpenModel
 from ktk.integration.transformers.batches import Batches
-from ktk.kv.pages import Pages
 
 
 class BatchingEngine(Engine):
@@ -22,15 +20,7 @@ class BatchingEngine(Engine):
         super().__init__(opened, limits)
         self._largest_batch = 0
         self._batches = Batches(self.model, self._prompt_length, self._choose, self._report)
-        pages = Pages.within(
-            limits.cache_bytes, self._batches.token_bytes, limits.context, limits.running
-        )
-        if pages.num_tokens < limits.context:
-            raise RequestError(
-                f"a KV cache of {size(limits.cache_bytes)} holds {pages.num_tokens} tokens, and "
-                f"one sequence may have {limits.context}: give a larger --kv-cache or a smaller "
-                "--context"
-            )
+        pages = pages_within(limits, self._batches.token_bytes)
         self.cache_bytes = pages.num_bytes
         self._batches.prepare(pages.count, limits.batch_tokens, limits.running)
 

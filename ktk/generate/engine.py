@@ -1,8 +1,8 @@
 """What every engine of the server is: it generates for requests, each with sampling, limits and an
 end of its own.
 
-``batching.py`` runs many at once, ``sequential.py`` one after another what cannot be batched;
-``trial.py`` chooses.
+``native.py`` runs many at once by ktk's own decoder layers, ``batching.py`` by transformers',
+``sequential.py`` one after another what cannot be batched; ``trial.py`` chooses.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from ktk.errors import KtkError
+from ktk.generate.describe import size
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.integration.transformers.tokens import end_tokens
+from ktk.kv.pages import Pages
 from ktk.kv.sizes import SERVER_CACHE
 
 SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
@@ -54,6 +56,20 @@ class Limits:
     waiting: int = 256
     batch_tokens: int = 512
     cache_bytes: int = SERVER_CACHE
+
+
+def pages_within(limits: Limits, token_bytes: int) -> Pages:
+    """Those of an engine whose tokens take so many bytes.
+
+    Raises RequestError if a sequence as long as the context does not fit into them.
+    """
+    pages = Pages.within(limits.cache_bytes, token_bytes, limits.context, limits.running)
+    if pages.num_tokens < limits.context:
+        raise RequestError(
+            f"a KV cache of {size(limits.cache_bytes)} holds {pages.num_tokens} tokens, and one "
+            f"sequence may have {limits.context}: give a larger --kv-cache or a smaller --context"
+        )
+    return pages
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,7 @@ class Engine(ABC):
 
     cache_bytes: int  # of keys and values, when all of the cache is in use
     why_alone: str | None = None  # why requests run one by one; None: they share batches
+    why_not_native: str | None = None  # why torch runs the layers; None: ktk's own kernels do
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         self.model, self.tokenizer = opened.model, opened.tokenizer

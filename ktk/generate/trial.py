@@ -1,17 +1,20 @@
 """Which engine serves a model: found by trying.
 
-transformers' continuous batching takes some models that it then computes wrongly or fails on in the
-first forward pass, and which ones is nowhere written down. So a short text is continued by both,
-before the server answers anybody.
+ktk's own decoder layers run the models that they describe. transformers' continuous batching takes
+more, some of which it then computes wrongly or fails on in the first forward pass, and which ones
+is nowhere written down. So a short text is continued by generate() and by the engine, before the
+server answers anybody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Engine, Limits
+from ktk.generate.native import NativeEngine
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.sequential import SequentialEngine
@@ -19,6 +22,12 @@ from ktk.generate.session import Session
 from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.tokens import encode
 
+# In the order in which they are tried.
+NATIVE = "natively"
+BATCHING: dict[str, Callable[[OpenModel, Limits], Engine]] = {
+    NATIVE: NativeEngine,
+    "by transformers": BatchingEngine,
+}
 TEXT = (
     "The cat sat on the mat, and the dog lay at the door. In 1969 two people walked on the moon; "
     "a third waited in orbit. def add(a, b): return a + b\n"
@@ -38,23 +47,42 @@ def start_engine(opened: OpenModel, limits: Limits) -> Engine:
     """
     ids = _prompt(opened, max(1, min(PROMPT_TOKENS, limits.context - STEPS)))
     expected = _continue_alone(opened, ids)
-    try:
-        engine = BatchingEngine(opened, limits)
-        engine.start()
-        try:
-            got = asyncio.run(_continue(engine, ids))
-            reason = difference(expected, got)
-        except RuntimeError as error:
-            reason = str(error)
-        if reason is None:
+    reasons: dict[str, str] = {}
+    for name, kind in BATCHING.items():
+        engine, reason = _tried(kind, opened, limits, ids, expected)
+        if engine is not None:
+            engine.why_not_native = reasons.get(NATIVE)
             return engine
-        engine.stop()
-    except CannotBatch as error:
-        reason = str(error)
+        reasons[name] = reason
     sequential = SequentialEngine(opened, limits)
     sequential.start()
-    sequential.why_alone = f"transformers cannot batch {type(opened.model).__name__} ({reason})"
+    sequential.why_not_native = reasons[NATIVE]
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    sequential.why_alone = f"{type(opened.model).__name__} cannot be batched ({why})"
     return sequential
+
+
+def _tried(
+    kind: Callable[[OpenModel, Limits], Engine],
+    opened: OpenModel,
+    limits: Limits,
+    ids: list[int],
+    expected: list[Token],
+) -> tuple[Engine | None, str]:
+    """A started engine, or why it is not for this model."""
+    try:
+        engine = kind(opened, limits)
+        engine.start()
+    except CannotBatch as error:
+        return None, str(error)
+    try:
+        reason = difference(expected, asyncio.run(_continue(engine, ids)))
+    except RuntimeError as error:
+        reason = str(error)
+    if reason is None:
+        return engine, ""
+    engine.stop()
+    return None, reason
 
 
 def difference(expected: list[Token], got: list[Token]) -> str | None:

@@ -198,7 +198,7 @@ class _Service:
         found, engine = self.opened.description, self.engine
         free, pages = engine.cache_pages
         paths = [
-            *run_paths(self.opened.model, engine.why_alone, is_served=True),
+            *run_paths(self.opened.model, engine.why_alone, engine.why_not_native),
             *self._memory_paths,
         ]
         report = self.opened.residency()

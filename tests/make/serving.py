@@ -50,20 +50,23 @@ def make_tokenizer() -> Any:
     return fast
 
 
-def make_model(directory: Path, longest: int = 32768) -> Path:
-    """A Qwen3-MoE of two layers whose text is endless: it never chooses the end token."""
+def make_model(directory: Path, longest: int = 32768, is_native: bool = False) -> Path:
+    """A Qwen3-MoE of two layers whose text is endless: it never chooses the end token.
+
+    is_native : in bf16 and so large that ktk's own decoder layers run it.
+    """
     import torch
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     fast, make_config = make_tokenizer(), cast("Any", Qwen3MoeConfig)
     config = make_config(
         vocab_size=len(fast),
-        hidden_size=64,
+        hidden_size=128 if is_native else 64,
         intermediate_size=96,
         moe_intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=8 if is_native else 4,
+        num_key_value_heads=8 if is_native else 2,
         head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
@@ -77,15 +80,17 @@ def make_model(directory: Path, longest: int = 32768) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
-                weight.normal_(0, 0.15)
-        # By a channel that is 5 in every token and that no layer writes. With a logit of 0, 0.13 %
-        # a token, one answer in six ended.
-        model.model.embed_tokens.weight[:, 0] = 5
+                weight.normal_(0, 0.25 if is_native else 0.15)
+        # By a channel that is 5 (or 1: of wide rows 5 would drown the text) in every token and that
+        # no layer writes. With a logit of 0, 0.13 % a token, one answer in six ended.
+        model.model.embed_tokens.weight[:, 0] = 1 if is_native else 5
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0
             layer.mlp.experts.down_proj[:, 0] = 0
         model.lm_head.weight[fast.eos_token_id] = 0
         model.lm_head.weight[fast.eos_token_id, 0] = -50
+    if is_native:
+        model = model.to(torch.bfloat16)
     model.save_pretrained(directory)
     fast.save_pretrained(directory)
     return directory

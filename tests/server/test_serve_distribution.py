@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = make_model(tmp_path_factory.mktemp("serve") / "tiny-moe")
+    model = make_model(tmp_path_factory.mktemp("serve") / "tiny-moe", is_native=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DIRECTORY, str(folder))
         mode = ("--expert-distribution-recorder-mode", "per_token")

@@ -19,9 +19,11 @@ import torch
 
 from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Engine, Limits
+from ktk.generate.native import NativeEngine
 from ktk.generate.open import OpenModel, open_model
 from ktk.generate.sampling import SMALLEST_TEMPERATURE, Sampler, Sampling
 from ktk.generate.sequential import SequentialEngine
+from ktk.generate.session import Session
 from ktk.generate.text import Detokenizer, StopStrings
 from ktk.server import app as served
 from ktk.server.answer import CompletionLogprobs
@@ -49,14 +51,23 @@ PLACES = {
 }
 
 
+@pytest.fixture(scope="module", params=[NativeEngine, BatchingEngine, SequentialEngine])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
-    return open_model(make_model(tmp_path_factory.mktemp("failures") / "tiny-moe"))
+def opened(kind: Any, tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
+    folder, is_native = tmp_path_factory.mktemp("failures") / "tiny-moe", kind is NativeEngine
+    opened = open_model(make_model(folder, is_native=is_native))
+    if is_native:
+        Session(opened.model, opened.tokenizer).generate([5, 6], Sampling(0.0), 3)
+    return opened
 
 
-@pytest.fixture(scope="module", params=[BatchingEngine, SequentialEngine])
-def engine(request: pytest.FixtureRequest, opened: OpenModel) -> Iterator[Engine]:
-    engine = request.param(opened, LIMITS)
+@pytest.fixture(scope="module")
+def engine(kind: Any, opened: OpenModel) -> Iterator[Engine]:
+    engine = kind(opened, LIMITS)
     engine.start()
     yield engine
     engine.stop()

@@ -42,7 +42,7 @@ if not (CHROMIUM and DRIVER):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("page") / "tiny-moe")
+    return make_model(tmp_path_factory.mktemp("page") / "tiny-moe", is_native=True)
 
 
 @pytest.fixture(scope="module")

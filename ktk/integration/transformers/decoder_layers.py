@@ -10,7 +10,7 @@ a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -21,13 +21,14 @@ from ktk.errors import BackendError
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.decoder_specs import DescribedLayer, UnlikeError, describe_layer
-from ktk.integration.transformers.decoder_trial import Trial, can_run, run_native
+from ktk.integration.transformers.decoder_trial import Trial
 from ktk.integration.transformers.experts import is_experts, unheard
 from ktk.integration.transformers.linear import SharedForward
+from ktk.integration.transformers.native_call import DTYPES, run_native, run_rows
 from ktk.log import warn_once
 from ktk.ops import linear
 from ktk.ops.components import RoutedExperts
-from ktk.ops.decoder import DecoderLayer
+from ktk.ops.decoder import DecoderLayer, Pages
 
 _KNOWN = {
     name
@@ -95,11 +96,15 @@ def fusion_report(model: torch.nn.Module) -> dict[str, str | None]:
     """
     found: dict[str, str | None] = {}
     for name, module in decoder_layers(model):
-        if isinstance(module.forward, FusedForward):
-            found[name] = module.forward.reason
-        else:
-            found[name] = _unlike.get(module, "fuse_decoder_layers was not called")
+        found[name] = why_not_fused(module)
     return found
+
+
+def why_not_fused(module: Any) -> str | None:
+    """``fusion_report`` of one layer."""
+    if isinstance(module.forward, FusedForward):
+        return module.forward.reason
+    return _unlike.get(module, "fuse_decoder_layers was not called")
 
 
 def native_calls(model: torch.nn.Module) -> int:
@@ -111,6 +116,42 @@ def native_calls(model: torch.nn.Module) -> int:
 def some(names: list[str]) -> str:
     """The first three of them, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+Note = Callable[[Any], None]
+
+
+class Rows:
+    """Rows of several sequences, as one pass of a model takes them.
+
+    layers, pages : by a layer's number, what runs it, and the pages of each sequence. sequence,
+    position : of each row, as ``DecoderLayer.forward`` takes them.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        pages: Sequence[Sequence[Pages]],
+        sequence: Sequence[int],
+        position: Sequence[int],
+    ) -> None:
+        self.layers, self.pages = layers, pages
+        self.sequence, self.position = sequence, position
+        self._turns: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}
+
+    def turns_of(self, positions: Any, rotary_dim: int) -> torch.Tensor:
+        """float32 (2, rows, rotary_dim / 2) of what a layer is given as its position embeddings.
+
+        Raises ValueError where they have an unknown shape.
+        """
+        found = self._turns.get((id(positions), rotary_dim))
+        if found is None:
+            turns = None if positions is None else turns_of(positions, rotary_dim)
+            if turns is None or turns.shape[1] != len(self.sequence):
+                raise ValueError("the position embeddings have an unknown shape")
+            found = positions, turns  # positions: kept alive, so that its id stays its own
+            self._turns[id(positions), rotary_dim] = found
+        return found[1]
 
 
 class FusedForward:
@@ -140,8 +181,12 @@ class FusedForward:
         self.calls = 0
         self.reason: str | None = None
         self.chosen: np.ndarray | None = None
+        self.note: Note | None = None
+        self.rows: Rows | None = None  # while a pass runs rows of several sequences
 
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        if self.rows is not None:
+            return self._run_rows(self.rows, hidden_states, named)
         is_new_token = hidden_states.shape[:-1] == (1, 1) and not arguments
         rows = self._rows(hidden_states, named) if is_new_token and not self.is_unlike else None
         if isinstance(rows, tuple) and not self.is_tried:
@@ -158,14 +203,28 @@ class FusedForward:
         self.reason = None
         return out
 
+    def _run_rows(self, rows: Rows, x: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+        turns = rows.turns_of(named.get(hf.POSITIONS), self.rotary_dim)
+        count, note = len(rows.sequence), self.note
+        if x.shape[:-1] != (1, count) or x.dtype not in DTYPES:
+            raise ValueError(f"{self.name}: hidden states are {x.dtype} {tuple(x.shape)}")
+        chosen = None if note is None else np.empty((count, self.top_k), np.int64)
+        layer, pages = rows.layers[self.index], rows.pages[self.index]
+        out = run_rows(layer, x, turns, pages, rows.sequence, rows.position, chosen)
+        if note is not None:
+            note(chosen)
+        self.calls += count
+        return out
+
     @property
     def top_k(self) -> int:
         """Experts that a token is routed to."""
         routed = [c for c in self.described.spec.components if isinstance(c, RoutedExperts)]
         return max((c.router.top_k for c in routed), default=0)
 
-    def leave_chosen(self, chosen: np.ndarray | None) -> None:
-        """Have native calls write the experts of their token to ``chosen``; None: no more.
+    def leave_chosen(self, chosen: np.ndarray | None, note: Note | None = None) -> None:
+        """Have native calls of one token write its experts to ``chosen``, and those of rows of
+        several sequences call ``note`` with theirs, (rows, top_k); None: no more.
 
         chosen : int64, contiguous, (top_k,) or longer. ValueError for any other.
         """
@@ -175,7 +234,7 @@ class FusedForward:
             raise ValueError(
                 f"chosen is {chosen.dtype} {chosen.shape}: must be contiguous int64 ({self.top_k},)"
             )
-        self.chosen = chosen
+        self.chosen, self.note = chosen, note
         self.layer.native.leave_chosen(chosen)
 
     def _rows(
@@ -193,7 +252,7 @@ class FusedForward:
             return None
         if self.module.training:
             return "the layer is in training mode: call model.eval()"
-        if not can_run(x.dtype) or x.device.type != "cpu":
+        if x.dtype not in DTYPES or x.device.type != "cpu":
             return f"hidden states are {x.dtype} on {x.device.type}"
         for shared, described in self.shared:
             if shared.is_stale or shared.linear is not described:
@@ -314,20 +373,27 @@ def _sees_all(mask: Any, num_keys: int) -> bool:
 
 
 def _turns_of(positions: Any, rotary_dim: int) -> torch.Tensor | None:
-    """float32 (2, rotary_dim / 2): cosines and sines of one position, given as these two or as
-    complex numbers of them.
-    """
+    """``turns_of`` one position, (2, 1, rotary_dim / 2); made once for all layers of a token."""
     first = positions if torch.is_tensor(positions) else positions[0]
     turns: torch.Tensor | None = _last_turns.get(first, rotary_dim)
-    if turns is not _MISSING:
-        return turns
+    if turns is _MISSING:
+        turns = turns_of(positions, rotary_dim) if first.shape[:-1] == (1, 1) else None
+        if turns is not None:
+            _last_turns.keep(first, rotary_dim, turns)
+    return turns
+
+
+def turns_of(positions: Any, rotary_dim: int) -> torch.Tensor | None:
+    """float32 (2, rows, rotary_dim / 2): cosines and sines of each position, given as these two or
+    as complex numbers of them, (1, rows, width); None where their shape is another.
+    """
+    first = positions if torch.is_tensor(positions) else positions[0]
     half, width = rotary_dim // 2, first.shape[-1]
     both = [positions.real, positions.imag] if first.is_complex() else list(positions)
-    if len(both) != 2 or first.shape != (1, 1, width) or width not in (half, 2 * half):
+    if len(both) != 2 or first.ndim != 3 or len(first) != 1 or width not in (half, 2 * half):
         return None
-    of_all = torch.stack([of[0, 0] for of in both]).detach().float().cpu()
-    turns = of_all[:, :half].contiguous()
-    if width == rotary_dim and not torch.equal(turns, of_all[:, half:]):
-        turns = of_all[:, ::2].contiguous()  # neighbours turn together: each angle comes twice
-    _last_turns.keep(first, rotary_dim, turns)
+    of_all = torch.stack([of[0] for of in both]).detach().float().cpu()
+    turns = of_all[..., :half].contiguous()
+    if width == rotary_dim and not torch.equal(turns, of_all[..., half:]):
+        turns = of_all[..., ::2].contiguous()  # neighbours turn together: each angle comes twice
     return turns

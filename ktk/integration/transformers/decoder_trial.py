@@ -29,6 +29,7 @@ from ktk.integration.transformers.decoder_specs import (
     matrix_of,
     replace_forward,
 )
+from ktk.integration.transformers.native_call import run_native
 from ktk.ops.components import (
     ROTARY_ORDERS,
     Attention,
@@ -52,44 +53,6 @@ SEEDS = tuple(range(11, 19))
 SCORES = 2.0  # standard deviation of scores: neither all keys alike nor one alone
 FEWEST_KEYS, MANY_KEYS, MOST_KEYS = 7, 300, 8192
 _REACHES = re.compile(r"window|chunk|topk|block|local|sink|span|index")
-_DTYPES = {torch.float32: "f", torch.float16: "e", torch.bfloat16: "H"}
-
-
-def run_native(
-    layer: DecoderLayer,
-    x: torch.Tensor,
-    turns: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> torch.Tensor:
-    """A token through the layer, its key and value written to the last rows.
-
-    x : (1, 1, hidden_size), of a dtype in ``_DTYPES``.
-    """
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    at = turns.data_ptr()
-    _, key_head, key_row, _ = keys.stride()
-    _, value_head, value_row, _ = values.stride()
-    layer.native.forward_row(
-        _DTYPES[x.dtype],
-        x.data_ptr(),
-        at,
-        at + turns.stride(0) * 4,
-        keys.data_ptr(),
-        key_head,
-        key_row,
-        values.data_ptr(),
-        value_head,
-        value_row,
-        keys.shape[2] - 1,
-        out.data_ptr(),
-    )
-    return out
-
-
-def can_run(dtype: torch.dtype) -> bool:
-    return dtype in _DTYPES
 
 
 @dataclass(frozen=True)

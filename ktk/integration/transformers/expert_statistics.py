@@ -8,6 +8,7 @@ anywhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class ExpertStatistics:
         for row, layer in enumerate(self.recorder.grid.moe_layers):
             listen(self._modules[layer], self._note(row))
             if layer in self._fused:
-                self._fused[layer].leave_chosen(self.recorder.chosen[row])
+                note = functools.partial(self.recorder.note, row)
+                self._fused[layer].leave_chosen(self.recorder.chosen[row], note)
         self._hooks = [
             self._owner.register_forward_pre_hook(lambda *_: self.recorder.begin_pass()),
             self._owner.register_forward_hook(lambda *_: self.recorder.end_pass()),

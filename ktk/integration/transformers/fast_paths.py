@@ -43,16 +43,16 @@ class FastPath:
         }
 
 
-def run_paths(model: Any, batching: str | None, is_served: bool = False) -> list[FastPath]:
+def run_paths(model: Any, batching: str | None, native: str | None = None) -> list[FastPath]:
     """How a model that ``open_model`` opened generates; some of it shows only once it has made a
     few tokens.
 
-    batching : why a server answers its requests one by one, None if it batches them. is_served :
-        told of a server, not of what one may do.
+    batching : why a server answers its requests one by one, None if it batches them. native : why
+        torch runs the decoder layers of a batch, None if ktk does or there are none.
     """
     fused = _fused(model)
-    if is_served and batching is None:
-        fused = FastPath(fused.name, "torch runs the layers of a batch; ktk run and chat take it")
+    if fused.is_taken and batching is None and native is not None:
+        fused = FastPath(fused.name, f"torch runs the layers of a batch: {native}")
     return [fused, FastPath("batching", batching)]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
@@ -38,17 +38,22 @@ _CALLS = re.compile(r"\b(linear|silu|sigmoid|gelu|softplus|logsigmoid|mish|hards
 
 
 class InvariantModel:
-    """Changes a model's modules in place so that they are batch invariant, until ``undo``."""
+    """Changes a model's modules in place so that they are batch invariant, until ``undo``.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    invariant : modules that are already.
+    """
+
+    def __init__(self, model: torch.nn.Module, invariant: Collection[torch.nn.Module] = ()) -> None:
         self._changed: list[tuple[Any, str, Any]] = []  # object, attribute, what it had of its own
         try:
             for module in model.modules():
+                if module in invariant:
+                    continue
                 forward = vars(module).get("forward")
                 if isinstance(forward, SharedForward):
                     self._set(forward, "most_rows", math.inf)
-                elif (invariant := _invariant(module)) is not None:
-                    self._set(module, "forward", invariant)
+                elif (forward_of_rows := _invariant(module)) is not None:
+                    self._set(module, "forward", forward_of_rows)
         except BaseException:
             self.undo()
             raise

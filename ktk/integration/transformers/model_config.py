@@ -32,7 +32,7 @@ def model_config(path: str | os.PathLike[str]) -> Any:
             f"{where}: transformers takes no such {fields.get('model_type')!r}: {error}"
         ) from error
     if fields.get("model_type") in CONFIG_MAPPING:  # code of a model's own may know others
-        for kind in _rope_types(config.get_text_config(decoder=True)):
+        for kind in rope_types(config.get_text_config(decoder=True)):
             known = ("default", *ROPE_INIT_FUNCTIONS)
             if kind not in known:
                 raise CheckpointError(
@@ -52,7 +52,7 @@ def checked_fields(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def _rope_types(config: Any) -> Iterator[str]:
+def rope_types(config: Any) -> Iterator[str]:
     """Of a config, or of its types of layers."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]

@@ -14,7 +14,7 @@ release, and that no other module uses these names.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -178,6 +178,11 @@ def last_logits(model: Any) -> dict[str, int]:
 _INITIALISED, _UNREAD = "_is_hf_initialized", "_keys_to_ignore_on_load_unexpected"
 _IN_FLOAT32, _IN_FLOAT32_OF_FLOAT16 = "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"
 _TARGETS, _ADAPTERS = "_original_target_patterns", "_hf_peft_config_loaded"
+
+
+def logits_of(model: Any, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What has a model's forward pass compute these rows' logits only, where it can."""
+    return {_LOGITS: torch.tensor(rows)} if takes(type(model).forward, _LOGITS) else {}
 
 
 def mark_initialised(owner: Any) -> None:

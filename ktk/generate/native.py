@@ -1,0 +1,145 @@
+"""Generating for many requests at once by ktk's own decoder layers, over one pool of pages.
+
+Prompts of before stay in the pool as long as there is room: one that begins alike is not read
+again. A token's bits are the same whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from ktk.generate.engine import Engine, Generation, Limits, Progress, ServerBusy, pages_within
+from ktk.generate.open import OpenModel
+from ktk.generate.schedule import Piece, Schedule, Sequence
+from ktk.integration.transformers.native_batch import NativeModel
+from ktk.kv.pool import PagePool
+
+
+class NativeEngine(Engine):
+    """Raises CannotBatch for a model whose decoder layers do not all run natively, RequestError if
+    the KV cache is too small.
+    """
+
+    def __init__(self, opened: OpenModel, limits: Limits) -> None:
+        super().__init__(opened, limits)
+        self._native = NativeModel(self.model)
+        try:
+            pages = pages_within(limits, self._native.token_bytes)
+        except BaseException:
+            self._native.close()
+            raise
+        self.cache_bytes = pages.num_bytes
+        pool = PagePool(pages.count, self._native.shapes, self._native.dtype)
+        self._schedule: Schedule[Generation] = Schedule(pool, limits.running, limits.batch_tokens)
+        self._largest_batch = 0
+        self._sequences: dict[str, Sequence[Generation]] = {}
+        self._news: deque[Generation] = deque()  # begun or cancelled
+        self._wake = threading.Event()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="ktk-generation", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(30)
+        self._native.close()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._is_stopping
+
+    @property
+    def running(self) -> int:
+        return len(self._schedule.running)
+
+    @property
+    def cache_pages(self) -> tuple[int, int]:
+        return self._schedule.pool.free, self._schedule.pool.count
+
+    @property
+    def largest_batch(self) -> int:
+        return self._largest_batch
+
+    def _submit(self, generation: Generation) -> None:
+        if self._is_stopping:
+            raise ServerBusy("the server is shutting down")
+        self._tell(generation)
+
+    def _cancel(self, generation: Generation) -> None:
+        generation.is_cancelled = True
+        self._tell(generation)
+
+    def _tell(self, generation: Generation) -> None:
+        self._news.append(generation)
+        self._wake.set()
+
+    # From here on in the generation thread.
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            self._wake.clear()
+            self._hear()
+            pieces = self._schedule.next_pass()
+            if pieces:
+                self._compute(pieces)
+            else:
+                self._wake.wait()
+        for sequence in [*self._schedule.running, *self._schedule.waiting]:
+            sequence.owner.fail(RuntimeError("the server is shutting down"))
+
+    def _hear(self) -> None:
+        while self._news:
+            generation = self._news.popleft()
+            known = self._sequences.pop(generation.id, None)
+            if known is not None:
+                self._schedule.remove(known)
+            elif not generation.is_cancelled:
+                added = self._schedule.add(generation, list(generation.ids))
+                self._sequences[generation.id] = added
+
+    def _compute(self, pieces: list[Piece[Generation]]) -> None:
+        tokens, sequence, position, wanted = list[int](), list[int](), list[int](), list[int]()
+        for index, piece in enumerate(pieces):
+            tokens += piece.sequence.tokens[piece.first : piece.end]
+            sequence += [index] * (piece.end - piece.first)
+            position += range(piece.first, piece.end)
+            if piece.is_last:
+                wanted.append(len(tokens) - 1)
+        tables = [piece.sequence.tables for piece in pieces]
+        try:
+            logits = self._native.forward(tokens, sequence, position, tables, wanted or [0])
+        except Exception as error:  # no memory, a disk that fails: these requests end, not the rest
+            for piece in pieces:
+                self._fail(piece.sequence, error)
+            return
+        self._largest_batch = max(self._largest_batch, len(wanted))
+        for piece in pieces:
+            self._schedule.done(piece)
+        last = [piece.sequence for piece in pieces if piece.is_last]
+        for owner, scores in zip(last, logits, strict=False):
+            try:
+                self._take(owner, owner.owner.sampler.choose(scores))
+            except Exception as error:  # whatever it was, the batch goes on without this request
+                self._fail(owner, error)
+
+    def _take(self, sequence: Sequence[Generation], token: int) -> None:
+        own = sequence.owner
+        sequence.tokens.append(token)
+        made = len(own.sampler.tokens)
+        is_finished = token in own.ends or made >= own.max_tokens
+        if is_finished:
+            self._end(sequence)
+        own.report(Progress(made, is_finished))
+
+    def _fail(self, sequence: Sequence[Generation], error: Exception) -> None:
+        self._end(sequence)
+        sequence.owner.fail(error)
+
+    def _end(self, sequence: Sequence[Generation]) -> None:
+        self._schedule.remove(sequence)
+        self._sequences.pop(sequence.owner.id, None)

@@ -1,0 +1,169 @@
+"""``Schedule``: which rows of which sequences the next pass computes, and who holds which pages.
+
+Every sequence that makes an answer gets its row of every pass. What is left of a pass goes to
+prompts: half to the one that came first, so that each ends, the rest to the shortest, so that a
+short question does not wait for a long text. While answers are made, prompts get a part of a pass
+only: an answer's next token waits for the whole pass.
+
+Where pages run out, the sequence that came last gives its own back and is computed again later. Its
+bits stay: they do not depend on how rows are joined to passes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from ktk.kv.pages import PAGE
+from ktk.kv.pool import NOTHING, PagePool
+from ktk.ops.decoder import Pages
+
+PROMPT_SHARE = 4  # beside answers, prompts get one part in so many of a pass
+LEAST_PROMPT = 32  # rows, or more
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(eq=False)
+class Sequence(Generic[Owner]):
+    """A prompt and its answer. tokens : of both. computed : of them, whose keys and values are in
+    the pages. shared : of them, that were there when it began.
+    """
+
+    owner: Owner
+    tokens: list[int]
+    computed: int = 0
+    shared: int = 0
+    pages: list[int] = field(default_factory=list)
+    content: int = NOTHING  # of the last page that is full
+    tables: list[Pages] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be chosen."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Piece(Generic[Owner]):
+    """Rows [first, end) of a sequence in a pass."""
+
+    sequence: Sequence[Owner]
+    first: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token can be chosen after it."""
+        return self.end == len(self.sequence.tokens)
+
+
+class Schedule(Generic[Owner]):
+    """pool : of its pages; a sequence alone must fit into it. running : sequences at once.
+    batch_tokens : of a pass.
+    """
+
+    def __init__(self, pool: PagePool, running: int, batch_tokens: int) -> None:
+        self.pool, self.most_running, self.batch_tokens = pool, running, batch_tokens
+        self.running: list[Sequence[Owner]] = []  # in the order they came
+        self.waiting: deque[Sequence[Owner]] = deque()
+
+    def add(self, owner: Owner, tokens: list[int]) -> Sequence[Owner]:
+        """A sequence that waits for its turn; ``tokens`` grow by the answer."""
+        sequence = Sequence(owner, tokens)
+        self.waiting.append(sequence)
+        return sequence
+
+    def remove(self, sequence: Sequence[Owner]) -> None:
+        """Whether it waits, runs or has ended: its pages are free."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def next_pass(self) -> list[Piece[Owner]]:
+        """What to compute next, each sequence's pages at hand; nothing if nobody waits."""
+        self._admit()
+        shares = self._shares()
+        pieces = []
+        for sequence in list(self.running):  # pages go from the last to those before: not in pieces
+            rows = shares.get(sequence, 0)
+            if sequence not in self.running or not rows:
+                continue
+            if self._take_pages(sequence, sequence.computed + rows):
+                pieces.append(Piece(sequence, sequence.computed, sequence.computed + rows))
+        return pieces
+
+    def done(self, piece: Piece[Owner]) -> None:
+        """A piece was computed."""
+        sequence = piece.sequence
+        for index in range(piece.first // PAGE, piece.end // PAGE):
+            tokens = sequence.tokens[index * PAGE : (index + 1) * PAGE]
+            sequence.content = self.pool.keep(sequence.pages[index], sequence.content, tokens)
+        sequence.computed = piece.end
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.most_running:
+            sequence = self.waiting[0]
+            sequence.pages, sequence.content = self.pool.match(sequence.tokens)
+            missing = len(sequence.tokens) // PAGE + 1 - len(sequence.pages)
+            if self.running and missing > self.pool.free:
+                self.pool.give_back(sequence.pages)
+                sequence.pages = []
+                return
+            self.waiting.popleft()
+            sequence.computed = sequence.shared = len(sequence.pages) * PAGE
+            sequence.tables = []
+            self.running.append(sequence)
+
+    def _shares(self) -> dict[Sequence[Owner], int]:
+        shares = {sequence: 1 for sequence in self.running if sequence.pending == 1}
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        left = self.batch_tokens - len(shares)
+        if shares:
+            left = min(left, max(LEAST_PROMPT, self.batch_tokens // PROMPT_SHARE))
+        for sequence, most in self._of_prompts(prompts, left):
+            rows = min(sequence.pending - shares.get(sequence, 0), most, left)
+            if rows > 0:
+                shares[sequence] = shares.get(sequence, 0) + rows
+                left -= rows
+        return shares
+
+    @staticmethod
+    def _of_prompts(
+        prompts: list[Sequence[Owner]], rows: int
+    ) -> Iterator[tuple[Sequence[Owner], int]]:
+        """(prompt, rows at most), in the order in which they may take what is left."""
+        if prompts:
+            yield prompts[0], (rows + 1) // 2
+        for sequence in sorted(prompts, key=lambda s: s.pending):
+            yield sequence, rows
+
+    def _take_pages(self, sequence: Sequence[Owner], tokens: int) -> bool:
+        """Pages for so many tokens; False if it had to give its own back."""
+        wanted = -(-tokens // PAGE)
+        grows = len(sequence.pages) < wanted
+        while len(sequence.pages) < wanted:
+            page = self.pool.take()
+            if page is None:
+                last = self.running[-1]
+                self._put_off(last)
+                if last is sequence:
+                    return False
+            else:
+                sequence.pages.append(page)
+        if grows or not sequence.tables:
+            sequence.tables = self.pool.tables(sequence.pages)
+        return True
+
+    def _put_off(self, sequence: Sequence[Owner]) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence[Owner]) -> None:
+        self.pool.give_back(sequence.pages)
+        sequence.pages, sequence.tables, sequence.computed = [], [], 0

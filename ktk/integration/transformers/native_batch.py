@@ -1,0 +1,148 @@
+"""A model whose decoder layers all run natively, on rows of any sequences at once.
+
+The model's own forward pass runs, with embeddings, multipliers, norms and heads of its own; each
+decoder layer takes the pass's rows to ``DecoderLayer`` and the pages of their sequences. A row's
+bits are the same whatever the other rows are, so prompts may be cut and answers joined as a
+scheduler likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.batches import CannotBatch
+from ktk.integration.transformers.decoder_layers import (
+    FusedForward,
+    Rows,
+    decoder_layers,
+    why_not_fused,
+)
+from ktk.integration.transformers.invariance import InvariantModel
+from ktk.integration.transformers.model_config import rope_types
+from ktk.integration.transformers.native_call import DTYPES
+from ktk.kv.pool import Shape
+from ktk.ops.components import Attention
+from ktk.ops.decoder import DecoderLayer, Pages
+
+# Their angles depend on the longest sequence of the pass.
+_UNSTEADY = ("dynamic", "longrope")
+
+
+class NativeModel:
+    """Raises CannotBatch, with the reason, for a model that cannot be run so.
+
+    To be made once a token was decoded: what a layer computes is tried then. Until ``close`` the
+    model's products and functions outside its decoder layers are batch invariant. layers : what
+    runs each one.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        layers = [module for _, module in decoder_layers(model)]
+        self._fused = [_fused(module) for module in layers]
+        numbers = [layer.index for layer in self._fused]
+        expected = model.config.get_text_config().num_hidden_layers
+        if numbers != list(range(expected)):
+            raise CannotBatch(f"{len(numbers)} of its {expected} layers run natively")
+        for kind in rope_types(model.config.get_text_config()):
+            if kind in _UNSTEADY:
+                raise CannotBatch(f"its angles depend on the longest sequence ({kind})")
+        if model.dtype not in DTYPES:
+            raise CannotBatch(f"its dtype is {model.dtype}")
+        self.dtype = DTYPES[model.dtype]
+        self.layers = list(map(_with_window, self._fused, _windows(model)))
+        inside = {part for module in layers for part in module.modules()}
+        self._invariant = InvariantModel(model, inside)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._invariant.undo()
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Of each layer's keys and values, as ``PagePool`` takes them."""
+        return [layer.cached_shapes for layer in self._fused]
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token."""
+        widths = sum(heads * width for both in self.shapes for heads, width in both)
+        return widths * self.dtype.itemsize
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Sequence[int],
+        sequence: Sequence[int],
+        position: Sequence[int],
+        tables: Sequence[Sequence[Pages]],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """One pass: float32 logits of the rows ``wanted``, (len(wanted), vocab_size).
+
+        tokens, sequence, position : of each row; a sequence's in order, those before in its pages.
+        tables : of each sequence, those of ``PagePool.tables``; they have places for all rows.
+        wanted : at least one.
+        """
+        by_layer = list(zip(*tables, strict=True))
+        rows = Rows(self.layers, by_layer, sequence, position)
+        for layer in self._fused:
+            layer.rows = rows
+        try:
+            out = self._model(
+                input_ids=torch.tensor([tokens]),
+                position_ids=torch.tensor([position]),
+                use_cache=False,
+                **hf.logits_of(self._model, wanted),
+            )
+        finally:
+            for layer in self._fused:
+                layer.rows = None
+        logits: torch.Tensor = out.logits[0]
+        return (logits if len(logits) == len(wanted) else logits[list(wanted)]).float()
+
+
+def _windows(model: Any) -> list[int | None]:
+    """How many tokens each layer sees, as the model's own cache keeps them; None: all.
+
+    One token at a time needs no window: the cache has no more than it sees.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise CannotBatch(f"it has layers of {', '.join(sorted(map(str, unknown)))}")
+    windows: list[int | None] = []
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) is hf.DynamicSlidingWindowLayer:
+            windows.append(layer.sliding_window)
+        elif type(layer) is hf.DynamicLayer:
+            windows.append(None)
+        else:
+            raise CannotBatch(f"its cache has a {type(layer).__name__}")
+    return windows
+
+
+def _with_window(fused: FusedForward, window: int | None) -> DecoderLayer:
+    if window is None:
+        return fused.layer
+    spec = fused.layer.spec
+    if not isinstance(spec.attention, Attention):
+        raise CannotBatch(f"{fused.name}: latent attention with a window of {window}")
+    attention = replace(spec.attention, window=window)
+    return DecoderLayer(spec.mapped(lambda c: attention if c is spec.attention else c))
+
+
+def _fused(module: Any) -> FusedForward:
+    forward = module.forward
+    if not isinstance(forward, FusedForward):
+        raise CannotBatch(str(why_not_fused(module)))
+    if forward.is_unlike or forward.reason is not None:
+        raise CannotBatch(str(forward.reason))
+    if not forward.is_tried:
+        raise CannotBatch("no token was decoded yet")
+    return forward

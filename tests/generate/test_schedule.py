@@ -1,0 +1,131 @@
+"""What a pass computes: every answer's next row, prompts in fair parts, pages for all of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ktk.generate.schedule import LEAST_PROMPT, PROMPT_SHARE, Piece, Schedule
+from ktk.kv.pages import PAGE
+from ktk.kv.pool import PagePool
+
+SHAPES = [((1, 2), (1, 2))]
+
+
+def schedule_of(pages: int, running: int = 4, batch_tokens: int = 96) -> Schedule[str]:
+    return Schedule(PagePool(pages, SHAPES, np.dtype(np.float32)), running, batch_tokens)
+
+
+def check(schedule: Schedule[str], pieces: list[Piece[str]]) -> None:
+    assert 0 < sum(piece.end - piece.first for piece in pieces) <= schedule.batch_tokens
+    assert len(schedule.running) <= schedule.most_running
+    for piece in pieces:
+        sequence = piece.sequence
+        assert sequence in schedule.running
+        assert piece.first == sequence.computed < piece.end <= len(sequence.tokens)
+        assert len(sequence.pages) * PAGE >= piece.end
+        assert sequence.tables[0].num_tokens >= piece.end
+    written = [
+        page
+        for piece in pieces
+        for page in piece.sequence.pages[piece.first // PAGE : (piece.end - 1) // PAGE + 1]
+    ]
+    assert len(set(written)) == len(written), "two sequences write into one page"
+    held = {page for sequence in schedule.running for page in sequence.pages}
+    assert schedule.pool.free == schedule.pool.count - len(held)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 4 * PAGE), min_size=1, max_size=9),
+    answer=st.integers(1, PAGE + 5),
+    pages=st.integers(6, 14),
+    words=st.integers(1, 3),
+)
+def test_all_sequences_end_whatever_the_room(
+    lengths: list[int], answer: int, pages: int, words: int
+) -> None:
+    """pages : at least for the longest sequence alone. words : prompts that begin differently."""
+    schedule = schedule_of(pages)
+    wanted = {}
+    for number, length in enumerate(lengths):
+        sequence = schedule.add(str(number), [number % words] * length)
+        wanted[sequence] = length + answer
+    for _ in range(10_000):
+        pieces = schedule.next_pass()
+        if not pieces:
+            break
+        check(schedule, pieces)
+        answering = {s for s in schedule.running if s.pending == 1}
+        assert answering <= {piece.sequence for piece in pieces}, "an answer waits"
+        for piece in pieces:
+            schedule.done(piece)
+        for piece in pieces:
+            if piece.is_last:
+                piece.sequence.tokens.append(7)
+                if len(piece.sequence.tokens) == wanted[piece.sequence]:
+                    schedule.remove(piece.sequence)
+    assert not schedule.running and not schedule.waiting
+    assert schedule.pool.free == pages
+
+
+def rows(pieces: list[Piece[str]]) -> dict[str, int]:
+    return {piece.sequence.owner: piece.end - piece.first for piece in pieces}
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    schedule = schedule_of(100, batch_tokens=96)
+    schedule.add("long", [1] * 3000)
+    schedule.add("short", [2] * 30)
+    schedule.add("middle", [3] * 300)
+    assert rows(schedule.next_pass()) == {"long": 48, "short": 30, "middle": 18}
+
+
+def test_beside_an_answer_prompts_get_a_part_of_a_pass() -> None:
+    schedule = schedule_of(100, batch_tokens=256)
+    schedule.add("answer", [1])
+    for piece in schedule.next_pass():
+        schedule.done(piece)
+        piece.sequence.tokens.append(5)
+    schedule.add("long", [2] * 3000)
+    assert rows(schedule.next_pass()) == {"answer": 1, "long": 256 // PROMPT_SHARE}
+    small = schedule_of(100, batch_tokens=64)
+    small.add("answer", [1])
+    small.add("long", [2] * 3000)
+    assert rows(small.next_pass()) == {"answer": 1, "long": LEAST_PROMPT}
+
+
+def test_the_last_to_come_is_put_off_and_comes_back_first() -> None:
+    schedule = schedule_of(4, batch_tokens=512)
+    first = schedule.add("first", [1] * (PAGE + 1))
+    second = schedule.add("second", [2] * (PAGE - 2))
+    third = schedule.add("third", [3] * 5)
+    for step in itertools.count():
+        assert step < 3 * PAGE
+        pieces = schedule.next_pass()
+        check(schedule, pieces)
+        for piece in pieces:
+            schedule.done(piece)
+            piece.sequence.tokens.append(9)
+        if third not in schedule.running:
+            break
+    assert schedule.running == [first, second] and schedule.waiting[0] is third
+    assert (third.pages, third.computed) == ([], 0)
+    schedule.remove(second)
+    assert {piece.sequence for piece in schedule.next_pass()} == {first, third}
+
+
+@pytest.mark.parametrize("length", [2 * PAGE, 2 * PAGE + 1, 2 * PAGE + 30])
+def test_a_prompt_of_before_is_computed_from_where_it_differs(length: int) -> None:
+    schedule = schedule_of(8, batch_tokens=512)
+    first = schedule.add("first", [1] * length)
+    for piece in schedule.next_pass():
+        schedule.done(piece)
+    schedule.remove(first)
+    again = schedule.add("again", [1] * length)
+    (piece,) = schedule.next_pass()
+    assert piece.first == again.shared == (length - 1) // PAGE * PAGE
