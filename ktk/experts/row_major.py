@@ -8,8 +8,6 @@ bf16  (rows, columns); what is stored in any format, decoded and rounded once wh
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ktk._cy import native_module
@@ -22,19 +20,6 @@ from ktk.machine.threads import EngineLayout
 BF16 = "bf16"
 
 
-class Rows(NamedTuple):
-    """One expert's projection.
-
-    codes : uint8 (out_features, bytes of a row). scales : uint16 bf16 bits or float32
-    (out_features / rows, in_features / columns), or None; block : those rows and columns, columns
-    also being what a row can be cut between.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray | None
-    block: tuple[int, int]
-
-
 def own_codes(matrix: StoredMatrix) -> str | None:
     """Which of fp8, int4 and bf16 above has a matrix's codes as they are, None if none does."""
     name, is_turned = matrix.format.name, matrix.rotation.width > 0
@@ -44,40 +29,80 @@ def own_codes(matrix: StoredMatrix) -> str | None:
     return name if is_int4 and not matrix.in_features % matrix.group_size else None
 
 
-def row_major(
-    matrix: StoredMatrix, stored: int, form: str, engine: EngineLayout | None = None
-) -> Rows:
-    """The expert stored at ``stored``. form : ``own_codes`` of the matrix, or bf16. engine : whose
-    threads take panels apart; None: NumPy does.
+class RowMajor:
+    """One expert's projection.
 
-    ValueError for repacked blocks, which nothing puts back in order.
+    form : ``own_codes`` of the matrix, or bf16. stored : where the expert stands in the matrix.
+    engine : whose threads take panels apart; None: NumPy does.
+
+    Attributes
+    ----------
+    row_bytes : of a whole row of codes.
+    scales : uint16 bf16 bits or float32 (out_features / rows, in_features / columns), or None.
+    block : those rows and columns.
+
+    Raises ValueError for repacked blocks, which nothing puts back in order.
     """
-    if form == BF16 and matrix.format.name != BF16:
-        rounded = f32_to_bf16(dequantise(matrix, stored))
-        return Rows(rounded.view(np.uint8), None, (1, 1))
-    sizes = matrix.in_features, matrix.out_features
-    layout = matrix_layout(matrix.format, *sizes, matrix.group_size, 0, matrix.rotation)
-    panels = matrix.data[stored]
-    native = None if engine is None else native_module()
-    if native is None:
-        codes = _codes(panels, layout)
-    else:
-        bits = layout.format.bits
-        codes = np.empty((matrix.out_features, -(-matrix.in_features * bits // 8)), np.uint8)
-        native.row_major(panels[:, layout.scale_bytes :], bits, codes, engine)
-    if form == BF16:
-        return Rows(codes, None, (1, 1))
-    scales = layout.scales(panels)  # (panels, groups, scales of a group)
-    groups = -(-matrix.in_features // layout.group_size)
-    rows = PANEL // layout.scales_of_group
-    if form == "fp8":
-        plane = matrix.format.scales
-        assert plane is not None
-        rows = plane.rows
-        scales = scales[:: rows // PANEL]
+
+    def __init__(
+        self, matrix: StoredMatrix, stored: int, form: str, engine: EngineLayout | None = None
+    ) -> None:
+        self._panels, self._engine = matrix.data[stored], engine
+        self._codes: np.ndarray | None = None  # of all rows, where they do not come from panels
+        self._layout: MatrixLayout | None = None
+        self.scales: np.ndarray | None = None
+        self.block = 1, 1
+        self.shape = matrix.out_features, matrix.in_features
+        if form == BF16 and matrix.format.name != BF16:
+            self._codes = f32_to_bf16(dequantise(matrix, stored)).view(np.uint8)
+            self._bits = 16
+        else:
+            sizes = matrix.in_features, matrix.out_features
+            layout = matrix_layout(matrix.format, *sizes, matrix.group_size, 0, matrix.rotation)
+            self._layout, self._bits = layout, layout.format.bits
+            if form != BF16:
+                self.scales, self.block = _scales(self._panels, layout)
+        self.row_bytes = -(-matrix.in_features * self._bits // 8)
+
+    def codes(self) -> np.ndarray:
+        """All of them, uint8 (out_features, row_bytes)."""
+        whole = np.empty((self.shape[0], self.row_bytes), np.uint8)
+        self.write(slice(0, self.shape[0]), slice(0, self.row_bytes), whole)
+        return whole
+
+    def write(self, rows: slice, columns: slice, out: np.ndarray) -> None:
+        """Codes of a part into ``out``, uint8, C-contiguous, of its size. columns : bytes of a
+        row.
+        """
+        native = None if self._engine is None else native_module()
+        first = columns.start * 8 // self._bits
+        is_aligned = not rows.start % PANEL and not first % _UNIT and out.size
+        if self._layout is None or native is None or not is_aligned:
+            if self._codes is None:
+                assert self._layout is not None
+                self._codes = _codes(self._panels, self._layout)
+            out[:] = self._codes[rows, columns]
+            return
+        panels = self._panels[rows.start // PANEL : -(-rows.stop // PANEL)]
+        begin = self._layout.scale_bytes + first * self._bits // 8 * PANEL
+        native.row_major(panels[:, begin:], self._bits, out, self._engine)
+
+
+_UNIT = 8  # codes of a row that lie together, at most
+
+
+def _scales(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, tuple[int, int]]:
+    """A matrix's scales row by row, and how many rows and columns share one."""
+    scales, plane = layout.scales(panels), layout.format.scales  # (panels, groups, 16 or 1)
+    assert plane is not None
+    if plane.rows > PANEL:
+        scales = scales[:: plane.rows // PANEL]
     by_row = scales.transpose(0, 2, 1).reshape(-1, layout.num_groups)
-    by_row = np.ascontiguousarray(by_row[: -(-matrix.out_features // rows), :groups])
-    return Rows(codes, by_row, (rows, layout.group_size))
+    rows, groups = (
+        -(-layout.out_features // plane.rows),
+        -(-layout.in_features // layout.group_size),
+    )
+    return np.ascontiguousarray(by_row[:rows, :groups]), (plane.rows, layout.group_size)
 
 
 def _codes(panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:

@@ -313,7 +313,7 @@ def cut(expert: Any, rank: int, ranks: int) -> dict[str, torch.Tensor]:
 def write_layers(path: Path, form: str) -> list[list[Any]]:
     """Packed layers of random experts; the same as tensors: see ``hybrid``."""
     from ktk.checkpoint import write_layer
-    from ktk.experts.row_major import row_major
+    from ktk.experts.row_major import RowMajor
     from ktk.experts.spec import MoESpec
     from make.cases import pack_all, random_experts
 
@@ -324,9 +324,9 @@ def write_layers(path: Path, form: str) -> list[list[Any]]:
         write_layer(path, spec, layer, stored.data)
         experts = []
         for e in range(E):
-            rows = [row_major(m, e, form) for m in stored.matrices.values()]
+            rows = [RowMajor(m, e, form) for m in stored.matrices.values()]
             dtypes = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "int4": torch.int32}
-            codes = [torch.from_numpy(r.codes.copy()).view(dtypes[form]) for r in rows]
+            codes = [torch.from_numpy(r.codes()).view(dtypes[form]) for r in rows]
             scales = [torch.from_numpy(r.scales) for r in rows if r.scales is not None]
             if form == "int4":
                 scales = [s.view(torch.bfloat16) for s in scales]

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from ktk.experts.row_major import BF16, Rows, own_codes, row_major
+from ktk.experts.row_major import BF16, RowMajor, own_codes
 from ktk.experts.stored import StoredExperts
 from ktk.integration.kt_kernel.arguments import checked_int
 from ktk.machine import queue as fifo
@@ -134,38 +134,43 @@ def _write(
     addresses: dict[str, list[int]],
     layout: EngineLayout,
 ) -> None:
-    rows = {name: row_major(m, place, form, layout) for name, m in stored.matrices.items()}
     ranks = len(addresses["w2_weight_ptrs"])
+    gate, up, down = (
+        RowMajor(stored.matrices[name], place, form, layout) for name in ("gate", "up", "down")
+    )
     for rank in range(ranks):
-        both = [_rows_of(rows[name], rank, ranks) for name in ("gate", "up")]
-        down = _columns_of(rows["down"], rank, ranks)
-        for head, parts in (("w13", both), ("w2", [down])):
-            at = addresses[f"{head}_weight_ptrs"][rank], addresses[f"{head}_scale_ptrs"][rank]
-            for codes, scales in parts:
-                at = _copy(codes, at[0]), at[1] if scales is None else _copy(scales, at[1])
+        at, scales_at = (addresses[f"w13_{kind}_ptrs"][rank] for kind in ("weight", "scale"))
+        for half in (gate, up):
+            rows = _part(half.shape[0], rank, ranks)
+            at = _write_codes(half, rows, slice(0, half.row_bytes), at)
+            if half.scales is not None:
+                scales = half.scales[_part(len(half.scales), rank, ranks)]
+                scales_at = _copy(scales, scales_at)
+        columns = _part(down.row_bytes, rank, ranks)
+        _write_codes(down, slice(0, down.shape[0]), columns, addresses["w2_weight_ptrs"][rank])
+        if down.scales is not None:
+            columns = _part(down.scales.shape[1], rank, ranks)
+            _copy(down.scales[:, columns], addresses["w2_scale_ptrs"][rank])
 
 
-def _rows_of(rows: Rows, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray | None]:
-    return _part(rows.codes, rank, ranks), _part_or_none(rows.scales, rank, ranks)
+def _part(size: int, rank: int, ranks: int) -> slice:
+    """A rank's of so many rows or columns, which ranks share equally; one rank has all."""
+    return slice(rank * size // ranks, (rank + 1) * size // ranks)
 
 
-def _columns_of(rows: Rows, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray | None]:
-    scales = None if rows.scales is None else rows.scales.T
-    part = _part_or_none(scales, rank, ranks)
-    return _part(rows.codes.T, rank, ranks).T, None if part is None else part.T
+def _memory(address: int, num_bytes: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
 
 
-def _part(array: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-    size = len(array) // ranks if ranks > 1 else len(array)
-    return array[rank * size : (rank + 1) * size]
-
-
-def _part_or_none(array: np.ndarray | None, rank: int, ranks: int) -> np.ndarray | None:
-    return None if array is None else _part(array, rank, ranks)
+def _write_codes(matrix: RowMajor, rows: slice, columns: slice, address: int) -> int:
+    """A part of the codes to memory; where they end."""
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    num_bytes = shape[0] * shape[1]
+    matrix.write(rows, columns, _memory(address, num_bytes).reshape(shape))
+    return address + num_bytes
 
 
 def _copy(values: np.ndarray, address: int) -> int:
-    """Write the rows to memory; where they end."""
-    target = np.ctypeslib.as_array((ctypes.c_uint8 * values.nbytes).from_address(address))
-    target.view(values.dtype).reshape(values.shape)[:] = values
+    """Rows of scales to memory; where they end."""
+    _memory(address, values.nbytes).view(values.dtype).reshape(values.shape)[:] = values
     return address + values.nbytes

@@ -22,7 +22,7 @@ import torch
 import ktk
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats.floats import bf16_to_f32
-from ktk.experts.row_major import row_major
+from ktk.experts.row_major import RowMajor
 from ktk.experts.spec import MoESpec
 from ktk.integration.kt_kernel.stand_in import kt_kernel
 from make import ROOT, TESTS
@@ -282,14 +282,15 @@ def test_the_device_weights_of_these_tests_are_the_experts_own(form: str) -> Non
     stored = pack_all(spec, random_experts(spec, 0))
     for e in range(E):
         floats = expert_weights(stored, e)
-        rows = [row_major(m, e, form) for m in stored.matrices.values()]
+        rows = [RowMajor(m, e, form) for m in stored.matrices.values()]
         for want, got in zip((floats.gate, floats.up, floats.down), rows, strict=True):
             if form == "int4":
-                pairs = np.stack([got.codes & 15, got.codes >> 4], axis=2)
+                codes = got.codes()
+                pairs = np.stack([codes & 15, codes >> 4], axis=2)
                 values = pairs.reshape(len(pairs), -1).astype(np.float32) - 8
             else:
                 dtype = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
-                values = torch.from_numpy(got.codes.copy()).view(dtype).float().numpy()
+                values = torch.from_numpy(got.codes()).view(dtype).float().numpy()
             if got.scales is not None:
                 scales = bf16_to_f32(got.scales) if form == "int4" else got.scales
                 values = values * np.repeat(np.repeat(scales, got.block[0], 0), got.block[1], 1)

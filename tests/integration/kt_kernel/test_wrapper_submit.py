@@ -262,3 +262,15 @@ def test_a_task_that_waits_in_the_queue_is_not_overtaken():
     queue.run(lambda: log.append(2)).take()
     first.take()
     assert log == [1, 2]
+
+
+def test_a_cuda_graph_that_is_captured_is_refused_and_says_what_to_do(monkeypatch):
+    """Without a GPU: only what the wrapper asks is made to say so."""
+    wrapper = loaded()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    wrapper.forward(*routed(2))  # of the CPU's own arrays nothing is captured
+    monkeypatch.setattr(module, "device_of", lambda x: "cuda:0")
+    with pytest.raises(RuntimeError, match="--disable-cuda-graph"):
+        wrapper.submit_forward(*routed(2))
+    with pytest.raises(RuntimeError, match="nothing is under way"):
+        wrapper.sync_forward(routed(2)[0])
