@@ -4,9 +4,11 @@ and how GGUF types run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +16,8 @@ import typer
 from ktk.cli import opening
 
 if TYPE_CHECKING:
+    from ktk.bench.forecast import Forecast
+    from ktk.generate.describe import ModelDescription
     from ktk.placement.residency.expert_memory import ExpertMemory
 
 # Paths of ktk.backends.llamafile.types_by_path, and what they mean.
@@ -209,10 +213,15 @@ def _diagnose_model(
     console = Console(highlight=False)
     if not as_json:
         console.print(opening.description_table(found))
+    told = None if memory is None or not runs else _forecast(found, memory)
+    if told is not None and not as_json:
+        console.print(f"[bold]predicted[/bold]      {escape(told.line())}")
     paths = [] if headers or not runs else _fast_paths(options, memory)
     if as_json:
         tried = [path.to_json() for path in paths] if paths else None
-        typer.echo(json.dumps({**found.to_json(), "fast_paths": tried}, indent=2))
+        predicted = None if told is None else told.to_json()
+        shown = {**found.to_json(), "forecast": predicted, "fast_paths": tried}
+        typer.echo(json.dumps(shown, indent=2))
     elif paths:
         table = Table(show_header=False, box=None)
         for path in paths:
@@ -241,3 +250,21 @@ def _fast_paths(options: Options, memory: ExpertMemory | None) -> list[Any]:
         *run_paths(opened.model, engine.why_alone, engine.why_not_native),
         *memory_paths(opened.model),
     ]
+
+
+def _forecast(found: ModelDescription, memory: ExpertMemory) -> Forecast:
+    """Of a model that is not loaded yet."""
+    from ktk.bench.forecast import forecast
+    from ktk.integration.transformers.sources import gguf_source, packed_directory
+    from ktk.ops.gguf_model import open_experts
+
+    path = Path(found.path)
+    if found.kind == "gguf":
+        source = gguf_source(path, open_experts(path))
+    else:
+        source = packed_directory(path)
+    assert source.open_reader is not None
+    layers = sorted(source.specs)
+    top_k = found.num_experts_per_tok
+    with contextlib.closing(source.open_reader(layers)) as reader:
+        return forecast(reader, len(layers), memory, top_k, found.rest_bytes)

@@ -43,7 +43,7 @@ class StreamedLayers:
         )
         moes = [MoE(store, method=method, num_threads=num_threads) for store in stores]
         self.memory, self.room = memory, room
-        self.slots = Slots(stores, reader, memory.options(room), top_k)
+        self.slots = Slots(stores, reader, memory.options(room.capacity), top_k)
         named = os.fspath(where)
         self._layers = {
             number: StreamedMoE(moe, self.slots, at, named)

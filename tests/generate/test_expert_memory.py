@@ -15,6 +15,7 @@ pytest.importorskip("prometheus_client")
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from ktk.bench import forecast as forecasts
 from ktk.convert.run import convert
 from ktk.generate.describe import describe_model
 from ktk.generate.engine import Limits
@@ -147,3 +148,28 @@ def test_a_server_shows_residency_and_counts_it(packed: Path) -> None:
 def _paths(opened: Any) -> list[dict[str, Any]]:
 
     return [path.to_json() for path in memory_paths(opened.model)]
+
+
+def test_doctor_predicts_the_speed_from_the_disk_and_hits(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecasts, "SECONDS", 0.2)
+
+    def predicted(limit: str) -> dict[str, Any]:
+        done = ktk("doctor", str(packed), "--headers", "--json", "--expert-memory", limit)
+        found = json.loads(text_of(done))
+        assert found["resident_experts"] > 0
+        return dict(found["forecast"])
+
+    half, whole = predicted("50%"), predicted("100%")
+    assert 0.3 < half["hit_rate"] < 1 == whole["hit_rate"]
+    assert whole["missed_bytes"] == 0 < half["missed_bytes"]
+    assert half["read_bytes"] == whole["read_bytes"] > half["missed_bytes"]
+    for found in (half, whole):
+        assert 1e6 < found["disk_rate"] < 1e12 and 1e8 < found["memory_rate"] < 1e12
+        disk = found["missed_bytes"] / found["disk_rate"]
+        seconds = disk + found["read_bytes"] / found["memory_rate"]
+        assert found["tokens_per_second"] == pytest.approx(1 / seconds, rel=1e-2)
+    shown = ktk("doctor", str(packed), "--headers", *HALF).stdout
+    assert "predicted" in shown and "tokens/s" in shown
+    assert json.loads(ktk("doctor", str(packed), "--headers", "--json").stdout)["forecast"] is None

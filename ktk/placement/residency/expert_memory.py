@@ -52,9 +52,9 @@ class ExpertMemory:
             )
         return Room(capacity, total, slot_bytes)
 
-    def options(self, room: Room) -> PoolOptions:
-        """What ``Slots`` takes."""
-        return PoolOptions(room.capacity, self.policy, dict(self.parameters))
+    def options(self, capacity: int) -> PoolOptions:
+        """What ``Slots`` takes, with room for so many experts."""
+        return PoolOptions(capacity, self.policy, dict(self.parameters))
 
 
 @dataclass(frozen=True)
