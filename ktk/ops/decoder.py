@@ -18,6 +18,7 @@ from ktk.machine import threads as engine
 from ktk.ops.components import Attention, Component, LatentAttention, Norm, RoutedExperts
 from ktk.ops.linear import why_not as linear_why_not
 from ktk.ops.streamed import Visit
+from ktk.placement.residency.slots import TooManyExperts
 
 MAX_COMPONENTS = 3  # of a branch
 PAGE_STEP = 16  # tokens of a page are a multiple of it, where there are several
@@ -228,21 +229,55 @@ class DecoderLayer:
                 raise ValueError(f"sequence={index}, position={place}: has no place in the pages")
         out = np.empty_like(hidden)
         hidden, cosines, sines = (np.ascontiguousarray(a) for a in (hidden, cosines, sines))
-        self.native.forward(
-            hidden.dtype.char,
-            rows,
-            hidden.ctypes.data,
-            cosines.ctypes.data,
-            sines.ctypes.data,
+        self.run(
+            hidden.dtype,
+            (hidden.ctypes.data, cosines.ctypes.data, sines.ctypes.data, out.ctypes.data),
             [table.native for table in pages],
             sequence,
             position,
-            out.ctypes.data,
             chosen,
         )
         return out
 
     __call__ = forward
+
+    def run(
+        self,
+        dtype: np.dtype[Any],
+        addresses: tuple[int, int, int, int],
+        tables: list[Any],
+        sequence: Sequence[int],
+        position: Sequence[int],
+        chosen: np.ndarray | None = None,
+    ) -> None:
+        """``forward`` of what the caller has checked. dtype : of hidden. addresses : of hidden,
+        cosines, sines and the output. tables : ``Pages.native`` of each sequence.
+
+        Rows that together use more experts than fit into memory go in halves: a row has the same
+        bits whatever the others are.
+        """
+        rows, (hidden, cosines, sines, out) = len(sequence), addresses
+        try:
+            self.native.forward(
+                dtype.char, rows, hidden, cosines, sines, tables, sequence, position, out, chosen
+            )
+        except TooManyExperts:
+            if rows == 1:
+                raise
+            half = rows // 2
+            row, turns = (
+                self.spec.hidden_size * dtype.itemsize,
+                4 * (self.spec.attention.rotary.dim // 2),
+            )
+            behind = (
+                hidden + half * row,
+                cosines + half * turns,
+                sines + half * turns,
+                out + half * row,
+            )
+            for part, own in ((slice(half), addresses), (slice(half, rows), behind)):
+                left = None if chosen is None else chosen[part]
+                self.run(dtype, own, tables, sequence[part], position[part], left)
 
     def __deepcopy__(self, memo: dict[int, object]) -> DecoderLayer:
         return self  # nothing of it changes

@@ -66,16 +66,12 @@ def run_rows(
     """
     x = x.contiguous()
     out = torch.empty_like(x)
-    layer.native.forward(
-        DTYPES[x.dtype].char,
-        x.shape[1],
-        x.data_ptr(),
-        turns[0].data_ptr(),
-        turns[1].data_ptr(),
+    layer.run(
+        DTYPES[x.dtype],
+        (x.data_ptr(), turns[0].data_ptr(), turns[1].data_ptr(), out.data_ptr()),
         [table.native for table in pages],
         sequence,
         position,
-        out.data_ptr(),
         chosen,
     )
     return out

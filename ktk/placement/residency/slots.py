@@ -28,6 +28,10 @@ from ktk.placement.residency.states import EXPERT_STEPS, SLOT_STEPS, ExpertState
 from ktk.placement.store import ExpertStore
 
 
+class TooManyExperts(BackendError):
+    """A call uses more experts of a layer than there is room for."""
+
+
 class _Claim(NamedTuple):
     """An expert that has a slot and has yet to be read into it, after the victim left."""
 
@@ -159,7 +163,7 @@ class Slots:
         """
         keys = self._keys(layer, experts)
         if len(keys) > self.room(layer):
-            raise BackendError(
+            raise TooManyExperts(
                 f"layer {layer}: a call uses {len(keys)} experts, {self.room(layer)} fit: make it "
                 "in waves"
             )

@@ -20,8 +20,10 @@ from ktk.integration.transformers import KtkConfig, load_model
 from ktk.integration.transformers import linear as linear_layers
 from ktk.integration.transformers.decoder_layers import native_calls
 from ktk.integration.transformers.experts import find_experts, handle_of
+from ktk.integration.transformers.native_batch import NativeModel
 from ktk.integration.transformers.sequence import CachedSequence
 from ktk.integration.transformers.streaming import expert_slots
+from ktk.kv.pool import PagePool
 from ktk.machine import cpu
 from ktk.placement.residency.expert_memory import ExpertMemory
 from ktk.placement.residency.policies import POLICIES
@@ -256,3 +258,22 @@ def test_children_forked_amid_reads_have_the_bits_and_read_themselves(
 ) -> None:
     """And the process ends by itself, its reading threads with it."""
     assert "same" in run_python(FORKED, str(directories["qwen3_moe"]))
+
+
+def test_a_servers_batch_with_more_experts_than_fit_has_the_same_bits(
+    directories: dict[str, Path],
+) -> None:
+    """A pass of 40 rows uses all 8 experts of each layer, room is for 4: rows go in halves."""
+    found = []
+    for memory in (None, "4"):
+        model = opened(directories["qwen3_moe"], memory)
+        decoded(model)  # what its layers compute is tried then
+        native = NativeModel(model)
+        pool = PagePool(4, native.shapes, native.dtype)
+        tables = [pool.tables([pool.take() or 0]) for _ in range(2)]
+        rows = [(i % 2, i // 2) for i in range(40)]  # two sequences of 20 tokens in turns
+        sequence, position = map(list, zip(*rows, strict=True))
+        found.append(native.forward(list(range(3, 43)), sequence, position, tables, [38, 39]))
+        native.close()
+    assert slots_of(model).room(0) == 4
+    assert torch.equal(*found)
