@@ -1,6 +1,6 @@
 """What deferred experts cost: KL, top-1 agreement and perplexity of a model that decodes with them.
 
-    python bench/deferral.py demo/smollm2-moe TEXT --packed demo/smollm2-moe-int8
+    python bench/deferral.py demo/smollm2-moe --packed demo/smollm2-moe-int8
 
 Every token is decoded by itself, over a cache, as when text is generated: of a whole window at once
 nearly every expert is some token's best, and few would be deferred. The reference is the float
@@ -23,7 +23,7 @@ from ktk.integration.transformers import load_model
 from ktk.integration.transformers.deferral import defer_experts
 from ktk.integration.transformers.loading import packed_modules
 from ktk.integration.transformers.names import CACHE
-from ktk.quantise.texts import windows
+from ktk.quantise.texts import read_text, stdlib_text, windows
 
 
 class TokenByToken:
@@ -41,14 +41,15 @@ class TokenByToken:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="the float model's directory")
-    parser.add_argument("text", type=Path)
+    parser.add_argument("--text", type=Path, help="default: docstrings, as of ktk eval")
     parser.add_argument("--packed", type=Path, help="a packed directory of it; default: the model")
     parser.add_argument("--tokens", type=int, default=64, help="of a window")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--deferred", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = tokenizer(options.text.read_text())["input_ids"]
+    text = stdlib_text() if options.text is None else read_text(options.text)
+    ids = tokenizer(text)["input_ids"]
     cut = windows(ids, options.windows, options.tokens)
     reference = StoredLogits(TokenByToken(load_float(options.model)), cut)
     model = load_model(options.packed or options.model, dtype=torch.float32)

@@ -43,6 +43,7 @@ class Residents:
     def __init__(self, slots: np.ndarray) -> None:
         self.slots, self.mask = slots, slots >= 0
         self.slots.flags.writeable = self.mask.flags.writeable = False
+        self.count = int(self.mask.sum())
         self.calls = 0  # that use it now
 
 
@@ -118,7 +119,7 @@ class HybridMoE:
     @property
     def num_on_device(self) -> int:
         """Experts of the device now."""
-        return int(self._residents.mask.sum())
+        return self._residents.count
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +154,7 @@ class HybridMoE:
             valid = (call.topk_ids >= 0) & (call.topk_ids < self.spec.num_experts)
             slots = np.where(valid, residents.slots[np.where(valid, call.topk_ids, 0)], -1)
             if (slots < 0).all():
-                skip = residents.mask if residents.mask.any() else None
+                skip = residents.mask if residents.count else None
                 self.moe.run(call.hidden, call.topk_ids, call.topk_weights, skip, call.out, add)
                 return call.result if call.device == "numpy" else call.result.to(call.device)
             given = hidden_states if is_tensor(hidden_states) else _tensor(call)
