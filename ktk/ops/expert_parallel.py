@@ -8,6 +8,9 @@ whatever lies where.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ from ktk.checkpoint.packed import read_layer
 from ktk.errors import BackendError, EngineError
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL, round_up
+from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.ops.exchange import Exchange
 from ktk.ops.inputs import as_add, as_hidden, as_mask, as_routing, new_like
@@ -29,6 +33,27 @@ _MORE, _FAILED = 1, 2
 def shares(num_experts: int, ranks: int) -> list[list[int]]:
     """Experts of each rank: neighbours, as equally many as can be."""
     return [part.tolist() for part in np.array_split(np.arange(num_experts), ranks)]
+
+
+@contextmanager
+def _telling_all(exchange: Exchange) -> Iterator[None]:
+    """What one rank raises here, the others learn in ``_agree``."""
+    try:
+        yield
+    except Exception:
+        exchange.numbers(np.tile(np.array([_FAILED, 0], np.int64), (exchange.ranks, 1)))
+        raise
+
+
+def _agree(exchange: Exchange, spec: MoESpec) -> None:
+    """EngineError unless all ranks came so far, with the same spec."""
+    own = zlib.crc32(repr(spec).encode())
+    came = exchange.numbers(np.tile(np.array([0, own], np.int64), (exchange.ranks, 1)))
+    for rank, (failed, other) in enumerate(came.tolist()):
+        if failed:
+            raise EngineError(f"rank {rank} could not load its experts: see its own error")
+        if other != own:
+            raise EngineError(f"rank {rank} has another layer than rank {exchange.rank}: {spec}")
 
 
 class _Pairs(NamedTuple):
@@ -53,7 +78,8 @@ class ParallelMoE:
     tokens_per_round : int
         Tokens of a rank that are under way at a time.
 
-    Raises BackendError naming experts that no rank has, and as ``MoE``.
+    Making one is a collective call, too. Raises BackendError naming experts that no rank has,
+    EngineError where another rank cannot load its experts or has another layer, and as ``MoE``.
     """
 
     def __init__(
@@ -65,12 +91,13 @@ class ParallelMoE:
         num_threads: int | None = None,
         tokens_per_round: int = TOKENS_PER_ROUND,
     ) -> None:
-        if tokens_per_round < 1:
-            raise ValueError(f"tokens_per_round={tokens_per_round}: must be at least 1")
-        self.exchange = exchange
-        self.moe = MoE(experts, method=method, num_threads=num_threads)
+        with _telling_all(exchange):
+            if tokens_per_round < 1:
+                raise ValueError(f"tokens_per_round={tokens_per_round}: must be at least 1")
+            self.moe = MoE(experts, method=method, num_threads=num_threads)
+        self.exchange, self.tokens_per_round = exchange, tokens_per_round
         self.spec = self.moe.spec
-        self.tokens_per_round = tokens_per_round
+        _agree(exchange, self.spec)
         self._experts = experts
         self._width = round_up(self.spec.hidden_size, PANEL)
         self.refresh()
@@ -81,13 +108,15 @@ class ParallelMoE:
 
         options : as the constructor takes them. Raises CheckpointError too.
         """
-        spec = read_layer(path, layer, experts=[0]).spec
-        own = shares(spec.num_experts, exchange.ranks)[exchange.rank]
-        if not own:
-            raise ValueError(
-                f"{spec.num_experts} experts do not go over {exchange.ranks} ranks: use fewer"
-            )
-        return cls(read_layer(path, layer, experts=own), exchange, **options)
+        with _telling_all(exchange):
+            count = read_layer(path, layer, experts=[0]).spec.num_experts
+            own = shares(count, exchange.ranks)[exchange.rank]
+            if not own:
+                raise ValueError(
+                    f"{count} experts do not go over {exchange.ranks} ranks: use fewer"
+                )
+            experts = read_layer(path, layer, experts=own)
+        return cls(experts, exchange, **options)
 
     def refresh(self) -> None:
         """Learn anew where experts are; a collective call, after experts have moved.

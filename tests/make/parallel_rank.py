@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from ktk.bench.blocks import random_matrix
 from ktk.checkpoint import write_layer
-from ktk.errors import BackendError, EngineError
+from ktk.errors import BackendError, CheckpointError, EngineError
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts, order_of
 from ktk.ops.exchange import Exchange
@@ -205,6 +205,44 @@ def a_packed_directory_is_read_in_shares(exchange: Exchange) -> None:
     assert spread.moe.packed.num_stored == len(shares(E, exchange.ranks)[exchange.rank])
     given = routed(4, exchange.rank)
     assert_exact(MoE(stored)(*given), spread(*given))
+
+
+@case
+def a_rank_that_cannot_load_ends_it_for_all_at_once(exchange: Exchange) -> None:
+    bad, begin = exchange.ranks - 1, time.monotonic()
+    own, is_bad = shares(E, exchange.ranks)[exchange.rank], exchange.rank == bad
+
+    def attempt(way: str) -> None:
+        if is_bad and way == "file":
+            ParallelMoE.load("no/such", 0, exchange)
+        name = "nl4" if is_bad and way == "layer" else "int4"
+        rounds = 0 if is_bad and way == "argument" else 4
+        ParallelMoE(some(whole(name), own), exchange, tokens_per_round=rounds)
+
+    for way, error, match in (
+        ("file", CheckpointError, "no/such"),
+        ("argument", ValueError, "tokens_per_round=0"),
+        ("layer", EngineError, "rank 0 has another layer"),
+    ):
+        if not is_bad:
+            reason = "has another layer" if way == "layer" else "could not load its experts"
+            error, match = EngineError, f"rank {bad} {reason}"
+        with pytest.raises(error, match=match):
+            attempt(way)
+    assert time.monotonic() - begin < 30
+    each_format_has_the_bits_of_one_process(exchange)
+
+
+@case
+def a_forked_child_is_told_that_connections_are_its_parents(exchange: Exchange) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            exchange.numbers(np.zeros((exchange.ranks, 1), np.int64))
+        except EngineError as error:
+            os._exit(0 if "made before fork()" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @case
