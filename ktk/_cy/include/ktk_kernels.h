@@ -132,7 +132,9 @@ typedef struct {
 
 /* Keys of a call of attend, and of those the ones that are converted at a time; query heads of a
  * task. */
-enum { KTK_ATTEND_KEYS = 256, KTK_ATTEND_TILE = 16, KTK_ATTEND_HEADS = 16 };
+enum { KTK_ATTEND_KEYS = 256, KTK_ATTEND_TILE = 16, KTK_ATTEND_QUERIES = 16 };
+/* Floats of a query's scores: whole vectors from anywhere on. */
+enum { KTK_ATTEND_SCORES = KTK_ATTEND_KEYS + 16 };
 
 /* Rows of cached tokens: a pointer for each KTK_ATTEND_TILE of them. */
 typedef struct {
@@ -141,12 +143,15 @@ typedef struct {
     int32_t dim;        /* a multiple of 16 */
 } ktk_tiles;
 
-/* Query rows of one token over `count` <= KTK_ATTEND_KEYS tokens from `first` < KTK_ATTEND_TILE on.
- */
+/* Queries, of tokens that follow each other and of heads, over the tokens of one chunk. begin and
+ * end (of each, 0 <= begin < end <= KTK_ATTEND_KEYS) count from the first tile's first token. */
 typedef struct {
-    int32_t dtype, group, first, count;
-    const float *q;               /* (group, keys.dim + more.dim), already scaled */
-    ktk_tiles keys, more, values; /* a key is keys' row, then more's, whose dim may be 0 */
+    int32_t dtype, num_queries;         /* <= KTK_ATTEND_QUERIES */
+    const float *q[KTK_ATTEND_QUERIES]; /* (keys.dim + more.dim,), already scaled */
+    int32_t begin[KTK_ATTEND_QUERIES], end[KTK_ATTEND_QUERIES];
+    float *out[KTK_ATTEND_QUERIES];  /* (values.dim,): see ktk_kernels.attend */
+    float *most[KTK_ATTEND_QUERIES]; /* (2,) */
+    ktk_tiles keys, more, values;    /* a key is keys' row, then more's, whose dim may be 0 */
 } ktk_attend;
 
 static inline int64_t ktk_attend_width(int keys, int more, int values) {
@@ -177,10 +182,10 @@ typedef struct {
     void (*combine)(const float *y, int64_t stride, const int32_t *place, const float *weights,
                     int top_k, int n, float *acc);
     void (*add)(float *acc, const float *y, int64_t n);
-    /* out (group, values.dim) = sum over tokens of exp(score - most[0]) * value; most (group, 2):
-     * the largest score, and the sum of these exponentials. work: KTK_ATTEND_TILE *
-     * ktk_attend_width + group * KTK_ATTEND_KEYS floats. */
-    void (*attend)(const ktk_attend *a, float *work, float *out, float *most);
+    /* Each query's out = sum over its tokens, in order, of exp(score - most[0]) * value; most: its
+     * largest score, and the sum of these exponentials. work: KTK_ATTEND_TILE * ktk_attend_width +
+     * num_queries * KTK_ATTEND_SCORES floats. A query's bits do not depend on the others. */
+    void (*attend)(const ktk_attend *a, float *work);
     /* One panel of weights, 16 rows of in_features (src[r] NULL = zeros), searched scales; panel is
      * written. Returns 0, or 1 if a weight is NaN or inf. work: 2 * padded_in * 16 floats. */
     int (*pack_panel)(const ktk_matrix *w, int in_features, const void *const *src, int src_is_bf16,

@@ -2,7 +2,8 @@
  *
  *   q, k, v   inputs of the branch
  *   a row     norms, rotation; its key and value to their page
- *   attend    row x key-value head x 16 query heads x 256 tokens: partial softmax
+ *   attend    rows that follow each other x key-value head x query heads, 16 queries in all, x 256
+ *             tokens: partial softmax
  *   a row     chunks joined in order
  *   o         one run
  *
@@ -13,7 +14,7 @@
 
 enum { MAX_PARTIAL = 16 << 20 }; /* bytes of partial results at a time, but one row's anyway */
 
-static int heads_of_task(const queries *q) { return min_int(q->group, KTK_ATTEND_HEADS); }
+static int heads_of_task(const queries *q) { return min_int(q->group, KTK_ATTEND_QUERIES); }
 static int blocks_of(const queries *q) {
     return (q->group + heads_of_task(q) - 1) / heads_of_task(q);
 }
@@ -24,18 +25,39 @@ static int64_t first_token(const queries *q, int64_t row) {
     return q->window && before > 0 ? before : 0;
 }
 
-static int64_t chunks_of(const queries *q, int64_t row) {
-    return q->s->rows->position[row] / KTK_ATTEND_KEYS - first_token(q, row) / KTK_ATTEND_KEYS + 1;
+static int64_t first_chunk(const queries *q, int64_t row) {
+    return first_token(q, row) / KTK_ATTEND_KEYS;
 }
 
-/* End of the rows from `first` on whose tasks run together; *tasks: how many these are. */
-static int64_t end_of_run(const queries *q, int64_t first, int64_t *tasks) {
-    const int64_t task_bytes = 4 * (int64_t)heads_of_task(q) * (q->value_dim + 2);
+static int64_t chunks_of(const queries *q, int64_t row) {
+    return q->s->rows->position[row] / KTK_ATTEND_KEYS - first_chunk(q, row) + 1;
+}
+
+/* The block that begins with a row; its first task is not set. */
+static row_block block_from(const queries *q, int64_t row, int64_t end) {
+    const ktk_decoder_rows *rows = q->s->rows;
+    const int most = max_int(1, KTK_ATTEND_QUERIES / heads_of_task(q));
+    int count = 1;
+    while (count < most && row + count < end &&
+           rows->sequence[row + count] == rows->sequence[row] &&
+           rows->position[row + count] == rows->position[row] + count)
+        count++;
+    const int64_t last = row + count - 1, chunk = first_chunk(q, row);
+    return (row_block){.first = row,
+                       .count = count,
+                       .first_chunk = chunk,
+                       .num_chunks = (int)(first_chunk(q, last) + chunks_of(q, last) - chunk)};
+}
+
+/* End of the rows from `first` on whose tasks run together; *partial: how many results they have.
+ */
+static int64_t end_of_run(const queries *q, int64_t first, int64_t *partial) {
+    const int64_t bytes = 4 * (int64_t)heads_of_task(q) * (q->value_dim + 2);
     int64_t row = first;
-    for (*tasks = 0; row < q->s->crew.num_rows; row++) {
+    for (*partial = 0; row < q->s->crew.num_rows; row++) {
         const int64_t more = q->num_kv_heads * blocks_of(q) * chunks_of(q, row);
-        if (row > first && (*tasks + more) * task_bytes > MAX_PARTIAL) break;
-        *tasks += more;
+        if (row > first && (*partial + more) * bytes > MAX_PARTIAL) break;
+        *partial += more;
     }
     return row;
 }
@@ -43,16 +65,17 @@ static int64_t end_of_run(const queries *q, int64_t first, int64_t *tasks) {
 void ktk_lay_out_queries(queries *q, step *s, arena *a) {
     q->s = s;
     int64_t most = 0;
-    for (int64_t row = 0, tasks; row < s->crew.num_rows;) {
-        row = end_of_run(q, row, &tasks);
-        most = tasks > most ? tasks : most;
+    for (int64_t row = 0, partial; row < s->crew.num_rows;) {
+        row = end_of_run(q, row, &partial);
+        most = partial > most ? partial : most;
     }
     const int64_t heads = heads_of_task(q);
-    q->first_task = take(a, 8 * (s->crew.num_rows + 1));
+    q->first_partial = take(a, 8 * (s->crew.num_rows + 1));
+    q->blocks = take(a, (int64_t)sizeof(row_block) * s->crew.num_rows);
     q->partial = take(a, 4 * most * heads * q->value_dim);
     q->most = take(a, 8 * most * heads);
     const int64_t width = ktk_attend_width(q->key_dim, q->more_dim, q->value_dim);
-    ktk_want_work(&s->crew, 4 * (KTK_ATTEND_TILE * width + heads * KTK_ATTEND_KEYS));
+    ktk_want_work(&s->crew, 4 * (KTK_ATTEND_TILE * width + KTK_ATTEND_QUERIES * KTK_ATTEND_SCORES));
 }
 
 static void *place_of(const step *s, const ktk_paged *pages, int64_t row, int head, int64_t token) {
@@ -73,50 +96,98 @@ static ktk_tiles tiles_of(const queries *q, const ktk_paged *pages, int dim, int
     return (ktk_tiles){tiles, pages->row_stride, dim};
 }
 
+/* The queries of a block's rows over one chunk; those that see none of it are left out. Returns the
+ * first token of the tiles, a multiple of KTK_ATTEND_TILE; *end: of the last query. */
+static int64_t take_queries(const queries *q, const row_block *b, int64_t kv_head, int64_t part,
+                            int64_t chunk, ktk_attend *a, int64_t *end) {
+    const int64_t heads = heads_of_task(q), width = q->key_dim + q->more_dim;
+    const int group = min_int((int)heads, q->group - (int)(part * heads));
+    int64_t first[KTK_ATTEND_QUERIES], base = INT64_MAX;
+    *end = 0;
+    for (int64_t row = b->first; row < b->first + b->count; row++) {
+        const int64_t seen = first_token(q, row), last = q->s->rows->position[row] + 1;
+        const int64_t from = seen > chunk * KTK_ATTEND_KEYS ? seen : chunk * KTK_ATTEND_KEYS;
+        const int64_t to =
+            last < (chunk + 1) * KTK_ATTEND_KEYS ? last : (chunk + 1) * KTK_ATTEND_KEYS;
+        if (from >= to) continue;
+        const int64_t piece = q->first_partial[row] +
+                              (kv_head * blocks_of(q) + part) * chunks_of(q, row) + chunk -
+                              first_chunk(q, row);
+        const float *of_row =
+            q->q + row * q->q_stride + (kv_head * q->group + part * heads) * width;
+        for (int g = 0; g < group; g++) {
+            const int i = a->num_queries++;
+            const int64_t at = piece * heads + g;
+            first[i] = from;
+            a->end[i] = (int32_t)(to - chunk * KTK_ATTEND_KEYS);
+            a->q[i] = of_row + g * width;
+            a->out[i] = q->partial + at * q->value_dim;
+            a->most[i] = q->most + 2 * at;
+        }
+        base = from < base ? from : base;
+        *end = to > *end ? to : *end;
+    }
+    base = base / KTK_ATTEND_TILE * KTK_ATTEND_TILE;
+    for (int i = 0; i < a->num_queries; i++) {
+        a->begin[i] = (int32_t)(first[i] - base);
+        a->end[i] -= (int32_t)(base - chunk * KTK_ATTEND_KEYS);
+    }
+    return base;
+}
+
+static const row_block *block_of(const queries *q, int64_t task) {
+    int low = 0;
+    for (int high = q->num_blocks; high - low > 1;) {
+        const int middle = (low + high) / 2;
+        if (q->blocks[middle].first_task <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    return &q->blocks[low];
+}
+
 static void attend_task(void *context, int64_t index, int thread) {
     const queries *q = context;
     const step *s = q->s;
-    int64_t row = q->first_row;
-    while (index >= q->first_task[row + 1]) row++;
-    const int64_t chunks = chunks_of(q, row), heads = heads_of_task(q),
-                  piece = index - q->first_task[row];
-    const int64_t block = piece / chunks % blocks_of(q), kv_head = piece / chunks / blocks_of(q);
-    int64_t first = first_token(q, row);
-    const int64_t chunk = first / KTK_ATTEND_KEYS + piece % chunks,
-                  end = s->rows->position[row] + 1;
-    if (first < chunk * KTK_ATTEND_KEYS) first = chunk * KTK_ATTEND_KEYS;
-    const int64_t left =
-        (chunk + 1) * KTK_ATTEND_KEYS < end ? (chunk + 1) * KTK_ATTEND_KEYS - first : end - first;
-    const int64_t tile = first / KTK_ATTEND_TILE * KTK_ATTEND_TILE;
-    const int num_tiles = (int)((first + left - tile + KTK_ATTEND_TILE - 1) / KTK_ATTEND_TILE);
-    const int width = q->key_dim + q->more_dim;
-    const ktk_sequence *sequence = &s->rows->sequences[s->rows->sequence[row]];
+    const row_block *b = block_of(q, index);
+    const int64_t piece = index - b->first_task, of_head = piece / b->num_chunks;
+    const int64_t part = of_head % blocks_of(q), kv_head = of_head / blocks_of(q);
+    ktk_attend a = {.dtype = s->dtype};
+    int64_t end;
+    const int64_t base =
+        take_queries(q, b, kv_head, part, b->first_chunk + piece % b->num_chunks, &a, &end);
+    const int num_tiles = (int)((end - base + KTK_ATTEND_TILE - 1) / KTK_ATTEND_TILE);
+    const ktk_sequence *sequence = &s->rows->sequences[s->rows->sequence[b->first]];
     const void *keys[KTK_ATTEND_KEYS / KTK_ATTEND_TILE], *values[KTK_ATTEND_KEYS / KTK_ATTEND_TILE];
-    ktk_attend a = {.dtype = s->dtype,
-                    .group = min_int((int)heads, q->group - (int)(block * heads)),
-                    .first = (int)(first - tile),
-                    .count = (int)left,
-                    .q = q->q + row * q->q_stride + (kv_head * q->group + block * heads) * width};
-    a.keys = tiles_of(q, &sequence->keys, q->key_dim, row, (int)kv_head, tile, num_tiles, keys);
+    const int head = (int)kv_head;
+    a.keys = tiles_of(q, &sequence->keys, q->key_dim, b->first, head, base, num_tiles, keys);
     a.values =
-        tiles_of(q, &sequence->values, q->value_dim, row, (int)kv_head, tile, num_tiles, values);
+        tiles_of(q, &sequence->values, q->value_dim, b->first, head, base, num_tiles, values);
     if (q->more_dim) {
         a.more = (ktk_tiles){values, sequence->values.row_stride, q->more_dim};
         a.values = a.keys;
     }
-    s->crew.kernels->attend(&a, (float *)(void *)work_buffer(&s->crew, thread),
-                            q->partial + index * heads * q->value_dim, q->most + index * heads * 2);
+    s->crew.kernels->attend(&a, (float *)(void *)work_buffer(&s->crew, thread));
 }
 
 void ktk_attend_rows(queries *q, ktk_task_fn *fn, void *context) {
     crew *c = &q->s->crew;
-    for (int64_t row = 0, tasks; row < c->num_rows;) {
-        const int64_t end = end_of_run(q, row, &tasks);
-        q->first_row = row;
-        q->first_task[row] = 0;
+    for (int64_t row = 0, partial; row < c->num_rows;) {
+        const int64_t end = end_of_run(q, row, &partial);
+        int64_t tasks = 0;
+        q->first_partial[row] = 0;
         for (int64_t i = row; i < end; i++)
-            q->first_task[i + 1] =
-                q->first_task[i] + q->num_kv_heads * blocks_of(q) * chunks_of(q, i);
+            q->first_partial[i + 1] =
+                q->first_partial[i] + q->num_kv_heads * blocks_of(q) * chunks_of(q, i);
+        q->num_blocks = 0;
+        for (int64_t i = row; i < end;) {
+            row_block *b = &q->blocks[q->num_blocks++];
+            *b = block_from(q, i, end);
+            b->first_task = tasks;
+            tasks += q->num_kv_heads * blocks_of(q) * b->num_chunks;
+            i += b->count;
+        }
         const int64_t begin[] = {0, tasks};
         ktk_pool_run(c->pool, attend_task, q, begin, 1);
         ktk_each_row(c, row, end, fn, context);
@@ -127,7 +198,8 @@ void ktk_attend_rows(queries *q, ktk_task_fn *fn, void *context) {
 void ktk_join(const queries *q, int64_t row, int head, float *out) {
     const int64_t chunks = chunks_of(q, row), heads = heads_of_task(q), n = q->value_dim;
     const int64_t block = head / q->group * blocks_of(q) + head % q->group / heads;
-    const int64_t first = (q->first_task[row] + block * chunks) * heads + head % q->group % heads;
+    const int64_t first =
+        (q->first_partial[row] + block * chunks) * heads + head % q->group % heads;
     float most = q->sinks ? q->sinks[head] : -INFINITY;
     for (int64_t c = 0; c < chunks; c++) {
         const float own = q->most[2 * (first + c * heads)];

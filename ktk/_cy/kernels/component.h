@@ -19,6 +19,14 @@ typedef struct {
     int num_inputs;
 } step;
 
+/* Rows of one sequence that follow each other: they look at the same keys together. */
+typedef struct {
+    int64_t first, first_task;
+    int32_t count; /* rows */
+    int32_t num_chunks;
+    int64_t first_chunk;
+} row_block;
+
 /* Query heads over cached tokens: chunks of KTK_ATTEND_KEYS tokens at fixed places, joined in
  * order. */
 typedef struct {
@@ -30,8 +38,9 @@ typedef struct {
     /* q (rows, heads, key_dim + more_dim) with q_stride between rows, scaled */
     const float *q, *sinks;
     int64_t q_stride;
-    int64_t first_row;   /* of those whose tasks run */
-    int64_t *first_task; /* (rows + 1) */
+    int64_t *first_partial; /* (rows + 1): of a row's results, one a head block and chunk */
+    row_block *blocks;      /* of the rows whose tasks run; (rows,) */
+    int num_blocks;
     float *partial, *most;
 } queries;
 

@@ -16,7 +16,7 @@ void CAT(ktk_store_, KTK_ISA)(int, const float *, int64_t, void *);
 void CAT(ktk_combine_, KTK_ISA)(const float *, int64_t, const int32_t *, const float *, int, int,
                                 float *);
 void CAT(ktk_add_, KTK_ISA)(float *, const float *, int64_t);
-void CAT(ktk_attend_, KTK_ISA)(const ktk_attend *, float *, float *, float *);
+void CAT(ktk_attend_, KTK_ISA)(const ktk_attend *, float *);
 int CAT(ktk_pack_panel_, KTK_ISA)(const ktk_matrix *, int, const void *const *, int, const float *,
                                   int, int, float *, uint8_t *);
 
