@@ -4,7 +4,8 @@ The first part of a trace is only counted: it is what strategies know. Of the re
 tokens than a prompt are decode steps, and timed. ``dynamic`` begins with frequency's masks; a
 prompt of ``threshold`` tokens or more then puts each layer's most used experts of that prompt on
 the GPU, as many as the layer has, as SGLang does in layerwise prefill, of which the time is not
-counted.
+counted. ``online`` begins likewise, and goes with the text by ``updates.OnlineUpdate``; the time of
+its swaps is not counted either.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from ktk.placement.masks.costs import Costs, Demand
 from ktk.placement.masks.grid import ExpertGrid
 from ktk.placement.masks.published import DYNAMIC
 from ktk.placement.masks.strategies import STRATEGIES, Known, first_of_most, place
+from ktk.placement.masks.updates import OnlineUpdate
 from ktk.placement.residency.trace import Trace
 
-SIMULATED = (*STRATEGIES, DYNAMIC)
+ONLINE = "online"
+SIMULATED = (*STRATEGIES, DYNAMIC, ONLINE)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,12 @@ def simulate(
             raise ValueError(f"{ratio} of the experts on the GPU: must be 0..1")
         number = int(steps.grid.total * ratio + 1e-9)
         for name in names:
-            start = place(steps.grid, "frequency" if name == DYNAMIC else name, number, known)
-            spans = _spans(steps, start, begin, is_prompt, name == DYNAMIC)
+            first = "frequency" if name in (DYNAMIC, ONLINE) else name
+            start = place(steps.grid, first, number, known)
+            if name == ONLINE:
+                spans = _online_spans(steps, start, begin, is_prompt)
+            else:
+                spans = _spans(steps, start, begin, is_prompt, name == DYNAMIC)
             found.append(_worth(steps, costs, name, ratio, spans))
     return found
 
@@ -155,6 +162,20 @@ def _spans(
             masks = updated(masks, steps.counts[at])
             at += 1
         spans.append((masks, np.arange(at, end)))
+    return spans
+
+
+def _online_spans(
+    steps: Steps, masks: np.ndarray, begin: int, is_prompt: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """As ``_spans``: masks change after any step."""
+    update, spans, since = OnlineUpdate(), [], begin
+    for at in range(begin, len(steps.counts)):
+        after = update.after(steps.counts[at], masks)
+        if not np.array_equal(after, masks) or at + 1 == len(steps.counts):
+            span = np.arange(since, at + 1)
+            spans.append((masks, span[~is_prompt[since : at + 1]]))
+            masks, since = after, at + 1
     return spans
 
 

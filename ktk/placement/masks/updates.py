@@ -73,23 +73,30 @@ class OnlineUpdate:
         self._counts: np.ndarray | None = None
 
     def wanted(self, topk_ids: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+        found = self.after(_counts(topk_ids, len(mask))[None], mask[None])[0]
+        return None if np.array_equal(found, mask) else found
+
+    def after(self, counts: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """The masks after a call of each of several layers, of the same ones each time.
+
+        counts : (layers, num_experts), of the calls. masks : bool (layers, num_experts), of now.
+        """
         with self._lock:
-            before = np.zeros(len(mask)) if self._counts is None else self._counts * self._decay
-            self._counts = counts = before + _counts(topk_ids, len(mask))
-        there, here = np.flatnonzero(mask), np.flatnonzero(~mask)
-        leaving = there[np.argsort(counts[there], kind="stable")][: self.budget]
-        entering = here[np.argsort(-counts[here], kind="stable")][: self.budget]
-        pairs = min(len(leaving), len(entering))
-        leaving, entering = leaving[:pairs], entering[:pairs]
-        # The i-th hottest for the i-th coldest: from one pair on none is worth it.
-        least = np.maximum(counts[leaving] * (1 + self.hysteresis), counts[leaving] + 1)
-        is_worth = counts[entering] > least
-        if not is_worth.any():
-            return None
-        wanted = mask.copy()
-        wanted[leaving[is_worth]] = False
-        wanted[entering[is_worth]] = True
-        return wanted
+            before = 0.0 if self._counts is None else self._counts * self._decay
+            self._counts = total = before + counts
+        leaving = np.argsort(np.where(masks, total, np.inf), axis=1, kind="stable")
+        entering = np.argsort(np.where(masks, np.inf, -total), axis=1, kind="stable")
+        leaving, entering = leaving[:, : self.budget], entering[:, : self.budget]
+        # The i-th hottest of the CPU for the i-th coldest of the device.
+        rows = np.arange(len(masks))[:, None]
+        cold, hot = total[rows, leaving], total[rows, entering]
+        is_pair = masks[rows, leaving] & ~masks[rows, entering]
+        is_worth = is_pair & (hot > np.maximum(cold * (1 + self.hysteresis), cold + 1))
+        found = masks.copy()
+        at = np.nonzero(is_worth)
+        found[at[0], leaving[at]] = False
+        found[at[0], entering[at]] = True
+        return found
 
 
 def update_of(text: str) -> PrefillUpdate | OnlineUpdate:

@@ -77,6 +77,21 @@ def test_full_and_empty_devices_change_nothing() -> None:
             assert update.wanted(ids_of(1, 1, 1), mask) is None
 
 
+def test_several_layers_at_once_are_each_by_itself() -> None:
+    rng = np.random.default_rng(2)
+    masks = rng.random((4, EXPERTS)) < [[0.0], [0.3], [0.6], [1.0]]
+    together, each = OnlineUpdate(4, 2, 0.1), [OnlineUpdate(4, 2, 0.1) for _ in masks]
+    apart = masks.copy()
+    for _ in range(60):
+        ids = rng.integers(0, EXPERTS, (len(masks), 3, 2))
+        counts = np.stack([np.bincount(i.reshape(-1), minlength=EXPERTS) for i in ids])
+        masks = together.after(counts, masks)
+        for layer, update in enumerate(each):
+            wanted = update.wanted(ids[layer], apart[layer])
+            apart[layer] = apart[layer] if wanted is None else wanted
+        assert np.array_equal(masks, apart)
+
+
 def test_counts_of_several_threads_all_count() -> None:
     update = OnlineUpdate(1e9, 1, 0.0)
 
@@ -90,7 +105,7 @@ def test_counts_of_several_threads_all_count() -> None:
     for thread in threads:
         thread.join()
     assert update._counts is not None
-    assert round(update._counts[1]) == 2000
+    assert round(update._counts[0, 1]) == 2000
 
 
 @pytest.mark.parametrize(
