@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from ktk.errors import BackendError
 from ktk.experts.row_major import BF16, RowMajor, own_codes
 from ktk.experts.stored import StoredExperts
 from ktk.integration.kt_kernel.arguments import checked_int
@@ -63,6 +64,12 @@ class WeightWriter:
         given = (w13_weight_ptrs, w13_scale_ptrs, w2_weight_ptrs, w2_scale_ptrs)
         named = zip(_BUFFERS, given, strict=True)
         addresses = {name: _addresses(name, pointers, ranks) for name, pointers in named}
+        if self.moe.is_streamed:
+            raise BackendError(
+                f"layer {self.layer_idx} keeps only some of its experts in memory: GPU buffers are "
+                "written from all; leave out max_resident_experts, or prompts on the GPU alone "
+                "(--kt-gpu-prefill-token-threshold 0)"
+            )
         stored = self.moe.runner.packed_expert(expert)
         place = stored.place(expert)
         form, layout = self._form(stored, addresses), threads.acquire(self)

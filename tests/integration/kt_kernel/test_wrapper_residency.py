@@ -10,6 +10,7 @@ import pytest
 
 import ktk
 from ktk.checkpoint.packed import write_layer
+from ktk.errors import BackendError
 from ktk.experts.spec import MoESpec
 from ktk.machine import cpu
 from ktk.ops.streamed import StreamedMoE
@@ -80,3 +81,15 @@ def test_what_cannot_come_and_go_is_refused(directory: Path, tmp_path: Path) -> 
         turned.load_weights(np.arange(E)[::-1].copy())
     with pytest.raises(ValueError, match="the wrapper"):
         opened(directory, K, weight_format="int4")
+
+
+def test_buffers_of_a_gpu_want_all_experts_in_memory(directory: Path) -> None:
+    wrapper = opened(directory, K)
+    room = np.zeros(8 * N * H, np.uint8)
+    at = [int(room.ctypes.data)]
+    with pytest.raises(BackendError, match="leave out max_resident_experts"):
+        wrapper.submit_write_weight_scale_to_buffer(1, 0, at, [0], at, [0])
+    whole = opened(directory, None)
+    whole.submit_write_weight_scale_to_buffer(1, 0, at, [0], at, [0])
+    whole.sync_write_weight_scale_to_buffer()
+    assert room.any()
