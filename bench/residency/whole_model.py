@@ -30,7 +30,7 @@ from ktk.checkpoint.packed import coding_of
 from ktk.experts.layout import LAYOUT_VERSION
 
 VOCAB = 32000
-PROMPT, TOKENS = 256, 32  # read at once; timed one by one
+PROMPT, TOKENS = 128, 32  # read at once; timed one by one
 
 
 def write_model(directory: Path, layers: int) -> None:
