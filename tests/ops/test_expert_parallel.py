@@ -7,9 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -62,18 +60,19 @@ def run(folder: Path, ranks: int, end: str | None = None) -> list[dict[str, str]
     return [json.loads(file.read_text()) for file in files]
 
 
-@cache
-def cases_of(ranks: int) -> list[dict[str, str]]:
-    return run(Path(mkdtemp(prefix="ktk-parallel-")), ranks)
+@pytest.fixture(scope="module", params=[2, 4])
+def said(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, str]]:
+    """Of every rank; all cases run in the same processes."""
+    return run(tmp_path_factory.mktemp("ranks"), request.param)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_over_processes(ranks: int, name: str) -> None:
-    said = [
-        of_rank.get(name, "not run: an earlier case lost the others") for of_rank in cases_of(ranks)
-    ]
-    assert said == [""] * ranks, "\n".join(f"rank {r}: {s}" for r, s in enumerate(said) if s)
+def test_over_processes(said: list[dict[str, str]], name: str) -> None:
+    of_ranks = [rank.get(name, "not run: an earlier case lost the others") for rank in said]
+    wrong = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(of_ranks) if text)
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize(
