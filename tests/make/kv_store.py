@@ -114,3 +114,30 @@ def generate(store: PrefixStore, of: CacheInfo, ids: np.ndarray) -> int:
                 for page in range(handle.matched_length() // PAGE, len(right)):
                     own[page][:] = right[page]
         return handle.append_tokens(ids)
+
+
+def text(seed: int, number: int) -> np.ndarray:
+    """Tokens of 2 to 6 pages; texts of one ``number // 4`` begin alike."""
+    begin = tokens(np.random.default_rng([seed, number // 4]), 2)
+    own = np.random.default_rng([seed, number // 4, number])
+    return np.concatenate([begin, tokens(own, own.integers(0, 5) + 0.5)])
+
+
+def sharing(number: int) -> range:
+    """Texts that begin as one does."""
+    return range(number // 4 * 4, number // 4 * 4 + 4)
+
+
+def is_consistent(store: PrefixStore) -> bool:
+    """Whether pages, and what of memory and disk is taken, agree, with no handle alive."""
+    tiers = store.tiers
+    pages = list(tiers.pages())
+    runs = [range(first, first + count) for p in pages for first, count in p.place or ()]
+    taken = {element for run in runs for element in run}
+    assert len(taken) == sum(map(len, runs)) and 0 not in taken, "elements of two pages"
+    if tiers.disk is not None:
+        assert tiers.disk.used_bytes == (len(taken) + 1) * store.config.element_bytes
+    assert tiers.memory.used_bytes == sum(len(p.data) for p in pages if p.data is not None)
+    assert not any(p.pins or p.column_pins or p.loading for p in pages), "pins are left"
+    assert all(p.parent is p.tree.root or not p.parent.is_removed for p in pages if p.parent)
+    return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ktk.kv.prefix.config import TOKEN_BYTES, PageLayout
+from ktk.kv.prefix.config import TOKEN_BYTES, CacheInfo, PageLayout
 from ktk.kv.prefix.tree import MatchStatus, Page, token_bytes
 
 
@@ -66,6 +66,11 @@ class Handle:
         self._status = status
         self._matched = len(holding.pages)
         self._finalizer = weakref.finalize(self, store.release_later, holding)
+
+    @property
+    def info(self) -> CacheInfo:
+        """Whose pages these are."""
+        return self._holding.layout.info
 
     def matched_length(self) -> int:
         """Tokens of whole pages that were found."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ktk.kv.prefix.config import PageLayout
+from ktk.kv.prefix.leaving import oldest_first
 from ktk.kv.prefix.tree import Page
 
 
@@ -26,11 +27,6 @@ class MemoryTier:
 
     def __len__(self) -> int:
         return len(self._pages)
-
-    @property
-    def evictable(self) -> int:
-        """Pages that could leave now, those left out that others have to leave before."""
-        return sum(map(self._may_leave, self._pages))
 
     def take(self, layout: PageLayout, count: int) -> list[np.ndarray] | None:
         """Frames for ``count`` pages; None if they do not fit, though all left that may."""
@@ -64,28 +60,23 @@ class MemoryTier:
         """Pages that no disk has yet."""
         return (page for page in self._pages if page.is_dirty)
 
-    def _may_leave(self, page: Page) -> bool:
+    def _may_leave(self, page: Page, following: int) -> bool:
         if page.pins or page.data is None:
             return False
         if page.place is not None:
             return True
         # With it the text would be forgotten, and what follows it could never be found.
-        return not page.children and (page.is_volatile or not self._keeps_new)
+        return not following and (page.is_volatile or not self._keeps_new)
 
     def _evict(self, num_bytes: int) -> None:
         """Let pages leave until so many bytes are free, evict_count pages at least."""
-        freed = count = 0
-        while freed < num_bytes or count < self.evict_count:
-            leaving = sorted(filter(self._may_leave, self._pages), key=lambda page: page.used)
-            if not leaving:
-                return
-            for page in leaving:
-                if freed >= num_bytes and count >= self.evict_count:
-                    break
-                assert page.data is not None
-                freed += len(page.data)
-                count += 1
-                self.evictions += 1
-                self.drop(page)
-                if page.place is None:
-                    page.tree.remove(page)
+        freed = 0
+        for count, page in enumerate(oldest_first(self._pages, self._may_leave)):
+            if freed >= num_bytes and count >= self.evict_count:
+                break
+            assert page.data is not None
+            freed += len(page.data)
+            self.evictions += 1
+            self.drop(page)
+            if page.place is None:
+                page.tree.remove(page)

@@ -20,9 +20,9 @@ from ktk.kv.prefix.config import TOKEN_BYTES, CacheInfo, PageLayout, StoreConfig
 from ktk.kv.prefix.device import DevicePages, DeviceTier
 from ktk.kv.prefix.disk import DiskTier, Placed
 from ktk.kv.prefix.handle import Handle, HandleStore, Holding
+from ktk.kv.prefix.leaving import oldest_first
 from ktk.kv.prefix.memory import MemoryTier
 from ktk.kv.prefix.tree import Page, PrefixTree, touch
-from ktk.kv.prefix.victims import victims
 from ktk.paths import user_path
 
 READERS = 4  # pages read from disk at a time
@@ -131,8 +131,11 @@ class Tiers(HandleStore):
         lacking = sum(page.tree.layout.num_elements for page, _ in items) - self.disk.free_elements
         if lacking > 0:
             with self.lock:
-                for page in victims(self.pages(), lacking):
+                for page in oldest_first(self.pages(), _may_leave_the_disk):
+                    if lacking <= 0:
+                        break
                     self.doom(page)
+                    lacking -= page.tree.layout.num_elements
             self.bury()
         written = 0
         for placed in self.disk.write(items):
@@ -318,6 +321,10 @@ class Tiers(HandleStore):
         """In a forked child."""
         if self.disk is not None:
             self.disk.abandon()
+
+
+def _may_leave_the_disk(page: Page, following: int) -> bool:
+    return not following and not page.pins and page.place is not None
 
 
 def until(pages: Sequence[Page], is_good: Callable[[Page], bool]) -> list[Page]:
