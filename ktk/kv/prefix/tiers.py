@@ -154,7 +154,6 @@ class Tiers(HandleStore):
         else:
             page = draft.tree.adopt(draft)
         page.place, page.checksum, page.row = placed.runs, placed.checksum, placed.row
-        page.is_volatile = False
         if page is not draft:
             for other, _ in items:
                 if other.parent is draft:

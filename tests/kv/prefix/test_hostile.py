@@ -14,6 +14,7 @@ import pytest
 from ktk.errors import CheckpointError
 from ktk.kv.prefix import disk
 from ktk.kv.prefix.disk import DATABASE, PAGES
+from ktk.kv.prefix.metadata import row_digest
 from ktk.kv.prefix.store import PrefixStore
 from make import kv_store as kv
 from make.kv_store import ELEMENT, PAGE
@@ -160,6 +161,31 @@ def test_rows_that_lie_about_places_and_types_are_misses(copied: Path) -> None:
             connection.execute(f"UPDATE page SET {column} = ? WHERE id = {first}", (lie,))
         connection.close()
         assert lengths(copied) != WHOLE, column
+
+
+def test_a_row_that_claims_elements_of_another_is_a_miss(copied: Path) -> None:
+    """Though its digest is right: who reads one would get what the other is given later."""
+    with PrefixStore(kv.config(copied)) as store:
+        (page, *_) = store.tiers.tree(INFO).root.children
+        of_child = b"\1" * 4 * PAGE
+        child = store.tiers.tree(INFO).drafts([page], page.tokens + of_child)[0]
+        assert page.place is not None
+        row = row_digest(child.chain, child.hash, page.place, page.checksum)
+        hash_ = child.hash - (child.hash >> 63 << 64)
+        values = (page.row, 1, hash_, of_child, page.row, page.row, row)
+        parent = page.tokens
+    with sqlite3.connect(copied / DATABASE) as connection:
+        connection.execute(
+            "INSERT INTO page (info, parent, depth, hash, tokens, runs, checksum, digest, used) "
+            "VALUES (1, ?, ?, ?, ?, (SELECT runs FROM page WHERE id = ?), "
+            "(SELECT checksum FROM page WHERE id = ?), ?, 0)",
+            values,
+        )
+    connection.close()
+    with PrefixStore(kv.config(copied)) as store:
+        with store.lookup(INFO, np.frombuffer(parent + of_child, "<u4")) or kv.pytest_fails() as h:
+            assert h.matched_length() == PAGE
+        assert kv.is_consistent(store)
 
 
 def test_a_strange_age_only_changes_who_leaves_first(copied: Path) -> None:

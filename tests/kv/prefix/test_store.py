@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ktk.errors import EngineError
-from ktk.kv.prefix import elements, hashing, tree
+from ktk.kv.prefix import disk, elements, hashing, tree
 from ktk.kv.prefix.config import CacheInfo, StoreConfig
 from ktk.kv.prefix.device import TorchPages
 from ktk.kv.prefix.disk import PAGES
@@ -183,6 +183,53 @@ def test_what_never_fits_the_disk_stays_in_memory_until_that_is_full(tmp_path: P
         assert kv.is_consistent(store)
 
 
+def test_what_follows_an_unsaved_page_is_not_saved_either(tmp_path: Path) -> None:
+    ids = kv.tokens(RNG, 5)
+    with PrefixStore(kv.config(tmp_path, disk_limit=5 * ELEMENT)) as store:
+        other = kv.tokens(RNG, 2)
+        kv.insert(store, INFO, other)
+        with store.lookup(INFO, other) or kv.pytest_fails():  # it has half of the disk
+            kv.generate(store, INFO, ids[: 3 * PAGE])
+            assert store.save() == 2
+        store.delete(INFO, other)
+        kv.generate(store, INFO, ids)
+        assert store.save() == 0
+        assert kv.found(store, INFO, ids) == 5 * PAGE
+    with PrefixStore(kv.config(tmp_path)) as store:
+        assert store.load() == 2 and kv.read(store, INFO, ids) == 2 * PAGE
+
+
+def test_pages_of_live_handles_stay_on_the_disk(tmp_path: Path) -> None:
+    ids, other = kv.tokens(RNG, 2), kv.tokens(RNG, 2)
+    with PrefixStore(kv.config(tmp_path, disk_limit=5 * ELEMENT)) as store:
+        kv.insert(store, INFO, ids)
+        with store.lookup(INFO, ids) or kv.pytest_fails():
+            kv.insert(store, INFO, other)
+            with pytest.raises(OSError, match="1 of 3 new pages do not fit"):
+                kv.insert(store, INFO, kv.tokens(RNG, 3))
+            assert kv.read(store, INFO, ids) == 2 * PAGE and kv.read(store, INFO, other) == 0
+
+
+def test_a_page_that_comes_to_memory_while_it_is_inserted_is_one_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = kv.tokens(RNG, 3)
+    monkeypatch.setattr(disk, "BATCH", 1)
+    with PrefixStore(kv.config(tmp_path)) as store:
+        real = elements.ElementFile.sync
+
+        def generate_meanwhile(self: elements.ElementFile) -> None:
+            monkeypatch.setattr(elements.ElementFile, "sync", real)
+            kv.generate(store, INFO, ids[: 2 * PAGE])
+            real(self)
+
+        monkeypatch.setattr(elements.ElementFile, "sync", generate_meanwhile)
+        assert kv.insert(store, INFO, ids) == 3 * PAGE
+        assert store.load() == 3 and store.save() == 0 and kv.is_consistent(store)
+    with PrefixStore(kv.config(tmp_path)) as store:
+        assert kv.read(store, INFO, ids) == 3 * PAGE
+
+
 def test_a_full_disk_is_an_error_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,16 +361,16 @@ def test_threads_that_want_the_same_page_read_it_once(
     ids = kv.tokens(RNG, 4)
     with PrefixStore(kv.config(tmp_path)) as store:
         kv.insert(store, INFO, ids)
-        disk = store.tiers.disk
-        assert disk is not None
-        real, reads, barrier = disk.read, [], threading.Barrier(6)
+        tier = store.tiers.disk
+        assert tier is not None
+        real, reads, barrier = tier.read, [], threading.Barrier(6)
 
         def slow(page: tree.Page, frame: np.ndarray) -> bool:
             reads.append(page)
             threading.Event().wait(0.05)
             return real(page, frame)
 
-        monkeypatch.setattr(disk, "read", slow)
+        monkeypatch.setattr(tier, "read", slow)
 
         def look() -> None:
             barrier.wait()
