@@ -38,7 +38,7 @@ _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 class Lock:
     """``with lock:`` as threading.Lock has it; in a forked child it is free,
-    whoever held it in the parent.
+    whoever held it in the parent. A copy is another lock.
     """
 
     __slots__ = ("__weakref__", "_lock")
@@ -55,6 +55,9 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Lock:
+        return Lock()
 
 
 @in_child

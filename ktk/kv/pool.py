@@ -15,10 +15,10 @@ import numpy as np
 
 from ktk.kv.pages import PAGE
 from ktk.machine.memory import aligned_buffer
-from ktk.ops.decoder import Pages
+from ktk.ops.decoder import Pages, Shapes
 
-Shape = tuple[tuple[int, int], tuple[int, int]]
 NOTHING = 0  # the content before a sequence's first page
+SLAB = 16  # pages of which memory is taken at once, for all layers, when the first is
 
 
 class PagePool:
@@ -28,11 +28,14 @@ class PagePool:
     Not for several threads at once.
     """
 
-    def __init__(self, count: int, shapes: Sequence[Shape], dtype: np.dtype) -> None:
-        self.count = count
-        self._layers = [
-            (_pages(count, *keys, dtype), _pages(count, *values, dtype)) for keys, values in shapes
+    def __init__(self, count: int, shapes: Sequence[Shapes], dtype: np.dtype) -> None:
+        self.count, self._shapes, self._dtype = count, shapes, dtype
+        # A slab: of each layer SLAB pages of keys, then SLAB of values.
+        self._page_bytes = [
+            [heads * width * PAGE * dtype.itemsize for heads, width in both] for both in shapes
         ]
+        self._slabs: dict[int, np.ndarray] = {}
+        self._bases = np.zeros(-(-count // SLAB), np.uintp)  # addresses of slabs
         self._holders = [0] * count
         self._content = [NOTHING] * count
         self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}  # content -> how it is found
@@ -50,6 +53,10 @@ class PagePool:
         if not self._unheld:
             return None
         page, _ = self._unheld.popitem(last=False)
+        slab = page // SLAB
+        if slab not in self._slabs:
+            memory = aligned_buffer(SLAB * sum(map(sum, self._page_bytes)))
+            self._slabs[slab], self._bases[slab] = memory, memory.ctypes.data
         if self._content[page] != NOTHING:
             del self._found[self._keys.pop(self._content[page])]
             self._content[page] = NOTHING
@@ -98,10 +105,13 @@ class PagePool:
 
     def tables(self, pages: Sequence[int]) -> list[Pages]:
         """A sequence's pages as each layer's ``DecoderLayer`` takes them."""
-        return [Pages.of_pool(keys, values, pages) for keys, values in self._layers]
-
-
-def _pages(count: int, heads: int, width: int, dtype: np.dtype) -> np.ndarray:
-    shape = count, heads, PAGE, width
-    memory = aligned_buffer(int(np.prod(shape)) * dtype.itemsize)
-    return memory.view(dtype).reshape(shape)
+        numbers = np.array(pages, np.uintp)
+        slabs, places = self._bases[numbers // np.uintp(SLAB)], numbers % np.uintp(SLAB)
+        tables, offset = [], 0
+        for shapes, both in zip(self._shapes, self._page_bytes, strict=True):
+            addresses = []
+            for page_bytes in both:
+                addresses.append(slabs + np.uintp(offset) + places * np.uintp(page_bytes))
+                offset += SLAB * page_bytes
+            tables.append(Pages.at(addresses[0], addresses[1], shapes, PAGE, self._dtype))
+        return tables

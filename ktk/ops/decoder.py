@@ -21,6 +21,8 @@ from ktk.ops.streamed import Visit
 from ktk.placement.residency.slots import TooManyExperts
 
 MAX_COMPONENTS = 3  # of a branch
+Shapes = tuple[tuple[int, int], tuple[int, int]]  # (heads, width) of keys and of values
+
 PAGE_STEP = 16  # tokens of a page are a multiple of it, where there are several
 
 
@@ -118,7 +120,8 @@ class Pages:
                 f"pages of {self.page_tokens} tokens: must be a multiple of {PAGE_STEP}"
             )
         self.dtype, self.num_tokens = keys[0].dtype, self.page_tokens * len(keys)
-        self.shapes = tuple((p[0].shape[0], p[0].shape[2]) for p in (keys, values))
+        first_of = keys[0].shape, values[0].shape
+        self.shapes: Shapes = tuple((shape[0], shape[2]) for shape in first_of)  # type: ignore[assignment]
         row: list[Any] = []
         self._tables = []
         for name, pages in (("keys", keys), ("values", values)):
@@ -144,22 +147,26 @@ class Pages:
         self.native = (*row, self.page_tokens)  # as native.DecoderLayer.forward takes it
 
     @classmethod
-    def of_pool(cls, keys: np.ndarray, values: np.ndarray, numbers: Sequence[int]) -> Pages:
-        """Some pages of many, in this order.
+    def at(
+        cls,
+        keys: np.ndarray,
+        values: np.ndarray,
+        shapes: Shapes,
+        page_tokens: int,
+        dtype: np.dtype,
+    ) -> Pages:
+        """Pages by their addresses, uintp, each contiguous (heads, page_tokens, width).
 
-        keys, values : contiguous (pages, heads, page_tokens, width), page_tokens a multiple of 16.
+        shapes : (heads, width) of keys and of values. page_tokens : a multiple of 16.
         """
         self = cls.__new__(cls)
-        self.page_tokens, self.dtype = keys.shape[2], keys.dtype
-        self.num_tokens = self.page_tokens * len(numbers)
-        self.shapes = tuple((p.shape[1], p.shape[3]) for p in (keys, values))
+        self.page_tokens, self.dtype, self.shapes = page_tokens, dtype, shapes
+        self.num_tokens = page_tokens * len(keys)
+        self._tables = [np.ascontiguousarray(keys), np.ascontiguousarray(values)]
         row: list[Any] = []
-        self._tables = []
-        for pool in (keys, values):
-            table = pool.ctypes.data + np.array(numbers, np.uintp) * np.uintp(pool.strides[0])
-            self._tables.append(table)
-            row += [table.ctypes.data, *(stride // pool.itemsize for stride in pool.strides[1:3])]
-        self.native = (*row, self.page_tokens)
+        for table, (_, width) in zip(self._tables, shapes, strict=True):
+            row += [table.ctypes.data, page_tokens * width, width]
+        self.native = (*row, page_tokens)
         return self
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -119,8 +121,26 @@ def test_two_who_compute_the_same_at_once_are_found_as_one() -> None:
     assert pool.match(text(5, 6))[0] == [first, third]
 
 
-def test_tables_are_places_in_the_layers_memory() -> None:
-    pool = pool_of()
-    for (keys, values), table in zip(SHAPES, pool.tables([4, 1]), strict=True):
-        assert table.shapes == (keys, values) and table.num_tokens == 2 * PAGE
+def test_pages_of_all_layers_lie_apart() -> None:
+    """Each page's bytes, from its address on, are its own and lie in memory that the pool has."""
+    pool = pool_of(40)
+    pages = [pool.take() for _ in range(37)]
+    assert None not in pages
+    spans = []
+    for shapes, table in zip(SHAPES, pool.tables([p for p in pages if p is not None]), strict=True):
+        assert table.shapes == shapes and table.num_tokens == 37 * PAGE
         assert table.dtype == np.float32
+        for addresses, (heads, width) in zip(table._tables, shapes, strict=True):
+            size = heads * width * PAGE * 4
+            spans += [(int(address), int(address) + size) for address in addresses]
+    spans.sort()
+    assert all(end <= after for (_, end), (after, _) in pairwise(spans))
+    slabs = [(slab.ctypes.data, slab.ctypes.data + slab.nbytes) for slab in pool._slabs.values()]
+    assert all(any(a <= begin and end <= b for a, b in slabs) for begin, end in spans)
+
+
+def test_memory_is_taken_when_it_is_needed() -> None:
+    pool = PagePool(1 << 20, [((8, 128), (8, 128))] * 48, np.dtype(np.uint16))  # 13 TB
+    assert not pool._slabs
+    assert {pool.take() for _ in range(20)} == set(range(20))
+    assert len(pool._slabs) == 2
