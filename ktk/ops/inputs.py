@@ -148,8 +148,16 @@ def as_call(
 ) -> Call:
     """Arguments on any device, hidden_states (..., hidden_size),
     copied on ``stream`` if not the CPU's.
+
+    RuntimeError while a CUDA graph is captured, whose replay would not come to the CPU again.
     """
     device = device_of(hidden_states)
+    torch = sys.modules.get("torch")
+    if torch and device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured: ktk's experts do not run in one; start SGLang with "
+            "--disable-cuda-graph"
+        )
     with on_stream(device, stream):
         hidden = on_host(hidden_states)
         shape = tuple(getattr(hidden, "shape", ()))

@@ -149,7 +149,7 @@ def test_a_layout_that_could_not_finish_is_refused(layout: EngineLayout) -> None
         backend.load(packed, layout)
 
 
-def test_three_thousand_layers_made_and_dropped_leave_nothing() -> None:
+def test_thousands_of_layers_made_and_dropped_leave_nothing() -> None:
     """In a process of its own: what others have allocated here would hide it."""
     code = """
 import gc, os, sys
@@ -168,9 +168,12 @@ def made(count):
     pages = int(open("/proc/self/statm").read().split()[1])
     threads, files = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd"))
     return pages * os.sysconf("SC_PAGESIZE"), threads, files
-before, after = made(500), made(3000)
-assert after[0] - before[0] < 640 << 10, (before, after)
-assert after[1] <= before[1] and after[2] <= before[2], (before, after)
+made(500)
+states = [made(1000) for _ in range(4)]
+# What is left over grows each time; what allocators keep does not.
+growth = min(b[0] - a[0] for a, b in zip(states, states[1:]))
+assert growth < 64 << 10, states
+assert states[-1][1:] <= states[0][1:], states
 print("nothing")
 """
     done = subprocess.run(

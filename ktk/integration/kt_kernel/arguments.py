@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -44,16 +43,6 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
     if not least <= value <= 2**24:
         raise ValueError(f"{name}={value}: must be at least {least}, at most {2**24}")
     return int(value)
-
-
-def refuse_capture(device: str) -> None:
-    """RuntimeError while a CUDA graph is captured, whose replay would not come to the CPU again."""
-    torch = sys.modules.get("torch")
-    if torch and device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph is being captured: ktk's experts do not run in one; start SGLang with "
-            "--disable-cuda-graph"
-        )
 
 
 def checked_nodes(numa_nodes: Any, threadpool_count: int | None) -> tuple[int, ...] | None:

@@ -31,7 +31,6 @@ from ktk.integration.kt_kernel.arguments import (
     checked_nodes,
     ktk_method,
     mask_of,
-    refuse_capture,
     swiglu_activation,
 )
 from ktk.integration.kt_kernel.gpu_buffers import WeightWriter
@@ -365,7 +364,6 @@ class KTMoEWrapper(WeightWriter):
         stream: Any,
     ) -> _Submitted:
         moe = self.moe
-        refuse_capture(device_of(hidden_states))
         before, sequence.deferred = sequence.deferred, None  # gone if anything below raises
         call = as_call(hidden_states, topk_ids, topk_weights, self.hidden_size, stream)
         ids, top_k = call.topk_ids, call.topk_ids.shape[1]

@@ -20,6 +20,7 @@ from ktk.errors import EngineError
 from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.integration.kt_kernel import wrapper as module
 from ktk.machine import queue as fifo
+from ktk.ops import inputs
 from make.wrapper_cases import (
     H,
     K,
@@ -269,7 +270,7 @@ def test_a_cuda_graph_that_is_captured_is_refused_and_says_what_to_do(monkeypatc
     wrapper = loaded()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     wrapper.forward(*routed(2))  # of the CPU's own arrays nothing is captured
-    monkeypatch.setattr(module, "device_of", lambda x: "cuda:0")
+    monkeypatch.setattr(inputs, "device_of", lambda x: "cuda:0")
     with pytest.raises(RuntimeError, match="--disable-cuda-graph"):
         wrapper.submit_forward(*routed(2))
     with pytest.raises(RuntimeError, match="nothing is under way"):
