@@ -62,7 +62,7 @@ def command(
         )
     from ktk.generate.session import Session
 
-    chat = Chat(opened, Session(opened.model, opened.tokenizer), system)
+    chat = Chat(opened, Session.fastest(opened.model, opened.tokenizer), system)
     chat.options = {
         "sampling": opening.sampling_of(opened.model, temperature, top_p, top_k, seed),
         "max_tokens": max_tokens or None,

@@ -58,7 +58,7 @@ def command(
     opened = opening.load(model, method, weight_format, linear, dtype, force, memory=memory)
     from ktk.generate.session import Session
 
-    session = Session(opened.model, opened.tokenizer)
+    session = Session.fastest(opened.model, opened.tokenizer)
     if raw or not opened.tokenizer.chat_template:
         if system is not None:
             raise ValueError("--system needs a chat template, which this model's tokenizer has not")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.text import Detokenizer, StopStrings, stop_tokens
+from ktk.integration.transformers.native_sequence import NativeSequence, open_sequence
 from ktk.integration.transformers.sequence import CachedSequence
 from ktk.integration.transformers.tokens import encode, encode_chat, end_tokens
 
@@ -45,12 +46,24 @@ class Generated:
 class Session:
     """A model, its tokenizer, and the KV cache of the last sequence,
     of which a following prompt reuses what it shares.
+
+    sequence : what holds that cache; None is generate()'s.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sequence: NativeSequence | CachedSequence | None = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stopped = False
-        self._sequence = CachedSequence(model)
+        self._sequence = CachedSequence(model) if sequence is None else sequence
+
+    @classmethod
+    def fastest(cls, model: Any, tokenizer: Any) -> Session:
+        """Over the fastest sequence that the model can have, which is tried."""
+        return cls(model, tokenizer, open_sequence(model))
 
     @property
     def max_context(self) -> int | None:

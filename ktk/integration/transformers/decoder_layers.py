@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 
+from ktk import fork
 from ktk.errors import BackendError
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
@@ -178,6 +179,7 @@ class FusedForward:
         self.shared = [(f, f.linear) for f in forwards if isinstance(f, SharedForward)]
         self.verdicts = verdicts  # kind of layer -> what was found
         self.is_tried, self.is_unlike = False, False
+        self._untried = fork.Lock()
         self.calls = 0
         self.reason: str | None = None
         self.chosen: np.ndarray | None = None
@@ -187,6 +189,12 @@ class FusedForward:
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
         if self.rows is not None:
             return self._run_rows(self.rows, hidden_states, named)
+        if self.is_tried:
+            return self._run(hidden_states, *arguments, **named)
+        with self._untried:  # a trial changes the module for a while: nobody else may run it then
+            return self._run(hidden_states, *arguments, **named)
+
+    def _run(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
         is_new_token = hidden_states.shape[:-1] == (1, 1) and not arguments
         rows = self._rows(hidden_states, named) if is_new_token and not self.is_unlike else None
         if isinstance(rows, tuple) and not self.is_tried:
@@ -298,7 +306,6 @@ class FusedForward:
     def _try(self, named: dict[str, Any]) -> str | None:
         """Compare, once, thoroughly where no layer of this kind was before; how it differs."""
         kind = _kind(self.module)
-        self.is_tried = True
         reason = self.verdicts.get(kind)
         if reason is None:
             trial = Trial(self.described, self.module, self.own_forward, named, self.index)
@@ -309,6 +316,7 @@ class FusedForward:
                 self.layer = DecoderLayer(trial.spec)
                 self.layer.native.leave_chosen(self.chosen)
         self.is_unlike = reason is not None
+        self.is_tried = True
         return reason
 
 

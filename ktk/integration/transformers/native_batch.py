@@ -26,9 +26,8 @@ from ktk.integration.transformers.decoder_layers import (
 from ktk.integration.transformers.invariance import InvariantModel
 from ktk.integration.transformers.model_config import rope_types
 from ktk.integration.transformers.native_call import DTYPES
-from ktk.kv.pool import Shape
 from ktk.ops.components import Attention
-from ktk.ops.decoder import DecoderLayer, Pages
+from ktk.ops.decoder import DecoderLayer, Pages, Shapes
 
 # Their angles depend on the longest sequence of the pass.
 _UNSTEADY = ("dynamic", "longrope")
@@ -37,12 +36,12 @@ _UNSTEADY = ("dynamic", "longrope")
 class NativeModel:
     """Raises CannotBatch, with the reason, for a model that cannot be run so.
 
-    To be made once a token was decoded: what a layer computes is tried then. Until ``close`` the
-    model's products and functions outside its decoder layers are batch invariant. layers : what
-    runs each one.
+    To be made once a token was decoded: what a layer computes is tried then. layers : what runs
+    each one. is_invariant : until ``close`` the model's products and functions outside its decoder
+    layers are batch invariant, too.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, is_invariant: bool = True) -> None:
         self._model = model
         layers = [module for _, module in decoder_layers(model)]
         self._fused = [_fused(module) for module in layers]
@@ -58,14 +57,15 @@ class NativeModel:
         self.dtype = DTYPES[model.dtype]
         self.layers = list(map(_with_window, self._fused, _windows(model)))
         inside = {part for module in layers for part in module.modules()}
-        self._invariant = InvariantModel(model, inside)
+        self._invariant = InvariantModel(model, inside) if is_invariant else None
 
     def close(self) -> None:
         """Leave the model as it was."""
-        self._invariant.undo()
+        if self._invariant is not None:
+            self._invariant.undo()
 
     @property
-    def shapes(self) -> list[Shape]:
+    def shapes(self) -> list[Shapes]:
         """Of each layer's keys and values, as ``PagePool`` takes them."""
         return [layer.cached_shapes for layer in self._fused]
 

@@ -47,6 +47,12 @@ class _Chosen(LogitsProcessor):
         return hf.only(scores, [self._choose(scores[0].float())])
 
 
+def longest_context(model: Any) -> int | None:
+    """The longest sequence in tokens that a model's config allows, or None."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(longest) if longest else None
+
+
 class CachedSequence:
     """A model and the KV cache of its last sequence.
 
@@ -61,8 +67,7 @@ class CachedSequence:
     @property
     def longest(self) -> int | None:
         """The longest sequence in tokens that the model's config allows, or None."""
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(longest) if longest else None
+        return longest_context(self.model)
 
     def reset(self) -> None:
         """Forget the KV cache."""

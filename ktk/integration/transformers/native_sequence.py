@@ -1,0 +1,112 @@
+"""One sequence of a model whose decoder layers run natively: prompts and tokens without generate().
+
+Prompts go through ktk's layers, too: of SmolLM2 as a mixture twice as fast as through torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ktk.integration.transformers.batches import CannotBatch
+from ktk.integration.transformers.native_batch import NativeModel
+from ktk.integration.transformers.sequence import PREFILL_CHUNK, CachedSequence, longest_context
+from ktk.kv.pages import PAGE
+from ktk.kv.pool import PagePool
+from ktk.ops.decoder import Pages
+
+LONGEST = 1 << 20  # tokens, of a model that does not say
+PROBE = list(range(3, 11))  # tokens by which both ways are compared
+LIKELY, TOLERANCE = 20, 0.25  # log probabilities that are compared, and nats between them
+
+
+class NativeSequence:
+    """``CachedSequence`` for such a model: same arguments, same meaning.
+
+    Raises CannotBatch where ``NativeModel`` does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._native = NativeModel(model, is_invariant=False)
+        self.longest = longest_context(model)
+        pages = (self.longest or LONGEST) // PAGE + 1
+        self._pool = PagePool(pages, self._native.shapes, self._native.dtype)
+        self.cached: list[int] = []
+        self._pages: list[int] = []
+        self._tables: list[Pages] = []
+
+    def reset(self) -> None:
+        """Forget the keys and values."""
+        self._pool.give_back(self._pages)
+        self._pages, self._tables, self.cached = [], [], []
+
+    def generate(
+        self,
+        ids: list[int],
+        max_tokens: int,
+        choose: Callable[[torch.Tensor], int],
+        receive: Callable[[int], bool],
+        is_stopped: Callable[[], bool],
+    ) -> int:
+        """As ``CachedSequence.generate``."""
+        del self.cached[_common(self.cached, ids[:-1]) :]
+        prefilled = len(ids) - len(self.cached)
+        tokens = list(ids)
+        while len(tokens) < len(ids) + max_tokens and not is_stopped():
+            chunk = tokens[len(self.cached) :][:PREFILL_CHUNK]
+            logits = self.logits(chunk)
+            if len(self.cached) == len(tokens):
+                tokens.append(choose(logits))
+                if receive(tokens[-1]):
+                    break
+        return prefilled
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """Float32 (vocab_size,) behind tokens that follow those cached, and are cached now."""
+        first, end = len(self.cached), len(self.cached) + len(tokens)
+        self._make_room(end)
+        places = list(range(first, end))
+        of_rows = [0] * len(tokens)
+        logits = self._native.forward(tokens, of_rows, places, [self._tables], [len(tokens) - 1])
+        self.cached += tokens
+        return logits[0]
+
+    def _make_room(self, tokens: int) -> None:
+        if tokens <= len(self._pages) * PAGE:
+            return
+        while tokens > len(self._pages) * PAGE:
+            page = self._pool.take()
+            if page is None:
+                raise ValueError(f"{tokens} tokens: the model's context is {self.longest}")
+            self._pages.append(page)
+        self._tables = self._pool.tables(self._pages)
+
+
+def open_sequence(model: Any) -> NativeSequence | CachedSequence:
+    """The fastest that gives what the model's own forward passes give, which is tried."""
+    text = model.config.get_text_config()
+    probe = [token % text.vocab_size for token in PROBE]
+    expected: list[torch.Tensor] = []
+
+    def keep(logits: torch.Tensor) -> int:
+        expected.append(logits.log_softmax(-1))
+        return int(logits.argmax())
+
+    CachedSequence(model).generate(probe, 2, keep, lambda _: False, lambda: False)
+    try:
+        sequence = NativeSequence(model)
+    except CannotBatch:
+        return CachedSequence(model)
+    found = sequence.logits(probe).log_softmax(-1)
+    sequence.reset()
+    most, ids = expected[0].topk(min(LIKELY, len(expected[0])))
+    return sequence if bool((found[ids] - most).abs().max() <= TOLERANCE) else CachedSequence(model)
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
