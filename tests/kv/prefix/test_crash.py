@@ -22,6 +22,7 @@ from make import ROOT
 from make import kv_store as kv
 from make.kv_store import PAGE
 
+KILLS = int(os.environ.get("KILLS", 20))  # 200 take a minute
 INFO = kv.info(layers=8)  # a page of 3 KiB in an element of 4
 # A process that imports everything, once, and for each line it is given becomes a child that saves
 # one text after the other, tells of each, and never ends by itself.
@@ -32,11 +33,14 @@ import numpy as np
 from ktk.kv.prefix.store import PrefixStore
 from make import kv_store as kv
 
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + chr(10)).encode())  # whole, or not at all
+
 def save_texts(path, seed, limit):
     rng = np.random.default_rng(seed)
     info = kv.info(layers=8)
     store = PrefixStore(kv.config(path, disk_limit=limit, memory_pool_size=60 * kv.ELEMENT))
-    print("open", flush=True)
+    say("open")
     for number in itertools.count():
         ids = kv.text(seed, number)
         if number % 3:
@@ -44,10 +48,10 @@ def save_texts(path, seed, limit):
             store.save()
         else:
             kv.insert(store, info, ids)
-        print("saved", number, flush=True)
+        say("saved", number)
         if number % 7 == 6:
             gone = int(rng.integers(number))
-            print("deleting", gone, flush=True)
+            say("deleting", gone)
             store.delete(info, kv.text(seed, gone))
 
 for line in sys.stdin:
@@ -58,8 +62,8 @@ for line in sys.stdin:
             save_texts(Path(path), int(seed), int(limit) or None)
         finally:
             os._exit(1)
-    print("child", child, flush=True)
-    print("ended", os.waitpid(child, 0)[1], flush=True)
+    say("child", child)
+    say("ended", os.waitpid(child, 0)[1])
 """
 
 
@@ -100,17 +104,14 @@ def kill_during_saves(
     raise AssertionError("the children's parent has ended")
 
 
-@pytest.mark.parametrize(
-    "kills", [20, pytest.param(200, marks=pytest.mark.slow)], ids=["quick", "slow"]
-)
 @pytest.mark.parametrize("limit", [0, 40 * kv.ELEMENT], ids=["unlimited", "limited"])
 def test_no_kill_leaves_a_wrong_page_or_loses_a_saved_one(
-    tmp_path: Path, parent: subprocess.Popen[str], kills: int, limit: int
+    tmp_path: Path, parent: subprocess.Popen[str], limit: int
 ) -> None:
     """One store for all, so each child begins with what the killed ones have left."""
-    chance = random.Random(kills)
+    chance = random.Random(KILLS)
     saved = unsaved = 0
-    for seed in range(kills):
+    for seed in range(KILLS):
         after = chance.uniform(0.0, 0.2)
         count, deleted = kill_during_saves(parent, tmp_path, seed, limit, after)
         with PrefixStore(kv.config(tmp_path, disk_limit=limit or None)) as store:
@@ -124,7 +125,7 @@ def test_no_kill_leaves_a_wrong_page_or_loses_a_saved_one(
             assert kv.is_consistent(store)
         saved += count
         assert not limit or (tmp_path / disk.PAGES).stat().st_size <= limit
-    assert saved > kills and unsaved, "the kills hit no save: change the times"
+    assert saved > KILLS and unsaved, "the kills hit no save: change the times"
 
 
 def test_pages_are_synced_before_their_rows_and_rows_deleted_before_their_elements_are_reused(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
-import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -56,7 +56,9 @@ class Against(RuleBasedStateMachine):
         return PAGE * (matched.index(False) if False in matched else len(matched))
 
     def check(self, length: int, info: kv.CacheInfo, ids: np.ndarray, on_disk: bool) -> None:
-        most = self.expected(info, ids, self.saved if on_disk else self.kept)
+        # Of little memory pages go to the disk before anybody saves them.
+        is_saved = on_disk and not self.is_limited
+        most = self.expected(info, ids, self.saved if is_saved else self.kept)
         assert length <= most if self.is_limited else length == most
 
     @rule(info=infos, ids=texts)
@@ -169,18 +171,9 @@ class AgainstLimited(Against):
     is_limited = True
 
 
+EXAMPLES = int(os.environ.get("EXAMPLES", 12))
 TestUnlimited = Against.TestCase
 TestLimited = AgainstLimited.TestCase
 TestUnlimited.settings = TestLimited.settings = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=EXAMPLES, stateful_step_count=25, deadline=None, derandomize=True
 )
-
-
-@pytest.mark.slow
-class TestUnlimitedLong(Against.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
-
-
-@pytest.mark.slow
-class TestLimitedLong(AgainstLimited.TestCase):  # type: ignore[name-defined, misc]
-    settings = TestUnlimitedLong.settings
