@@ -291,6 +291,15 @@ def bounds_of_keys(bounds: Any) -> dict[str, Any]:
     return {_KEY_BOUNDS: bounds}
 
 
+def row_inputs(tokens: Sequence[int], places: Sequence[int]) -> dict[str, Any]:
+    """A model's arguments for rows of any sequences, whose keys and values are not its business."""
+    return {
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": torch.tensor([places]),
+        "use_cache": False,
+    }
+
+
 def batch_inputs(ids: torch.Tensor, cache: Any) -> dict[str, Any]:
     """A model's arguments for a batch of one new sequence. ids : (1, tokens)."""
     length = ids.shape[1]

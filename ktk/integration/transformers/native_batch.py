@@ -95,12 +95,8 @@ class NativeModel:
         for layer in self._fused:
             layer.rows = rows
         try:
-            out = self._model(
-                input_ids=torch.tensor([tokens]),
-                position_ids=torch.tensor([position]),
-                use_cache=False,
-                **hf.logits_of(self._model, wanted),
-            )
+            given = hf.row_inputs(tokens, position) | hf.logits_of(self._model, wanted)
+            out = self._model(**given)
         finally:
             for layer in self._fused:
                 layer.rows = None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 
 from ktk.integration.kt_kernel import install
 from ktk.integration.kt_kernel.sglang_arguments import NO_GRAPH, checked_arguments
+from ktk.machine import threads as engine
 from make import ROOT
 
 
@@ -172,8 +174,10 @@ def test_sglangs_arguments_are_passed_on(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_served_is_named_before_sglang_starts(
-    given: list[str], match: str, tmp_path: Path
+    given: list[str], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As in a new process: layers of tests before hold this one's engine to a layout.
+    monkeypatch.setattr(engine, "_users", weakref.WeakSet())
     fitting = [] if "missing" in match else ["--kt-weight-path", str(tmp_path)]
     if "--kt-threadpool-count" not in given:
         fitting += ["--kt-threadpool-count", "1"]
