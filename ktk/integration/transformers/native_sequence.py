@@ -12,7 +12,12 @@ import torch
 
 from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.native_batch import NativeModel
-from ktk.integration.transformers.sequence import PREFILL_CHUNK, CachedSequence, longest_context
+from ktk.integration.transformers.sequence import (
+    PREFILL_CHUNK,
+    CachedSequence,
+    common_length,
+    longest_context,
+)
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import PagePool
 from ktk.ops.decoder import Pages
@@ -52,7 +57,7 @@ class NativeSequence:
         is_stopped: Callable[[], bool],
     ) -> int:
         """As ``CachedSequence.generate``."""
-        del self.cached[_common(self.cached, ids[:-1]) :]
+        del self.cached[common_length(self.cached, ids[:-1]) :]
         prefilled = len(ids) - len(self.cached)
         tokens = list(ids)
         while len(tokens) < len(ids) + max_tokens and not is_stopped():
@@ -104,9 +109,3 @@ def open_sequence(model: Any) -> NativeSequence | CachedSequence:
     sequence.reset()
     most, ids = expected[0].topk(min(LIKELY, len(expected[0])))
     return sequence if bool((found[ids] - most).abs().max() <= TOLERANCE) else CachedSequence(model)
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Tokens that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -53,6 +53,12 @@ def longest_context(model: Any) -> int | None:
     return int(longest) if longest else None
 
 
+def common_length(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 class CachedSequence:
     """A model and the KV cache of its last sequence.
 
@@ -141,11 +147,7 @@ class CachedSequence:
         """
         if hf.keeps_own_cache(self.model):  # MiniMax-Text-01
             return
-        common = 0
-        for cached, wanted in zip(self.cached, ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
+        common = common_length(self.cached, ids[:-1])
         if self._cache is not None and common and common < len(self.cached):
             try:
                 self._cache.crop(common - len(self.cached))
