@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": "ktk.cli.demo",
     "eval": "ktk.cli.eval",
     "bench": "ktk.cli.bench",
+    "bench-serve": "ktk.cli.bench_serve",
     "residency": "ktk.cli.residency",
     "place": "ktk.cli.place",
     "sglang": "ktk.cli.sglang",

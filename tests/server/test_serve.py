@@ -556,3 +556,21 @@ def test_the_cache_holds_one_context_by_default(monkeypatch: pytest.MonkeyPatch)
     assert cache_bytes(1.0, 16 << 30, False) == 1 << 30
     with pytest.raises(MemoryError, match="--kv-cache 41"):
         cache_bytes(41, 16 << 30, False)
+
+
+def test_bench_serve_measures_it(server: Server, tmp_path: Path) -> None:
+    report, text = tmp_path / "found.json", tmp_path / "text"
+    text.write_text("def add(a, b): return a + b, of which a token uses a few. " * 20)
+    options = ["-c", "1,4", "--prompt", "40", "--tokens", "6", "--requests", "1", "--rounds", "1"]
+    options += ["--text", str(text)]
+    for route in ([], ["--chat"]):
+        with pytest.raises(SystemExit) as end:
+            main(["bench-serve", server.url, *options, *route, "--json", str(report)])
+        assert end.value.code == 0
+        found = json.loads(report.read_text())
+        assert found["servers"][0]["model"] == "tiny-moe"
+        for case, clients in zip(found["cases"], (1, 4), strict=True):
+            assert case["concurrency"] == case["requests"] == clients and not case["errors"]
+            assert case["output_tokens"] == 6 * clients
+            assert 30 <= case["prompt_tokens_counted"] <= 90  # chat: the template's, too
+            assert case["ttft_ms"]["median"] > case["tpot_ms"]["median"] > 0
