@@ -97,7 +97,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     packed = {name for name in names if ".dist-info/" not in name}
     source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ktk").rglob("*.py")}
-    assert packed == source | EXTENSIONS | {"ktk/py.typed", "ktk/server/page.html"}
+    page = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "ktk/server/page").glob("[!_]*.*")
+    }
+    assert packed == source | EXTENSIONS | page | {"ktk/py.typed"}
 
 
 def test_the_wheel_runs_in_a_bare_environment_on_the_best_row(bare: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, TypeVar
 
 import anyio
@@ -31,7 +30,7 @@ from ktk.integration.transformers.expert_statistics import ExpertStatistics
 from ktk.integration.transformers.fast_paths import memory_paths, run_paths
 from ktk.integration.transformers.tokens import Spelling, encode, encode_chat, vocabulary_size
 from ktk.machine import cpu
-from ktk.server import distribution
+from ktk.server import distribution, page
 from ktk.server.answer import Answer, Stop
 from ktk.server.forms import Chat, Completion, Form, error_body
 from ktk.server.metrics import Metrics
@@ -39,11 +38,6 @@ from ktk.server.protocol import ChatRequest, CompletionRequest
 
 CLIENT_GONE = 499  # nginx' code; nobody reads the response, but metrics count it
 OPEN_PATHS = ("/", "/health")  # served without a key
-# The page is one file: nothing may come from elsewhere, nor go there.
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
-    "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _NO_FIELD = re.compile(
     r"body|str|list\[.*\]"
 )  # pydantic's names of the kinds that a field may have
@@ -315,7 +309,7 @@ def build_app(
         )
     if access.hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts))
-    page = files("ktk.server").joinpath("page.html").read_text(encoding="utf-8")
+    document = page.document()
 
     def counted(request: Request, status: int) -> None:
         route = request.scope.get("route")
@@ -412,9 +406,9 @@ def build_app(
     @app.get("/")
     async def chat_page() -> Response:
         return HTMLResponse(
-            page,
+            document,
             headers={
-                "content-security-policy": PAGE_POLICY,
+                "content-security-policy": page.POLICY,
                 "x-content-type-options": "nosniff",
                 "referrer-policy": "no-referrer",
                 "cache-control": "no-cache",
