@@ -25,6 +25,7 @@ EPILOG = """Examples:
   ktk bench-serve http://127.0.0.1:8000 --prompt 2048 --shared-prefix 2000
 """
 PROMPT, CONCURRENCY = "128,1024", "1,4,16"
+WIDTH = 100  # characters of the table at least: half a figure is none
 PANELS = (
     ("tokens_per_second", "tokens/s in all"),
     ("ttft_ms", "ms to the first token, median to p90"),
@@ -170,6 +171,7 @@ def _print_table(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
     for server in found["servers"]:
         console.print(
             f"{escape(server['name'])}: {escape(server['model'])} at {escape(server['url'])}"

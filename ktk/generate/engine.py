@@ -157,6 +157,11 @@ class Engine(ABC):
         """Sequences that one forward pass gave a token, at most so far."""
         return 1
 
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        """(found, looked up): tokens of prompts whose keys and values were there, of all."""
+        return 0, 0
+
     @abstractmethod
     def _submit(self, generation: Generation) -> None:
         """Take a request on. Raises ServerBusy."""

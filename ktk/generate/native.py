@@ -65,6 +65,10 @@ class NativeEngine(Engine):
     def largest_batch(self) -> int:
         return self._largest_batch
 
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        return self._schedule.tokens_shared, self._schedule.tokens_begun
+
     def _submit(self, generation: Generation) -> None:
         if self._is_stopping:
             raise ServerBusy("the server is shutting down")

@@ -69,6 +69,8 @@ class Schedule(Generic[Owner]):
         self.pool, self.most_running, self.batch_tokens = pool, running, batch_tokens
         self.running: list[Sequence[Owner]] = []  # in the order they came
         self.waiting: deque[Sequence[Owner]] = deque()
+        # Of sequences when their turn came, again after they were put off.
+        self.tokens_begun = self.tokens_shared = 0
 
     def add(self, owner: Owner, tokens: list[int]) -> Sequence[Owner]:
         """A sequence that waits for its turn; ``tokens`` grow by the answer."""
@@ -116,6 +118,8 @@ class Schedule(Generic[Owner]):
                 return
             self.waiting.popleft()
             sequence.computed = sequence.shared = len(sequence.pages) * PAGE
+            self.tokens_begun += len(sequence.tokens)
+            self.tokens_shared += sequence.shared
             sequence.tables = []
             self.running.append(sequence)
 

@@ -27,14 +27,14 @@ from ktk.generate.engine import Engine, RequestError, ServerBusy
 from ktk.generate.open import OpenModel
 from ktk.generate.text import stop_tokens
 from ktk.integration.transformers.expert_statistics import ExpertStatistics
-from ktk.integration.transformers.fast_paths import memory_paths, run_paths
 from ktk.integration.transformers.tokens import Spelling, encode, encode_chat, vocabulary_size
-from ktk.machine import cpu
 from ktk.server import distribution, page
 from ktk.server.answer import Answer, Stop
 from ktk.server.forms import Chat, Completion, Form, error_body
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
+from ktk.server.state import State
+from ktk.server.watch import ExpertWatch
 
 CLIENT_GONE = 499  # nginx' code; nobody reads the response, but metrics count it
 OPEN_PATHS = ("/", "/health")  # served without a key
@@ -183,43 +183,6 @@ class _Service:
         self.tokenizer = opened.tokenizer
         self.spelling = Spelling(opened.tokenizer)
         self.created = int(time.time())
-        self._memory_paths = memory_paths(
-            opened.model
-        )  # not asked again: it reads the process's whole map of memory
-
-    def info(self) -> dict[str, Any]:
-        """What the chat page shows about the model and the engine."""
-        found, engine = self.opened.description, self.engine
-        free, pages = engine.cache_pages
-        paths = [
-            *run_paths(self.opened.model, engine.why_alone, engine.why_not_native),
-            *self._memory_paths,
-        ]
-        report = self.opened.residency()
-        return {
-            "model": self.opened.name,
-            "ktk": __version__,
-            "architecture": found.architecture,
-            "weight_format": found.weight_format,
-            "bits_per_weight": found.bits_per_weight,
-            "backend": found.backend,
-            "kernel": found.kernel,
-            "expert_bytes": found.expert_bytes,
-            "expert_memory": None if report is None else report.to_json(),
-            "num_moe_layers": found.num_moe_layers,
-            "num_experts": found.num_experts,
-            "num_experts_per_tok": found.num_experts_per_tok,
-            "physical_cores": cpu.num_physical_cores(),
-            "context": engine.limits.context,
-            "kv_cache_bytes": engine.cache_bytes,
-            "kv_cache_pages": pages,
-            "kv_cache_pages_free": free,
-            "requests_running": engine.running,
-            "requests_waiting": engine.waiting,
-            "largest_batch": engine.largest_batch,
-            "tokens_per_second": round(engine.tokens_per_second, 2),
-            "fast_paths": [path.to_json() for path in paths],
-        }
 
     def model_row(self) -> dict[str, Any]:
         return {
@@ -298,6 +261,7 @@ def build_app(
     """
     metrics = Metrics(engine, opened.name, opened.residency)
     service = _Service(opened, engine, metrics)
+    state = State(opened, engine, metrics)
     app = FastAPI(title="ktk", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Guard, access=access)
     if access.cors_origins:  # outside the guard: a preflight request brings no key
@@ -373,9 +337,9 @@ def build_app(
         gone_later = metrics.requests.labels(request.scope["route"].path, str(CLIENT_GONE)).inc
         return _EventStream(_after(first, events), gone_later)
 
-    distribution.add_routes(
-        app, _statistics(opened.model, recorder_mode), access.cors_origins, counted
-    )
+    recording, own = (_statistics(opened.model, mode) for mode in (recorder_mode, "stat"))
+    watch = ExpertWatch(recording, None if isinstance(own, str) else own)
+    distribution.add_routes(app, recording, watch, access.cors_origins, counted)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -391,7 +355,7 @@ def build_app(
 
     @app.get("/v1/ktk")
     async def info() -> Response:
-        return JSONResponse(service.info())
+        return JSONResponse(state.to_json())
 
     @app.get("/health")
     async def health() -> Response:

@@ -1,4 +1,5 @@
-"""Routes that record how often experts are used, with SGLang's names: start, stop, dump.
+"""Routes that record how often experts are used, with SGLang's names: start, stop, dump; and one
+that shows it live.
 
 They take no body, so a page of another site could post to them without asking: what has an Origin
 is let in only if its pages may call the server.
@@ -10,11 +11,12 @@ import asyncio
 from collections.abc import Callable
 
 from fastapi import FastAPI, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from ktk.generate.engine import RequestError
 from ktk.integration.transformers.expert_statistics import ExpertStatistics
+from ktk.server.watch import ExpertWatch
 
 ROUTES = {action: f"/{action}_expert_distribution_record" for action in ("start", "stop", "dump")}
 
@@ -22,11 +24,12 @@ ROUTES = {action: f"/{action}_expert_distribution_record" for action in ("start"
 def add_routes(
     app: FastAPI,
     statistics: ExpertStatistics | str,
+    watch: ExpertWatch,
     origins: tuple[str, ...],
     counted: Callable[[Request, int], None],
 ) -> None:
-    """statistics : a string says why the model cannot be recorded. origins : of pages that may
-    call. counted : told of each answer's status.
+    """statistics : a string says why the model cannot be recorded. watch : who counts while nothing
+    is recorded. origins : of pages that may call. counted : told of each answer's status.
     """
 
     def recorder(request: Request) -> ExpertStatistics:
@@ -43,12 +46,20 @@ def add_routes(
 
     @app.post(ROUTES["start"])
     async def start(request: Request) -> Response:
-        recorder(request).start()
+        recording = recorder(request)
+        watch.release()
+        recording.start()
         return done(request, "Start recording the expert distribution.")
+
+    @app.get("/v1/ktk/experts")
+    async def experts() -> Response:
+        return JSONResponse(watch.look())
 
     @app.post(ROUTES["stop"])
     async def stop(request: Request) -> Response:
-        recorder(request).stop()
+        recording = recorder(request)
+        watch.release()
+        recording.stop()
         return done(request, "Stop recording the expert distribution.")
 
     @app.post(ROUTES["dump"])

@@ -87,6 +87,23 @@ class Metrics:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
 
+    def totals(self) -> dict[str, float | None]:
+        """Since the start: tokens of prompts and answers, mean waits in seconds."""
+
+        def value(name: str) -> float:
+            return self.registry.get_sample_value(name) or 0.0
+
+        def mean(name: str) -> float | None:
+            count = value(f"{name}_count")
+            return round(value(f"{name}_sum") / count, 4) if count else None
+
+        return {
+            "prompt_tokens": int(value("ktk_prompt_tokens_total")),
+            "generated_tokens": int(value("ktk_generated_tokens_total")),
+            "mean_time_to_first_token": mean("ktk_time_to_first_token_seconds"),
+            "mean_time_per_output_token": mean("ktk_time_per_output_token_seconds"),
+        }
+
 
 # Of ktk.placement.residency.report.Counters. Of one scrape, hits + cold + in_flight are all uses.
 RESIDENCY = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ pytest.importorskip("prometheus_client")
 
 from ktk.cli.serve import RECORDER_MODES
 from ktk.placement.masks.files import DIRECTORY, read_statistics
-from ktk.placement.masks.recorder import MODES
+from ktk.placement.masks.grid import ExpertGrid
+from ktk.placement.masks.recorder import MODES, ExpertRecorder
 from ktk.server.distribution import ROUTES
+from ktk.server.watch import ExpertWatch
 from make.command_line import ktk
 from make.serving import Server, make_model, serving
 
@@ -68,6 +72,63 @@ def test_answers_between_start_and_stop_are_recorded(server: Server, folder: Pat
     top_k = records[0]["topk_ids_of_layer"].shape[2]
     of_layer = counts.sum(axis=1)
     assert set(of_layer.tolist()) <= {0.0, float(sum(tokens) * top_k)} and of_layer.any()
+
+
+def test_experts_are_counted_while_somebody_looks(server: Server) -> None:
+    """A recording has the model for itself, and is what is shown as long as it runs."""
+
+    def look() -> tuple[int, int]:
+        found = server.request("/v1/ktk/experts")[1]
+        assert found["reason"] is None and found["layers"] == [0, 1]
+        assert {len(row) for row in found["counts"]} == {8}
+        return found["passes"], sum(map(sum, found["counts"]))
+
+    complete(server, 3)
+    assert look() == (0, 0)  # from now on
+    complete(server, 3)
+    passes, uses = look()
+    assert passes >= 3 and uses in (2 * 2 * (4 + 2), 2 * 2 * (4 + 3))
+    assert post(server, "start")[0] == 200
+    assert look() == (0, 0)
+    complete(server, 2)
+    assert look()[1] > 0
+    assert post(server, "stop")[0] == 200
+    assert look() == (0, 0)
+    assert post(server, "stop")[0] == 200  # for nothing: who looks is not disturbed for long
+    look()
+    complete(server, 2)
+    assert look()[1] > 0
+
+
+def test_a_watch_ends_when_nobody_looks_any_more() -> None:
+    class Counting:
+        """As ExpertStatistics."""
+
+        def __init__(self) -> None:
+            self.recorder, self.runs = ExpertRecorder(ExpertGrid(2, 4, (0, 1)), 2), 0
+
+        def start(self) -> None:
+            self.recorder.start()
+            self.runs += 1
+
+        def stop(self) -> None:
+            self.recorder.stop()
+
+    async def look() -> None:
+        recording, own = Counting(), Counting()
+        watch = ExpertWatch(cast(Any, recording), cast(Any, own), lease=0.05)
+        for _ in range(4):
+            assert watch.look()["counts"] == [[0] * 4] * 2
+            await asyncio.sleep(0.03)
+            assert watch.is_counting and own.recorder.is_recording
+        await asyncio.sleep(0.1)
+        assert not watch.is_counting and not own.recorder.is_recording and own.runs == 1
+        watch.look()
+        watch.release()
+        assert not own.recorder.is_recording and own.runs == 2
+
+    asyncio.run(look())
+    assert ExpertWatch("no experts", None).look()["reason"] == "no experts"
 
 
 def test_pages_of_other_sites_may_not_record(server: Server) -> None:

@@ -174,6 +174,39 @@ def test_what_a_model_writes_never_becomes_html(page: Any) -> None:
     assert ".innerHTML" not in page.page_source
 
 
+def test_the_dashboard_by_keyboard_alone(page: Any, server: Server) -> None:
+    """Opened and left by keys; its figures are the server's, experts are counted while it is
+    open.
+    """
+    button = by_id(page, "look")
+    assert button.get_attribute("aria-expanded") == "false"
+    assert not by_id(page, "dashboard").is_displayed()
+    button.send_keys(Keys.ENTER)
+    until(page, lambda: "8 experts (across)" in by_id(page, "heatnote").text)
+    assert not by_id(page, "log").is_displayed()
+    made = server.info()["generated_tokens"]
+    body = {"prompt": [5, 6, 7, 8], "max_tokens": 6, "ignore_eos": True}
+    assert server.request("/v1/completions", body)[0] == 200
+    page.execute_script("refresh()")
+    tiles = by_id(page, "tiles")
+    until(page, lambda: f"{made + 6:,}" in tiles.text)
+    counted = server.request("/v1/ktk/experts")[1]
+    assert counted["passes"] >= 6 and [sum(row) for row in counted["counts"]] == [2 * (4 + 5)] * 2
+    assert f"in {counted['passes']} passes" in by_id(page, "heatnote").text
+    facts = server.info()
+    assert f"of {facts['kv_cache_pages']:,}" in by_id(page, "pages").text
+    runs = by_id(page, "runs").text
+    assert facts["kernel"] in runs and all(path["name"] in runs for path in facts["fast_paths"])
+    assert by_id(page, "memories").text.count("MB") + by_id(page, "memories").text.count("GB") >= 5
+    by_id(page, "heat").send_keys(Keys.ARROW_RIGHT)
+    press(page, Keys.ARROW_RIGHT)
+    uses = counted["counts"][0][1]
+    assert f"Layer 0, expert 1: {uses} uses" in by_id(page, "heatnote").text
+    press(page, Keys.ESCAPE)
+    assert by_id(page, "log").is_displayed() and not by_id(page, "dashboard").is_displayed()
+    assert page.switch_to.active_element.get_attribute("id") == "look"
+
+
 def test_dark_light_and_narrow(page: Any) -> None:
     def background() -> str:
         return page.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -191,6 +224,13 @@ def test_dark_light_and_narrow(page: Any) -> None:
         assert page.execute_script(wide) <= 340
         assert by_id(page, "prompt").size["width"] > 150
         assert by_id(page, "send").is_displayed()
+        page.execute_script("show(true)")
+        until(page, lambda: by_id(page, "runs").text)
+        assert page.execute_script(wide) <= 340
+        widest = (
+            "return Math.max(...[...document.querySelectorAll('.card')].map(c => c.scrollWidth))"
+        )
+        assert page.execute_script(widest) <= 340
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
