@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,8 @@ from ktk.bench.roofline import READ, Roofline, bound
 from ktk.bench.run import Case, Round, build_layers, measure, report
 from ktk.bench.shapes import SHAPES, Shape, routings
 from ktk.cli import bench as bench_command
+from make.command_line import Done
+from make.forked import ktk
 
 TINY = Shape("tiny", 64, 96, 5, 2)
 needs_extension = pytest.mark.skipif(
@@ -328,14 +328,8 @@ def test_a_run_reports_every_case(shape: Shape) -> None:
         assert c["min"] <= c["median"] <= c["max"]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ktk", "bench", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def bench(*arguments: str) -> Done:
+    return ktk("bench", *arguments, seconds=120)
 
 
 SMALL = (

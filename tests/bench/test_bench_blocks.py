@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from ktk.bench.shapes import SHAPES, Shape, routings
 from ktk.experts.dequantise import dequantise
 from ktk.experts.formats import BLOCKS
 from ktk.placement.blocks import kernel_types
+from make.forked import ktk
 
 if native_module() is None:
     pytest.skip("the compiled extension is not built", allow_module_level=True)
@@ -179,13 +178,7 @@ def test_every_peak_a_kernel_over_blocks_asks_for_exists() -> None:
 def test_the_command_measures_blocks() -> None:
     sizes = "--hidden 256 --intermediate 256 --experts 4 --top-k 2 --rounds 1 --tokens 1,3 --json -"
     methods = "LLAMAFILE:Q4_K,LLAMAFILE:Q4_K:repack,INT8"
-    done = subprocess.run(
-        [sys.executable, "-m", "ktk", "bench", *sizes.split(), "--method", methods],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ktk("bench", *sizes.split(), "--method", methods, seconds=120)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
     assert [m["method"] for m in result["methods"]] == methods.split(",")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,21 +13,12 @@ from ktk._cy import native_module
 from ktk.cli import COMMANDS
 from ktk.experts.formats import PANELS
 from ktk.placement.blocks import kernel_types
-
-
-def ktk(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ktk", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", **environment},
-    )
+from make.forked import ktk
 
 
 def test_help_lists_every_command_and_version_prints() -> None:
-    done = ktk("--help")
+    command = [sys.executable, "-m", "ktk", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
     for name in COMMANDS:
         assert name in done.stdout

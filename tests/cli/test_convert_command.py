@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from make.checkpoints import (
     make,
 )
 from make.conversions import run_convert
+from make.forked import ktk
 
 
 def test_command_converts_and_reports(tmp_path: Path) -> None:
@@ -60,26 +58,15 @@ def test_command_says_errors_in_one_line(
     assert done.stdout == ""
 
 
-def test_the_command_writes_a_file_and_says_so(tmp_path: Path) -> None:
+def test_the_command_writes_a_file_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path / "in", "mixtral")
     arguments = ["convert", "-i", "in", "-o", "m.gguf", "--quant-method", "q8_0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ktk", *arguments, "--json"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    monkeypatch.chdir(tmp_path)
+    done = ktk(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert Summary(**{**said, "notes": tuple(said["notes"])}).weight_format == "Q8_0"
-    again = subprocess.run(
-        [sys.executable, "-m", "ktk", *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    again = ktk(*arguments)
     assert again.returncode == 1 and "exists; give another output" in again.stderr

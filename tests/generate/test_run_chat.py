@@ -9,8 +9,6 @@ import pty
 import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from ktk.cli import main
 from make.command_line import ktk
+from make.forked import Child, forked
 from make.serving import make_model
 
 pytest.importorskip("transformers")
@@ -34,9 +34,6 @@ def opened(model: Path) -> Any:
     from ktk.generate.open import open_model
 
     return open_model(model)
-
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KTK_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 # --- text from tokens -----------------------------------------------------------------------------
@@ -321,19 +318,12 @@ def test_help_has_examples() -> None:
 
 
 def test_ctrl_c_ends_a_run_with_what_is_there_and_130(model: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "ktk", "run", str(model), "Why?"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **ENVIRONMENT},
-    ) as process:
-        assert process.stdout is not None
-        begun = process.stdout.read(20)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert begun and out.endswith(b"\n")
-    assert b"interrupted]" in err and b"Traceback" not in err
+    with forked(main, ["run", str(model), "Why?"]) as child:
+        child.until(lambda: len(child.out) >= 20)
+        child.signal(signal.SIGINT)
+        assert child.wait() == 130
+        assert child.out.endswith("\n")
+        assert "interrupted]" in child.err and "Traceback" not in child.err
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -364,11 +354,9 @@ PROMPT = "\x1b[?2004h"  # prompt_toolkit begins to read
 class Terminal:
     """A program at a pseudo-terminal, as a person has it."""
 
-    def __init__(self, *command: str) -> None:
-        self.process_id, self._file = pty.fork()
-        if self.process_id == 0:
-            os.environ.update(ENVIRONMENT, TERM="xterm")
-            os.execv(command[0], command)
+    def __init__(self) -> None:
+        self._file, self._program_side = pty.openpty()  # held: without one, reading is an error
+        self.path = os.ttyname(self._program_side)
         self.text = ""
 
     def type(self, text: str) -> None:
@@ -389,35 +377,37 @@ class Terminal:
             self.type("\x1b[1;1R")
         return data.decode(errors="replace")
 
-    def exit_code(self, seconds: float = 30) -> int:
+    def exit_code(self, child: Child, seconds: float = 30) -> int:
         end = time.monotonic() + seconds
-        while True:
-            done, status = os.waitpid(self.process_id, os.WNOHANG)
-            if done:
-                os.close(self._file)
-                return os.waitstatus_to_exitcode(status)
+        while child.exit_code is None:
             assert time.monotonic() < end, f"still there: {self.text[-500:]!r}"
             if select.select([self._file], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):
                     self._read()
+        os.close(self._program_side)
+        os.close(self._file)
+        return child.exit_code
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat_and_ctrl_d_leaves(model: Path) -> None:
-    terminal = Terminal(sys.executable, "-m", "ktk", "chat", str(model))
-    terminal.until(PROMPT)
-    terminal.type("Why?\r")
-    terminal.until("Why?")
-    time.sleep(1)  # some of 32,000 tokens
-    terminal.type("\x03")
-    terminal.until("interrupted]")
-    terminal.until(PROMPT)
-    terminal.type("\x03")  # at the prompt it drops the line
-    terminal.until(PROMPT)
-    terminal.type("/history\r")
-    terminal.until("assistant: ")
-    terminal.until(PROMPT)
-    terminal.type("\x04")
-    assert terminal.exit_code() == 0
+    terminal = Terminal()
+    command = ["chat", str(model)]
+    more = {"COLUMNS": "200", "TERM": "xterm"}
+    with forked(main, command, environment=more, terminal=terminal.path) as child:
+        terminal.until(PROMPT)
+        terminal.type("Why?\r")
+        terminal.until("Why?")
+        time.sleep(1)  # some of 32,000 tokens
+        terminal.type("\x03")
+        terminal.until("interrupted]")
+        terminal.until(PROMPT)
+        terminal.type("\x03")  # at the prompt it drops the line
+        terminal.until(PROMPT)
+        terminal.type("/history\r")
+        terminal.until("assistant: ")
+        terminal.until(PROMPT)
+        terminal.type("\x04")
+        assert terminal.exit_code(child) == 0
 
 
 # --- doctor MODEL ---------------------------------------------------------------------------------

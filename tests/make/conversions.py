@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-import ktk
 from ktk.checkpoint import Checkpoint
 from ktk.experts.spec import MoESpec
 from ktk.models import find_experts
 from ktk.quantise.pack import pack_expert
 from make import gguf_files
+from make.command_line import Done
+from make.forked import ktk
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -35,15 +33,8 @@ def packed_by_hand(source: Path, layer: int, **options: Any) -> np.ndarray:
     return out
 
 
-def run_convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ktk", "convert", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(ktk.__file__).parent.parent)},
-    )
+def run_convert(*arguments: object) -> Done:
+    return ktk("convert", *arguments)
 
 
 def tiny_gguf(path: Path, **more: Any) -> Path:

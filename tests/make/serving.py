@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+
+from ktk.cli import main
+from make.forked import Child, forked
 
 SEED = 7
 TEXT = [
@@ -99,7 +99,7 @@ def make_model(directory: Path, longest: int = 32768, is_native: bool = False) -
 class Server:
     """A running `ktk serve`. ``request`` is (status, JSON or text)."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str, key: str | None) -> None:
+    def __init__(self, process: Child, url: str, key: str | None) -> None:
         self.process, self.url, self.key = process, url, key
         self.port = int(url.rsplit(":", 1)[1])
 
@@ -149,36 +149,24 @@ class Server:
 
     def end(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
         """Its exit code after a signal."""
-        self.process.send_signal(number)
+        self.process.signal(number)
         return self.process.wait(timeout)
 
 
 @contextlib.contextmanager
 def serving(model: Path, *options: str, key: str | None = None) -> Iterator[Server]:
     """`ktk serve model`, from when it answers to the end of the block."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KTK_NUM_THREADS": "1"}
-    if key is not None:
-        environment["KTK_API_KEY"] = key
-    command = [sys.executable, "-m", "ktk", "serve", str(model), "--port", "0", *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stderr is not None
-    try:
-        line = ""
-        while "API http" not in line:
-            line = process.stderr.readline()
-            assert line, f"ktk serve ended with {process.wait()}"
-        server = Server(process, line.rsplit("API ", 1)[1].strip().removesuffix("/v1"), key)
-        end = time.monotonic() + 60
-        while True:
+    environment = {} if key is None else {"KTK_API_KEY": key}
+    command = ["serve", str(model), "--port", "0", *options]
+    with forked(main, command, environment=environment) as process:
+        process.until(lambda: re.search(r"API http\S+\n", process.err) is not None)
+        url = process.err.rsplit("API ", 1)[1].split()[0].removesuffix("/v1")
+        server = Server(process, url, key)
+
+        def answers() -> bool:
             with contextlib.suppress(OSError):
-                if server.request("/health")[0] == 200:
-                    break
-            assert time.monotonic() < end and process.poll() is None, "the server does not answer"
-            time.sleep(0.05)
+                return server.request("/health")[0] == 200
+            return False
+
+        process.until(answers)
         yield server
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
