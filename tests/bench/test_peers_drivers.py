@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from make import ROOT
+from make.forked import forked, run_script
 
 torch: Any = pytest.importorskip("torch")
 ENGINES = ROOT / "bench" / "engines"
@@ -240,11 +239,7 @@ def test_a_driver_says_why_it_cannot_run(name: str, method: str, hidden: int, me
         pytest.skip(f"{distribution} is installed here")
     sizes = {**SIZES, "method": method, "hidden": hidden, "max_tokens": 4}
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()]
-    done = subprocess.run(
-        [sys.executable, ENGINES / f"drive_{name}.py", *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert message in done.stdout
-    assert done.stdout.startswith('{"why_not": ')
+    with forked(run_script, ENGINES / f"drive_{name}.py", *arguments) as child:
+        assert child.wait() == 0, child.err
+        assert message in child.out
+        assert child.out.startswith('{"why_not": ')

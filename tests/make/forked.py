@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -111,6 +112,13 @@ def ktk(*arguments: object, seconds: float = 60, **environment: str) -> Done:
     with forked(main, [str(a) for a in arguments], environment=own) as child:
         code = child.wait(seconds)
         return Done(code, child.out, child.err)
+
+
+def run_script(path: Path, *arguments: str) -> None:
+    """In a child: a file of Python, as its interpreter would run it."""
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def _server_begins() -> None:

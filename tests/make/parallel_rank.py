@@ -1,4 +1,4 @@
-"""One rank of experts spread over processes: parallel_rank.py FOLDER RANK RANKS [END].
+"""One rank of experts spread over processes: ``main(folder, rank, ranks, end)``.
 
 Runs every case, writes {case: "" or what went wrong} to FOLDER/{RANK}.json. END: killed, stopped or
 left: the last rank does not come to the last call, and the others say how they learn of it.
@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import signal
-import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -198,10 +198,9 @@ def input_that_one_rank_refuses_ends_the_call_for_all_and_no_more(exchange: Exch
 @case
 def a_packed_directory_is_read_in_shares(exchange: Exchange) -> None:
     stored = whole("nl4")
-    path = Path(sys.argv[1]) / f"packed{exchange.rank}"
-    path.mkdir()
-    write_layer(path, stored.spec, 2, stored.data)
-    spread = ParallelMoE.load(path, 2, exchange)
+    with tempfile.TemporaryDirectory() as path:
+        write_layer(path, stored.spec, 2, stored.data)
+        spread = ParallelMoE.load(path, 2, exchange)
     assert spread.moe.packed.num_stored == len(shares(E, exchange.ranks)[exchange.rank])
     given = routed(4, exchange.rank)
     assert_exact(MoE(stored)(*given), spread(*given))
@@ -300,8 +299,3 @@ def main(folder: Path, rank: int, ranks: int, end: str | None) -> None:
         os._exit(0)  # the group cannot be taken down any more
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    more = sys.argv[4] if len(sys.argv) > 4 else None
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), more)

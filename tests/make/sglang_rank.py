@@ -1,9 +1,8 @@
-"""One rank of sglang-kt's prefill on the device alone: sglang_rank.py FOLDER FORM RANK RANKS."""
+"""One rank of sglang-kt's prefill on the device alone."""
 
 from __future__ import annotations
 
 import datetime
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +143,3 @@ def main(folder: Path, form: str, rank: int, ranks: int) -> None:
         run(module, given, form, layers, rank, ranks)
     if ranks > 1:
         dist.destroy_process_group()
-    print("as it should be")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""`python under_load.py signals|forks|threads tiles|vectors`: MoE calls while something goes on
+"""under_load.py signals|forks|threads tiles|vectors: MoE calls while something goes on
 beside them.
 
 Prints the calls made and the events beside them; fails if a call's result has another bit than one
@@ -22,7 +22,7 @@ from ktk.experts.spec import MoESpec
 from make import tile_code as tc
 from make.cases import pack_all, random_experts
 
-SECONDS = 2.0
+SECONDS = 1.0
 SA_SIGINFO, SA_RESTART = 4, 0x10000000
 
 

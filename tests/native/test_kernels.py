@@ -204,7 +204,7 @@ def test_the_extension_is_built_where_it_can_be() -> None:
             assert importlib.util.find_spec("ktk._cy.tile_emulator") is not None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     hidden=st.integers(1, 200),
     intermediate=st.integers(1, 200),

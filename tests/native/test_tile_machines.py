@@ -14,6 +14,7 @@ import pytest
 from ktk._cy import native_module
 from ktk.machine import cpu
 from make import ROOT, TESTS
+from make.forked import forked, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -81,8 +82,8 @@ def test_kernels_under_load_change_no_bit(what: str, kind: str) -> None:
         pytest.skip("the compiled extension is not built")
     if kind == "tiles" and not has_tiles():
         pytest.skip(cpu.why_not("amx", cpu.detect()) or "the CPU's tiles are emulated")
-    done = child([f"{TESTS}/make/under_load.py", what, kind], {}, 120)
-    assert done.returncode == 0, done.stderr
-    calls, events = (int(n) for n in done.stdout.split())
+    with forked(run_script, TESTS / "make" / "under_load.py", what, kind) as beside:
+        assert beside.wait(120) == 0, beside.err
+        calls, events = (int(n) for n in beside.out.split())
     assert calls >= 20
     assert events >= 10

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from ktk.machine import cpu
 from ktk.ops.exchange import Exchange
 from ktk.ops.expert_parallel import shares
 from ktk.placement.parallel import Spread
-from make import ROOT, TESTS
+from make.forked import forked
 from make.parallel_rank import CASES, TIMEOUT
+from make.parallel_rank import main as rank_main
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,35 +28,20 @@ pytestmark = [
 
 def run(folder: Path, ranks: int, end: str | None = None) -> list[dict[str, str]]:
     """What each rank says of each case; the last one says nothing where it was to end."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
-        "KTK_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command = [sys.executable, str(TESTS / "make" / "parallel_rank.py"), str(folder)]
-    more = [end] if end else []
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(ranks)
-    ]
-    living = processes[:-1] if end else processes
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in living]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    files = [folder / f"{rank}.json" for rank in range(len(living))]
-    assert all(file.exists() for file in files), "\n".join(printed)
-    return [json.loads(file.read_text()) for file in files]
+    environment = {"GLOO_SOCKET_IFNAME": "lo"}
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(
+                forked(rank_main, folder, rank, ranks, end, environment=environment)
+            )
+            for rank in range(ranks)
+        ]
+        living = children[:-1] if end else children
+        for child in living:
+            child.wait(120)
+        files = [folder / f"{rank}.json" for rank in range(len(living))]
+        assert all(file.exists() for file in files), "\n".join(c.err for c in living)
+        return [json.loads(file.read_text()) for file in files]
 
 
 @pytest.fixture(scope="module", params=[2, 4])

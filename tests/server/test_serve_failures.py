@@ -156,10 +156,10 @@ def test_a_failure_anywhere_is_one_requests_error(
     asyncio.run(run())
 
 
-TINY = (1e-320, 1e-45, 1.1e-38, 1.2e-38, 1e-9)
+TINY = (1e-320, 1.1e-38, 1.2e-38)
 
 
-@pytest.mark.parametrize("top_p", [None, 1e-320, 1e-38, 0.5])
+@pytest.mark.parametrize("top_p", [None, 1e-320, 0.5])
 def test_tiny_temperatures_are_greedy_and_disturb_nobody(
     app: Any, engine: Engine, want: list[str], top_p: float | None
 ) -> None:

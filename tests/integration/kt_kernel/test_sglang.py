@@ -7,10 +7,8 @@ Their files come from tests/make/sglang_files.py; without them tests skip and sa
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from ktk.experts.formats.floats import bf16_to_f32
 from ktk.experts.row_major import RowMajor
 from ktk.experts.spec import MoESpec
 from ktk.integration.kt_kernel.stand_in import kt_kernel
-from make import ROOT, TESTS
 from make.cases import pack_all, random_experts
+from make.forked import forked
 from make.sglang_cases import (
     NUM_LAYERS,
     Arguments,
@@ -42,6 +40,7 @@ from make.sglang_cases import (
     write_layers,
 )
 from make.sglang_files import KT, MAINLINE, files_of, why_not
+from make.sglang_rank import main as rank_main
 
 RELEASES = (MAINLINE, KT)
 OPTIONAL = {"kt_kernel_ext", "sft"}  # asked for behind an except ImportError
@@ -255,24 +254,12 @@ def test_a_long_prompt_runs_on_the_device_with_weights_that_ktk_writes(
 ) -> None:
     """Processes of their own: SGLang shares buffers between ranks, and pins its threads."""
     needs(KT)
-    script = TESTS / "make" / "sglang_rank.py"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), form, str(rank), str(ranks)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [out for out, _ in said] == ["as it should be\n"] * ranks, [err for _, err in said]
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(forked(rank_main, tmp_path, form, rank, ranks))
+            for rank in range(ranks)
+        ]
+        assert [child.wait(120) for child in children] == [0] * ranks, [c.err for c in children]
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])

@@ -22,7 +22,7 @@ from make import ROOT
 from make import kv_store as kv
 from make.kv_store import PAGE
 
-KILLS = int(os.environ.get("KILLS", 20))  # 200 take a minute
+KILLS = int(os.environ.get("KILLS", 10))  # 200 take a minute
 INFO = kv.info(layers=8)  # a page of 3 KiB in an element of 4
 # A process that imports everything, once, and for each line it is given becomes a child that saves
 # one text after the other, tells of each, and never ends by itself.

@@ -73,7 +73,7 @@ def passes(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
 
 
 @online
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=passes())
 def test_a_policy_chooses_as_its_model(name: str, case: tuple[int, list[list[int]]]) -> None:
     run_both(name, *case, LAYERS, EXPERTS)
@@ -94,7 +94,7 @@ def test_every_online_policy_has_a_model() -> None:
     assert set(ONLINE) == set(MODELS)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     capacity=st.integers(2, 4),
     calls=st.lists(

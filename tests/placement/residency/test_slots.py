@@ -211,7 +211,7 @@ class Residency(RuleBasedStateMachine):
 
 def test_any_order_of_steps_keeps_the_invariants() -> None:
     run_state_machine_as_test(
-        Residency, settings=settings(max_examples=120, stateful_step_count=40, deadline=None)
+        Residency, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )
 
 
