@@ -41,7 +41,7 @@ TOKENS: dict[str, Any] = {
     "eos_token_id": 2,
 }
 FAMILIES: dict[str, Any] = {
-    "qwen3_moe": Qwen3MoeConfig(  # type: ignore[call-arg]
+    "qwen3_moe": Qwen3MoeConfig(
         **SHAPE,
         **TOKENS,
         num_key_value_heads=2,

@@ -86,7 +86,7 @@ class _WithoutExpertsConfig(KtkConfig):
 
     def __init__(self, **others: Any) -> None:
         super().__init__(**others)
-        self.quant_method = "ktk_without_experts"  # type: ignore[assignment]
+        self.quant_method = "ktk_without_experts"
 
 
 class _WithoutExperts(KtkHfQuantizer):

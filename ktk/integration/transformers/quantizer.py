@@ -81,6 +81,9 @@ class SavedConfig(dict[str, Any]):
         self.request = request
 
 
+BESIDE_ATTRIBUTES = ("request",)  # which are saved, all of them
+
+
 class KtkConfig(hf.QuantizationConfigMixin):
     """``quantization_config`` of a packed directory; given to from_pretrained, packs a float model
     on load.
@@ -106,7 +109,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
     rotation that the format has not, TypeError for other options.
     """
 
-    __slots__ = ("request",)  # beside the attributes, all of which are saved
+    __slots__ = BESIDE_ATTRIBUTES
 
     # saved, as an attribute, only where it was given
     rotation: list[int] | None = None
@@ -160,7 +163,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
             )
         self.request = Request(expert_memory=memory, gpu=asked, most_deferred=max_deferred_experts)
         # plug-ins have no row in transformers' enum
-        self.quant_method = "ktk"  # type: ignore[assignment]
+        self.quant_method = "ktk"
         self.weight_format = weight_format
         self.group_size = group_size
         self.activation_group = activation_group
@@ -187,7 +190,7 @@ class KtkConfig(hf.QuantizationConfigMixin):
     def state_rotation(self, found: set[Rotation]) -> None:
         """What is saved of layers with these rotations: nothing of none, null of several."""
         if found == {NO_ROTATION}:
-            vars(self).pop("rotation", None)
+            self.__dict__.pop("rotation", None)
         else:
             self.rotation = list(*found) if len(found) == 1 else None
 
