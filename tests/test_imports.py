@@ -64,6 +64,7 @@ LAZY = (
     ("ktk", "fastapi", 1, "optional: ktk[serve]"),
     ("ktk", "uvicorn", 1, "optional: ktk[serve]"),
     ("ktk", "prometheus_client", 1, "optional: ktk[serve]"),
+    ("ktk", "llguidance", 1, "optional: ktk[serve]"),
     ("ktk", "importlib.metadata", 2, "reads files: others' backends, a version"),
 )
 # Tables of names that import_module is given a row of.

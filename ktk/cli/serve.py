@@ -110,11 +110,12 @@ def command(
         port = probe.getsockname()[1]
     try:
         import fastapi
+        import llguidance
         import prometheus_client
         import uvicorn
     except ImportError as error:
         raise ImportError(f"ktk serve needs {error.name}: pip install 'ktk[serve]'") from error
-    del fastapi, prometheus_client, uvicorn
+    del fastapi, llguidance, prometheus_client, uvicorn
     opening.quiet_transformers()
     from ktk.generate.engine import Limits
     from ktk.generate.trial import start_engine

@@ -5,7 +5,7 @@ so a seed means the same in any batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,13 +17,31 @@ from ktk.integration.transformers.tokens import own_sampling
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
+class Guide(Protocol):
+    """Which tokens may follow those of one answer."""
+
+    def allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (vocab_size,), minus infinity where a token may not follow."""
+
+    def take(self, token: int) -> None:
+        """The token was chosen."""
+
+
+class Grammar(Protocol):
+    """The form that answers must have."""
+
+    def start(self) -> Guide:
+        """At an answer's beginning."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens; seed
     None is a random one.
 
     num_logprobs : alternatives to report with each token; 0 its own log probability alone, None
-    nothing. ends : tokens that end the text, of which none is chosen before min_tokens others.
+    nothing. ends : tokens that end the text, of which none is chosen before min_tokens others,
+    except where the grammar leaves no other.
     """
 
     temperature: float = 1.0
@@ -33,6 +51,7 @@ class Sampling:
     num_logprobs: int | None = None
     min_tokens: int = 0
     ends: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
     @classmethod
     def of(cls, config: Any, **given: Any) -> Sampling:
@@ -61,6 +80,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.tokens: list[Token] = []
+        self._guide = None if sampling.grammar is None else sampling.grammar.start()
         self._generator: torch.Generator | None = None
         if sampling.temperature >= SMALLEST_TEMPERATURE:
             self._generator = torch.Generator()
@@ -71,7 +91,8 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token's id. logits : float32 (vocab_size,)."""
-        allowed = self._without_ends(logits)
+        allowed = logits if self._guide is None else self._guide.allowed(logits)
+        allowed = self._without_ends(allowed)
         if self._generator is None:
             chosen = int(allowed.argmax())
         else:
@@ -82,6 +103,8 @@ class Sampler:
                 scores = of_likeliest(scores, self.sampling.top_p)
             probabilities = scores.softmax(-1)
             chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        if self._guide is not None:
+            self._guide.take(chosen)
         self.tokens.append(self._token(chosen, logits))
         return chosen
 
@@ -89,7 +112,8 @@ class Sampler:
         ends = [token for token in self.sampling.ends if token < len(logits)]
         if len(self.tokens) >= self.sampling.min_tokens or not ends:
             return logits
-        return logits.index_fill(0, torch.tensor(ends), float("-inf"))
+        others = logits.index_fill(0, torch.tensor(ends), float("-inf"))
+        return logits if self._guide and bool(others.max().isneginf()) else others
 
     def _token(self, chosen: int, logits: torch.Tensor) -> Token:
         count = self.sampling.num_logprobs

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktk import __version__
 from ktk.generate.engine import Engine, RequestError, ServerBusy
+from ktk.generate.grammar import Grammar, Grammars
 from ktk.generate.open import OpenModel
 from ktk.generate.text import stop_tokens
 from ktk.integration.transformers.expert_statistics import ExpertStatistics
@@ -183,6 +184,7 @@ class _Service:
         self.tokenizer = opened.tokenizer
         self.spelling = Spelling(opened.tokenizer)
         self.created = int(time.time())
+        self._grammars = Grammars(self.tokenizer, vocabulary_size(opened.model), engine.eos)
 
     def model_row(self) -> dict[str, Any]:
         return {
@@ -215,8 +217,23 @@ class _Service:
             )
         stop = self._stop(request)
         own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
-        sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens)
+        grammar = await asyncio.to_thread(self._grammar, request)
+        sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens, grammar)
         return Answer(self.engine, self.metrics, ids, sampling, limit, stop)
+
+    def _grammar(self, request: ChatRequest | CompletionRequest) -> Grammar | None:
+        asked = request.form()
+        if asked is None:
+            return None
+        name, form = asked
+        if request.ignore_eos:
+            raise RequestError(
+                f"ignore_eos: with {name} the answer ends where its form does", "ignore_eos"
+            )
+        try:
+            return self._grammars.compile(form)
+        except ValueError as error:
+            raise RequestError(f"{name}: this cannot be enforced: {error}", name) from error
 
     def _stop(self, request: ChatRequest | CompletionRequest) -> Stop:
         asked = request.stop_token_ids or []

@@ -34,9 +34,7 @@ def _known(
     return dict.fromkeys(names.split(), Known(accepted, instead))
 
 
-_FREE_TEXT = (
-    "leave it out: the answer's form is free; ask for it in the prompt and check it yourself"
-)
+_FORM = "use response_format, structured_outputs or grammar"
 _TOOLS = "leave it out: tools are not served; describe them in the prompt"
 _TEMPLATE = (
     "leave it out: the model's own chat template is used, with its defaults; for others send the "
@@ -111,17 +109,9 @@ FIELDS: dict[str, Known] = {
     **_known((0,), "n_indent n_keep n_discard"),
     **_known((), "truncate_prompt_tokens truncate", "shorten the prompt yourself"),
     # The answer's form.
-    **_known(({"type": "text"},), "response_format", _FREE_TEXT),
-    **_known(
-        (),
-        "guided_json guided_regex guided_choice guided_grammar guided_whitespace_pattern "
-        "structured_outputs",
-        _FREE_TEXT,
-    ),
-    **_known((), "json_schema regex ebnf structural_tag", _FREE_TEXT),
-    **_known(("",), "grammar", _FREE_TEXT),
-    **_known((False,), "grammar_lazy", _FREE_TEXT),
-    **_known(([],), "grammar_triggers preserved_tokens", _FREE_TEXT),
+    **_known((), "guided_whitespace_pattern structural_tag", _FORM),
+    **_known((False,), "grammar_lazy", _FORM),
+    **_known(([],), "grammar_triggers preserved_tokens", _FORM),
     **_known(
         (True,),
         "skip_special_tokens detokenize",

@@ -17,9 +17,10 @@ from pydantic import (
     model_validator,
 )
 
-from ktk.generate.sampling import Sampling
+from ktk.generate.sampling import Grammar, Sampling
 from ktk.integration.transformers.tokens import own_sampling
 from ktk.server.fields import FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, Known, refusal
+from ktk.server.structured import Structured
 
 MAX_STOP = 16
 MAX_LOGPROBS = 20
@@ -51,7 +52,7 @@ class StreamOptions(_Part):
     include_usage: StrictBool | None = None
 
 
-class _Request(BaseModel):
+class _Request(Structured):
     """What chat and plain completions share. Fields that have none here are left to ``refused``."""
 
     model_config = ConfigDict(extra="allow")
@@ -94,11 +95,13 @@ class _Request(BaseModel):
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
 
-    def sampling(self, generation_config: Any, ends: frozenset[int]) -> Sampling:
+    def sampling(
+        self, generation_config: Any, ends: frozenset[int], grammar: Grammar | None = None
+    ) -> Sampling:
         """How to choose tokens: the request's values, else the model's own where it samples, else
         temperature 1 and all tokens.
 
-        ends : the tokens that end the answer.
+        ends : the tokens that end the answer. grammar : what it must look like.
         """
 
         samples, defaults = own_sampling(generation_config)
@@ -117,6 +120,7 @@ class _Request(BaseModel):
             self.num_logprobs,
             self.min_tokens or 0,
             ends,
+            grammar,
         )
 
 
