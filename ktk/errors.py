@@ -15,5 +15,11 @@ class BackendError(KtkError, RuntimeError):
     """No backend (or not the one named) can run this MoE here; the message lists the reasons."""
 
 
+class AwaitedInVain(BackendError):
+    """An expert that was still being read when a call began could not be read; the call's output is
+    to be forgotten.
+    """
+
+
 class EngineError(KtkError, RuntimeError):
     """The process-wide thread engine cannot serve the request (conflicting layout, fork)."""

@@ -11,7 +11,8 @@ cdef extern from "ktk_probe.h" nogil:
 
 
 cdef extern from "ktk.h" nogil:
-    enum: KTK_DONE, KTK_ABSENT, KTK_NOT_BROUGHT
+    enum: KTK_DONE, KTK_ABSENT, KTK_NOT_BROUGHT, KTK_AWAITED_IN_VAIN
+    enum: KTK_HERE, KTK_COMING, KTK_LOST
     enum: KTK_NUM_FORMATS
     enum: KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16
     enum: KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2
@@ -65,7 +66,7 @@ cdef extern from "ktk.h" nogil:
 
     struct ktk_lock:
         pass
-    ktk_lock *ktk_lock_new()
+    ktk_lock *ktk_lock_new(int num_experts)
     void ktk_lock_free(ktk_lock *lock)
 
     ctypedef struct ktk_layer:
@@ -82,6 +83,7 @@ cdef extern from "ktk.h" nogil:
         ktk_lock *lock
 
     void ktk_set_address(ktk_layer *layer, const void **entry, const void *address)
+    void ktk_set_arrival(ktk_layer *layer, int64_t expert, int arrival)
 
     ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *,
                                   int, int, float *,

@@ -10,7 +10,7 @@ import weakref
 
 import numpy as np
 
-from ktk.errors import BackendError
+from ktk.errors import AwaitedInVain, BackendError
 
 include "bind/arguments.pxi"
 include "bind/probe.pxi"

@@ -52,7 +52,7 @@ class NativeRunner(Runner):
         is_copied = self.store is None and engine.is_bound and stored.is_packed
         self.stored: StoredExperts | None = None if is_copied else stored
         if self.store is not None:
-            self.store.attach(self._move)
+            self.store.attach(self._move, self.experts.set_arrival)
 
     def _move(self, expert: int, addresses: Mapping[str, int] | None) -> None:
         for table in self.experts.tables:

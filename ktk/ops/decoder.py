@@ -18,7 +18,7 @@ from ktk.machine import threads as engine
 from ktk.ops.components import Attention, Component, LatentAttention, Norm, RoutedExperts
 from ktk.ops.linear import why_not as linear_why_not
 from ktk.ops.streamed import Visit
-from ktk.placement.residency.slots import TooManyExperts
+from ktk.placement.residency.residents import TooManyExperts
 
 MAX_COMPONENTS = 3  # of a branch
 Shapes = tuple[tuple[int, int], tuple[int, int]]  # (heads, width) of keys and of values

@@ -1,8 +1,9 @@
 """A layer's experts run while only some are in memory, with the bits of all in memory.
 
-A call's experts are read first, then the operator runs. A call with more experts than fit goes in
-waves: each wave runs its experts' rows, one for each (token, slot), and the rows are summed when
-all are there, in top-k order and fused, as the kernels sum them. So no expert is read twice.
+The operator runs experts that are there while the others are read, and those as they come. A call
+with more experts than fit goes in waves: each wave runs its experts' rows, one for each (token,
+slot), and the rows are summed when all are there, in top-k order and fused, as the kernels sum
+them. So no expert is read twice.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ktk.errors import BackendError
+from ktk.errors import AwaitedInVain, BackendError
 from ktk.experts.fma import fma
 from ktk.experts.formats.floats import f32_to_bf16, to_f32
 from ktk.ops.inputs import as_add, as_hidden, as_mask, as_routing, new_like
@@ -75,8 +76,8 @@ class StreamedMoE:
             is_used[is_used] = ~skip[ids[is_used]]
         experts = np.unique(ids[is_used]).tolist()
         if len(experts) <= self.slots.room(self.layer):
-            with self.slots.using(self.layer, experts, self._scores(ids, weights, is_used)):
-                self.moe.run(hidden, ids, weights, skip, out, add)
+            scores = self._scores(ids, weights, is_used)
+            self._run_held(experts, scores, hidden, ids, weights, skip, out, add)
             return
         own_ids = np.where(is_used, ids, -1)
         step = max(1, WAVE_BYTES // (4 * ids.shape[1] * self.spec.hidden_size))
@@ -86,6 +87,21 @@ class StreamedMoE:
             if add is not None:
                 total += add[part]
             out[part] = _as_dtype(total, out.dtype)
+
+    def _run_held(self, experts: list[int], scores: np.ndarray, *call: Any) -> None:
+        """``MoE.run(*call)`` while they are read."""
+        held = self.slots.hold(self.layer, experts, scores, reads_on=True)
+        assert held is not None
+        try:
+            self.moe.run(*call)
+        except AwaitedInVain:
+            pass
+        else:
+            return
+        finally:
+            self.slots.release(held)
+        with self.slots.using(self.layer, experts, scores):  # once more, or why it cannot be read
+            self.moe.run(*call)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         """As ``MoE.linear``, and the same bits. Raises as ``forward``, too."""
@@ -123,10 +139,10 @@ class StreamedMoE:
         for wave in self._waves(ids):
             is_used = np.isin(ids, wave)
             token, slot = np.nonzero(is_used)
-            with self.slots.using(self.layer, wave, self._scores(ids, weights, is_used)):
-                own = np.ascontiguousarray(ids[token, slot][:, None])
-                y = np.empty((len(token), hidden.shape[1]), np.float32)
-                self.moe.run(x[token], own, np.ones(own.shape, np.float32), None, y)
+            own = np.ascontiguousarray(ids[token, slot][:, None])
+            y = np.empty((len(token), hidden.shape[1]), np.float32)
+            scores, ones = self._scores(ids, weights, is_used), np.ones(own.shape, np.float32)
+            self._run_held(wave, scores, x[token], own, ones, None, y, None)
             rows[token, slot] = y
         total = np.zeros(hidden.shape, np.float32)
         for k in range(ids.shape[1]):
@@ -167,20 +183,24 @@ class Visit:
             return True  # a try before has routed the same rows
         scores = np.zeros(owner.slots.num_experts, np.float32)
         np.maximum.at(scores, ids, np.array(weights, np.float32))
-        held = owner.slots.hold(owner.layer, ids, scores, waits=False)
+        self._wanted = owner, ids, scores
+        held = owner.slots.hold(owner.layer, ids, scores, waits=False, reads_on=True)
         if held is None:
-            self._wanted = owner, ids, scores
             return False
         self._held[owner] = held
         return True
 
     def wait(self) -> None:
-        """Until the experts that the last ``bring`` could not have are in memory."""
+        """Until the experts of the last ``bring`` are in memory: those that it could not have, or
+        that were awaited in vain. Raises as ``Slots.using``.
+        """
         if self.error is not None:
             error, self.error = self.error, None
             raise error
         assert self._wanted is not None
         owner, ids, scores = self._wanted
+        if (before := self._held.pop(owner, None)) is not None:
+            owner.slots.release(before)
         held = owner.slots.hold(owner.layer, ids, scores)
         assert held is not None
         self._held[owner] = held

@@ -23,6 +23,8 @@ from ktk.placement.parts import Part, whole_part
 # Told of an expert that moved: its number, and its address in each table, or None where it is
 # absent.
 Listener = Callable[[int, Mapping[str, int] | None], None]
+# Told whether its bytes are there: "here", "coming" or "lost".
+ArrivalListener = Callable[[int, str], None]
 
 
 class ExpertStore:
@@ -56,6 +58,7 @@ class ExpertStore:
         self._leaving = np.zeros(self.spec.num_experts, np.int64)  # place()s that wait for them
         self._changed = threading.Condition()
         self._listeners: list[Listener] = []
+        self._arrival_listeners: list[ArrivalListener] = []
 
     @classmethod
     def absent(cls, spec: MoESpec) -> ExpertStore:
@@ -80,28 +83,41 @@ class ExpertStore:
         addresses = self._addresses[expert]
         return None if addresses is None else next(iter(addresses.values()))
 
-    def attach(self, listener: Listener) -> None:
-        """Tell ``listener`` where every expert is, now and after each change."""
+    def attach(self, listener: Listener, on_arrival: ArrivalListener) -> None:
+        """Tell ``listener`` where every expert is, now and after each change, and ``on_arrival``
+        when one begins to be read there, and when that ends; none may be coming now.
+        """
         with self._changed:
             self._listeners.append(listener)
+            self._arrival_listeners.append(on_arrival)
             for expert, addresses in enumerate(self._addresses):
                 listener(expert, addresses)
 
-    def place(self, expert: int, span: np.ndarray | None) -> None:
+    def place(self, expert: int, span: np.ndarray | None, is_coming: bool = False) -> None:
         """From now on the expert is in ``span``, or, None, absent. Waits until no call uses it
         where it was.
 
         span : uint8 (span_bytes,), C-contiguous, 64-byte aligned; kept while it is used. ValueError
-        for any other.
+        for any other. is_coming : its bytes are not there yet: calls that use it wait until
+        ``arrive``.
         """
         with self._changed:
             self._leaving[expert] += 1  # new calls wait, or a busy expert could never move
             try:
                 self._changed.wait_for(lambda: not self._pins[expert])
+                for on_arrival in self._arrival_listeners:
+                    on_arrival(expert, "coming" if is_coming else "here")
                 self._put(expert, span)
             finally:
                 self._leaving[expert] -= 1
                 self._changed.notify_all()
+
+    def arrive(self, expert: int, is_lost: bool = False) -> None:
+        """The bytes of an expert that was coming are there, or, lost, will not be: calls that use
+        it then end with AwaitedInVain. Waits for nobody.
+        """
+        for on_arrival in self._arrival_listeners:
+            on_arrival(expert, "lost" if is_lost else "here")
 
     def copy_of(self, expert: int) -> np.ndarray:
         """A new span with a present expert's bytes;

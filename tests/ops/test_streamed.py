@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from ktk.checkpoint.packed import read_layer, write_layer
+from ktk.errors import AwaitedInVain, CheckpointError
 from ktk.experts.spec import MoESpec
 from ktk.machine import cpu
+from ktk.machine.memory import aligned_buffer
 from ktk.ops import streamed
 from ktk.ops.moe import MoE
 from ktk.ops.streamed import StreamedMoE
@@ -158,3 +160,83 @@ def test_threads_over_all_layers_give_the_bits(directories: dict[str, Path]) -> 
         assert not any(thread.is_alive() for thread in threads)
         assert not wrong
         assert slots.counters().evictions > 0
+
+
+@contextmanager
+def awaited(directory: Path, expert: int) -> Iterator[tuple[MoE, np.ndarray, ExpertStore]]:
+    """A layer whose experts are all there except one, whose span is still to be filled."""
+    reader = PackedReader(directory, [0])
+    store = reader.store(0)
+    moe, spans = MoE(store), aligned_buffer(EXPERTS * store.span_bytes)
+    spans = spans.reshape(EXPERTS, store.span_bytes)
+    for e in range(EXPERTS):
+        if e != expert:
+            reader.read(0, e, spans[e])
+        store.place(e, spans[e], is_coming=e == expert)
+    try:
+        yield moe, spans[expert], store
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_operator_waits_for_an_expert_that_is_being_read(
+    tokens: int, directories: dict[str, Path]
+) -> None:
+    call = (random_hidden(tokens, HIDDEN, 1), *random_routing(tokens, TOP_K, EXPERTS, 2))
+    expert = int(call[1][0, 0])
+    want = resident(directories["int4"])[0]
+    expected, of_linear = want(*call), want.linear("gate_up", call[0], call[1][:, 0])
+    got: list[np.ndarray] = []
+    with awaited(directories["int4"], expert) as (moe, span, store):
+
+        def run() -> None:
+            got.append(moe(*call))
+            got.append(moe.linear("gate_up", call[0], call[1][:, 0]))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(0.05)
+        assert not got
+        with closing(PackedReader(directories["int4"], [0])) as reader:
+            reader.read(0, expert, span)
+        store.arrive(expert)
+        thread.join(20)
+    assert_exact(expected, got[0])
+    assert_exact(of_linear, got[1])
+
+
+def test_an_expert_that_is_awaited_in_vain_ends_the_call(directories: dict[str, Path]) -> None:
+    hidden, weights = random_hidden(2, HIDDEN, 1), np.ones((2, 1), np.float32)
+    with awaited(directories["int8"], 5) as (moe, _, store):
+        threading.Timer(0.02, store.arrive, (5,), {"is_lost": True}).start()
+        with pytest.raises(AwaitedInVain):
+            moe(hidden, np.array([[4], [5]]), weights)
+        assert np.isfinite(moe(hidden, np.array([[4], [4]]), weights)).all()
+        with pytest.raises(AwaitedInVain):
+            moe.linear("down", np.ones((1, INNER), np.float32), np.array([5]))
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_read_that_fails_is_made_once_more_before_the_call_does(
+    failures: int, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, call = calls(1)[0]
+    want = resident(directories["int4"])[layer](*call)
+    with opened(directories["int4"], 9) as (layers, slots):
+        read, left, lost = slots.reader.read, [failures], int(call[1][0, 1])
+
+        def failing(layer: int, expert: int, span: np.ndarray) -> None:
+            if expert == lost and left[0]:
+                left[0] -= 1
+                raise CheckpointError("Input/output error")
+            read(layer, expert, span)
+
+        monkeypatch.setattr(slots.reader, "read", failing)
+        if failures == 1:
+            assert_exact(want, layers[layer](*call))
+        else:
+            with pytest.raises(CheckpointError, match="Input/output"):
+                layers[layer](*call)
+        assert_exact(want, layers[layer](*call))
+        assert slots.counters().failures == failures

@@ -259,7 +259,7 @@ cdef class DecoderLayer(_OnPool):
             rows.bring, rows.caller = _bring, <void *>visit
             try:
                 status = self._call(dtype, hidden, rows, out)
-                while status == KTK_NOT_BROUGHT:
+                while status == KTK_NOT_BROUGHT or status == KTK_AWAITED_IN_VAIN:
                     visit.wait()
                     status = self._call(dtype, hidden, rows, out)
             finally:

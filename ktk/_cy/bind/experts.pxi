@@ -1,6 +1,9 @@
 # A layer's experts: matrices of any format, and tables of where each expert's are.
 
 
+_ARRIVALS = {"here": KTK_HERE, "coming": KTK_COMING, "lost": KTK_LOST}
+
+
 cdef class Experts(_OnPool):
     """One layer's experts with the kernels of one ISA level.
 
@@ -21,10 +24,10 @@ cdef class Experts(_OnPool):
             ktk.machine.threads.EngineLayout.
         """
         self._take_pool(isa, engine)
-        self._take_lock()
         self.parts = parts
         cdef ktk_layer *layer = &self.layer
         layer.num_experts = spec.num_experts
+        self._take_lock()
         layer.hidden_size = spec.hidden_size
         layer.intermediate_size = spec.intermediate_size
         _fill_activation(&layer.activation, spec.activation, spec.has_gate)
@@ -64,7 +67,7 @@ cdef class Experts(_OnPool):
             part.num_down_panels = given.num_down_panels
 
     cdef void _take_lock(self) except *:
-        self.layer.lock = ktk_lock_new()
+        self.layer.lock = ktk_lock_new(self.layer.num_experts)
         if self.layer.lock == NULL:
             raise MemoryError("no memory for a lock")
 
@@ -138,6 +141,14 @@ cdef class Experts(_OnPool):
         with nogil:
             ktk_set_address(&self.layer, entry, to)
 
+    def set_arrival(self, int64_t expert, str arrival):
+        """Whether an expert's bytes are where its addresses say: "here"; "coming", and calls that
+        use it wait; "lost", and they end with AwaitedInVain. At first they are here.
+        """
+        self._entry(0, self.names[0], expert)
+        self._pool()
+        ktk_set_arrival(&self.layer, expert, _ARRIVALS[arrival])
+
     def _absent(self, ids, skip):
         """The error for a call whose tokens go to experts that are elsewhere."""
         named = [e for e in np.unique(ids).tolist() if 0 <= e < self.layer.num_experts]
@@ -171,6 +182,8 @@ cdef class Experts(_OnPool):
                                      weights, mask, partial, y)
         if status == KTK_ABSENT:
             raise self._absent(topk_ids, skip)
+        if status == KTK_AWAITED_IN_VAIN:
+            raise AwaitedInVain("an expert that was on its way could not be read: call again")
         if status:
             raise MemoryError(f"no scratch memory for {num_tokens} tokens x top_k {top_k}: pass "
                               f"fewer tokens a call")
@@ -193,6 +206,8 @@ cdef class Experts(_OnPool):
                                     ids, y)
         if status == KTK_ABSENT:
             raise self._absent(expert_ids, None)
+        if status == KTK_AWAITED_IN_VAIN:
+            raise AwaitedInVain("an expert that was on its way could not be read: call again")
         if status:
             raise MemoryError(f"no scratch memory for {num_rows} rows: pass fewer rows a call")
         return result

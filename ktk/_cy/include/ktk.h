@@ -33,12 +33,18 @@ typedef struct {
     struct ktk_lock *lock; /* of the tables: operators read, ktk_set_address writes */
 } ktk_layer;
 
-struct ktk_lock *ktk_lock_new(void); /* NULL: no memory */
+struct ktk_lock *ktk_lock_new(int num_experts); /* NULL: no memory */
 void ktk_lock_free(struct ktk_lock *lock);
 
 /* What an operator says: done; scratch memory cannot be had; a token goes to an expert that is
- * elsewhere, and nothing was computed; experts cannot be brought while the pool is locked. */
-enum ktk_status { KTK_DONE, KTK_NO_MEMORY, KTK_ABSENT, KTK_NOT_BROUGHT };
+ * elsewhere, and nothing was computed; experts cannot be brought while the pool is locked; an
+ * expert was awaited in vain, and the output is to be forgotten. */
+enum ktk_status { KTK_DONE, KTK_NO_MEMORY, KTK_ABSENT, KTK_NOT_BROUGHT, KTK_AWAITED_IN_VAIN };
+
+/* Whether an expert's bytes are where the tables say: they are; they are being read, and an
+ * operator runs the others first and then waits for them; they could not be read. */
+enum ktk_arrival { KTK_HERE, KTK_COMING, KTK_LOST };
+void ktk_set_arrival(ktk_layer *layer, int64_t expert, int arrival); /* waits for nobody */
 
 /* An entry of the layer's tables; waits until no operator reads them. address NULL: the expert is
  * elsewhere. */

@@ -1,23 +1,60 @@
-/* Where experts are: the tables of a layer, which change between calls of the operator. */
+/* Where experts are: the tables of a layer, which change between calls of the operator; and whether
+ * their bytes are there yet, which changes while it runs. */
 #define _GNU_SOURCE /* pthread_rwlock_t */
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "moe.h"
 
+enum { SPINS = 200 }; /* pauses before a thread sleeps: a read takes longer */
+
 struct ktk_lock {
     pthread_rwlock_t rw;
+    pthread_mutex_t sleep;
+    pthread_cond_t changed;
+    _Atomic uint8_t arrivals[]; /* ktk_arrival of each expert */
 };
 
-struct ktk_lock *ktk_lock_new(void) {
-    struct ktk_lock *lock = malloc(sizeof *lock);
-    if (lock) pthread_rwlock_init(&lock->rw, NULL);
+struct ktk_lock *ktk_lock_new(int num_experts) {
+    struct ktk_lock *lock = calloc(1, sizeof *lock + (size_t)num_experts);
+    if (!lock) return NULL;
+    pthread_rwlock_init(&lock->rw, NULL);
+    pthread_mutex_init(&lock->sleep, NULL);
+    pthread_cond_init(&lock->changed, NULL);
     return lock;
 }
 
 void ktk_lock_free(struct ktk_lock *lock) {
-    if (lock) pthread_rwlock_destroy(&lock->rw);
+    if (!lock) return;
+    pthread_rwlock_destroy(&lock->rw);
+    pthread_mutex_destroy(&lock->sleep);
+    pthread_cond_destroy(&lock->changed);
     free(lock);
+}
+
+int ktk_arrival_of(const ktk_layer *layer, int64_t expert) {
+    return atomic_load_explicit(&layer->lock->arrivals[expert], memory_order_acquire);
+}
+
+void ktk_set_arrival(ktk_layer *layer, int64_t expert, int arrival) {
+    struct ktk_lock *lock = layer->lock;
+    pthread_mutex_lock(&lock->sleep);
+    atomic_store_explicit(&lock->arrivals[expert], (uint8_t)arrival, memory_order_release);
+    pthread_cond_broadcast(&lock->changed);
+    pthread_mutex_unlock(&lock->sleep);
+}
+
+int ktk_await(const ktk_layer *layer, int64_t expert) {
+    struct ktk_lock *lock = layer->lock;
+    for (int i = 0; i < SPINS && ktk_arrival_of(layer, expert) == KTK_COMING; i++) KTK_PAUSE();
+    if (ktk_arrival_of(layer, expert) == KTK_COMING) {
+        pthread_mutex_lock(&lock->sleep);
+        while (ktk_arrival_of(layer, expert) == KTK_COMING)
+            pthread_cond_wait(&lock->changed, &lock->sleep);
+        pthread_mutex_unlock(&lock->sleep);
+    }
+    return ktk_arrival_of(layer, expert);
 }
 
 /* An operator's: the layer's tables stay as they are. */

@@ -12,6 +12,9 @@
  * done: no barrier, no deadlock. Down goes column block by column block, and combine follows one
  * block behind: y is two blocks of columns, not all of them.
  *
+ * Experts that are being read come last: their gate|up waits for them. Where y is kept whole the
+ * others' down goes before them.
+ *
  * Every output element is computed by the same chain of operations whatever the batch, the tasks
  * and the threads. */
 #include <string.h>
@@ -53,6 +56,23 @@ static void group_pairs(operation *op, const uint8_t *skip) {
     for (int64_t i = 0; i < num_rows; i++) op->row_index[i] = (int32_t)i;
 }
 
+/* An arrival may change meanwhile, so that each is looked at once. */
+static void order_experts(operation *op) {
+    const int32_t num_experts = op->layer->num_experts;
+    int32_t *coming = op->order + num_experts;
+    int num_coming = 0;
+    op->num_here = 0;
+    for (int32_t e = 0; e < num_experts; e++) {
+        if (op->first_row[e] == op->first_row[e + 1]) continue;
+        if (ktk_arrival_of(op->layer, e) == KTK_HERE)
+            op->order[op->num_here++] = e;
+        else
+            coming[num_coming++] = e;
+    }
+    memcpy(op->order + op->num_here, coming, 4 * (size_t)num_coming);
+    op->num_used = op->num_here + num_coming;
+}
+
 static void put_task(operation *op, task t) {
     op->tasks[op->num_tasks++] = t;
     int32_t left = atomic_load_explicit(&op->counters[t.lower], memory_order_relaxed);
@@ -76,10 +96,15 @@ static int row_blocks(const operation *op, int rows) {
     return (rows + op->max_rows - 1) / op->max_rows;
 }
 
-/* The expert part of the list: t for every expert's rows and every `width` panels of [panel, end).
- */
-static void put_experts(operation *op, task t, int panel, int end, int width) {
-    for (t.expert = 0; t.expert < op->layer->num_experts; t.expert++) {
+/* Experts [first, end) of the order. */
+typedef struct {
+    int first, end;
+} span;
+
+/* The experts' part of the list: t for each one's rows and every `width` panels of [panel, end). */
+static void put_experts(operation *op, span experts, task t, int panel, int end, int width) {
+    for (int i = experts.first; i < experts.end; i++) {
+        t.expert = op->order[i];
         if (t.run == ktk_down_task) t.wait = FIRST_EXPERT + t.expert;
         if (t.run == ktk_gate_up_task) t.lower = FIRST_EXPERT + t.expert;
         const int last = op->first_row[t.expert + 1];
@@ -107,6 +132,20 @@ static int num_up_panels(const ktk_layer *layer, const ktk_part *part) {
     return is_last ? layer->down.padded_in / KTK_PANEL - part->first_up_panel : part->num_up_panels;
 }
 
+/* down, combine: counters of the part's first column block. */
+static void put_down(operation *op, span experts, int p, int block, int down, int combine) {
+    const ktk_part *part = &op->layer->parts[p];
+    const int width = op->down_columns / KTK_PANEL, first = block * width;
+    const task t = {
+        .run = ktk_down_task,
+        .part = p,
+        .wait_too = block < op->num_buffers ? NONE : combine + block - op->num_buffers,
+        .lower = down + block,
+        .buffer = p * op->num_buffers + block % op->num_buffers,
+    };
+    put_experts(op, experts, t, first, min_int(first + width, part->num_down_panels), width);
+}
+
 static void put_part(operation *op, int p) {
     const ktk_layer *layer = op->layer;
     const ktk_part *part = &layer->parts[p];
@@ -118,17 +157,15 @@ static void put_part(operation *op, int p) {
     }
     const int down = FIRST_EXPERT + layer->num_experts + first_block, combine = down + all_blocks;
     put_quantise(op, p, layer->num_parts);
-    put_experts(op, (task){.run = ktk_gate_up_task, .part = p, .wait = TOKENS}, 0,
-                num_up_panels(layer, part), op->up_columns / KTK_PANEL);
+    const task up = {.run = ktk_gate_up_task, .part = p, .wait = TOKENS};
+    const int up_panels = num_up_panels(layer, part), up_width = op->up_columns / KTK_PANEL;
+    /* Those before early have their down before the others' gate|up. */
+    const int early = op->num_buffers >= blocks && op->num_here < op->num_used ? op->num_here : 0;
+    put_experts(op, (span){0, early}, up, 0, up_panels, up_width);
+    for (int b = 0; early && b < blocks; b++) put_down(op, (span){0, early}, p, b, down, combine);
+    put_experts(op, (span){early, op->num_used}, up, 0, up_panels, up_width);
     for (int b = 0; b <= blocks; b++) {
-        if (b < blocks) {
-            task t = {.run = ktk_down_task,
-                      .part = p,
-                      .wait_too = b < op->num_buffers ? NONE : combine + b - op->num_buffers,
-                      .lower = down + b,
-                      .buffer = p * op->num_buffers + b % op->num_buffers};
-            put_experts(op, t, b * width, min_int((b + 1) * width, part->num_down_panels), width);
-        }
+        if (b < blocks) put_down(op, (span){early, op->num_used}, p, b, down, combine);
         for (int64_t token = 0; b > 0 && token < op->num_tokens; token += COMBINE_TOKENS) {
             int64_t left = op->num_tokens - token;
             put_task(op, (task){.run = ktk_combine_task,
@@ -172,6 +209,7 @@ static void take_groups(arena *a, operation *op, int64_t pairs) {
     op->token_of = take(a, 4 * pairs);
     op->row_index = take(a, 4 * pairs);
     op->first_row = take(a, 4 * ((int64_t)op->layer->num_experts + 1));
+    op->order = take(a, 8 * (int64_t)op->layer->num_experts);
 }
 
 static void take_tasks(arena *a, operation *op, int64_t num_tasks, int64_t num_counters) {
@@ -211,8 +249,9 @@ static void take_x(arena *a, operation *op, int64_t num_rows) {
     if (!op->is_down && up_has_own_rows(layer)) op->x_up = take_rows(a, &layer->up, num_rows);
 }
 
-static void run_tasks(operation *op, ktk_pool *pool) {
+static int run_tasks(operation *op, ktk_pool *pool) {
     ktk_pool_run(pool, ktk_run_task, op, op->list_begin, op->layer->num_parts);
+    return atomic_load(&op->is_lost) ? KTK_AWAITED_IN_VAIN : KTK_DONE;
 }
 
 /* All that a chunk of tokens takes. */
@@ -242,11 +281,12 @@ static void lay_out_chunk(operation *op, arena *a) {
     take_thread_buffers(a, op);
 }
 
-static void forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip, void *scratch) {
+static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip, void *scratch) {
     const ktk_layer *layer = op->layer;
     arena a = {scratch, 0};
     lay_out_chunk(op, &a);
     group_pairs(op, skip);
+    order_experts(op);
     choose_columns(op);
     op->num_buffers = (int)(op->y_columns / op->down_columns);
     for (int p = 0; p < layer->num_parts; p++) {
@@ -254,7 +294,7 @@ static void forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip, vo
         put_part(op, p);
     }
     op->list_begin[layer->num_parts] = op->num_tasks;
-    run_tasks(op, pool);
+    return run_tasks(op, pool);
 }
 
 static int64_t tokens_of_chunk(int top_k) { return MAX_PAIRS / top_k < 1 ? 1 : MAX_PAIRS / top_k; }
@@ -280,7 +320,7 @@ int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *po
     const int64_t chunk = tokens_of_chunk(top_k),
                   row_bytes = layer->hidden_size * dtype_bytes(dtype);
     ktk_lock_to_read(layer);
-    const int status = ktk_has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
+    int status = ktk_has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
     for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
         operation op = {
             .layer = layer,
@@ -296,7 +336,7 @@ int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *po
             .add = add ? add + t * layer->hidden_size : NULL,
             .out = (uint8_t *)out + t * row_bytes,
         };
-        forward_chunk(&op, pool, skip, scratch);
+        status = forward_chunk(&op, pool, skip, scratch);
     }
     ktk_unlock(layer);
     return status;
@@ -350,16 +390,17 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
     }
     if (!status) {
         group_pairs(&op, NULL);
+        order_experts(&op);
         for (int p = 0; p < layer->num_parts; p++) {
             const ktk_part *part = &layer->parts[p];
             op.list_begin[p] = op.num_tasks;
             put_quantise(&op, p, layer->num_parts);
-            put_experts(&op,
+            put_experts(&op, (span){0, op.num_used},
                         (task){.run = ktk_linear_task, .part = p, .wait = TOKENS, .lower = LAST}, 0,
                         is_down ? part->num_down_panels : part->num_up_panels, UP_STEP / KTK_PANEL);
         }
         op.list_begin[layer->num_parts] = op.num_tasks;
-        run_tasks(&op, pool);
+        status = run_tasks(&op, pool);
     }
     ktk_unlock(layer);
     ktk_pool_unlock(pool);

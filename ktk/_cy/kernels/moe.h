@@ -36,6 +36,9 @@ struct operation {
     int32_t *token_of;  /* token of each row */
     int32_t *row_index; /* 0, 1, 2, ... */
     int32_t *first_row; /* (experts + 1) */
+    int32_t *order;     /* (experts): those with rows, those that are being read last */
+    int num_here, num_used;
+    _Atomic int is_lost; /* an expert was awaited in vain */
     _Atomic int32_t *counters;
     task *tasks;
     int64_t num_tasks, list_begin[KTK_MAX_PARTS + 1];
@@ -66,6 +69,8 @@ void ktk_run_task(void *operation, int64_t index, int thread);
 /* Whether every expert that ids (num_ids) choose is there; call with the layer's lock
  * (addresses.c). */
 int ktk_has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, const uint8_t *skip);
+int ktk_arrival_of(const ktk_layer *layer, int64_t expert);
+int ktk_await(const ktk_layer *layer, int64_t expert); /* KTK_HERE or KTK_LOST */
 void ktk_lock_to_read(const ktk_layer *layer);
 void ktk_unlock(const ktk_layer *layer);
 

@@ -171,6 +171,9 @@ void ktk_run_task(void *context, int64_t index, int thread) {
     const task *t = &op->tasks[index];
     wait_for(op, t->wait, index);
     wait_for(op, t->wait_too, index);
+    if (op->num_here < op->num_used && (t->run == ktk_gate_up_task || t->run == ktk_linear_task) &&
+        ktk_await(op->layer, t->expert) == KTK_LOST)
+        atomic_store(&op->is_lost, 1);
     t->run(op, index, thread);
     atomic_fetch_sub_explicit(&op->counters[t->lower], 1, memory_order_release);
 }

@@ -11,9 +11,9 @@ class Counters:
     """Since the slots were made. An expert counts once a call.
 
     hits : resident when the call came. cold, in_flight : not, or on the way by then; both are
-    misses. evictions : who left for another. prefetches : read before a call asked. prefetch_hits :
-    of those, used by a call. reads, read_bytes : that succeeded. failures : that did not. waits :
-    calls that waited for room.
+    misses. evictions : who left for another. prefetches : begun before a call asked; of those,
+    prefetch_hits : used by a call; cancelled : never read. reads, read_bytes : that succeeded.
+    failures : that did not. waits : calls that waited for room.
     """
 
     hits: int = 0
@@ -22,6 +22,7 @@ class Counters:
     evictions: int = 0
     prefetches: int = 0
     prefetch_hits: int = 0
+    cancelled: int = 0
     reads: int = 0
     read_bytes: int = 0
     failures: int = 0

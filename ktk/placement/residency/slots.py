@@ -2,17 +2,20 @@
 
 A call says which experts it uses; those on the disk are read into slots, and none leaves before the
 call ends. A slot is any expert's, of any layer.
+
+An expert has its place in the layer's tables before its read begins, and the threads that read wait
+for no call: an operator that waits for them (``ktk_await``) can be sure that they come to an end.
+What could not be read gives its place up once no call uses it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,26 +24,16 @@ from ktk.errors import BackendError
 from ktk.experts.layout import EXPERT_ALIGN, round_up
 from ktk.machine.memory import aligned_buffer
 from ktk.placement.residency.policies import find_policy
-from ktk.placement.residency.pools import PoolOptions, Pools
+from ktk.placement.residency.pools import PoolOptions
 from ktk.placement.residency.reader import ExpertReader
+from ktk.placement.residency.reads import Reads
 from ktk.placement.residency.report import Counters, ResidencyReport
-from ktk.placement.residency.states import EXPERT_STEPS, SLOT_STEPS, ExpertState, SlotState
+from ktk.placement.residency.residents import Claim, Residents, TooManyExperts
+from ktk.placement.residency.states import ExpertState
 from ktk.placement.store import ExpertStore
 
 
-class TooManyExperts(BackendError):
-    """A call uses more experts of a layer than there is room for."""
-
-
-class _Claim(NamedTuple):
-    """An expert that has a slot and has yet to be read into it, after the victim left."""
-
-    key: int
-    slot: int
-    victim: int | None
-
-
-class Slots:
+class Slots(Residents):
     """The experts of some layers that are in memory. Safe to use from several threads.
 
     Parameters
@@ -67,23 +60,10 @@ class Slots:
             raise ValueError(f"residency policy {options.policy}: knows the future, for replays")
         self._policy_name = policy.name
         self._stores, self.reader = list(stores), reader
-        self.num_experts = max(store.spec.num_experts for store in stores)
-        self._pools = Pools(options, len(stores), self.num_experts, top_k)
-        self.capacity = self._pools.capacity
+        super().__init__([store.spec.num_experts for store in stores], options, top_k)
         self.slot_bytes = round_up(max(store.span_bytes for store in stores), EXPERT_ALIGN)
         memory = aligned_buffer(self.capacity * self.slot_bytes)
         self._memory = memory.reshape(self.capacity, self.slot_bytes)
-        self._slots = [SlotState.EMPTY] * self.capacity
-        self._free = list(range(self.capacity))[::-1]
-        num_keys = len(stores) * self.num_experts
-        self._experts = [ExpertState.COLD] * num_keys
-        self._is_ready = [False] * num_keys  # resident or pinned
-        self._readers = [0] * num_keys  # calls that use each expert, or wait for it
-        self._slot_of: dict[int, int] = {}
-        self._idle = [0] * len(stores)  # of each layer: resident, not pinned, without readers
-        self._in_flight = 0  # experts with a slot that are not read yet
-        self._foretold: set[int] = set()  # prefetched and not used yet
-        self._counters = Counters()
         self._changed = threading.Condition()
         self._num_readers = num_readers
         self._is_paused = False  # no call begins
@@ -99,10 +79,6 @@ class Slots:
     def memory(self) -> np.ndarray:
         """uint8 (capacity, slot_bytes): all slots."""
         return self._memory
-
-    def room(self, layer: int) -> int:
-        """The most experts of the layer that one call may use."""
-        return self._pools.room(layer)
 
     def counters(self) -> Counters:
         """A copy."""
@@ -155,11 +131,13 @@ class Slots:
         experts: Iterable[int],
         scores: np.ndarray | None = None,
         waits: bool = True,
+        reads_on: bool = False,
     ) -> list[int] | None:
         """``using`` that ends with ``release`` of what this returns.
 
         waits : for the end of other calls where those have all the room; else None is returned, and
-        nothing is held. Raises as ``using``.
+        nothing is held. reads_on : do not wait for experts that are being read; the layer's
+        operator does, and one that cannot be read ends it with AwaitedInVain. Raises as ``using``.
         """
         keys = self._keys(layer, experts)
         if len(keys) > self.room(layer):
@@ -168,35 +146,42 @@ class Slots:
                 "in waves"
             )
         is_first = True
-        while not (is_held := self._acquire(layer, keys, scores, is_first, waits)):
+        while not (is_held := self._acquire(layer, keys, scores, is_first, waits, reads_on)):
             if is_held is None:
                 return None
-            is_first = False  # a prefetch on which it waited has failed: read it again
+            is_first = False  # a read of another, on which it waited, has failed: read it again
         return keys
 
     def release(self, held: list[int]) -> None:
         """A call that ``hold`` brought experts for has ended."""
         with self._changed:
             self._add_readers(held, -1)
+            lost = [key for key in held if self._is_to_drop(key)] if self._lost else ()
             self._changed.notify_all()
+        for key in lost:
+            self._drop(key)
 
-    def prefetch(self, layer: int, experts: Iterable[int]) -> int:
-        """Begins to read those that are cold, while there is room that nobody uses and no more
-        reads wait than run at a time.
+    def prefetch(self, layer: int, experts: Iterable[int], most: int | None = None) -> int:
+        """Begins to read those that are cold, in the order of the file, while there is room that
+        nobody uses and fewer than ``most`` wait, by default as many as run at a time.
 
-        Returns how many. Failures are counted, and left to the call that needs the expert.
+        They are read while no call waits for a read. Returns how many. Failures are counted, and
+        left to the call that needs the expert.
         """
-        claims: list[_Claim] = []
+        claims: list[Claim] = []
+        most = self._num_readers if most is None else most
         with self._changed:
-            for key in () if self._is_paused else self._keys(layer, experts):
-                if self._in_flight >= self._num_readers:
+            keys = [] if self._is_paused else self._keys(layer, experts)
+            wanted, ahead = set(keys), self._num_ahead()
+            here = [key for key in keys if self._is_ready[key]]  # foretold, too: they stay
+            for key in keys:
+                if ahead + len(claims) >= most:
                     break
-                if self._experts[key] is ExpertState.COLD and self._has_room(layer, [key]):
-                    claims += self._claim([key], {key})
+                if self._experts[key] is ExpertState.COLD and self._has_room(layer, [key, *here]):
+                    claims += self._claim([key], wanted)
                     self._foretold.add(key)
             self._counters.prefetches += len(claims)
-        for claim in claims:
-            self._threads.submit(self._load, claim)
+        self._begin(claims, is_wanted=False)
         return len(claims)
 
     def pin(self, layer: int, experts: Iterable[int]) -> None:
@@ -219,7 +204,9 @@ class Slots:
         """Ends after the reads that run; the stores have no expert any more, and the reader is
         closed. Calls must have ended.
         """
-        self._threads.shutdown()
+        for key in sorted(self._foretold):
+            self._cancel(key)
+        self._reads.shutdown()
         for key in list(self._slot_of):
             layer, expert = divmod(key, self.num_experts)
             self._stores[layer].place(expert, None)
@@ -241,9 +228,7 @@ class Slots:
 
     def _start_threads(self) -> None:
         self._process = fork.process()
-        self._threads = ThreadPoolExecutor(
-            self._num_readers, thread_name_prefix="ktk-expert-reader"
-        )
+        self._reads = Reads(self._num_readers)
 
     # --- a call's way ---
 
@@ -254,10 +239,11 @@ class Slots:
         scores: np.ndarray | None,
         is_first: bool,
         waits: bool,
+        reads_on: bool,
     ) -> bool | None:
-        """Readers of all keys, which are resident then; False, without readers, if one that
-        another call or a prefetch was reading could not be read; None if it would have to wait for
-        room.
+        """Readers of all keys, which are resident then, or with reads_on on their way; False,
+        without readers, if one that another call or a prefetch was reading could not be read; None
+        if it would have to wait for room.
         """
         wanted = set(keys)
         with self._changed:
@@ -265,8 +251,9 @@ class Slots:
                 self._changed.wait_for(lambda: not self._is_paused)
             if is_first and all(map(self._is_ready.__getitem__, keys)):  # mostly so: be quick
                 self._count(keys, (), ())
-                self._pools.begin(layer, keys, scores)
-                self._pools.hit_all(layer, keys)
+                if not self._is_whole:
+                    self._pools.begin(layer, keys, scores)
+                    self._pools.hit_all(layer, keys)
                 self._add_readers(keys, 1)
                 return True
             if not waits and not self._has_room(layer, keys):
@@ -281,18 +268,23 @@ class Slots:
             self._pools.hit_all(layer, here)
             claims = self._claim(cold, wanted)
             self._add_readers(keys, 1)
-        try:
-            self._load_all(claims)
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: all(self._experts[key] is not ExpertState.PREFETCHING for key in coming)
-                )
-                if all(self._experts[key] is not ExpertState.COLD for key in coming):
-                    return True
-        except BaseException:
-            self.release(keys)
-            raise
+        for key in coming:
+            self._reads.hurry(key)
+        self._begin(claims, is_wanted=True)
+        with self._changed:
+            if reads_on:
+                self._changed.wait_for(lambda: self._unplaced.isdisjoint(keys))
+                return True
+            self._changed.wait_for(lambda: not any(map(self._is_on_its_way, (*cold, *coming))))
+            failed = [key for key in (*cold, *coming) if key in self._lost]
+            error = next((self._lost[key] for key in failed if key in cold), None)
+        if not failed:
+            return True
         self.release(keys)
+        with self._changed:
+            self._changed.wait_for(lambda: self._lost.keys().isdisjoint(failed))
+        if error is not None:
+            raise error
         return False
 
     def _count(self, keys: list[int], cold: Sequence[int], coming: Sequence[int]) -> None:
@@ -328,74 +320,67 @@ class Slots:
         passing = (ExpertState.PREFETCHING, ExpertState.DEMOTING)
         return any(self._readers) or any(state in passing for state in self._experts)
 
-    def _has_room(self, layer: int, keys: list[int]) -> bool:
-        if any(self._experts[key] is ExpertState.DEMOTING for key in keys):
-            return False
-        cold = sum(self._experts[key] is ExpertState.COLD for key in keys)
-        own_idle = sum(self._is_idle(key) for key in keys)
-        return cold <= self._pools.space(layer, self._idle) - own_idle
-
-    def _claim(self, cold: list[int], wanted: set[int]) -> list[_Claim]:
-        """A slot for each, which is empty or of one that leaves for it."""
-        claims = []
-        for key in cold:
-            victim = self._pools.admit(
-                key, lambda other: other in wanted or not self._is_idle(other)
-            )
-            if victim is None:
-                slot = self._free.pop()
-            else:
-                slot = self._slot_of.pop(victim)
-                self._step(victim, ExpertState.DEMOTING)
-                self._foretold.discard(victim)
-                self._counters.evictions += 1
-            self._slot_of[key] = slot
-            self._step_slot(slot, SlotState.LOADING)
-            self._step(key, ExpertState.PREFETCHING)
-            claims.append(_Claim(key, slot, victim))
-        self._in_flight += len(claims)
-        return claims
-
-    def _load_all(self, claims: list[_Claim]) -> None:
-        """All of them end; then the first failure is raised."""
-        if len(claims) == 1:
-            self._load(claims[0])
-            return
-        futures: list[Future[None]] = [self._threads.submit(self._load, c) for c in claims]
-        wait(futures)
-        for future in futures:
-            future.result()
-
-    def _load(self, claim: _Claim) -> None:
-        """Without the lock: the victim's calls end, the disk is read. On failure the slot is empty
-        and the expert cold.
-        """
-        layer, expert = divmod(claim.key, self.num_experts)
-        store = self._stores[layer]
-        try:
+    def _begin(self, claims: list[Claim], is_wanted: bool) -> None:
+        """Without the lock: victims leave once no call runs them, reads are handed out."""
+        for claim in claims:
+            layer, expert = divmod(claim.key, self.num_experts)
             if claim.victim is not None:
                 self._leave(claim.victim)
-            span = self._memory[claim.slot, : store.span_bytes]
-            self.reader.read(layer, expert, span)
-            store.place(expert, span)
-        except BaseException:
+            span = self._memory[claim.slot, : self._stores[layer].span_bytes]
+            self._stores[layer].place(expert, span, is_coming=True)
             with self._changed:
-                self._pools.discard(claim.key)
-                del self._slot_of[claim.key]
-                self._step_slot(claim.slot, SlotState.EMPTY)
-                self._free.append(claim.slot)
-                self._step(claim.key, ExpertState.COLD)
-                self._foretold.discard(claim.key)
-                self._counters.failures += 1
-                self._in_flight -= 1
+                self._unplaced.discard(claim.key)
                 self._changed.notify_all()
-            raise
+            read = functools.partial(self._load, claim.key, span)
+            if is_wanted or self._readers[claim.key]:  # a call may have joined a prefetch
+                self._reads.want(read)
+            else:
+                self._reads.foresee(claim.key, read)
+                if self._readers[claim.key]:
+                    self._reads.hurry(claim.key)
+
+    def _load(self, key: int, span: np.ndarray) -> None:
+        """By a thread that reads. It waits for no call, as one may wait for it."""
+        layer, expert = divmod(key, self.num_experts)
+        try:
+            self.reader.read(layer, expert, span)
+        except BaseException as error:
+            self._stores[layer].arrive(expert, is_lost=True)
+            self._lose(key, error)
+            return
+        self._stores[layer].arrive(expert)
         with self._changed:
-            self._step_slot(claim.slot, SlotState.READY)
-            self._step(claim.key, ExpertState.RESIDENT)
-            self._counters.reads += 1
-            self._counters.read_bytes += store.span_bytes
-            self._in_flight -= 1
+            self._arrived(key, len(span))
+            self._changed.notify_all()
+
+    def _cancel(self, key: int) -> None:
+        """A prefetch that no call has joined, unless its read has begun."""
+        with self._changed:
+            if self._readers[key] or not self._reads.cancel(key):
+                return
+            self._counters.cancelled += 1
+            self._lost[key] = None
+        self._drop(key)
+
+    def _lose(self, key: int, error: BaseException) -> None:
+        with self._changed:
+            self._lost[key] = error
+            self._counters.failures += 1
+            is_to_drop = self._is_to_drop(key)
+            self._changed.notify_all()
+        if is_to_drop:
+            self._drop(key)
+
+    def _is_to_drop(self, key: int) -> bool:
+        """By who has just taken the last reader away, or lost what had none."""
+        return key in self._lost and not self._readers[key]
+
+    def _drop(self, key: int) -> None:
+        """A lost expert gives its slot back. Nobody takes it meanwhile."""
+        layer, expert = divmod(key, self.num_experts)
+        self._stores[layer].place(expert, None)
+        with self._changed:
+            self._dropped(key)
             self._changed.notify_all()
 
     def _leave(self, victim: int) -> None:
@@ -406,47 +391,6 @@ class Slots:
             with self._changed:
                 self._step(victim, ExpertState.COLD)
                 self._changed.notify_all()
-
-    # --- states, under the lock ---
-
-    def _key(self, layer: int, expert: int) -> int:
-        if not 0 <= layer < len(self._stores):
-            raise ValueError(f"layer={layer}: must be 0..{len(self._stores) - 1}")
-        if not 0 <= expert < self._stores[layer].spec.num_experts:
-            many = self._stores[layer].spec.num_experts
-            raise ValueError(f"layer {layer}: expert={expert}: must be 0..{many - 1}")
-        return layer * self.num_experts + expert
-
-    def _keys(self, layer: int, experts: Iterable[int]) -> list[int]:
-        own = sorted(set(experts))
-        if own:
-            self._key(layer, own[0])
-            self._key(layer, own[-1])
-        first = layer * self.num_experts
-        return [first + expert for expert in own]
-
-    def _is_idle(self, key: int) -> bool:
-        return self._experts[key] is ExpertState.RESIDENT and not self._readers[key]
-
-    def _add_readers(self, keys: list[int], change: int) -> None:
-        """change : 1 or -1."""
-        for key in keys:
-            many = self._readers[key]
-            self._readers[key] = many + change
-            turns = not many or not many + change  # it was or becomes unused
-            if turns and self._experts[key] is ExpertState.RESIDENT:
-                self._idle[key // self.num_experts] -= change
-
-    def _step(self, key: int, state: ExpertState) -> None:
-        assert state in EXPERT_STEPS[self._experts[key]], (self._experts[key], state)
-        before = self._is_idle(key)
-        self._experts[key] = state
-        self._is_ready[key] = state in (ExpertState.RESIDENT, ExpertState.PINNED)
-        self._idle[key // self.num_experts] += self._is_idle(key) - before
-
-    def _step_slot(self, slot: int, state: SlotState) -> None:
-        assert state in SLOT_STEPS[self._slots[slot]], (self._slots[slot], state)
-        self._slots[slot] = state
 
 
 # A child forked amid a read would have part of an expert; with O_DIRECT the rest of it might even

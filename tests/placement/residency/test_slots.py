@@ -113,7 +113,7 @@ def check(slots: Slots) -> None:
         counters = slots._counters
         assert counters.uses == counters.hits + counters.cold + counters.in_flight
         assert counters.read_bytes == counters.reads * SPEC.layout.expert_bytes
-        assert counters.evictions <= counters.reads + counters.failures
+        assert counters.evictions <= counters.reads + counters.failures + counters.cancelled
 
 
 class Residency(RuleBasedStateMachine):
