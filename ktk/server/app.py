@@ -4,19 +4,14 @@ a description, the chat page.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import re
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -24,16 +19,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktk import __version__
 from ktk.generate.engine import Engine, RequestError, ServerBusy
-from ktk.generate.grammar import Grammar, Grammars
 from ktk.generate.open import OpenModel
-from ktk.generate.text import stop_tokens
 from ktk.integration.transformers.expert_statistics import ExpertStatistics
-from ktk.integration.transformers.tokens import Spelling, encode, encode_chat, vocabulary_size
 from ktk.server import distribution, page
-from ktk.server.answer import Answer, Stop
+from ktk.server.answer import Answer
+from ktk.server.connection import EventStream, Gone, joined, unless_gone
 from ktk.server.forms import Chat, Completion, Form, error_body
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
+from ktk.server.service import Service
 from ktk.server.state import State
 from ktk.server.watch import ExpertWatch
 
@@ -116,159 +110,6 @@ def _too_large(limit: int) -> Response:
     return _error(413, _too_large_text(limit))
 
 
-class _Gone(Exception):
-    """The client has closed its connection."""
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, cancelled with _Gone if the client goes away before."""
-    result: list[T] = []
-    failure: Exception | None = None
-    async with anyio.create_task_group() as group:
-
-        async def watch() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            group.cancel_scope.cancel()
-
-        group.start_soon(watch)
-        try:
-            result.append(await work)
-        except Exception as error:  # out of the group it would come as an ExceptionGroup
-            failure = error
-        group.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-    if not result:
-        raise _Gone
-    return result[0]
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events whose source is closed at once when the client goes away,
-    even while it waits for a token.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[str], gone: Callable[[], None]) -> None:
-        super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-        self._events, self._gone = events, gone
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        complete = False
-        async with anyio.create_task_group() as group:
-
-            async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                group.cancel_scope.cancel()
-
-            group.start_soon(watch)
-            async with aclosing(self._events):  # type: ignore[type-var]
-                try:
-                    await self.stream_response(send)
-                    complete = True
-                except OSError:  # the connection broke while something was sent
-                    pass
-            group.cancel_scope.cancel()
-        if not complete:
-            self._gone()
-
-
-class _Service:
-    """What the routes of one app share."""
-
-    def __init__(self, opened: OpenModel, engine: Engine, metrics: Metrics) -> None:
-        self.opened, self.engine, self.metrics = opened, engine, metrics
-        self.tokenizer = opened.tokenizer
-        self.spelling = Spelling(opened.tokenizer)
-        self.created = int(time.time())
-        self._grammars = Grammars(self.tokenizer, vocabulary_size(opened.model), engine.eos)
-
-    def model_row(self) -> dict[str, Any]:
-        return {
-            "id": self.opened.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "ktk",
-            "max_model_len": self.engine.limits.context,
-        }
-
-    async def answer(self, request: ChatRequest | CompletionRequest) -> Answer:
-        """Checks a request and tokenises its prompt. Raises RequestError, HTTPException."""
-        if request.model not in (None, "", self.opened.name):
-            raise HTTPException(
-                404,
-                f"the model {request.model!r:.200} is not served here: only {self.opened.name!r} "
-                "is",
-            )
-        refused = request.refused()
-        if refused is not None:
-            raise RequestError(refused[1], refused[0])
-        # A long text takes a while, in which other answers should go on.
-        ids = await asyncio.to_thread(self._encode, request)
-        limit = self.engine.check(len(ids), request.limit)
-        if (request.min_tokens or 0) > limit:
-            raise RequestError(
-                f"min_tokens={request.min_tokens}: the answer may have {limit} tokens; ask for "
-                "fewer",
-                "min_tokens",
-            )
-        stop = self._stop(request)
-        own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
-        grammar = await asyncio.to_thread(self._grammar, request)
-        sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens, grammar)
-        return Answer(self.engine, self.metrics, ids, sampling, limit, stop)
-
-    def _grammar(self, request: ChatRequest | CompletionRequest) -> Grammar | None:
-        asked = request.form()
-        if asked is None:
-            return None
-        name, form = asked
-        if request.ignore_eos:
-            raise RequestError(
-                f"ignore_eos: with {name} the answer ends where its form does", "ignore_eos"
-            )
-        try:
-            return self._grammars.compile(form)
-        except ValueError as error:
-            raise RequestError(f"{name}: this cannot be enforced: {error}", name) from error
-
-    def _stop(self, request: ChatRequest | CompletionRequest) -> Stop:
-        asked = request.stop_token_ids or []
-        self._check_tokens("stop_token_ids", asked)
-        try:
-            tokens, strings = stop_tokens(self.tokenizer, request.stops)
-        except ValueError as error:
-            raise RequestError(str(error), "stop") from error
-        return Stop(strings, tokens | set(asked), bool(request.include_stop_str_in_output))
-
-    def _check_tokens(self, name: str, tokens: list[int]) -> None:
-        vocabulary = vocabulary_size(self.engine.model)
-        wrong = [token for token in tokens if not 0 <= token < vocabulary]
-        if wrong:
-            raise RequestError(
-                f"{name} has the token {wrong[0]}: must be 0 to {vocabulary - 1}", name
-            )
-
-    def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
-        try:
-            if isinstance(request, ChatRequest):
-                if not self.tokenizer.chat_template:
-                    raise RequestError(
-                        f"{self.opened.name} has no chat template: use /v1/completions, which "
-                        "continues text"
-                    )
-                return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
-            if request.text is not None:
-                return encode(self.tokenizer, request.text)
-        except ValueError as error:
-            raise RequestError(str(error)) from error
-        self._check_tokens("prompt", request.tokens)
-        return request.tokens
-
-
 def build_app(
     opened: OpenModel, engine: Engine, access: Access, recorder_mode: str = "stat"
 ) -> FastAPI:
@@ -277,7 +118,7 @@ def build_app(
     recorder_mode : of ``ktk.placement.masks.recorder.MODES``.
     """
     metrics = Metrics(engine, opened.name, opened.residency)
-    service = _Service(opened, engine, metrics)
+    service = Service(opened, engine, metrics)
     state = State(opened, engine, metrics)
     app = FastAPI(title="ktk", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Guard, access=access)
@@ -319,8 +160,8 @@ def build_app(
         code = "model_not_found" if error.status_code == 404 and "model" in error.detail else None
         return failed(request, _error(error.status_code, error.detail, code=code))
 
-    @app.exception_handler(_Gone)
-    async def gone(request: Request, error: _Gone) -> Response:
+    @app.exception_handler(Gone)
+    async def gone(request: Request, error: Gone) -> Response:
         return failed(request, Response(status_code=CLIENT_GONE))
 
     # What nobody expected is logged with its traceback by uvicorn, and still is JSON to the client.
@@ -343,16 +184,16 @@ def build_app(
         body: ChatRequest | CompletionRequest, request: Request, answer: Answer, form: Form
     ) -> Response:
         if not body.stream:
-            result = await _unless_gone(request, form.whole(answer))
+            result = await unless_gone(request, form.whole(answer))
             counted(request, 200)
             return JSONResponse(result)
         # The first piece decides whether this is an error, with its own status, or a stream.
         pieces = answer.pieces()
         events = form.events(pieces, answer)
-        first = await _unless_gone(request, anext(events))
+        first = await unless_gone(request, anext(events))
         counted(request, 200)
         gone_later = metrics.requests.labels(request.scope["route"].path, str(CLIENT_GONE)).inc
-        return _EventStream(_after(first, events), gone_later)
+        return EventStream(joined(first, events), gone_later)
 
     recording, own = (_statistics(opened.model, mode) for mode in (recorder_mode, "stat"))
     watch = ExpertWatch(recording, None if isinstance(own, str) else own)
@@ -421,10 +262,3 @@ def _invalid(error: RequestValidationError) -> Response:
             400, f"the body must be a JSON object, sent as application/json: {first['msg']}"
         )
     return _error(400, f"{where}: {first['msg'].removeprefix('Value error, ')}", param=where)
-
-
-async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    async with aclosing(rest):  # type: ignore[type-var]
-        yield first
-        async for event in rest:
-            yield event

@@ -25,7 +25,7 @@ from ktk.generate.sampling import SMALLEST_TEMPERATURE, Sampler, Sampling
 from ktk.generate.sequential import SequentialEngine
 from ktk.generate.session import Session
 from ktk.generate.text import Detokenizer, StopStrings
-from ktk.server import app as served
+from ktk.server import service as served
 from ktk.server.answer import CompletionLogprobs
 from ktk.server.app import Access, build_app
 from make.serving import make_model

@@ -1,0 +1,111 @@
+"""A request of any route, checked, as what the engine generates from: tokens, sampling, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from ktk.generate.engine import Engine, RequestError
+from ktk.generate.grammar import Grammar, Grammars
+from ktk.generate.open import OpenModel
+from ktk.generate.text import stop_tokens
+from ktk.integration.transformers.tokens import Spelling, encode, encode_chat, vocabulary_size
+from ktk.server.answer import Answer, Stop
+from ktk.server.metrics import Metrics
+from ktk.server.protocol import ChatRequest, CompletionRequest
+
+
+class Service:
+    """What the routes of one app share."""
+
+    def __init__(self, opened: OpenModel, engine: Engine, metrics: Metrics) -> None:
+        self.opened, self.engine, self.metrics = opened, engine, metrics
+        self.tokenizer = opened.tokenizer
+        self.spelling = Spelling(opened.tokenizer)
+        self.created = int(time.time())
+        self._grammars = Grammars(self.tokenizer, vocabulary_size(opened.model), engine.eos)
+
+    def model_row(self) -> dict[str, Any]:
+        return {
+            "id": self.opened.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "ktk",
+            "max_model_len": self.engine.limits.context,
+        }
+
+    async def answer(self, request: ChatRequest | CompletionRequest) -> Answer:
+        """Checks a request and tokenises its prompt. Raises RequestError, HTTPException."""
+        if request.model not in (None, "", self.opened.name):
+            raise HTTPException(
+                404,
+                f"the model {request.model!r:.200} is not served here: only {self.opened.name!r} "
+                "is",
+            )
+        refused = request.refused()
+        if refused is not None:
+            raise RequestError(refused[1], refused[0])
+        # A long text takes a while, in which other answers should go on.
+        ids = await asyncio.to_thread(self._encode, request)
+        limit = self.engine.check(len(ids), request.limit)
+        if (request.min_tokens or 0) > limit:
+            raise RequestError(
+                f"min_tokens={request.min_tokens}: the answer may have {limit} tokens; ask for "
+                "fewer",
+                "min_tokens",
+            )
+        stop = self._stop(request)
+        own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
+        grammar = await asyncio.to_thread(self._grammar, request)
+        sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens, grammar)
+        return Answer(self.engine, self.metrics, ids, sampling, limit, stop)
+
+    def _grammar(self, request: ChatRequest | CompletionRequest) -> Grammar | None:
+        asked = request.form()
+        if asked is None:
+            return None
+        name, form = asked
+        if request.ignore_eos:
+            raise RequestError(
+                f"ignore_eos: with {name} the answer ends where its form does", "ignore_eos"
+            )
+        try:
+            return self._grammars.compile(form)
+        except ValueError as error:
+            raise RequestError(f"{name}: this cannot be enforced: {error}", name) from error
+
+    def _stop(self, request: ChatRequest | CompletionRequest) -> Stop:
+        asked = request.stop_token_ids or []
+        self._check_tokens("stop_token_ids", asked)
+        try:
+            tokens, strings = stop_tokens(self.tokenizer, request.stops)
+        except ValueError as error:
+            raise RequestError(str(error), "stop") from error
+        return Stop(strings, tokens | set(asked), bool(request.include_stop_str_in_output))
+
+    def _check_tokens(self, name: str, tokens: list[int]) -> None:
+        vocabulary = vocabulary_size(self.engine.model)
+        wrong = [token for token in tokens if not 0 <= token < vocabulary]
+        if wrong:
+            raise RequestError(
+                f"{name} has the token {wrong[0]}: must be 0 to {vocabulary - 1}", name
+            )
+
+    def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
+        try:
+            if isinstance(request, ChatRequest):
+                if not self.tokenizer.chat_template:
+                    raise RequestError(
+                        f"{self.opened.name} has no chat template: use /v1/completions, which "
+                        "continues text"
+                    )
+                return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
+            if request.text is not None:
+                return encode(self.tokenizer, request.text)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        self._check_tokens("prompt", request.tokens)
+        return request.tokens
