@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import torch
+
 from ktk.errors import KtkError
 from ktk.generate.describe import size
 from ktk.generate.open import OpenModel
@@ -96,6 +98,12 @@ class Generation:
     progress: asyncio.Queue[Progress | None] = field(default_factory=asyncio.Queue)
     is_cancelled: bool = False
     has_failed: bool = False
+    hidden: torch.Tensor | None = None  # of an embedding, once it is finished
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether no token is wanted but the last one's hidden state."""
+        return self.max_tokens == 0
 
     @property
     def ends(self) -> frozenset[int]:
@@ -120,6 +128,7 @@ class Engine(ABC):
     cache_bytes: int  # of keys and values, when all of the cache is in use
     why_alone: str | None = None  # why requests run one by one; None: they share batches
     why_not_native: str | None = None  # why torch runs the layers; None: ktk's own kernels do
+    embeds = False  # whether it gives hidden states
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         self.model, self.tokenizer = opened.model, opened.tokenizer
@@ -225,6 +234,12 @@ class Engine(ABC):
             )
         return max_tokens
 
+    def _check_room(self) -> None:
+        if not self.is_alive:
+            raise ServerBusy("the engine has stopped: restart the server")
+        if self.waiting >= self.limits.waiting:
+            raise ServerBusy(f"{self.waiting} requests wait already: try again later")
+
     def end_all(self) -> None:
         """End every request where it is, as if it had reached its limit; from the event loop."""
         for generation in list(self._generations.values()):
@@ -240,10 +255,7 @@ class Engine(ABC):
         cancels the request and frees what it held. Raises ServerBusy if too many wait or the engine
         has stopped, RuntimeError if the engine fails.
         """
-        if not self.is_alive:
-            raise ServerBusy("the engine has stopped: restart the server")
-        if self.waiting >= self.limits.waiting:
-            raise ServerBusy(f"{self.waiting} requests wait already: try again later")
+        self._check_room()
         own = Generation(ids, Sampler(sampling), max_tokens, asyncio.get_running_loop())
         self._generations[own.id] = own
         given, finished = 0, False
@@ -267,3 +279,29 @@ class Engine(ABC):
             del self._generations[own.id]
             if not finished:
                 self._cancel(own)
+
+    async def embed(self, ids: list[int]) -> torch.Tensor:
+        """float32 (hidden_size,): the last token's hidden state, as the model's head takes it.
+
+        Raises RequestError where the engine cannot, and as ``generate``.
+        """
+        if not self.embeds:
+            reason = self.why_not_native or self.why_alone
+            raise RequestError(f"hidden states are given by ktk's own layers only: {reason}")
+        self._check_room()
+        own = Generation(ids, Sampler(Sampling(0.0)), 0, asyncio.get_running_loop())
+        self._generations[own.id] = own
+        progress = None
+        try:
+            self._submit(own)
+            progress = await own.progress.get()
+        finally:
+            del self._generations[own.id]
+            if progress is None:
+                self._cancel(own)
+        if progress is None:
+            raise ServerBusy("the server is shutting down")
+        if progress.error is not None:
+            raise RuntimeError(f"generation failed: {progress.error}")
+        assert own.hidden is not None
+        return own.hidden

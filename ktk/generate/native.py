@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+import torch
+
 from ktk.generate.engine import Engine, Generation, Limits, Progress, ServerBusy, pages_within
 from ktk.generate.open import OpenModel
 from ktk.generate.schedule import Piece, Schedule, Sequence
@@ -20,6 +22,8 @@ class NativeEngine(Engine):
     """Raises CannotBatch for a model whose decoder layers do not all run natively, RequestError if
     the KV cache is too small.
     """
+
+    embeds = True
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
@@ -115,8 +119,11 @@ class NativeEngine(Engine):
             if piece.is_last:
                 wanted.append(len(tokens) - 1)
         tables = [piece.sequence.tables for piece in pieces]
+        last = [piece.sequence for piece in pieces if piece.is_last]
+        wants_hidden = any(owner.owner.is_embedding for owner in last)
         try:
-            logits = self._native.forward(tokens, sequence, position, tables, wanted or [0])
+            rows = (tokens, sequence, position, tables, wanted or [0])
+            logits, hidden = self._native.forward(*rows, wants_hidden)
         except Exception as error:  # no memory, a disk that fails: these requests end, not the rest
             for piece in pieces:
                 self._fail(piece.sequence, error)
@@ -124,10 +131,12 @@ class NativeEngine(Engine):
         self._largest_batch = max(self._largest_batch, len(wanted))
         for piece in pieces:
             self._schedule.done(piece)
-        last = [piece.sequence for piece in pieces if piece.is_last]
-        for owner, scores in zip(last, logits, strict=False):
+        for row, owner in enumerate(last):
             try:
-                self._take(owner, owner.owner.sampler.choose(scores))
+                if owner.owner.is_embedding:
+                    self._give(owner, hidden[row])
+                else:
+                    self._take(owner, owner.owner.sampler.choose(logits[row]))
             except Exception as error:  # whatever it was, the batch goes on without this request
                 self._fail(owner, error)
 
@@ -139,6 +148,11 @@ class NativeEngine(Engine):
         if is_finished:
             self._end(sequence)
         own.report(Progress(made, is_finished))
+
+    def _give(self, sequence: Sequence[Generation], hidden: torch.Tensor) -> None:
+        self._end(sequence)
+        sequence.owner.hidden = hidden
+        sequence.owner.report(Progress(0, True))
 
     def _fail(self, sequence: Sequence[Generation], error: Exception) -> None:
         self._end(sequence)

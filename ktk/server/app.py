@@ -21,7 +21,7 @@ from ktk import __version__
 from ktk.generate.engine import Engine, RequestError, ServerBusy
 from ktk.generate.open import OpenModel
 from ktk.integration.transformers.expert_statistics import ExpertStatistics
-from ktk.server import distribution, page
+from ktk.server import distribution, page, texts
 from ktk.server.answer import Answer
 from ktk.server.connection import EventStream, Gone, joined, unless_gone
 from ktk.server.forms import Chat, Completion, Form, error_body
@@ -198,6 +198,8 @@ def build_app(
     recording, own = (_statistics(opened.model, mode) for mode in (recorder_mode, "stat"))
     watch = ExpertWatch(recording, None if isinstance(own, str) else own)
     distribution.add_routes(app, recording, watch, access.cors_origins, counted)
+
+    texts.add_routes(app, service, metrics, counted)
 
     @app.get("/v1/models")
     async def models() -> Response:

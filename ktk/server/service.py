@@ -79,14 +79,15 @@ class Service:
 
     def _stop(self, request: ChatRequest | CompletionRequest) -> Stop:
         asked = request.stop_token_ids or []
-        self._check_tokens("stop_token_ids", asked)
+        self.check_tokens("stop_token_ids", asked)
         try:
             tokens, strings = stop_tokens(self.tokenizer, request.stops)
         except ValueError as error:
             raise RequestError(str(error), "stop") from error
         return Stop(strings, tokens | set(asked), bool(request.include_stop_str_in_output))
 
-    def _check_tokens(self, name: str, tokens: list[int]) -> None:
+    def check_tokens(self, name: str, tokens: list[int]) -> None:
+        """RequestError that names the field, unless all are the model's."""
         vocabulary = vocabulary_size(self.engine.model)
         wrong = [token for token in tokens if not 0 <= token < vocabulary]
         if wrong:
@@ -107,5 +108,5 @@ class Service:
                 return encode(self.tokenizer, request.text)
         except ValueError as error:
             raise RequestError(str(error)) from error
-        self._check_tokens("prompt", request.tokens)
+        self.check_tokens("prompt", request.tokens)
         return request.tokens

@@ -185,6 +185,14 @@ def logits_of(model: Any, rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return {_LOGITS: torch.tensor(rows)} if takes(type(model).forward, _LOGITS) else {}
 
 
+def before_head(model: Any, take: Callable[[torch.Tensor], Any]) -> Any:
+    """Have ``take`` called with the hidden states, (1, rows, hidden_size), that a model's head
+    gets, until the handle's ``remove``.
+    """
+    head = model.get_output_embeddings()
+    return head.register_forward_pre_hook(lambda _head, given: take(given[0]))
+
+
 def mark_initialised(owner: Any) -> None:
     """A module or parameter that from_pretrained shall not fill."""
     setattr(owner, _INITIALISED, True)

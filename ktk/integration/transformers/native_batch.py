@@ -83,8 +83,10 @@ class NativeModel:
         position: Sequence[int],
         tables: Sequence[Sequence[Pages]],
         wanted: Sequence[int],
-    ) -> torch.Tensor:
-        """One pass: float32 logits of the rows ``wanted``, (len(wanted), vocab_size).
+        wants_hidden: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: float32 logits of the rows ``wanted``, (len(wanted), vocab_size), and the
+        float32 hidden states that the head took, (len(wanted), hidden_size); none unless wanted.
 
         tokens, sequence, position : of each row; a sequence's in order, those before in its pages.
         tables : of each sequence, those of ``PagePool.tables``; they have places for all rows.
@@ -92,6 +94,8 @@ class NativeModel:
         """
         by_layer = list(zip(*tables, strict=True))
         rows = Rows(self.layers, by_layer, sequence, position)
+        taken: list[torch.Tensor] = []
+        hook = hf.before_head(self._model, taken.append) if wants_hidden else None
         for layer in self._fused:
             layer.rows = rows
         try:
@@ -100,8 +104,15 @@ class NativeModel:
         finally:
             for layer in self._fused:
                 layer.rows = None
-        logits: torch.Tensor = out.logits[0]
-        return (logits if len(logits) == len(wanted) else logits[list(wanted)]).float()
+            if hook is not None:
+                hook.remove()
+
+        def rows_of(found: torch.Tensor) -> torch.Tensor:
+            own = found[0]
+            return (own if len(own) == len(wanted) else own[list(wanted)]).float()
+
+        logits = rows_of(out.logits)
+        return logits, rows_of(taken[0]) if taken else logits[:, :0]
 
 
 def _windows(model: Any) -> list[int | None]:

@@ -75,7 +75,7 @@ class NativeSequence:
         self._make_room(end)
         places = list(range(first, end))
         of_rows = [0] * len(tokens)
-        logits = self._native.forward(tokens, of_rows, places, [self._tables], [len(tokens) - 1])
+        logits, _ = self._native.forward(tokens, of_rows, places, [self._tables], [len(tokens) - 1])
         self.cached += tokens
         return logits[0]
 

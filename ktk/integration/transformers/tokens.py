@@ -29,15 +29,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens. Raises ValueError if it is not Unicode."""
+def encode(tokenizer: Any, text: str, is_whole: bool = True) -> list[int]:
+    """A text's tokens. is_whole : with those the tokenizer puts around it. Raises ValueError if it
+    is not Unicode.
+    """
     _check_unicode(text)
-    ids: list[int] = tokenizer(text)["input_ids"]
+    options = {} if is_whole else {"add_special_tokens": False}
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
     return ids
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation up to where the answer begins.
+def encode_chat(
+    tokenizer: Any, messages: Sequence[dict[str, str]], is_asked: bool = True
+) -> list[int]:
+    """The tokens of a conversation up to where the answer begins, if it is asked for one.
 
     Raises ValueError if the template refuses the messages, or one is not Unicode.
     """
@@ -46,7 +51,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     for message in messages:
         _check_unicode(message["content"])
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=is_asked)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
     ids: list[int] = encoded["input_ids"]

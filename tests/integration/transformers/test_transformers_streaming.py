@@ -273,7 +273,7 @@ def test_a_servers_batch_with_more_experts_than_fit_has_the_same_bits(
         tables = [pool.tables([pool.take() or 0]) for _ in range(2)]
         rows = [(i % 2, i // 2) for i in range(40)]  # two sequences of 20 tokens in turns
         sequence, position = map(list, zip(*rows, strict=True))
-        found.append(native.forward(list(range(3, 43)), sequence, position, tables, [38, 39]))
+        found.append(native.forward(list(range(3, 43)), sequence, position, tables, [38, 39])[0])
         native.close()
     assert slots_of(model).room(0) == 4
     assert torch.equal(*found)
