@@ -45,6 +45,22 @@ class Runner(ABC):
         expert_ids : int64 (rows,), all valid. Returns float32 (rows, out_features).
         """
 
+    def why_not_prepared(self) -> str | None:
+        """Why ``prepared`` makes nothing; None if it does."""
+        return "kernels that are not compiled need Python"
+
+    def prepared(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None,
+    ) -> Any:
+        """``forward`` as a function of C over these buffers: ``ktk._cy.native.Prepared``."""
+        raise NotImplementedError(self.why_not_prepared())
+
     def combine(
         self,
         y: np.ndarray,

@@ -75,6 +75,21 @@ class NativeRunner(Runner):
         with self.store.pinned(topk_ids, skip):
             self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
 
+    def why_not_prepared(self) -> str | None:
+        return None if self.store is None else "experts of an ExpertStore are pinned by Python"
+
+    def prepared(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        skip: np.ndarray | None,
+        out: np.ndarray,
+        add: np.ndarray | None,
+    ) -> Any:
+        given = (hidden, topk_ids, topk_weights, skip, out, add)
+        return self.native.Prepared(self.experts, *given)
+
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         if openmp.is_pending:
             openmp.borrow(self.native)

@@ -37,7 +37,7 @@ def _forget_deferred() -> None:
 
 
 def split(ids: np.ndarray, scores: np.ndarray, protected_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See ``KTMoEWrapper.select_deferred_experts``; equal scores protect the earlier slot."""
+    """See ``ktk.integration.kt_kernel.selection``; equal scores protect the earlier slot."""
     best = np.argsort(-scores, axis=1, kind="stable")[:, : max(protected_k, 0)]
     now = np.isin(ids, np.take_along_axis(ids, best, axis=1))  # (num_tokens, top_k)
     return np.where(now, ids, -1), np.where(now, -1, ids)

@@ -155,8 +155,8 @@ def as_call(
     torch = sys.modules.get("torch")
     if torch and device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA graph is being captured: ktk's experts do not run in one; start SGLang with "
-            "--disable-cuda-graph"
+            "a CUDA graph is being captured: experts run in it as work of its stream, given as "
+            "KTMoEWrapper's cuda_stream; nothing else of ktk does"
         )
     with on_stream(device, stream):
         hidden = on_host(hidden_states)

@@ -14,8 +14,10 @@ from ktk.checkpoint import is_gguf
 from ktk.integration.kt_kernel.arguments import ktk_method
 from ktk.machine import threads as engine
 
-# Decode steps captured in a CUDA graph would not come to the CPU again.
+# Decode steps of ktk's experts can be captured in a CUDA graph, which no GPU here has tried: so
+# SGLang is told to do without, except where ktk's own argument asks for graphs.
 NO_GRAPH = "--disable-cuda-graph"
+WITH_GRAPH = "--ktk-cuda-graph"
 _LORA = ("--kt-lora-path", "--kt-expert-lora-path")
 
 
@@ -40,7 +42,8 @@ def _parser() -> _Parser:
 
 
 def checked_arguments(arguments: Sequence[str]) -> list[str]:
-    """What to start SGLang with: the arguments, and ``NO_GRAPH`` where it is not among them.
+    """What to start SGLang with: the arguments without ``WITH_GRAPH``, and ``NO_GRAPH`` where
+    neither is among them.
 
     Raises ValueError that names the argument and what it may be.
     """
@@ -72,7 +75,8 @@ def checked_arguments(arguments: Sequence[str]) -> list[str]:
             "--kt-cpuinfer, --kt-threadpool-count (SGLang's default is 2) and --kt-numa-nodes: "
             f"{error}"
         ) from error
-    return [*arguments, *(() if NO_GRAPH in given else (NO_GRAPH,))]
+    passed = [a for a in arguments if a != WITH_GRAPH]
+    return [*passed, *(() if NO_GRAPH in given or WITH_GRAPH in given else (NO_GRAPH,))]
 
 
 def _check_weights(given: Sequence[str], found: Any) -> None:

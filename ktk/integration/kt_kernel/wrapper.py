@@ -13,7 +13,6 @@ to another, and the last MoE layer should have max_deferred_experts_per_token=0.
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -34,12 +33,16 @@ from ktk.integration.kt_kernel.arguments import (
     swiglu_activation,
 )
 from ktk.integration.kt_kernel.gpu_buffers import WeightWriter
+from ktk.integration.kt_kernel.selection import select_deferred_experts
 from ktk.integration.kt_kernel.staging import Buffers
+from ktk.integration.kt_kernel.stream_side import Sizes, StreamSide, forget_deferred
+from ktk.integration.kt_kernel.stream_side import pool as stream_buffers
 from ktk.integration.kt_kernel.weights import LayerWeights, Residency
 from ktk.machine import queue as fifo
 from ktk.machine import threads as engine
 from ktk.ops.deferral import Deferred, sequence, split
-from ktk.ops.inputs import as_call, as_routing, device_of, on_host, on_stream
+from ktk.ops.inputs import as_call, on_stream
+from ktk.ops.stream_moe import Pass
 from ktk.ops.streamed import AnyMoE, StreamedMoE
 from ktk.paths import user_path
 
@@ -109,8 +112,10 @@ class KTMoEWrapper(WeightWriter):
     ------
     ValueError / TypeError naming the argument, EngineError for a thread layout that conflicts.
 
-    Hidden states on a GPU are copied to the CPU and back on ``cuda_stream``; the copies wait, so
-    submit_forward then returns after the first of them.
+    With hidden states on a GPU and a ``cuda_stream``, all of a pass is put on that stream and
+    nothing waits; it may be captured in a CUDA graph (``ktk.ops.stream_moe``). What fails there
+    leaves NaN, and the next sync_forward of the wrapper raises it. Without a stream, or where the
+    experts need Python, the copies to the CPU and back wait.
 
     ``forward`` may be called from several threads; submit_forward and sync_forward of one wrapper
     from one at a time.
@@ -197,7 +202,15 @@ class KTMoEWrapper(WeightWriter):
         self.weights.check()
         self._mask = mask_of(gpu_experts_mask, num_gpu_experts, self.num_experts)
         self._moe: AnyMoE | None = None
-        self._submitted: _Submitted | None = None
+        self._submitted: _Submitted | Pass | None = None
+        sizes = Sizes(
+            self.layer_idx,
+            self.hidden_size,
+            self.num_experts_per_tok,
+            self.max_deferred_experts_per_token,
+            self.chunked_prefill_size,
+        )
+        self._stream_side = StreamSide(sizes, self._mask)
         # Tasks nobody waits for; the next sync raises their exceptions.
         self._unseen: deque[fifo.Ticket] = deque()
         nodes = checked_nodes(numa_nodes, threadpool_count)
@@ -315,12 +328,14 @@ class KTMoEWrapper(WeightWriter):
         Raises RuntimeError before the weights are loaded, TypeError / ValueError naming the
         argument.
         """
-        if self._submitted is not None:
+        if isinstance(self._submitted, _Submitted):
             self._unseen.extend(t for t in self._submitted[:2] if t is not None)
         self._submitted = None
-        self._submitted = self._enqueue(
-            fifo.submit, hidden_states, topk_ids, topk_weights, cuda_stream
-        )
+        given = (hidden_states, topk_ids, topk_weights, cuda_stream)
+        if cuda_stream and self._stream_side.takes(self.moe, hidden_states, cuda_stream):
+            self._submitted = self._stream_side.submit(self.moe, *given)
+            return
+        self._submitted = self._enqueue(fifo.submit, *given)
 
     def sync_forward(self, hidden_states: Any, cuda_stream: Any = None) -> Any:
         """Wait for the last submit_forward; only deferred experts may still run afterwards.
@@ -341,6 +356,8 @@ class KTMoEWrapper(WeightWriter):
                 f"but {submitted.num_tokens} tokens of {self.hidden_size} were submitted"
             )
         self._submitted = None
+        if isinstance(submitted, Pass):
+            return self._stream_side.finish(submitted, cuda_stream, hidden_states.device)
         return self._finish(submitted, cuda_stream)
 
     def forward(
@@ -350,7 +367,11 @@ class KTMoEWrapper(WeightWriter):
 
         It leaves another submitted pass of this wrapper alone.
         """
-        submitted = self._enqueue(fifo.run, hidden_states, topk_ids, topk_weights, cuda_stream)
+        side, given = self._stream_side, (hidden_states, topk_ids, topk_weights, cuda_stream)
+        if cuda_stream and side.takes(self.moe, hidden_states, cuda_stream):
+            done = side.submit(self.moe, *given)
+            return side.finish(done, cuda_stream, hidden_states.device)
+        submitted = self._enqueue(fifo.run, *given)
         return self._finish(submitted, cuda_stream)
 
     __call__ = forward
@@ -452,27 +473,7 @@ class KTMoEWrapper(WeightWriter):
             elif ticket.error is not None and not ticket.was_raised:
                 ticket.take()
 
-    @staticmethod
-    def select_deferred_experts(expert_ids: Any, scores: Any, protected_k: int) -> tuple[Any, Any]:
-        """Split each token's experts into those to run now and those to run with the next layer.
-
-        expert_ids : any integer type (num_tokens, top_k); scores : any float type, likewise.
-        The protected_k best scores of every token are collected over the whole batch: an expert
-        that one token protects runs now for all of them. So a token defers at most top_k -
-        protected_k experts, often fewer in a bigger batch. The GPU mask is not looked at; an id of
-        -1 stays -1 in both.
-        Returns (immediate_ids, deferred_ids), int64 (num_tokens, top_k), -1 where the other has the
-        expert.
-        """
-        device = device_of(expert_ids)
-        host = on_host(expert_ids)
-        rows = host.shape[0] if getattr(host, "ndim", 0) else 0
-        ids, weights = as_routing(host, on_host(scores), rows)
-        pair = split(ids, weights, protected_k)
-        if device == "numpy":
-            return pair
-        torch = sys.modules["torch"]
-        return torch.from_numpy(pair[0]).to(device), torch.from_numpy(pair[1]).to(device)
+    select_deferred_experts = staticmethod(select_deferred_experts)
 
     # -- buffers -------------------------------------------------------------------------------
 
@@ -484,6 +485,7 @@ class KTMoEWrapper(WeightWriter):
     def set_capture_batch_sizes(capture_bs: Iterable[int]) -> None:
         """Batch sizes whose staging buffers are kept; all others share one."""
         _buffers.captured = tuple(checked_int("capture batch size", size) for size in capture_bs)
+        stream_buffers.kept = _buffers.captured
 
     @staticmethod
     def get_capture_batch_sizes() -> list[int]:
@@ -493,4 +495,6 @@ class KTMoEWrapper(WeightWriter):
     def clear_buffer_cache() -> None:
         """Free the staging buffers not in use and drop this thread's pending deferred experts."""
         _buffers.clear()
+        stream_buffers.clear()
+        forget_deferred()
         sequence.deferred = None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ktk.integration.kt_kernel import install
-from ktk.integration.kt_kernel.sglang_arguments import NO_GRAPH, checked_arguments
+from ktk.integration.kt_kernel.sglang_arguments import NO_GRAPH, WITH_GRAPH, checked_arguments
 from ktk.machine import threads as engine
 from make import ROOT
 
@@ -153,6 +153,7 @@ def test_sglangs_arguments_are_passed_on(tmp_path: Path) -> None:
     given += ["--kt-method", "RAWINT4", "--tp", "2"]
     assert checked_arguments(given) == [*given, NO_GRAPH]
     assert checked_arguments([*given, NO_GRAPH]) == [*given, NO_GRAPH]
+    assert checked_arguments([WITH_GRAPH, *given]) == given
 
 
 @pytest.mark.parametrize(
