@@ -271,7 +271,7 @@ def test_a_cuda_graph_that_is_captured_is_refused_and_says_what_to_do(monkeypatc
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     wrapper.forward(*routed(2))  # of the CPU's own arrays nothing is captured
     monkeypatch.setattr(inputs, "device_of", lambda x: "cuda:0")
-    with pytest.raises(RuntimeError, match="--disable-cuda-graph"):
+    with pytest.raises(RuntimeError, match="given as KTMoEWrapper.s cuda_stream"):
         wrapper.submit_forward(*routed(2))
     with pytest.raises(RuntimeError, match="nothing is under way"):
         wrapper.sync_forward(routed(2)[0])
