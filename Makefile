@@ -8,7 +8,7 @@ MODEL ?=
 NUMA_TESTS ?= tests/machine/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*.pxd ktk/_cy/*/*.pxi ktk/_cy/*/*.c ktk/_cy/*/*.h vendor/*/*.c vendor/*/*.h vendor/*/*/*.h)
 
-.PHONY: setup demo test test-fast test-numa test-versions pytest lock lint wheel bench doctor clean
+.PHONY: setup demo test test-fast test-numa test-versions test-vllm pytest lock lint wheel bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -61,6 +61,10 @@ test-numa: setup
 test-versions:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python tests/versions/run.py
+
+# vLLM with ktk's experts, in an environment of its own: 2 GB and some minutes the first time.
+test-vllm: setup
+	$(BIN)/python tests/make/vllm_environment.py
 
 # constraints.txt anew: the newest packages. Then `make test`.
 lock:

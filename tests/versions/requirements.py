@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
+APART = ("vllm",)  # extras that have an environment of their own: others' bounds exclude them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -30,9 +31,10 @@ def required(*extras: str, build: bool = False) -> list[str]:
 
 
 def all_required() -> list[str]:
-    """Everything that pyproject.toml names."""
+    """Everything that pyproject.toml names for one environment."""
     text = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    return required(*text["project"]["optional-dependencies"], build=True)
+    extras = [extra for extra in text["project"]["optional-dependencies"] if extra not in APART]
+    return required(*extras, build=True)
 
 
 def pinned() -> dict[str, str]:
