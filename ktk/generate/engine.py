@@ -256,7 +256,7 @@ class Engine(ABC):
         has stopped, RuntimeError if the engine fails.
         """
         self._check_room()
-        own = Generation(ids, Sampler(sampling), max_tokens, asyncio.get_running_loop())
+        own = Generation(ids, Sampler(sampling, ids), max_tokens, asyncio.get_running_loop())
         self._generations[own.id] = own
         given, finished = 0, False
         try:

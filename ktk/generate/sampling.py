@@ -4,6 +4,9 @@ so a seed means the same in any batch.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +45,12 @@ class Sampling:
     num_logprobs : alternatives to report with each token; 0 its own log probability alone, None
     nothing. ends : tokens that end the text, of which none is chosen before min_tokens others,
     except where the grammar leaves no other.
+
+    min_p : tokens less likely than this times the likeliest are left out. logit_bias : (token, what
+    is added to its logit). presence_penalty, frequency_penalty : taken from the logit of a token
+    that the answer has; for each time it has it. repetition_penalty : divides positive logits of
+    tokens that the prompt or the answer has, and multiplies negative ones. Adding comes before
+    penalties, those before temperature, min_p, top_k, top_p, in this order.
     """
 
     temperature: float = 1.0
@@ -52,6 +61,11 @@ class Sampling:
     min_tokens: int = 0
     ends: frozenset[int] = frozenset()
     grammar: Grammar | None = None
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def of(cls, config: Any, **given: Any) -> Sampling:
@@ -75,11 +89,13 @@ class Token:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence and keeps them in ``tokens``."""
+    """Chooses the tokens of one sequence and keeps them in ``tokens``. prompt : those before."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
         self.sampling = sampling
         self.tokens: list[Token] = []
+        self._counts = Counter[int]()
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._guide = None if sampling.grammar is None else sampling.grammar.start()
         self._generator: torch.Generator | None = None
         if sampling.temperature >= SMALLEST_TEMPERATURE:
@@ -92,11 +108,13 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token's id. logits : float32 (vocab_size,)."""
         allowed = logits if self._guide is None else self._guide.allowed(logits)
-        allowed = self._without_ends(allowed)
+        allowed = self._without_ends(self._adjusted(allowed))
         if self._generator is None:
             chosen = int(allowed.argmax())
         else:
             scores = (allowed - allowed.max()) / self.sampling.temperature  # (vocab_size,)
+            if self.sampling.min_p:
+                scores = scores.masked_fill(scores < math.log(self.sampling.min_p), float("-inf"))
             if self.sampling.top_k:
                 scores = of_largest(scores, self.sampling.top_k)
             if self.sampling.top_p < 1:
@@ -105,8 +123,28 @@ class Sampler:
             chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
         if self._guide is not None:
             self._guide.take(chosen)
+        self._counts[chosen] += 1
         self.tokens.append(self._token(chosen, logits))
         return chosen
+
+    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """With what the request adds to logits and takes from them."""
+        own = self.sampling
+        if own.logit_bias:
+            biased, values = zip(*own.logit_bias, strict=True)
+            logits = logits.index_add(0, torch.tensor(biased), torch.tensor(values))
+        if own.repetition_penalty != 1 and (self._seen or self._counts):
+            tokens = torch.tensor(sorted(self._seen | self._counts.keys()))
+            before = logits[tokens]
+            factor = own.repetition_penalty
+            after = torch.where(before > 0, before / factor, before * factor)
+            logits = logits.index_copy(0, tokens, after)
+        if self._counts and (own.presence_penalty or own.frequency_penalty):
+            tokens = torch.tensor(list(self._counts))
+            counts = torch.tensor(list(self._counts.values())).float()
+            taken = own.presence_penalty + own.frequency_penalty * counts
+            logits = logits.index_add(0, tokens, -taken)
+        return logits
 
     def _without_ends(self, logits: torch.Tensor) -> torch.Tensor:
         ends = [token for token in self.sampling.ends if token < len(logits)]

@@ -108,7 +108,11 @@ class Session:
         self.stopped = False
         max_tokens = self._room(ids, max_tokens)
         stop_ids, strings = stop_tokens(self.tokenizer, stop)
-        sampler, text, stops = Sampler(sampling), Detokenizer(self.tokenizer), StopStrings(strings)
+        sampler, text, stops = (
+            Sampler(sampling, ids),
+            Detokenizer(self.tokenizer),
+            StopStrings(strings),
+        )
         pieces: list[str] = []
         ends = end_tokens(self.model, self.tokenizer) | stop_ids
         reason = "length"

@@ -1,9 +1,10 @@
-"""One request's answer: tokens of the engine as text, cut at stop strings,
+"""One request's answers: tokens of the engine as text, cut at stop strings,
 with the log probabilities asked for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import time
 from collections.abc import AsyncIterator
@@ -40,7 +41,7 @@ class Stop:
 
 
 class Answer:
-    """Generates for one request. The figures are right once ``pieces`` has ended."""
+    """Generates one. The figures are right once ``pieces`` has ended."""
 
     def __init__(
         self,
@@ -55,15 +56,6 @@ class Answer:
         self.ids, self._sampling, self._max_tokens, self._stop = ids, sampling, max_tokens, stop
         self.num_tokens = 0
 
-    @property
-    def usage(self) -> dict[str, int]:
-        prompt = len(self.ids)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.num_tokens,
-            "total_tokens": prompt + self.num_tokens,
-        }
-
     async def pieces(self) -> AsyncIterator[Piece]:
         """The answer as it comes.
 
@@ -75,7 +67,6 @@ class Answer:
         start = time.perf_counter()
         first: float | None = None
         reason = "length"
-        metrics.prompt_tokens.inc(len(self.ids))
         try:
             generated = engine.generate(self.ids, self._sampling, self._max_tokens)
             async with aclosing(generated) as source:  # type: ignore[type-var]
@@ -114,6 +105,114 @@ class Answer:
             metrics.duration.observe(end - start)
             if first is not None and self.num_tokens > 1:
                 metrics.next_token.observe((end - first) / (self.num_tokens - 1))
+
+
+class Answers:
+    """All answers to one request, numbered from 0: ``tried`` to each prompt in turn, of which the
+    best ``given`` are to be given.
+    """
+
+    def __init__(self, metrics: Metrics, by_prompt: list[list[Answer]], given: int) -> None:
+        self._metrics, self._by_prompt, self._given = metrics, by_prompt, given
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_prompt))
+
+    @property
+    def num_given(self) -> int:
+        return self._given * len(self._by_prompt)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompt = sum(len(group[0].ids) for group in self._by_prompt)
+        made = sum(answer.num_tokens for group in self._by_prompt for answer in group)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+        }
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """(number, what came of that answer), as they come.
+
+        A prompt's first answer begins before its others, which then find the prompt computed.
+        Closing the iterator ends them all. Raises as ``Engine.generate``.
+        """
+        self._metrics.prompt_tokens.inc(self.usage["prompt_tokens"])
+        if len(self) == 1:
+            async with aclosing(self._by_prompt[0][0].pieces()) as source:  # type: ignore[type-var]
+                async for piece in source:
+                    yield 0, piece
+            return
+        came: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+        tasks: list[asyncio.Task[None]] = []
+        for group in self._by_prompt:
+            has_begun = asyncio.Event()
+            for place, answer in enumerate(group):
+                wait = has_begun if place else None
+                run = _run(len(tasks), answer, has_begun, wait, came)
+                tasks.append(asyncio.create_task(run))
+        try:
+            left = len(tasks)
+            while left:
+                index, news = await came.get()
+                if isinstance(news, Exception):
+                    raise news
+                if news is None:
+                    left -= 1
+                else:
+                    yield index, news
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def whole(self) -> list[Piece]:
+        """The answers to be given, each in one piece.
+
+        Those whose tokens have the largest mean log probability, if more were tried.
+        """
+        totals = [Piece("") for _ in range(len(self))]
+        async with aclosing(self.pieces()) as pieces:  # type: ignore[type-var]
+            async for index, piece in pieces:
+                total = totals[index]
+                total.text += piece.text
+                total.tokens += piece.tokens
+                total.finish_reason = piece.finish_reason
+        tried, chosen = len(self._by_prompt[0]), list[Piece]()
+        for first in range(0, len(self), tried):
+            own = totals[first : first + tried]
+            if self._given < tried:
+                own.sort(key=_mean_logprob, reverse=True)
+            chosen += own[: self._given]
+        return chosen
+
+
+async def _run(
+    index: int,
+    answer: Answer,
+    has_begun: asyncio.Event,
+    wait: asyncio.Event | None,
+    came: asyncio.Queue[tuple[int, Piece | Exception | None]],
+) -> None:
+    """One answer's pieces into ``came``, None or an error last."""
+    try:
+        if wait is not None:
+            await wait.wait()
+        async with aclosing(answer.pieces()) as source:  # type: ignore[type-var]
+            async for piece in source:
+                has_begun.set()
+                came.put_nowait((index, piece))
+        came.put_nowait((index, None))
+    except Exception as error:  # the engine's, which the request's own task raises
+        came.put_nowait((index, error))
+    finally:
+        has_begun.set()
+
+
+def _mean_logprob(piece: Piece) -> float:
+    known = [token.logprob or 0.0 for token in piece.tokens]
+    return sum(known) / max(1, len(known))
 
 
 def _text(own: bytes) -> str:

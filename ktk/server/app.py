@@ -22,9 +22,9 @@ from ktk.generate.engine import Engine, RequestError, ServerBusy
 from ktk.generate.open import OpenModel
 from ktk.integration.transformers.expert_statistics import ExpertStatistics
 from ktk.server import distribution, page, texts
-from ktk.server.answer import Answer
+from ktk.server.answer import Answers
 from ktk.server.connection import EventStream, Gone, joined, unless_gone
-from ktk.server.forms import Chat, Completion, Form, error_body
+from ktk.server.forms import Form, error_body
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
 from ktk.server.service import Service
@@ -172,24 +172,26 @@ def build_app(
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        answer = await service.answer(body)
-        return await respond(body, request, answer, Chat(opened.name, service.spelling, body))
+        answers = await service.answers(body)
+        form = Form.of_chat(opened.name, service.spelling, body, answers.num_given)
+        return await respond(body, request, answers, form)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        answer = await service.answer(body)
-        return await respond(body, request, answer, Completion(opened.name, service.spelling, body))
+        answers = await service.answers(body)
+        echoes = service.echoes(body)
+        form = Form.of_completion(opened.name, service.spelling, body, echoes)
+        return await respond(body, request, answers, form)
 
     async def respond(
-        body: ChatRequest | CompletionRequest, request: Request, answer: Answer, form: Form
+        body: ChatRequest | CompletionRequest, request: Request, answers: Answers, form: Form
     ) -> Response:
         if not body.stream:
-            result = await unless_gone(request, form.whole(answer))
+            result = await unless_gone(request, form.whole(answers))
             counted(request, 200)
             return JSONResponse(result)
         # The first piece decides whether this is an error, with its own status, or a stream.
-        pieces = answer.pieces()
-        events = form.events(pieces, answer)
+        events = form.events(answers)
         first = await unless_gone(request, anext(events))
         counted(request, 200)
         gone_later = metrics.requests.labels(request.scope["route"].path, str(CLIENT_GONE)).inc

@@ -61,22 +61,22 @@ FIELDS: dict[str, Known] = {
     **_known(("auto", "default"), "service_tier"),
     **_known((0,), "priority"),
     # How many answers, and what of the prompt is in them.
-    **_known((1,), "n best_of", "send one request for each answer"),
-    **_known((False,), "echo return_full_text", "put the prompt before the answer yourself"),
+    **_known((1,), "best_of", "use n"),
+    **_known((False,), "echo", "put the prompt before the answer yourself"),
+    **_known((False,), "return_full_text", "use echo of /v1/completions"),
     **_known(("",), "suffix input_suffix input_prefix"),
     # Choosing tokens.
     **_known(
         (0,),
-        "presence_penalty frequency_penalty min_p min_keep dynatemp_range xtc_probability "
-        "dry_multiplier mirostat",
+        "min_keep dynatemp_range xtc_probability dry_multiplier mirostat",
         _GREEDY,
     ),
     **_known(
         (1,),
-        "repetition_penalty repeat_penalty length_penalty typical_p typical tfs_z tfs "
-        "dynatemp_exponent",
+        "length_penalty typical_p typical tfs_z tfs dynatemp_exponent",
         _GREEDY,
     ),
+    **_known((1,), "repeat_penalty", "use repetition_penalty"),
     **_known((-1, 0), "top_n_sigma", _GREEDY),
     **_known((-1,), "adaptive_target", _GREEDY),
     **_known((5,), "mirostat_tau", _GREEDY),
@@ -92,7 +92,6 @@ FIELDS: dict[str, Known] = {
         "eta_cutoff top_a",
         _GREEDY,
     ),
-    **_known(({}, []), "logit_bias"),
     **_known(([],), "bad_words bad_words_ids logits_processors"),
     **_known(
         (),

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ktk.integration.transformers.tokens import Spelling
-from ktk.server.answer import Answer, CompletionLogprobs, Piece, chat_logprobs
+from ktk.server.answer import Answers, CompletionLogprobs, Piece, chat_logprobs
 from ktk.server.protocol import ChatRequest, CompletionRequest
 
 log = logging.getLogger("ktk")
@@ -29,118 +29,151 @@ def event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class Form(ABC):
-    """How answers look: a route's JSON, whole or in chunks."""
+class Choice(ABC):
+    """One answer in a response: whole, or in chunks of a stream."""
 
-    prefix: str
-    object: str
-    chunk_object: str
-
-    def __init__(
-        self, model: str, spelling: Spelling, body: ChatRequest | CompletionRequest
-    ) -> None:
-        self.model, self.spelling, self.body = model, spelling, body
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.is_first = True  # no token has been given out
-        self.logprobs = CompletionLogprobs(spelling)
-
-    def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **more,
-        }
-
-    async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The response of a request that does not stream."""
-        total = Piece("")
-        async with aclosing(answer.pieces()) as pieces:  # type: ignore[type-var]
-            async for piece in pieces:
-                total.text += piece.text
-                total.tokens += piece.tokens
-                total.finish_reason = piece.finish_reason
-        return self._frame(self.object, [self.choice(total)], usage=answer.usage)
-
-    async def events(self, pieces: AsyncIterator[Piece], answer: Answer) -> AsyncIterator[str]:
-        """Server-sent events, [DONE] last."""
-        wants_usage = self.body.include_usage
-        nothing_yet = {"usage": None} if wants_usage else {}
-        begun = False
-        try:
-            async with aclosing(pieces):  # type: ignore[type-var]
-                async for piece in pieces:
-                    for choice in self.chunks(piece, not begun):
-                        yield event(self._frame(self.chunk_object, [choice], **nothing_yet))
-                    begun = True
-            if wants_usage:
-                yield event(self._frame(self.chunk_object, [], usage=answer.usage))
-        except (
-            Exception
-        ) as error:  # the engine's, or this request's own: the stream has begun with 200
-            if not begun:
-                raise
-            log.exception("an answer's stream failed")
-            yield event(error_body(str(error) or type(error).__name__, "server_error"))
-        yield "data: [DONE]\n\n"
+    def __init__(self, index: int, spelling: Spelling) -> None:
+        self.index, self._spelling = index, spelling
 
     @abstractmethod
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """The one choice of a whole response."""
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """Of an answer that came in one piece."""
 
     @abstractmethod
-    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        """The choices of a stream's next chunks."""
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """Of what came next."""
 
 
-class Chat(Form):
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+class ChatChoice(Choice):
+    def __init__(self, index: int, spelling: Spelling, body: ChatRequest) -> None:
+        super().__init__(index, spelling)
+        self._body = body
+        self._has_begun = False  # a chunk was given out
+        self._is_first = True  # no token was
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self.body.num_logprobs is None:
+        if self._body.num_logprobs is None:
             return None
-        content = chat_logprobs(self.spelling, piece.tokens, self.is_first)
-        self.is_first = self.is_first and not piece.tokens
+        content = chat_logprobs(self._spelling, piece.tokens, self._is_first)
+        self._is_first = self._is_first and not piece.tokens
         return {"content": content, "refusal": None}
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
+    def whole(self, piece: Piece) -> dict[str, Any]:
         return {
-            "index": 0,
+            "index": self.index,
             "message": {"role": "assistant", "content": piece.text, "refusal": None},
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
         }
 
-    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        def chunk(
-            delta: dict[str, str], reason: str | None, logprobs: Any = None
-        ) -> dict[str, Any]:
-            return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-        made = [chunk({"role": "assistant", "content": ""}, None)] if is_first else []
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        made = []
+        if not self._has_begun:
+            self._has_begun = True
+            made.append(self._chunk({"role": "assistant", "content": ""}))
         if piece.text or piece.tokens:
-            made.append(chunk({"content": piece.text}, None, self._logprobs(piece)))
+            made.append(self._chunk({"content": piece.text}, logprobs=self._logprobs(piece)))
         if piece.finish_reason is not None:
-            made.append(chunk({}, piece.finish_reason))
+            made.append(self._chunk({}, piece.finish_reason))
         return made
 
-
-class Completion(Form):
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        logprobs = None
-        if self.body.num_logprobs is not None:
-            logprobs = self.logprobs.of(piece.tokens)
+    def _chunk(
+        self, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
         return {
-            "index": 0,
-            "text": piece.text,
+            "index": self.index,
+            "delta": delta,
             "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+
+
+class CompletionChoice(Choice):
+    """echo : what the text begins with."""
+
+    def __init__(self, index: int, spelling: Spelling, body: CompletionRequest, echo: str) -> None:
+        super().__init__(index, spelling)
+        self._echo = echo
+        self._logprobs = None if body.num_logprobs is None else CompletionLogprobs(spelling)
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        echo, self._echo = self._echo, ""
+        return {
+            "index": self.index,
+            "text": echo + piece.text,
+            "logprobs": None if self._logprobs is None else self._logprobs.of(piece.tokens),
             "finish_reason": piece.finish_reason,
         }
 
-    def chunks(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
-        return [self.choice(piece)]
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        return [self.whole(piece)]
+
+
+class Form:
+    """How answers look: a route's JSON, whole or in chunks.
+
+    names : what the id begins with, the kind of object, that of a chunk.
+    """
+
+    def __init__(
+        self, model: str, names: tuple[str, str, str], choices: list[Choice], include_usage: bool
+    ) -> None:
+        prefix, self._object, self._chunk_object = names
+        self._model, self._choices, self._include_usage = model, choices, include_usage
+        self._id = f"{prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    @classmethod
+    def of_chat(cls, model: str, spelling: Spelling, body: ChatRequest, count: int) -> Form:
+        """count : of answers."""
+        names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
+        choices: list[Choice] = [ChatChoice(index, spelling, body) for index in range(count)]
+        return cls(model, names, choices, body.include_usage)
+
+    @classmethod
+    def of_completion(
+        cls, model: str, spelling: Spelling, body: CompletionRequest, echoes: list[str]
+    ) -> Form:
+        """echoes : what each answer's text begins with."""
+        names = ("cmpl", "text_completion", "text_completion")
+        choices: list[Choice] = [
+            CompletionChoice(index, spelling, body, echo) for index, echo in enumerate(echoes)
+        ]
+        return cls(model, names, choices, body.include_usage)
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            **more,
+        }
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """The response of a request that does not stream."""
+        made = zip(self._choices, await answers.whole(), strict=True)
+        choices = [choice.whole(piece) for choice, piece in made]
+        return self._frame(self._object, choices, usage=answers.usage)
+
+    async def events(self, answers: Answers) -> AsyncIterator[str]:
+        """Server-sent events, [DONE] last."""
+        nothing_yet = {"usage": None} if self._include_usage else {}
+        has_begun = False
+        try:
+            async with aclosing(answers.pieces()) as pieces:  # type: ignore[type-var]
+                async for index, piece in pieces:
+                    for chunk in self._choices[index].chunks(piece):
+                        yield event(self._frame(self._chunk_object, [chunk], **nothing_yet))
+                    has_begun = True
+            if self._include_usage:
+                yield event(self._frame(self._chunk_object, [], usage=answers.usage))
+        except (
+            Exception
+        ) as error:  # the engine's, or this request's own: the stream has begun with 200
+            if not has_begun:
+                raise
+            log.exception("an answer's stream failed")
+            yield event(error_body(str(error) or type(error).__name__, "server_error"))
+        yield "data: [DONE]\n\n"

@@ -25,10 +25,15 @@ from ktk.server.structured import Structured
 MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 64
+MAX_ANSWERS = 64  # to one prompt
+MAX_PROMPTS = 256
 
 Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
 Probability = Annotated[float, Field(gt=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Answers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True)]
+Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
+Bias = Annotated[float, Field(ge=-100, le=100, strict=True)]
 # Seeds are 64 bits there; a generator of torch takes those.
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 
@@ -69,6 +74,13 @@ class _Request(Structured):
     include_stop_str_in_output: StrictBool | None = None
     min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     ignore_eos: StrictBool | None = None
+    n: Answers | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, strict=True)] | None = None
+    # By token; JSON's keys are texts.
+    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] | None = None
 
     @field_validator("stop")
     @classmethod
@@ -94,6 +106,16 @@ class _Request(Structured):
     @property
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
+
+    @property
+    def num_answers(self) -> int:
+        """To each prompt, to be given."""
+        return self.n or 1
+
+    @property
+    def num_tried(self) -> int:
+        """To each prompt, of which ``num_answers`` are given."""
+        return self.num_answers
 
     def sampling(
         self, generation_config: Any, ends: frozenset[int], grammar: Grammar | None = None
@@ -121,6 +143,11 @@ class _Request(Structured):
             self.min_tokens or 0,
             ends,
             grammar,
+            self.min_p or 0.0,
+            tuple((self.logit_bias or {}).items()),
+            self.presence_penalty or 0.0,
+            self.frequency_penalty or 0.0,
+            self.repetition_penalty or 1.0,
         )
 
 
@@ -181,9 +208,11 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions. max_tokens is 16 by default, as OpenAI's is."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt]
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
+    best_of: Answers | None = None
+    echo: StrictBool | None = None
 
     @property
     def limit(self) -> int:
@@ -193,21 +222,26 @@ class CompletionRequest(_Request):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def num_tried(self) -> int:
+        return max(self.best_of or 1, self.num_answers)
+
     def refused(self) -> tuple[str, str] | None:
-        texts = [text for text in self.prompt if isinstance(text, str)]
-        if isinstance(self.prompt, list) and len(texts) > 1:
-            return "prompt", f"prompt has {len(texts)} texts: send one request for each"
+        if not 1 <= len(self.prompts) <= MAX_PROMPTS:
+            return "prompt", f"prompt has {len(self.prompts)} texts: must be 1 to {MAX_PROMPTS}"
+        if (self.best_of or self.num_answers) < self.num_answers:
+            return "best_of", f"best_of={self.best_of}: must be at least n, {self.num_answers}"
+        if self.stream and self.num_tried > self.num_answers:
+            return "best_of", "best_of needs whole answers: leave out stream, or best_of"
+        if self.echo and self.logprobs is not None:
+            return "echo", "echo: log probabilities of prompts are not served; leave one out"
         return super().refused()
 
     @property
-    def text(self) -> str | None:
-        """The prompt's text, or None where it is given in tokens."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        first = self.prompt[0] if self.prompt else ""
-        return first if isinstance(first, str) else None
-
-    @property
-    def tokens(self) -> list[int]:
-        """The prompt's tokens, where it is given in tokens."""
-        return [token for token in self.prompt if isinstance(token, int)]
+    def prompts(self) -> list[str | list[int]]:
+        """Texts, or tokens."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [given]
+        tokens = [token for token in given if isinstance(token, int)]
+        return [tokens] if tokens else [one for one in given if not isinstance(one, int)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -11,9 +12,16 @@ from starlette.exceptions import HTTPException
 from ktk.generate.engine import Engine, RequestError
 from ktk.generate.grammar import Grammar, Grammars
 from ktk.generate.open import OpenModel
+from ktk.generate.sampling import Sampling
 from ktk.generate.text import stop_tokens
-from ktk.integration.transformers.tokens import Spelling, encode, encode_chat, vocabulary_size
-from ktk.server.answer import Answer, Stop
+from ktk.integration.transformers.tokens import (
+    Spelling,
+    decode,
+    encode,
+    encode_chat,
+    vocabulary_size,
+)
+from ktk.server.answer import Answer, Answers, Stop
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
 
@@ -37,8 +45,8 @@ class Service:
             "max_model_len": self.engine.limits.context,
         }
 
-    async def answer(self, request: ChatRequest | CompletionRequest) -> Answer:
-        """Checks a request and tokenises its prompt. Raises RequestError, HTTPException."""
+    async def answers(self, request: ChatRequest | CompletionRequest) -> Answers:
+        """Checks a request and tokenises its prompts. Raises RequestError, HTTPException."""
         if request.model not in (None, "", self.opened.name):
             raise HTTPException(
                 404,
@@ -49,7 +57,23 @@ class Service:
         if refused is not None:
             raise RequestError(refused[1], refused[0])
         # A long text takes a while, in which other answers should go on.
-        ids = await asyncio.to_thread(self._encode, request)
+        prompts = await asyncio.to_thread(self._encode, request)
+        stop = self._stop(request)
+        own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
+        grammar = await asyncio.to_thread(self._grammar, request)
+        sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens, grammar)
+        self.check_tokens("logit_bias", [token for token, _ in sampling.logit_bias])
+        by_prompt = [self._to_prompt(request, ids, sampling, stop) for ids in prompts]
+        return Answers(self.metrics, by_prompt, request.num_answers)
+
+    def _to_prompt(
+        self,
+        request: ChatRequest | CompletionRequest,
+        ids: list[int],
+        sampling: Sampling,
+        stop: Stop,
+    ) -> list[Answer]:
+        """The answers to one prompt: the seed of each is by one larger than that of the last."""
         limit = self.engine.check(len(ids), request.limit)
         if (request.min_tokens or 0) > limit:
             raise RequestError(
@@ -57,11 +81,14 @@ class Service:
                 "fewer",
                 "min_tokens",
             )
-        stop = self._stop(request)
-        own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
-        grammar = await asyncio.to_thread(self._grammar, request)
-        sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens, grammar)
-        return Answer(self.engine, self.metrics, ids, sampling, limit, stop)
+        if request.num_tried > request.num_answers and sampling.num_logprobs is None:
+            sampling = replace(sampling, num_logprobs=0)
+        made = []
+        for place in range(request.num_tried):
+            seed = None if sampling.seed is None else sampling.seed + place
+            one = replace(sampling, seed=seed)
+            made.append(Answer(self.engine, self.metrics, ids, one, limit, stop))
+        return made
 
     def _grammar(self, request: ChatRequest | CompletionRequest) -> Grammar | None:
         asked = request.form()
@@ -95,18 +122,35 @@ class Service:
                 f"{name} has the token {wrong[0]}: must be 0 to {vocabulary - 1}", name
             )
 
-    def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
+    def echoes(self, request: CompletionRequest) -> list[str]:
+        """What the text of each answer that is given begins with."""
+        if not request.echo:
+            return [""] * len(request.prompts) * request.num_answers
+        texts = [one if isinstance(one, str) else self.decode(one) for one in request.prompts]
+        return [text for text in texts for _ in range(request.num_answers)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return decode(self.tokenizer, ids)
+
+    def _encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
         try:
             if isinstance(request, ChatRequest):
-                if not self.tokenizer.chat_template:
-                    raise RequestError(
-                        f"{self.opened.name} has no chat template: use /v1/completions, which "
-                        "continues text"
-                    )
-                return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
-            if request.text is not None:
-                return encode(self.tokenizer, request.text)
+                return [self._encode_chat(request)]
+            return [self._encode_prompt(prompt) for prompt in request.prompts]
         except ValueError as error:
             raise RequestError(str(error)) from error
-        self.check_tokens("prompt", request.tokens)
-        return request.tokens
+
+    def _encode_chat(self, request: ChatRequest) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise RequestError(
+                f"{self.opened.name} has no chat template: use /v1/completions, which continues "
+                "text"
+            )
+        return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
+
+    def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return encode(self.tokenizer, prompt)
+        self.check_tokens("prompt", prompt)
+        return prompt

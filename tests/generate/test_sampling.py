@@ -6,9 +6,14 @@ import pytest
 
 pytest.importorskip("transformers")
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from ktk.generate.sampling import of_largest, of_likeliest
+from ktk.generate.sampling import Sampler, Sampling, of_largest, of_likeliest
 
 SCORES = {
     "random": torch.randn(500, generator=torch.Generator().manual_seed(3)) * 4,
@@ -34,3 +39,52 @@ def test_the_likeliest(name: str, top_p: float) -> None:
     scores = SCORES[name]
     want = TopPLogitsWarper(top_p)(IDS, scores[None].clone())[0]
     assert torch.equal(of_likeliest(scores, top_p), want)
+
+
+def drawn(scores: torch.Tensor, count: int = 400, **how: object) -> set[int]:
+    """Tokens of so many samplers' first draws."""
+    return {Sampler(Sampling(seed=seed, **how)).choose(scores) for seed in range(count)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("min_p", [0.2, 0.7, 1.0])
+def test_min_p_leaves_tokens_by_the_likeliest(min_p: float) -> None:
+    scores = torch.tensor([0.0, 1.0, -0.5, 1.0, 0.4, -3.0])
+    left = MinPLogitsWarper(min_p)(IDS, scores[None].clone())[0].isfinite()
+    assert drawn(scores, min_p=min_p) == set(left.nonzero()[:, 0].tolist())
+
+
+def test_repetition_penalises_tokens_of_prompt_and_answer() -> None:
+    scores = SCORES["random"]
+    prompt = [3, 3, int(scores.argmax()), int(scores.argmin())]
+    sampler = Sampler(Sampling(0.0, repetition_penalty=1.5), prompt)
+    process = RepetitionPenaltyLogitsProcessor(1.5)
+    for _ in range(5):
+        ids = torch.tensor([[*prompt, *(token.id for token in sampler.tokens)]])
+        want = int(process(ids, scores[None].clone())[0].argmax())
+        assert sampler.choose(scores) == want
+    assert len({token.id for token in sampler.tokens}) > 1
+
+
+def test_presence_and_frequency_are_taken_from_tokens_of_the_answer_alone() -> None:
+    """OpenAI's formula: logit - count * frequency - (count > 0) * presence."""
+    scores = torch.tensor([3.0, 2.9, 2.0, 0.0])
+    sampler = Sampler(Sampling(0.0, presence_penalty=0.5, frequency_penalty=0.3), [0, 0, 0])
+    want, counts = [], torch.zeros(4)
+    for _ in range(8):
+        chosen = int((scores - 0.3 * counts - 0.5 * (counts > 0)).argmax())
+        counts[chosen] += 1
+        want.append(chosen)
+    assert [sampler.choose(scores) for _ in range(8)] == want
+    assert want[:2] == [0, 1] and 2 in want
+    encouraged = Sampler(Sampling(0.0, presence_penalty=-2.0))
+    encouraged.choose(torch.tensor([0.0, 0.1]))
+    assert encouraged.choose(torch.tensor([1.0, 0.0])) == 1
+
+
+def test_a_bias_is_added_and_log_probabilities_stay_the_models() -> None:
+    scores = SCORES["random"]
+    sampler = Sampler(Sampling(0.0, num_logprobs=1, logit_bias=((7, 100.0), (9, -100.0))))
+    assert sampler.choose(scores) == 7
+    assert sampler.tokens[0].logprob == pytest.approx(float(scores.log_softmax(-1)[7]))
+    banned = int(scores.argmax())
+    assert Sampler(Sampling(0.0, logit_bias=((banned, -100.0),))).choose(scores) != banned
