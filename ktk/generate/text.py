@@ -11,13 +11,13 @@ REPLACEMENT = "�"  # what a decoder gives for bytes that are no whole characte
 
 
 class Detokenizer:
-    """The text of a growing list of tokens, special tokens left out.
+    """The text of a growing list of tokens, special tokens left out unless they are kept.
 
     Text is given out once it can no longer change: when it does not end in an unfinished character.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, keeps_special: bool = False) -> None:
+        self._tokenizer, self._keeps_special = tokenizer, keeps_special
         self._ids: list[int] = []
         # Decoding starts some tokens back, since a token's text may depend on the one before it
         # (leading spaces).
@@ -34,8 +34,9 @@ class Detokenizer:
         return self._text(final=True)
 
     def _text(self, final: bool) -> str:
-        before = decode(self._tokenizer, self._ids[self._start : self._given])
-        now = decode(self._tokenizer, self._ids[self._start :])
+        given, every = self._ids[self._start : self._given], self._ids[self._start :]
+        before = decode(self._tokenizer, given, self._keeps_special)
+        now = decode(self._tokenizer, every, self._keeps_special)
         if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not final):
             return ""
         self._start, self._given = self._given, len(self._ids)

@@ -32,12 +32,14 @@ class Piece:
 class Stop:
     """What a request wants to end its answer.
 
-    tokens : beside the model's own. is_included : whether it is in the text.
+    tokens : beside the model's own. is_included : whether it is in the text. keeps_special :
+        whether special tokens before it are.
     """
 
     strings: list[str]
     tokens: frozenset[int] = frozenset()
     is_included: bool = False
+    keeps_special: bool = False
 
 
 class Answer:
@@ -62,7 +64,7 @@ class Answer:
         Closing the iterator ends the generation. Raises as ``Engine.generate``.
         """
         engine, metrics = self._engine, self._metrics
-        text = Detokenizer(engine.tokenizer)
+        text = Detokenizer(engine.tokenizer, self._stop.keeps_special)
         stops = StopStrings(self._stop.strings, self._stop.is_included)
         start = time.perf_counter()
         first: float | None = None
@@ -121,6 +123,11 @@ class Answers:
     @property
     def num_given(self) -> int:
         return self._given * len(self._by_prompt)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Their tokens."""
+        return [group[0].ids for group in self._by_prompt]
 
     @property
     def usage(self) -> dict[str, int]:

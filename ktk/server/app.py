@@ -173,7 +173,8 @@ def build_app(
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         answers = await service.answers(body)
-        form = Form.of_chat(opened.name, service.spelling, body, answers.num_given)
+        readers = service.readers(body, answers)
+        form = Form.of_chat(opened.name, service.spelling, body, readers)
         return await respond(body, request, answers, form)
 
     @app.post("/v1/completions")

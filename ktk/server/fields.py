@@ -35,7 +35,7 @@ def _known(
 
 
 _FORM = "use response_format, structured_outputs or grammar"
-_TOOLS = "leave it out: tools are not served; describe them in the prompt"
+_TOOLS = "use tools and tool_choice of /v1/chat/completions"
 _TEMPLATE = (
     "leave it out: the model's own chat template is used, with its defaults; for others send the "
     "text to /v1/completions"
@@ -53,7 +53,7 @@ FIELDS: dict[str, Known] = {
     **_known(
         None, "request_id rid cache_salt cache_prompt backend_sampling guided_decoding_backend"
     ),
-    **_known(None, "parallel_tool_calls parse_tool_calls separate_reasoning stream_reasoning"),
+    **_known((True,), "parse_tool_calls separate_reasoning stream_reasoning"),
     **_known(
         None, "spaces_between_special_tokens truncation_side"
     ),  # of what is left out, and of what is not cut
@@ -122,6 +122,7 @@ FIELDS: dict[str, Known] = {
     # Tools.
     **_known(([],), "tools functions", _TOOLS),
     **_known(("none", "auto"), "tool_choice function_call", _TOOLS),
+    **_known(None, "parallel_tool_calls"),
     **_known(("",), "tool_prompt guideline", _TOOLS),
     # The chat template.
     **_known(
@@ -136,7 +137,7 @@ FIELDS: dict[str, Known] = {
     **_known(
         (False,), "continue_final_message thinking_forced_open reasoning_in_content", _TEMPLATE
     ),
-    **_known(("none", "auto"), "reasoning_format", _TEMPLATE),
+    **_known(("auto", "deepseek"), "reasoning_format", _TEMPLATE),
     **_known((-1,), "reasoning_budget", _TEMPLATE),
     **_known((), "add_special_tokens add_bos", "send the prompt's tokens to /v1/completions"),
     # What is told beside the answer.
@@ -166,16 +167,15 @@ FIELDS: dict[str, Known] = {
     **_known((), "prompt", "send it to /v1/completions"),
 }
 
-# Of messages. What a message of an answer brings back: nothing of it is in this server's answers.
+# Of messages. What a message of an answer brings back, and this server's answers do not have.
 MESSAGE_FIELDS: dict[str, Known] = {
-    **_known(([],), "tool_calls", _TOOLS),
-    **_known((), "function_call tool_call_id", _TOOLS),
+    **_known((), "function_call", "use tool_calls"),
     **_known(([],), "annotations"),
     **_known(("",), "refusal", "put the text into content"),
     **_known(
         ("",),
-        "reasoning_content reasoning thinking",
-        "leave it out, or put it into content as the model writes it",
+        "reasoning thinking",
+        "use reasoning_content",
     ),
     **_known((False,), "prefix partial", "send the text to /v1/completions"),
     **_known((), "audio weight"),

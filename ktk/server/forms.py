@@ -13,6 +13,7 @@ from typing import Any
 
 from ktk.integration.transformers.tokens import Spelling
 from ktk.server.answer import Answers, CompletionLogprobs, Piece, chat_logprobs
+from ktk.server.message import Reader, Said
 from ktk.server.protocol import ChatRequest, CompletionRequest
 
 log = logging.getLogger("ktk")
@@ -45,9 +46,11 @@ class Choice(ABC):
 
 
 class ChatChoice(Choice):
-    def __init__(self, index: int, spelling: Spelling, body: ChatRequest) -> None:
+    """reader : tells the text's parts apart."""
+
+    def __init__(self, index: int, spelling: Spelling, body: ChatRequest, reader: Reader) -> None:
         super().__init__(index, spelling)
-        self._body = body
+        self._body, self._reader = body, reader
         self._has_begun = False  # a chunk was given out
         self._is_first = True  # no token was
 
@@ -59,22 +62,59 @@ class ChatChoice(Choice):
         return {"content": content, "refusal": None}
 
     def whole(self, piece: Piece) -> dict[str, Any]:
+        said, rest = self._reader.add(piece.text), self._reader.finish()
+        calls = [*said.calls, *rest.calls]
+        content = said.content + rest.content
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content or (None if calls else ""),
+            "refusal": None,
+        }
+        if reasoning := said.reasoning + rest.reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = [call.to_json() for call in calls]
         return {
             "index": self.index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
+            "finish_reason": self._reason(piece),
         }
+
+    def _reason(self, piece: Piece) -> str | None:
+        is_call = piece.finish_reason == "stop" and self._reader.num_calls
+        return "tool_calls" if is_call else piece.finish_reason
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         made = []
         if not self._has_begun:
             self._has_begun = True
             made.append(self._chunk({"role": "assistant", "content": ""}))
-        if piece.text or piece.tokens:
-            made.append(self._chunk({"content": piece.text}, logprobs=self._logprobs(piece)))
+        deltas = self._deltas(self._reader.add(piece.text))
         if piece.finish_reason is not None:
-            made.append(self._chunk({}, piece.finish_reason))
+            deltas += self._deltas(self._reader.finish())
+        if piece.tokens and not deltas:  # their text is not certain yet
+            deltas = [{"content": ""}]
+        for place, delta in enumerate(deltas):
+            made.append(self._chunk(delta, logprobs=None if place else self._logprobs(piece)))
+        if piece.finish_reason is not None:
+            made.append(self._chunk({}, self._reason(piece)))
+        return made
+
+    def _deltas(self, said: Said) -> list[dict[str, Any]]:
+        """A call's name comes before its arguments, as clients expect."""
+        made: list[dict[str, Any]] = []
+        if said.reasoning:
+            made.append({"reasoning_content": said.reasoning})
+        if said.content:
+            made.append({"content": said.content})
+        first = self._reader.num_calls - len(said.calls)
+        for index, call in enumerate(said.calls, first):
+            whole = call.to_json()
+            arguments = whole["function"].pop("arguments")
+            whole["function"]["arguments"] = ""
+            made.append({"tool_calls": [{"index": index, **whole}]})
+            made.append({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
         return made
 
     def _chunk(
@@ -124,10 +164,14 @@ class Form:
         self._created = int(time.time())
 
     @classmethod
-    def of_chat(cls, model: str, spelling: Spelling, body: ChatRequest, count: int) -> Form:
-        """count : of answers."""
+    def of_chat(
+        cls, model: str, spelling: Spelling, body: ChatRequest, readers: list[Reader]
+    ) -> Form:
+        """readers : of each answer."""
         names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
-        choices: list[Choice] = [ChatChoice(index, spelling, body) for index in range(count)]
+        choices: list[Choice] = [
+            ChatChoice(index, spelling, body, reader) for index, reader in enumerate(readers)
+        ]
         return cls(model, names, choices, body.include_usage)
 
     @classmethod

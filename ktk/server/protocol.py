@@ -4,6 +4,7 @@ with what is not served refused (``fields.py``).
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -21,12 +22,14 @@ from ktk.generate.sampling import Grammar, Sampling
 from ktk.integration.transformers.tokens import own_sampling
 from ktk.server.fields import FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, Known, refusal
 from ktk.server.structured import Structured
+from ktk.server.tools import NamedChoice, Tool, ToolChoice, Tools
 
 MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 64
 MAX_ANSWERS = 64  # to one prompt
 MAX_PROMPTS = 256
+MAX_TOOLS = 128
 
 Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
 Probability = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -158,28 +161,60 @@ class TextPart(_Part):
     text: StrictStr
 
 
+class CalledFunction(BaseModel):
+    name: StrictStr
+    arguments: StrictStr | dict[str, Any]  # JSON
+
+
+class ToolCall(BaseModel):
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Arguments as an object, which most chat templates write as JSON themselves."""
+        arguments = self.function.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise ValueError(f"{self.function.name}'s arguments are no JSON: {error}") from None
+        own = {"name": self.function.name, "arguments": arguments}
+        return {"type": self.type, "function": own} | ({"id": self.id} if self.id else {})
+
+
 class Message(_Part):
     known = MESSAGE_FIELDS
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: StrictStr | list[TextPart] | None = None
     name: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: StrictStr | None = None
 
-    @field_validator("content", mode="before")
-    @classmethod
-    def _check_content(cls, content: Any) -> Any:
-        if content is None:
-            raise ValueError(
-                "is null, as with tool calls, which are not served here: give the message's text"
-            )
-        return content
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is null or missing: give the message's text")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: a {self.role} message has none")
+        return self
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As chat templates take it: text in one piece, developer messages as system ones."""
-        content = self.content
+        content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+        made: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        for name in ("name", "reasoning_content", "tool_call_id"):
+            if value := getattr(self, name):
+                made[name] = value
+        if self.tool_calls:
+            made["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return made
 
 
 class ChatRequest(_Request):
@@ -190,6 +225,21 @@ class ChatRequest(_Request):
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+
+    @property
+    def callable(self) -> Tools | None:
+        """What the answer may call, or None."""
+        choice = self.tool_choice or "auto"
+        if not self.tools or choice == "none":
+            return None
+        tools, kind = self.tools, choice
+        if isinstance(choice, NamedChoice):
+            tools = [tool for tool in tools if tool.function.name == choice.function.name]
+            kind = "required"
+        return Tools(tools, str(kind), self.parallel_tool_calls is not False)
 
     @property
     def limit(self) -> int | None:
@@ -202,6 +252,10 @@ class ChatRequest(_Request):
     def refused(self) -> tuple[str, str] | None:
         if self.top_logprobs and not self.logprobs:
             return "top_logprobs", "top_logprobs needs logprobs: true"
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            return "tool_choice", "tool_choice asks for a call, and there are no tools"
+        if self.callable is not None and not self.callable.tools:
+            return "tool_choice", "tool_choice names a function that is not among the tools"
         return super().refused()
 
 

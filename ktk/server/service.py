@@ -14,6 +14,7 @@ from ktk.generate.grammar import Grammar, Grammars
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampling
 from ktk.generate.text import stop_tokens
+from ktk.integration.transformers.replies import ReplyStyle
 from ktk.integration.transformers.tokens import (
     Spelling,
     decode,
@@ -22,6 +23,7 @@ from ktk.integration.transformers.tokens import (
     vocabulary_size,
 )
 from ktk.server.answer import Answer, Answers, Stop
+from ktk.server.message import Reader
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
 
@@ -34,6 +36,7 @@ class Service:
         self.tokenizer = opened.tokenizer
         self.spelling = Spelling(opened.tokenizer)
         self.created = int(time.time())
+        self._style = ReplyStyle(opened.tokenizer)
         self._grammars = Grammars(self.tokenizer, vocabulary_size(opened.model), engine.eos)
 
     def model_row(self) -> dict[str, Any]:
@@ -92,6 +95,11 @@ class Service:
 
     def _grammar(self, request: ChatRequest | CompletionRequest) -> Grammar | None:
         asked = request.form()
+        tools = request.callable if isinstance(request, ChatRequest) else None
+        if tools is not None and asked is not None:
+            raise RequestError(f"{asked[0]}: not beside tools; leave one out", asked[0])
+        if tools is not None and (form := tools.form(self._style)) is not None:
+            asked = "tools", form
         if asked is None:
             return None
         name, form = asked
@@ -111,7 +119,30 @@ class Service:
             tokens, strings = stop_tokens(self.tokenizer, request.stops)
         except ValueError as error:
             raise RequestError(str(error), "stop") from error
-        return Stop(strings, tokens | set(asked), bool(request.include_stop_str_in_output))
+        is_included = bool(request.include_stop_str_in_output)
+        keeps_special = self._style.keeps_special and self._parser(request, []) is not None
+        return Stop(strings, tokens | set(asked), is_included, keeps_special)
+
+    def readers(self, request: ChatRequest, answers: Answers) -> list[Reader]:
+        """What tells the parts of each answer apart."""
+        tools, (ids,) = request.callable, answers.prompts
+        is_parallel = tools is None or tools.is_parallel
+        return [
+            Reader(self._parser(request, ids), None if is_parallel else 1)
+            for _ in range(answers.num_given)
+        ]
+
+    def _parser(self, request: ChatRequest | CompletionRequest, ids: list[int]) -> Any | None:
+        """None: there is nothing but text in the answer to the prompt ``ids``."""
+        if not isinstance(request, ChatRequest) or request.form() is not None:
+            return None
+        tools = request.callable
+        if tools is None:
+            return self._style.parser(decode(self.tokenizer, ids, True), [], False)
+        # A call that is forced comes first, whatever the prompt began.
+        own = [] if tools.choice == "required" else ids
+        prompt = decode(self.tokenizer, own, True)
+        return self._style.parser(prompt, tools.for_template(), True)
 
     def check_tokens(self, name: str, tokens: list[int]) -> None:
         """RequestError that names the field, unless all are the model's."""
@@ -147,7 +178,16 @@ class Service:
                 f"{self.opened.name} has no chat template: use /v1/completions, which continues "
                 "text"
             )
-        return encode_chat(self.tokenizer, [m.for_template() for m in request.messages])
+        tools, own = request.callable, None
+        if tools is not None:
+            if not (self._style.has_tools and self._style.reads_calls):
+                raise RequestError(
+                    f"tools: the chat template of {self.opened.name} has no place for tools, or "
+                    "calls in a form that is not known here; describe them in the prompt",
+                    "tools",
+                )
+            own = tools.for_template()
+        return encode_chat(self.tokenizer, [m.for_template() for m in request.messages], tools=own)
 
     def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 from ktk.cli import main
 from make.serving import Server, make_model, serving
@@ -187,6 +188,45 @@ def test_logprobs_are_those_of_the_model(client: Any, model: Path) -> None:
         assert entry.bytes == list(entry.token.encode()) or entry.token.startswith("bytes:")
         assert entry.top_logprobs[0].logprob == entry.logprob
         assert len(entry.top_logprobs) == 2
+
+
+def test_openais_client_parses_models_of_pydantic_and_calls_tools_in_a_loop(client: Any) -> None:
+    from pydantic import BaseModel
+
+    class Person(BaseModel):
+        name: Annotated[str, Field(max_length=8)]
+        age: int
+
+    asked: dict[str, Any] = {"model": "tiny-moe", "max_tokens": 200, "temperature": 1.0}
+    made = client.chat.completions.parse(
+        messages=question("Who?"), response_format=Person, seed=2, **asked
+    )
+    parsed = made.choices[0].message.parsed
+    assert isinstance(parsed, Person) and len(parsed.name) <= 8
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Bonn", "Rom"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    messages: list[Any] = question("Rain?")
+    asked |= {"tools": tools, "parallel_tool_calls": False}
+    with client.chat.completions.stream(
+        messages=messages, tool_choice="required", seed=3, **asked
+    ) as stream:
+        message = stream.get_final_completion().choices[0].message
+    (call,) = message.tool_calls
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Bonn", "Rom")
+    messages += [
+        message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}),
+        {"role": "tool", "tool_call_id": call.id, "content": "12 degrees"},
+    ]
+    last = client.chat.completions.create(
+        messages=messages, tool_choice="none", **(asked | {"max_tokens": 5})
+    )
+    assert last.choices[0].finish_reason == "length" and last.choices[0].message.content
 
 
 def test_messages_may_have_parts_and_developer_roles(client: Any) -> None:

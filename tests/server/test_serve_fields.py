@@ -60,8 +60,6 @@ ACTS: dict[str, Any] = {
     "best_of": 3,
     "echo": True,
     "suffix": "x",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "modalities": ["text", "audio"],
@@ -130,7 +128,7 @@ ACTS: dict[str, Any] = {
     "logits_processors": ["x"],
     "priority": 5,
     "reasoning_budget": 0,
-    "reasoning_format": "deepseek",
+    "reasoning_format": "none",
     "include_reasoning": False,
     "stop_sequences": ["a"],
     "early_stopping": True,
@@ -177,14 +175,14 @@ def test_true_is_not_one_and_no_field_is_known_twice() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"messages": [{**QUESTION[0], "tool_calls": [{"id": "1"}]}]}, "messages.0: tool_calls="),
+        ({"messages": [{**QUESTION[0], "tool_calls": [{"id": "1"}]}]}, "tool_calls.0.function"),
         ({"messages": [{**QUESTION[0], "nmae": "x"}]}, "messages.0: nmae='x'"),
-        ({"messages": [{**QUESTION[0], "reasoning_content": "x"}]}, "reasoning_content='x'"),
+        ({"messages": [{**QUESTION[0], "reasoning": "x"}]}, "use reasoning_content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
             "x=1",
         ),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         (
             {"stream": True, "stream_options": {"continuous_usage_stats": True}},
             "continuous_usage_stats",

@@ -33,6 +33,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktk.kv.pages import pages_beyond
@@ -61,6 +62,7 @@ __all__ = [
     "HfQuantizer",
     "PagedAttentionCache",
     "QuantizationConfigMixin",
+    "ResponseParser",
     "attention_implementation",
     "batch_inputs",
     "bounds_of_keys",

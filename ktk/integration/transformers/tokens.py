@@ -40,9 +40,14 @@ def encode(tokenizer: Any, text: str, is_whole: bool = True) -> list[int]:
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[dict[str, str]], is_asked: bool = True
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    is_asked: bool = True,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """The tokens of a conversation up to where the answer begins, if it is asked for one.
+
+    tools : those that the answer may call, as OpenAI's API has them.
 
     Raises ValueError if the template refuses the messages, or one is not Unicode.
     """
@@ -51,7 +56,9 @@ def encode_chat(
     for message in messages:
         _check_unicode(message["content"])
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=is_asked)
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tools=tools, add_generation_prompt=is_asked
+        )
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
     ids: list[int] = encoded["input_ids"]
@@ -71,9 +78,9 @@ def _check_unicode(text: str) -> None:
         ) from error
 
 
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """The text of tokens, special ones left out."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+def decode(tokenizer: Any, ids: list[int], keeps_special: bool = False) -> str:
+    """The text of tokens, special ones left out unless they are kept."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=not keeps_special)
     return text
 
 

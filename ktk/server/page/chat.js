@@ -148,7 +148,7 @@ async function ask(text) {
   const controller = new AbortController();
   setRunning(controller);
   say("The model answers.");
-  let answer = "", first = 0, tokens = 0, seconds = 0, usage = null, reason = "";
+  let answer = "", thoughts = "", first = 0, tokens = 0, seconds = 0, usage = null, reason = "";
   const speed = () => (tokens > 1 && seconds > 0 ? ((tokens - 1) / seconds).toFixed(1) + " tokens/s" : "");
   try {
     const response = await fetch("v1/chat/completions", {
@@ -163,12 +163,14 @@ async function ask(text) {
       const choice = event.choices[0];
       if (!choice) continue;
       reason = choice.finish_reason || reason;
-      if (choice.delta.content) {
+      const {content, reasoning_content: thought} = choice.delta;
+      if (content || thought) {
         const now = performance.now();
         first = first || now;
         tokens += 1; seconds = (now - first) / 1000;
-        answer += choice.delta.content;
-        render(body, answer);
+        answer += content || "";
+        thoughts += thought || "";
+        render(body, answer || thoughts); // seen until the answer begins
         note(box, speed());
         byId("speed").textContent = speed();
         follow();

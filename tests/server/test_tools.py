@@ -1,0 +1,282 @@
+"""Tools: calls that always parse, told from text and reasoning in the formats that models write,
+whole and as they come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("fastapi")
+pytest.importorskip("llguidance")
+
+from fastapi.testclient import TestClient
+
+from ktk.generate.engine import Limits
+from ktk.generate.grammar import Grammars
+from ktk.generate.open import OpenModel, open_model
+from ktk.generate.sampling import Sampler, Token
+from ktk.generate.trial import start_engine
+from ktk.integration.transformers.replies import FORMATS, ReplyStyle
+from ktk.server.app import Access, build_app
+from ktk.server.message import Reader
+from ktk.server.tools import Tool, Tools
+from make.serving import make_model, make_tokenizer
+
+CHAT = "/v1/chat/completions"
+CITY = {"city": {"type": "string", "maxLength": 6}, "days": {"type": "integer", "minimum": 1}}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": CITY,
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
+BONN = ("weather", {"city": "Bonn"})
+QUESTION = [{"role": "user", "content": "Rain?"}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+TWO = CALL + '\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
+    return open_model(make_model(tmp_path_factory.mktemp("tools") / "tiny-moe", is_native=True))
+
+
+@pytest.fixture(scope="module")
+def client(opened: OpenModel) -> Iterator[TestClient]:
+    engine = start_engine(opened, Limits(context=1024, running=4))
+    with TestClient(build_app(opened, engine, Access()), raise_server_exceptions=False) as client:
+        yield client
+    engine.stop()
+
+
+@pytest.fixture
+def says(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the model say a text, whatever it is asked."""
+
+    def script(text: str) -> None:
+        ids = [*opened.tokenizer(text)["input_ids"], opened.tokenizer.eos_token_id]
+
+        def choose(self: Sampler, logits: Any) -> int:
+            self.tokens.append(Token(ids[len(self.tokens)], -0.5))
+            return self.tokens[-1].id
+
+        monkeypatch.setattr(Sampler, "choose", choose)
+
+    return script
+
+
+def ask(client: TestClient, **more: Any) -> dict[str, Any]:
+    body = {"messages": QUESTION, "tools": [WEATHER, TIME], "max_tokens": 400, **more}
+    answer = client.post(CHAT, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]
+
+
+def joined(client: TestClient, **more: Any) -> dict[str, Any]:
+    """A stream's message, put together as clients do."""
+    body = {"messages": QUESTION, "tools": [WEATHER, TIME], "max_tokens": 400, "stream": True}
+    lines = client.post(CHAT, json={**body, **more}).text.strip().split("\n\n")
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+    end = None
+    for line in lines[:-1]:
+        choice = json.loads(line.removeprefix("data: "))["choices"][0]
+        delta, end = choice["delta"], choice["finish_reason"]
+        for name in ("content", "reasoning_content"):
+            message[name] += delta.get(name) or ""
+        for part in delta.get("tool_calls", ()):
+            if part["index"] == len(message["tool_calls"]):
+                assert part["id"] and part["type"] == "function"
+                message["tool_calls"].append(part)
+            else:
+                own = message["tool_calls"][part["index"]]["function"]
+                own["arguments"] += part["function"]["arguments"]
+    return {"message": message, "finish_reason": end}
+
+
+def calls(choice: dict[str, Any]) -> list[tuple[str, Any]]:
+    found = (one["function"] for one in choice["message"].get("tool_calls", ()))
+    return [(one["name"], json.loads(one["arguments"])) for one in found]
+
+
+@pytest.mark.parametrize("get", [ask, joined])
+def test_calls_are_told_from_text(client: TestClient, says: Any, get: Any) -> None:
+    says("Let me see.\n" + TWO)
+    made = get(client)
+    assert calls(made) == [BONN, ("time", {})]
+    assert made["message"]["content"] == "Let me see."
+    assert made["finish_reason"] == "tool_calls"
+    assert len({one["id"] for one in made["message"]["tool_calls"]}) == 2
+    assert calls(get(client, parallel_tool_calls=False)) == [BONN]
+    says(TWO)
+    assert not get(client)["message"]["content"]
+    says("No call <b>.")
+    made = get(client)
+    assert (made["message"]["content"], made["finish_reason"]) == ("No call <b>.", "stop")
+    assert not calls(made)
+    off = get(client, tool_choice="none")
+    assert off["message"]["content"] == "No call <b>."
+    says("Hm <tool_call>\nnonsense\n</tool_call> so")
+    made = get(client)
+    assert made["message"]["content"] == "Hm <tool_call>\nnonsense\n</tool_call> so"
+    says("See.\n" + CALL)
+    cut = get(client, max_tokens=30)
+    assert cut["finish_reason"] == "length" and not calls(cut)
+    assert ("See.\n" + CALL).startswith(cut["message"]["content"])
+    assert "<tool_call>" in cut["message"]["content"]
+
+
+def test_calls_that_are_forced_parse_whatever_the_tokens(client: TestClient) -> None:
+    """A random model at temperature 2."""
+    for seed in range(2):
+        asked: dict[str, Any] = {"seed": seed, "temperature": 2.0}
+        asked["parallel_tool_calls"] = False
+        made = ask(client, tool_choice="required", **asked)
+        if made["finish_reason"] == "length":  # in the endless arguments of time()
+            continue
+        ((name, arguments),) = calls(made)
+        assert made["finish_reason"] == "tool_calls" and made["message"]["content"] is None
+        assert name in ("weather", "time") and isinstance(arguments, dict)
+        named = {"type": "function", "function": {"name": "weather"}}
+        ((name, arguments),) = calls(ask(client, tool_choice=named, **asked))
+        assert name == "weather" and len(arguments["city"]) <= 6
+        assert arguments.get("days", 1) >= 1
+
+
+def test_a_conversation_with_calls_goes_on(client: TestClient, opened: OpenModel) -> None:
+    history = [
+        *QUESTION,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"city": "Bonn"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees"},
+    ]
+    body = {"messages": history, "tools": [WEATHER], "max_tokens": 3}
+    answer = client.post(CHAT, json=body).json()
+    text = opened.tokenizer.apply_chat_template(
+        [
+            *QUESTION,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Bonn"}}}],
+            },
+            {"role": "tool", "content": "12 degrees"},
+        ],
+        tools=[WEATHER],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert CALL in text and '"maxLength"' in text
+    assert answer["usage"]["prompt_tokens"] == len(opened.tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"tools": [], "tool_choice": "required"}, "there are no tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "not among the tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
+        ({"response_format": {"type": "json_object"}}, "not beside tools"),
+        ({"messages": [{"role": "tool", "content": None}]}, "content is null"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "a", "strict": True, "parameters": {"not": {}}},
+                    }
+                ]
+            },
+            "cannot be strict",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_400(client: TestClient, more: dict[str, Any], says: str) -> None:
+    body = {"messages": QUESTION, "tools": [WEATHER], **more}
+    answer = client.post(CHAT, json=body)
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
+
+
+def style_of(template: str) -> ReplyStyle:
+    return ReplyStyle(SimpleNamespace(chat_template=template, added_tokens_decoder={}))
+
+
+WRITTEN = {
+    "hermes": CALL,
+    "xml": "<tool_call>\n<function=weather>\n<parameter=city>\nBonn\n</parameter>\n</function>\n"
+    "</tool_call>",
+    "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Bonn"}}]',
+    "mistral with [ARGS]": '[TOOL_CALLS]weather[ARGS]{"city": "Bonn"}',
+    "llama": '{"name": "weather", "parameters": {"city": "Bonn"}}',
+    "harmony": "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary "
+    'to=functions.weather <|constrain|>json<|message|>{"city": "Bonn"}',
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read_as_it_comes(name: str) -> None:
+    style = style_of(f"tools {FORMATS[name].mark} {'' if name == 'harmony' else '<think>'}")
+    assert style.name == name
+    thought = "" if name == "harmony" else "<think>\nHm.\n</think>\n\n"
+    text = thought + WRITTEN[name]
+    for size in (1, 4, 1000):
+        reader = Reader(style.parser("", [WEATHER], True))
+        parts = [reader.add(text[place : place + size]) for place in range(0, len(text), size)]
+        parts.append(reader.finish())
+        found = [(call.name, json.loads(call.arguments)) for part in parts for call in part.calls]
+        assert found == [BONN]
+        assert "".join(part.reasoning for part in parts).strip() == "Hm."
+        assert "".join(part.content for part in parts) == ""
+
+
+def test_reasoning_that_the_prompt_began_is_told_from_the_answer() -> None:
+    style = style_of("<think>")
+    reader = Reader(style.parser("<|im_start|>assistant\n<think>\n", [], False))
+    parts = [reader.add(letter) for letter in "So.\n</think>\n\nYes <tool_call>"]
+    parts.append(reader.finish())
+    assert "".join(part.reasoning for part in parts) == "So.\n"
+    assert "".join(part.content for part in parts) == "Yes <tool_call>"
+    assert style_of("plain").parser("", [], False) is None
+
+
+def test_text_beside_calls_is_free_and_calls_in_it_are_not() -> None:
+    tools, style = [Tool(**WEATHER), Tool(**TIME)], style_of("tools <tool_call>")
+    grammars = Grammars(make_tokenizer(), 384, {2})
+
+    def takes(text: str, choice: str, is_parallel: bool = True) -> bool:
+        form = Tools(tools, choice, is_parallel).form(style)
+        assert form is not None
+        matcher = grammars.compile(form).start()._matcher
+        ids = make_tokenizer()(text)["input_ids"]
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    assert takes("Hello <tool> {", "auto") and not takes("Hello", "required")
+    assert takes("Hm. " + TWO, "auto") and takes(TWO, "required")
+    assert not takes("Hm. " + TWO, "auto", False) and not takes(TWO, "required", False)
+    assert takes("Hm. " + CALL, "auto", False) and takes(CALL, "required", False)
+    for wrong in ("<tool_call>\nx", CALL.replace("weather", "other"), CALL.replace("city", "c")):
+        assert not takes(wrong, "auto") and not takes(wrong, "required")
+    mistral = Tools(tools, "required", True).form(style_of("tools [TOOL_CALLS]"))
+    assert mistral is not None
+    assert Tools(tools, "auto", True).form(style_of("tools [TOOL_CALLS]")) is None
