@@ -51,10 +51,17 @@ def command(
     force: opening.Force = False,
     expert_memory: opening.ExpertLimit = None,
     residency_policy: opening.Policy = None,
+    gpu_experts: opening.GpuExperts = None,
+    placement: opening.Placement = None,
+    device: opening.Device = None,
+    max_deferred_experts: opening.Deferred = 0,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     memory = opening.expert_memory(expert_memory, residency_policy)
-    opened = opening.load(model, method, weight_format, linear, dtype, force, memory=memory)
+    hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
+    opened = opening.load(
+        model, method, weight_format, linear, dtype, force, memory=memory, hybrid=hybrid
+    )
     if not opened.tokenizer.chat_template:
         raise ValueError(
             f"{model} has no chat template, so it was made to continue text: use ktk run {model} "

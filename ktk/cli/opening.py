@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ktk.generate.describe import ModelDescription
     from ktk.generate.open import OpenModel
+    from ktk.placement.masks.request import HybridRequest
     from ktk.placement.residency.expert_memory import ExpertMemory
 
 SLOW = 2.0  # seconds after which a progress bar is shown
@@ -72,6 +73,36 @@ Policy = Annotated[
         metavar="NAME",
         help="With --expert-memory: which expert leaves for another, see `ktk residency replay`; "
         "default: lrfu.",
+    ),
+]
+GpuExperts = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-experts",
+        metavar="N|SHARE|SIZE",
+        help="Experts that a device runs: 16 of each layer, 0.4 or 40% of all, 8GiB of its memory.",
+    ),
+]
+Placement = Annotated[
+    str | None,
+    typer.Option(
+        "--placement",
+        metavar="NAME|FILE",
+        help="Which ones: uniform, front-loading, random, or a .pt file of masks (`ktk place`) or "
+        "of statistics; default: uniform.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="With --gpu-experts: torch's device; default: its accelerator."),
+]
+Deferred = Annotated[
+    int,
+    typer.Option(
+        "--max-deferred-experts",
+        min=0,
+        help="Experts of a token that may run beside the next layer: faster with a device, not the "
+        "same text.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
@@ -155,6 +186,7 @@ def load(
     force: bool,
     context: int | None = None,
     memory: ExpertMemory | None = None,
+    hybrid: HybridRequest | None = None,
 ) -> OpenModel:
     """The model of a command line; its warning, if any, goes to stderr,
     and how many of its experts are in memory, if not all.
@@ -176,6 +208,7 @@ def load(
             context=context,
             force=force,
             expert_memory=memory,
+            hybrid=hybrid,
         )
     if (report := opened.residency()) is not None:
         typer.echo(f"experts: {report.line()}", err=True)
@@ -191,6 +224,17 @@ def expert_memory(limit: str | None, policy: str | None) -> ExpertMemory | None:
     from ktk.placement.residency.expert_memory import ExpertMemory
 
     return ExpertMemory(limit) if policy is None else ExpertMemory(limit, policy)
+
+
+def hybrid(
+    gpu_experts: str | None, placement: str | None, device: str | None, deferred: int
+) -> HybridRequest | None:
+    """What --gpu-experts, --placement, --device and --max-deferred-experts ask for. ValueError for
+    what they do not take.
+    """
+    from ktk.placement.masks.request import HybridRequest
+
+    return HybridRequest.of(gpu_experts, placement, device, deferred)
 
 
 def quiet_transformers() -> None:

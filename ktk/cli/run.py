@@ -43,6 +43,10 @@ def command(
     force: opening.Force = False,
     expert_memory: opening.ExpertLimit = None,
     residency_policy: opening.Policy = None,
+    gpu_experts: opening.GpuExperts = None,
+    placement: opening.Placement = None,
+    device: opening.Device = None,
+    max_deferred_experts: opening.Deferred = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
     ] = False,
@@ -55,7 +59,10 @@ def command(
         raise typer.BadParameter("--raw takes no --system: it adds nothing to the prompt")
     text = sys.stdin.read() if prompt == "-" else prompt
     memory = opening.expert_memory(expert_memory, residency_policy)
-    opened = opening.load(model, method, weight_format, linear, dtype, force, memory=memory)
+    hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
+    opened = opening.load(
+        model, method, weight_format, linear, dtype, force, memory=memory, hybrid=hybrid
+    )
     from ktk.generate.session import Session
 
     session = Session.fastest(opened.model, opened.tokenizer)

@@ -82,6 +82,10 @@ def command(
     force: opening.Force = False,
     expert_memory: opening.ExpertLimit = None,
     residency_policy: opening.Policy = None,
+    gpu_experts: opening.GpuExperts = None,
+    placement: opening.Placement = None,
+    device: opening.Device = None,
+    max_deferred_experts: opening.Deferred = 0,
 ) -> None:
     """Serve a model to OpenAI's clients, and a chat page, until Ctrl-C."""
     api_key = api_key or env.api_key()
@@ -123,7 +127,10 @@ def command(
     from ktk.server.serve import serve
 
     memory = opening.expert_memory(expert_memory, residency_policy)
-    opened = opening.load(model, method, weight_format, linear, dtype, force, context, memory)
+    hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
+    opened = opening.load(
+        model, method, weight_format, linear, dtype, force, context, memory, hybrid
+    )
     found = opened.description
     size = cache_bytes(kv_cache, found.kv_bytes, force)
     limits = Limits(found.context, max_requests, 256, batch_tokens, size)

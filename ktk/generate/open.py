@@ -23,6 +23,7 @@ from ktk.integration.transformers.quantizer import KtkConfig
 from ktk.integration.transformers.streaming import expert_slots
 from ktk.integration.transformers.tokens import load_tokenizer
 from ktk.paths import user_path
+from ktk.placement.masks.request import HybridRequest
 from ktk.placement.residency.expert_memory import ExpertMemory
 from ktk.placement.residency.report import ResidencyReport
 
@@ -60,6 +61,7 @@ def open_model(
     context: int | None = None,
     force: bool = False,
     expert_memory: ExpertMemory | None = None,
+    hybrid: HybridRequest | None = None,
 ) -> OpenModel:
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
@@ -68,12 +70,18 @@ def open_model(
     as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
     force : load it even if it does not fit. expert_memory : of a packed directory or a
     GGUF file: experts are read when tokens need them, and no more than fit into this are in memory;
-    None: all are loaded, or mapped.
+    None: all are loaded, or mapped. hybrid : experts of a directory that a device runs, and those
+    that are deferred.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not
     fit.
     """
     description = describe_model(path, method, weight_format, dtype, context, linear, expert_memory)
     path = user_path(path)
+    if hybrid is not None and description.kind == "gguf":
+        raise ValueError(
+            f"{path}: --gpu-experts, --placement and --max-deferred-experts are for directories: "
+            "ktk convert makes one of a Hugging Face directory"
+        )
     if description.reason is not None:
         raise CheckpointError(f"{path}: {description.reason}")
     refusal = description.memory_refusal()
@@ -82,7 +90,7 @@ def open_model(
     if description.kind == "gguf":
         model, tokenizer = _open_gguf(path, method, description.dtype, linear, expert_memory)
     else:
-        model, tokenizer = _open_directory(description, path, method, dtype, expert_memory)
+        model, tokenizer = _open_directory(description, path, method, dtype, expert_memory, hybrid)
         run_linears(model, linear)
     use_attention(model)
     fuse_decoder_layers(model)
@@ -108,10 +116,13 @@ def _open_directory(
     method: str,
     dtype: str | None,
     expert_memory: ExpertMemory | None,
+    hybrid: HybridRequest | None,
 ) -> tuple[Any, Any]:
     options: dict[str, Any] = {"expert_memory": expert_memory}
-    if description.kind == "float":
-        options["quantization_config"] = KtkConfig(description.weight_format, method=method)
+    weight_format = description.weight_format if description.kind == "float" else None
+    if weight_format is not None or hybrid is not None:
+        asked = {} if hybrid is None else hybrid.options()
+        options["quantization_config"] = KtkConfig(weight_format, method=method, **asked)
     tokenizer = load_tokenizer(path)  # before the model, which may take minutes
     own_dtype = None if dtype is None else getattr(torch, dtype)
     model = load_model(path, method, own_dtype, only_text=True, **options)
