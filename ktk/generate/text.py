@@ -53,6 +53,7 @@ class StopStrings:
         self._is_included = is_included
         self._held = ""  # what may be the beginning of a stop string
         self.found = False
+        self.which: str | None = None  # was found
 
     def add(self, text: str) -> str:
         """What of the text so far is certainly wanted and was not given out yet;
@@ -62,10 +63,10 @@ class StopStrings:
             return ""
         text = self._held + text
         # The one that is complete first, as if the text had come letter by letter.
-        places = [(p + len(s), p) for s in self._strings if (p := text.find(s)) >= 0]
+        places = [(p + len(s), p, s) for s in self._strings if (p := text.find(s)) >= 0]
         if places:
             self.found, self._held = True, ""
-            end, begin = min(places)
+            end, begin, self.which = min(places)
             return text[: end if self._is_included else begin]
         held = max((_overlap(text, s) for s in self._strings), default=0)
         self._held = text[len(text) - held :]

@@ -21,11 +21,14 @@ from ktk.server.metrics import Metrics
 
 @dataclass
 class Piece:
-    """What came since the last piece; finish_reason is set in the last one."""
+    """What came since the last piece; finish_reason is set in the last one, stop_string if that
+    ended it.
+    """
 
     text: str
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Answer:
                     if reason == "stop":
                         break
             rest = "" if stops.found else stops.add(text.finish()) + stops.finish()
-            yield Piece(rest, finish_reason=reason)
+            yield Piece(rest, finish_reason=reason, stop_string=stops.which)
         finally:
             end = time.perf_counter()
             metrics.generated_tokens.inc(self.num_tokens)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hmac
 import re
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,9 +22,9 @@ from ktk import __version__
 from ktk.generate.engine import Engine, RequestError, ServerBusy
 from ktk.generate.open import OpenModel
 from ktk.integration.transformers.expert_statistics import ExpertStatistics
-from ktk.server import distribution, page, texts
+from ktk.server import distribution, messages, page, responses, texts
 from ktk.server.answer import Answers
-from ktk.server.connection import EventStream, Gone, joined, unless_gone
+from ktk.server.connection import EventStream, Gone, guarded, joined, unless_gone
 from ktk.server.forms import Form, error_body
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
@@ -36,7 +37,6 @@ OPEN_PATHS = ("/", "/health")  # served without a key
 _NO_FIELD = re.compile(
     r"body|str|list\[.*\]"
 )  # pydantic's names of the kinds that a field may have
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class _Guard:
         key = self._access.api_key
         if key is None:
             return True
+        if (own := headers.get(b"x-api-key")) is not None:  # Anthropic's clients send it so
+            return hmac.compare_digest(own.strip(), key.encode())
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         return hmac.compare_digest(given.strip(), key.encode()) and kind.lower() == b"bearer"
 
@@ -188,11 +190,22 @@ def build_app(
         body: ChatRequest | CompletionRequest, request: Request, answers: Answers, form: Form
     ) -> Response:
         if not body.stream:
-            result = await unless_gone(request, form.whole(answers))
+            return await send(request, form.whole(answers), None, Form.failed)
+        return await send(request, None, form.events(answers), Form.failed)
+
+    async def send(
+        request: Request,
+        whole: Awaitable[dict[str, Any]] | None,
+        given: AsyncIterator[str] | None,
+        failed: Callable[[str], str],
+    ) -> Response:
+        if given is None:
+            assert whole is not None
+            result = await unless_gone(request, whole)
             counted(request, 200)
             return JSONResponse(result)
         # The first piece decides whether this is an error, with its own status, or a stream.
-        events = form.events(answers)
+        events = guarded(given, failed)
         first = await unless_gone(request, anext(events))
         counted(request, 200)
         gone_later = metrics.requests.labels(request.scope["route"].path, str(CLIENT_GONE)).inc
@@ -202,6 +215,8 @@ def build_app(
     watch = ExpertWatch(recording, None if isinstance(own, str) else own)
     distribution.add_routes(app, recording, watch, access.cors_origins, counted)
 
+    messages.add_routes(app, service, send)
+    responses.add_routes(app, service, send)
     texts.add_routes(app, service, metrics, counted)
 
     @app.get("/v1/models")

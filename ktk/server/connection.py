@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+log = logging.getLogger("ktk")
 T = TypeVar("T")
 
 
@@ -79,3 +81,33 @@ async def joined(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
         yield first
         async for event in rest:
             yield event
+
+
+async def guarded(events: AsyncIterator[str], failed: Callable[[str], str]) -> AsyncIterator[str]:
+    """Events, of which only the first may raise; failed : the last one, by what broke the rest."""
+    has_begun = False
+    try:
+        async with aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                yield event
+                has_begun = True
+    except Exception as error:  # the engine's: the stream has begun with 200
+        if not has_begun:
+            raise
+        log.exception("an answer's stream failed")
+        yield failed(str(error) or type(error).__name__)
+
+
+class Respond(Protocol):
+    """Sends what is awaited as JSON, or events as they come; counts the request.
+
+    failed : the last event of a stream that broke, by why.
+    """
+
+    def __call__(
+        self,
+        request: Request,
+        whole: Awaitable[dict[str, Any]] | None,
+        events: AsyncIterator[str] | None,
+        failed: Callable[[str], str],
+    ) -> Awaitable[Response]: ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -16,7 +15,7 @@ from ktk.server.answer import Answers, CompletionLogprobs, Piece, chat_logprobs
 from ktk.server.message import Reader, Said
 from ktk.server.protocol import ChatRequest, CompletionRequest
 
-log = logging.getLogger("ktk")
+_DONE = "data: [DONE]\n\n"
 
 
 def error_body(
@@ -204,20 +203,15 @@ class Form:
     async def events(self, answers: Answers) -> AsyncIterator[str]:
         """Server-sent events, [DONE] last."""
         nothing_yet = {"usage": None} if self._include_usage else {}
-        has_begun = False
-        try:
-            async with aclosing(answers.pieces()) as pieces:  # type: ignore[type-var]
-                async for index, piece in pieces:
-                    for chunk in self._choices[index].chunks(piece):
-                        yield event(self._frame(self._chunk_object, [chunk], **nothing_yet))
-                    has_begun = True
-            if self._include_usage:
-                yield event(self._frame(self._chunk_object, [], usage=answers.usage))
-        except (
-            Exception
-        ) as error:  # the engine's, or this request's own: the stream has begun with 200
-            if not has_begun:
-                raise
-            log.exception("an answer's stream failed")
-            yield event(error_body(str(error) or type(error).__name__, "server_error"))
-        yield "data: [DONE]\n\n"
+        async with aclosing(answers.pieces()) as pieces:  # type: ignore[type-var]
+            async for index, piece in pieces:
+                for chunk in self._choices[index].chunks(piece):
+                    yield event(self._frame(self._chunk_object, [chunk], **nothing_yet))
+        if self._include_usage:
+            yield event(self._frame(self._chunk_object, [], usage=answers.usage))
+        yield _DONE
+
+    @staticmethod
+    def failed(message: str) -> str:
+        """The end of a stream that broke."""
+        return event(error_body(message, "server_error")) + _DONE

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
+
+from ktk.server.answer import Answers, Piece
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,16 @@ class Reader:
         said.calls.append(Call(str(own["name"]), arguments))
         self.num_calls += 1
         self._strips = True
+
+
+async def parts(answers: Answers, reader: Reader) -> AsyncIterator[tuple[Said, Piece]]:
+    """A request's one answer as it comes: what became certain, and the piece that brought it."""
+    async with aclosing(answers.pieces()) as pieces:  # type: ignore[type-var]
+        async for _, piece in pieces:
+            said = reader.add(piece.text)
+            if piece.finish_reason is not None:
+                rest = reader.finish()
+                said.content += rest.content
+                said.reasoning += rest.reasoning
+                said.calls += rest.calls
+            yield said, piece

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ktk.generate.engine import Engine, RequestError
@@ -26,6 +27,20 @@ from ktk.server.answer import Answer, Answers, Stop
 from ktk.server.message import Reader
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
+
+
+def as_chat(fields: dict[str, Any]) -> ChatRequest:
+    """A request of another API as one for a chat completion. Raises RequestError."""
+    try:
+        return ChatRequest.model_validate(
+            {name: value for name, value in fields.items() if value is not None}
+        )
+    except ValidationError as error:
+        first = max(error.errors(), key=lambda one: len(one["loc"]))
+        where = ".".join(map(str, first["loc"]))
+        raise RequestError(
+            f"{where}: {first['msg'].removeprefix('Value error, ')}", where
+        ) from error
 
 
 class Service:
@@ -60,7 +75,7 @@ class Service:
         if refused is not None:
             raise RequestError(refused[1], refused[0])
         # A long text takes a while, in which other answers should go on.
-        prompts = await asyncio.to_thread(self._encode, request)
+        prompts = await asyncio.to_thread(self.encode, request)
         stop = self._stop(request)
         own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
         grammar = await asyncio.to_thread(self._grammar, request)
@@ -164,7 +179,8 @@ class Service:
         """The text of tokens, special ones left out."""
         return decode(self.tokenizer, ids)
 
-    def _encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+    def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """Each prompt's tokens. Raises RequestError."""
         try:
             if isinstance(request, ChatRequest):
                 return [self._encode_chat(request)]
