@@ -1,5 +1,5 @@
 """The routes: OpenAI's chat and plain completions and models, and health, metrics,
-a description, the chat page.
+a description, the chat page. Those of other APIs are in files of their own.
 """
 
 from __future__ import annotations

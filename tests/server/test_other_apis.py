@@ -16,11 +16,10 @@ pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
 from ktk.generate.engine import Limits
-from ktk.generate.open import OpenModel, open_model
+from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Token
 from ktk.generate.trial import start_engine
 from ktk.server.app import Access, build_app
-from make.serving import make_model
 
 httpx = pytest.importorskip("httpx2")
 anthropic = pytest.importorskip("anthropic")
@@ -40,8 +39,8 @@ RAIN = [{"role": "user", "content": "Rain?"}]
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
-    return open_model(make_model(tmp_path_factory.mktemp("apis") / "tiny-moe", is_native=True))
+def opened(tiny: OpenModel) -> OpenModel:
+    return tiny
 
 
 @pytest.fixture(scope="module")

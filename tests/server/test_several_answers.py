@@ -14,18 +14,17 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from ktk.generate.engine import Limits
-from ktk.generate.open import OpenModel, open_model
+from ktk.generate.open import OpenModel
 from ktk.generate.trial import start_engine
 from ktk.server.app import Access, build_app
-from make.serving import make_model
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "Why? " * 40}]
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
-    return open_model(make_model(tmp_path_factory.mktemp("n") / "tiny-moe", is_native=True))
+def opened(tiny: OpenModel) -> OpenModel:
+    return tiny
 
 
 @pytest.fixture(scope="module")

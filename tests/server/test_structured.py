@@ -19,11 +19,10 @@ pytest.importorskip("llguidance")
 from fastapi.testclient import TestClient
 
 from ktk.generate.engine import Engine, Limits
-from ktk.generate.open import OpenModel, open_model
+from ktk.generate.open import OpenModel
 from ktk.generate.sequential import SequentialEngine
 from ktk.generate.trial import start_engine
 from ktk.server.app import Access, build_app
-from make.serving import make_model
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 PERSON = {
@@ -40,9 +39,8 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "schema": PER
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
-    folder = tmp_path_factory.mktemp("structured") / "tiny-moe"
-    return open_model(make_model(folder, is_native=True))
+def opened(tiny: OpenModel) -> OpenModel:
+    return tiny
 
 
 def sequential(opened: OpenModel, limits: Limits) -> Engine:
@@ -76,20 +74,20 @@ def check_person(text: str) -> None:
 
 
 def test_any_tokens_make_json_of_the_schema_and_seeds_repeat(client: TestClient) -> None:
-    """A random model at temperature 2, six at once, beside one whose form is free."""
+    """A random model at temperature 2, four at once, beside one whose form is free."""
     asked: list[dict[str, Any]] = [
-        {"temperature": 2.0, "seed": seed, "response_format": SCHEMA} for seed in range(6)
+        {"temperature": 2.0, "seed": seed, "response_format": SCHEMA} for seed in range(4)
     ]
     asked.append({"temperature": 0, "max_tokens": 20})
-    with ThreadPoolExecutor(7) as pool:
+    with ThreadPoolExecutor(5) as pool:
         *persons, free = pool.map(lambda one: ask(client, **one), asked)
     for person in persons:
         assert person["end"] == "stop"
         check_person(person["text"])
-    assert len({person["text"] for person in persons}) > 3
+    assert len({person["text"] for person in persons}) > 2
     assert ask(client, **asked[2]) == persons[2]
     assert ask(client, **asked[-1]) == free
-    assert ask(client, **asked[0], min_tokens=110)["end"] == "stop"  # what the form leaves wins
+    assert ask(client, **asked[0], min_tokens=80)["end"] == "stop"  # what the form leaves wins
     assert ask(client, **(asked[0] | {"max_tokens": 3}))["end"] == "length"
 
 

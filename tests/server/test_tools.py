@@ -19,14 +19,14 @@ from fastapi.testclient import TestClient
 
 from ktk.generate.engine import Limits
 from ktk.generate.grammar import Grammars
-from ktk.generate.open import OpenModel, open_model
+from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Token
 from ktk.generate.trial import start_engine
 from ktk.integration.transformers.replies import FORMATS, ReplyStyle
 from ktk.server.app import Access, build_app
 from ktk.server.message import Reader
 from ktk.server.tools import Tool, Tools
-from make.serving import make_model, make_tokenizer
+from make.serving import make_tokenizer
 
 CHAT = "/v1/chat/completions"
 CITY = {"city": {"type": "string", "maxLength": 6}, "days": {"type": "integer", "minimum": 1}}
@@ -42,6 +42,7 @@ WEATHER: dict[str, Any] = {
         },
     },
 }
+RAIN = {"type": "function", "function": {**WEATHER["function"], "name": "rain"}}
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 BONN = ("weather", {"city": "Bonn"})
 QUESTION = [{"role": "user", "content": "Rain?"}]
@@ -50,8 +51,8 @@ TWO = CALL + '\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
-    return open_model(make_model(tmp_path_factory.mktemp("tools") / "tiny-moe", is_native=True))
+def opened(tiny: OpenModel) -> OpenModel:
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +120,17 @@ def test_calls_are_told_from_text(client: TestClient, says: Any, get: Any) -> No
     assert made["message"]["content"] == "Let me see."
     assert made["finish_reason"] == "tool_calls"
     assert len({one["id"] for one in made["message"]["tool_calls"]}) == 2
-    assert calls(get(client, parallel_tool_calls=False)) == [BONN]
     says(TWO)
-    assert not get(client)["message"]["content"]
+    made = get(client, parallel_tool_calls=False)
+    assert calls(made) == [BONN] and not made["message"]["content"]
     says("No call <b>.")
     made = get(client)
     assert (made["message"]["content"], made["finish_reason"]) == ("No call <b>.", "stop")
     assert not calls(made)
     off = get(client, tool_choice="none")
     assert off["message"]["content"] == "No call <b>."
-    says("Hm <tool_call>\nnonsense\n</tool_call> so")
-    made = get(client)
-    assert made["message"]["content"] == "Hm <tool_call>\nnonsense\n</tool_call> so"
+    says("Hm <tool_call>no</tool_call> so")
+    assert get(client)["message"]["content"] == "Hm <tool_call>no</tool_call> so"
     says("See.\n" + CALL)
     cut = get(client, max_tokens=30)
     assert cut["finish_reason"] == "length" and not calls(cut)
@@ -141,14 +141,12 @@ def test_calls_are_told_from_text(client: TestClient, says: Any, get: Any) -> No
 def test_calls_that_are_forced_parse_whatever_the_tokens(client: TestClient) -> None:
     """A random model at temperature 2."""
     for seed in range(2):
-        asked: dict[str, Any] = {"seed": seed, "temperature": 2.0}
+        asked: dict[str, Any] = {"seed": seed, "temperature": 2.0, "tools": [WEATHER, RAIN]}
         asked["parallel_tool_calls"] = False
         made = ask(client, tool_choice="required", **asked)
-        if made["finish_reason"] == "length":  # in the endless arguments of time()
-            continue
         ((name, arguments),) = calls(made)
         assert made["finish_reason"] == "tool_calls" and made["message"]["content"] is None
-        assert name in ("weather", "time") and isinstance(arguments, dict)
+        assert name in ("weather", "rain") and len(arguments["city"]) <= 6
         named = {"type": "function", "function": {"name": "weather"}}
         ((name, arguments),) = calls(ask(client, tool_choice=named, **asked))
         assert name == "weather" and len(arguments["city"]) <= 6
