@@ -110,4 +110,5 @@ class Respond(Protocol):
         whole: Awaitable[dict[str, Any]] | None,
         events: AsyncIterator[str] | None,
         failed: Callable[[str], str],
+        /,
     ) -> Awaitable[Response]: ...
