@@ -83,6 +83,7 @@ cdef extern from "ktk.h" nogil:
         ktk_lock *lock
 
     void ktk_set_address(ktk_layer *layer, const void **entry, const void *address)
+    void ktk_put_address(ktk_layer *layer, const void **entry, const void *address)
     void ktk_set_arrival(ktk_layer *layer, int64_t expert, int arrival)
 
     ctypedef int (*pack_panel_fn)(const ktk_matrix *, int, const void *const *, int, const float *,
@@ -156,7 +157,7 @@ cdef extern from "ktk_decoder.h" nogil:
         int64_t page_tokens
 
     ctypedef int ktk_bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
-                           const float *weights)
+                           const float *weights, int64_t num_foretold, const int64_t *foretold)
 
     ctypedef struct ktk_decoder_rows:
         int32_t num_rows
@@ -227,11 +228,18 @@ cdef extern from "ktk_decoder.h" nogil:
         float scale
         const float *correction
 
+    ctypedef struct ktk_foresight:
+        int32_t is_on
+        ktk_dense logits
+        ktk_router router
+        const ktk_layer *experts
+
     ctypedef struct ktk_routed:
         ktk_dense logits
         ktk_router router
         const ktk_layer *experts
         void *owner
+        const ktk_foresight *foresight
 
     ctypedef struct ktk_component:
         int32_t kind

@@ -54,9 +54,10 @@ class NativeRunner(Runner):
         if self.store is not None:
             self.store.attach(self._move, self.experts.set_arrival)
 
-    def _move(self, expert: int, addresses: Mapping[str, int] | None) -> None:
+    def _move(self, expert: int, addresses: Mapping[str, int] | None, is_unused: bool) -> None:
         for table in self.experts.tables:
-            self.experts.set_address(0, table, expert, addresses[table] if addresses else 0)
+            address = addresses[table] if addresses else 0
+            self.experts.set_address(0, table, expert, address, is_unused)
 
     def forward(
         self,

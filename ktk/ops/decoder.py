@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ktk.machine import cpu, openmp
 from ktk.machine import threads as engine
 from ktk.ops.components import Attention, Component, LatentAttention, Norm, RoutedExperts
 from ktk.ops.linear import why_not as linear_why_not
-from ktk.ops.streamed import Visit
+from ktk.ops.streamed import StreamedMoE, Visit
 from ktk.placement.residency.residents import TooManyExperts
 
 MAX_COMPONENTS = 3  # of a branch
@@ -168,6 +169,15 @@ class Pages:
             row += [table.ctypes.data, page_tokens * width, width]
         self.native = (*row, page_tokens)
         return self
+
+
+def look_ahead(specs: Sequence[DecoderSpec]) -> None:
+    """Let each layer of experts that come and go ask the router of the next one."""
+    routed = [c for spec in specs for c in spec.components if isinstance(c, RoutedExperts)]
+    for one, following in pairwise(routed):
+        experts = one.experts
+        if isinstance(experts, StreamedMoE) and experts.following is following.experts:
+            experts.foresight.follow(following)
 
 
 class DecoderLayer:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ktk._cy import native_module
 from ktk.errors import AwaitedInVain, BackendError
 from ktk.experts.fma import fma
 from ktk.experts.formats.floats import f32_to_bf16, to_f32
@@ -21,6 +22,30 @@ from ktk.placement.residency.slots import Slots
 from ktk.placement.residency.states import ExpertState
 
 WAVE_BYTES = 64 << 20  # of the rows that wait for their sum: more tokens are cut
+
+
+class Foresight:
+    """The next layer's router beside a layer, given its input: most of what it chooses is what the
+    next layer will use.
+
+    native : for ``native.DecoderLayer``. is_on : whether it is asked.
+    """
+
+    def __init__(self) -> None:
+        module: Any = native_module()
+        self.native, self.is_on = module.Foresight(), False
+        self._routed: Any = None
+
+    def follow(self, routed: Any) -> None:
+        """routed : the next layer's ``RoutedExperts``."""
+        self.native.follow(routed)
+        self._routed = routed
+
+    def turn(self, is_on: bool) -> None:
+        """Without a router it stays off."""
+        if self._routed is not None and is_on != self.is_on:
+            self.native.turn(is_on)
+            self.is_on = is_on
 
 
 class StreamedMoE:
@@ -37,6 +62,8 @@ class StreamedMoE:
         self.spec, self.backend, self.kernel = moe.spec, moe.backend, moe.kernel
         self.bits_per_weight, self.num_threads = moe.bits_per_weight, moe.num_threads
         self.runner = moe.runner
+        self.following: StreamedMoE | None = None  # the next layer, over the same slots
+        self.foresight = Foresight()
 
     def forward(
         self,
@@ -88,11 +115,18 @@ class StreamedMoE:
                 total += add[part]
             out[part] = _as_dtype(total, out.dtype)
 
-    def _run_held(self, experts: list[int], scores: np.ndarray, *call: Any) -> None:
+    def come(self) -> None:
+        """Begin to read all experts that are not there."""
+        many = self.spec.num_experts
+        self.slots.prefetch(self.layer, range(many), most=many)
+
+    def _run_held(self, experts: list[int], scores: np.ndarray | None, *call: Any) -> None:
         """``MoE.run(*call)`` while they are read."""
         held = self.slots.hold(self.layer, experts, scores, reads_on=True)
         assert held is not None
         try:
+            if self.following is not None and 2 * len(experts) > self.spec.num_experts:
+                self.following.come()  # a prompt: it will use nearly all of them, too
             self.moe.run(*call)
         except AwaitedInVain:
             pass
@@ -126,8 +160,12 @@ class StreamedMoE:
     def __repr__(self) -> str:
         return f"Streamed{self.moe!r}"
 
-    def _scores(self, ids: np.ndarray, weights: np.ndarray, is_used: np.ndarray) -> np.ndarray:
-        """float32 (num_experts,): the largest weight over the tokens."""
+    def _scores(
+        self, ids: np.ndarray, weights: np.ndarray, is_used: np.ndarray
+    ) -> np.ndarray | None:
+        """float32 (num_experts,): the largest weight over the tokens; None if nobody looks."""
+        if not self.slots.wants_scores:
+            return None
         scores = np.zeros(self.slots.num_experts, np.float32)
         np.maximum.at(scores, ids[is_used], weights[is_used])
         return scores
@@ -173,21 +211,29 @@ class Visit:
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self._held: dict[StreamedMoE, list[int]] = {}  # keys in its slots
-        self._wanted: tuple[StreamedMoE, list[int], np.ndarray] | None = None
+        self._wanted: tuple[StreamedMoE, list[int], np.ndarray | None] | None = None
 
-    def bring(self, owner: StreamedMoE, ids: list[int], weights: list[float]) -> bool:
-        """Whether the experts are in memory now, until ``end``. ids : of all rows; a router chose
-        them, so each is an expert's.
+    def bring(
+        self, owner: StreamedMoE, ids: list[int], weights: list[float], foretold: list[int]
+    ) -> bool:
+        """Whether the experts are in memory or on their way now, until ``end``. ids : of all rows;
+        a router chose them, so each is an expert's. foretold : likewise, of the next layer, those
+        that are not in memory.
         """
         if owner in self._held:
             return True  # a try before has routed the same rows
-        scores = np.zeros(owner.slots.num_experts, np.float32)
-        np.maximum.at(scores, ids, np.array(weights, np.float32))
+        scores = None
+        if owner.slots.wants_scores:
+            scores = np.zeros(owner.slots.num_experts, np.float32)
+            np.maximum.at(scores, ids, np.array(weights, np.float32))
         self._wanted = owner, ids, scores
         held = owner.slots.hold(owner.layer, ids, scores, waits=False, reads_on=True)
         if held is None:
             return False
         self._held[owner] = held
+        owner.foresight.turn(owner.slots.looks_ahead)
+        if foretold and owner.following is not None:
+            owner.slots.foresee(owner.following.layer, foretold)
         return True
 
     def wait(self) -> None:

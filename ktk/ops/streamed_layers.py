@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from ktk.experts.activation import Activation
 from ktk.ops.moe import MoE
@@ -49,6 +50,10 @@ class StreamedLayers:
             number: StreamedMoE(moe, self.slots, at, named)
             for at, (number, moe) in enumerate(zip(numbers, moes, strict=True))
         }
+
+        for number, following in pairwise(numbers):
+            self._layers[number].following = self._layers[following]
+        self.slots.fill()
 
     def __getitem__(self, number: int) -> StreamedMoE:
         return self._layers[number]

@@ -21,8 +21,8 @@ from ktk.placement.blocks import in_whole_panels
 from ktk.placement.parts import Part, whole_part
 
 # Told of an expert that moved: its number, and its address in each table, or None where it is
-# absent.
-Listener = Callable[[int, Mapping[str, int] | None], None]
+# absent; whether no call uses it.
+Listener = Callable[[int, Mapping[str, int] | None, bool], None]
 # Told whether its bytes are there: "here", "coming" or "lost".
 ArrivalListener = Callable[[int, str], None]
 
@@ -91,23 +91,31 @@ class ExpertStore:
             self._listeners.append(listener)
             self._arrival_listeners.append(on_arrival)
             for expert, addresses in enumerate(self._addresses):
-                listener(expert, addresses)
+                listener(expert, addresses, False)
 
-    def place(self, expert: int, span: np.ndarray | None, is_coming: bool = False) -> None:
+    def place(
+        self,
+        expert: int,
+        span: np.ndarray | None,
+        is_coming: bool = False,
+        is_unused: bool = False,
+    ) -> None:
         """From now on the expert is in ``span``, or, None, absent. Waits until no call uses it
         where it was.
 
         span : uint8 (span_bytes,), C-contiguous, 64-byte aligned; kept while it is used. ValueError
         for any other. is_coming : its bytes are not there yet: calls that use it wait until
-        ``arrive``.
+        ``arrive``. is_unused : no call uses the expert, and none will until this returns, which
+        then waits for nobody.
         """
         with self._changed:
             self._leaving[expert] += 1  # new calls wait, or a busy expert could never move
             try:
-                self._changed.wait_for(lambda: not self._pins[expert])
+                if not is_unused:
+                    self._changed.wait_for(lambda: not self._pins[expert])
                 for on_arrival in self._arrival_listeners:
                     on_arrival(expert, "coming" if is_coming else "here")
-                self._put(expert, span)
+                self._put(expert, span, is_unused)
             finally:
                 self._leaving[expert] -= 1
                 self._changed.notify_all()
@@ -165,7 +173,7 @@ class ExpertStore:
     def _lying(self, at: int) -> dict[str, int]:
         return {table: int(getattr(self.part, table)[at].ctypes.data) for table in self.offsets}
 
-    def _put(self, expert: int, span: np.ndarray | None) -> None:
+    def _put(self, expert: int, span: np.ndarray | None, is_unused: bool = False) -> None:
         addresses = None
         if span is not None:
             if span.dtype != np.uint8 or span.shape != (self.span_bytes,):
@@ -181,7 +189,7 @@ class ExpertStore:
         if span is not None:
             self._spans[expert] = span
         for listener in self._listeners:
-            listener(expert, addresses)
+            listener(expert, addresses, is_unused)
         del before
 
 

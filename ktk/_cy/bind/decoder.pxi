@@ -101,15 +101,33 @@ cdef ktk_rotary _rotary(rotary) except *:
     return r
 
 
+cdef class Foresight:
+    """The next layer's router beside a layer of experts that come and go, once there is one."""
+
+    cdef ktk_foresight router
+
+    def follow(self, routed):
+        """routed : ktk.ops.components.RoutedExperts of the next layer; it must outlive this."""
+        self.router.logits = _dense(routed.logits)
+        self.router.experts = &(<Experts>routed.experts.runner.experts).layer
+        _fill_router(&self.router.router, routed.router)
+
+    def turn(self, bint is_on):
+        """Whether layers look ahead."""
+        self.router.is_on = is_on
+
+
 cdef int _bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
-                const float *weights) noexcept with gil:
+                const float *weights, int64_t num_foretold,
+                const int64_t *foretold) noexcept with gil:
     """The ktk_bring of a visit; what it raises waits in the visit."""
     cdef int64_t i
     visit = <object>caller
     try:
-        chosen = [ids[i] for i in range(num_ids)]
-        return KTK_DONE if visit.bring(<object>owner, chosen,
-                                       [weights[i] for i in range(num_ids)]) else KTK_NOT_BROUGHT
+        is_brought = visit.bring(<object>owner, [ids[i] for i in range(num_ids)],
+                                 [weights[i] for i in range(num_ids)],
+                                 [foretold[i] for i in range(num_foretold)])
+        return KTK_DONE if is_brought else KTK_NOT_BROUGHT
     except BaseException as error:
         visit.error = error
         return KTK_NOT_BROUGHT
@@ -191,6 +209,8 @@ cdef class DecoderLayer(_OnPool):
         _fill_router(&c.router, r.router)
         # The spec keeps the owner alive.
         c.owner = <void *>r.experts if r.experts.is_streamed else NULL
+        if r.experts.is_streamed:
+            c.foresight = &(<Foresight>r.experts.foresight.native).router
         return c
 
     def forward(self, str dtype, int num_rows, uintptr_t hidden, uintptr_t cosines,

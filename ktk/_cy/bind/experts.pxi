@@ -129,15 +129,20 @@ cdef class Experts(_OnPool):
         """
         return <uintptr_t>self._entry(part, table, expert)[0]
 
-    def set_address(self, int part, str table, int64_t expert, uintptr_t address):
+    def set_address(self, int part, str table, int64_t expert, uintptr_t address,
+                    bint is_unused=False):
         """Move an expert; 0 = it is elsewhere now. Returns when no call reads the old address any
         more.
 
-        The memory is the caller's to keep. ValueError for what there is not.
+        The memory is the caller's to keep. is_unused : no call uses the expert, so that there is
+        nothing to wait for. ValueError for what there is not.
         """
         cdef const void **entry = self._entry(part, table, expert)
         cdef const void *to = <const void *>address
         self._pool()
+        if is_unused:
+            ktk_put_address(&self.layer, entry, to)
+            return
         with nogil:
             ktk_set_address(&self.layer, entry, to)
 

@@ -29,8 +29,8 @@ typedef struct {
     ktk_activation activation;
     int32_t num_parts;
     ktk_part parts[KTK_MAX_PARTS];
-    int64_t num_absent;    /* pointers of the tables that are NULL */
-    struct ktk_lock *lock; /* of the tables: operators read, ktk_set_address writes */
+    _Atomic int64_t num_absent; /* pointers of the tables that are NULL */
+    struct ktk_lock *lock;      /* of the tables: operators read, ktk_set_address writes */
 } ktk_layer;
 
 struct ktk_lock *ktk_lock_new(int num_experts); /* NULL: no memory */
@@ -49,6 +49,8 @@ void ktk_set_arrival(ktk_layer *layer, int64_t expert, int arrival); /* waits fo
 /* An entry of the layer's tables; waits until no operator reads them. address NULL: the expert is
  * elsewhere. */
 void ktk_set_address(ktk_layer *layer, const void **entry, const void *address);
+/* The same for an expert that no operator runs, and none will until this is over. */
+void ktk_put_address(ktk_layer *layer, const void **entry, const void *address);
 
 /* The levels of this build, slowest first (ktk/_cy/isa.py); NULL past the last. */
 const ktk_kernels *ktk_kernels_row(int index);

@@ -18,9 +18,10 @@ typedef struct {
 } ktk_sequence;
 
 /* Puts experts that rows were routed to where the layer's tables say, until the call is over.
- * caller : the rows' own. owner : the experts' own. ids, weights (num_ids). A ktk_status. */
+ * caller : the rows' own. owner : the experts' own. ids, weights (num_ids). foretold : experts of
+ * the next layer that are elsewhere and that the rows may be routed to. A ktk_status. */
 typedef int ktk_bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
-                      const float *weights);
+                      const float *weights, int64_t num_foretold, const int64_t *foretold);
 
 /* What a call gives new tokens, a row each. A row's key and value are written at its position among
  * its sequence's tokens, and it attends to those up to it; no two rows of a call have the same. */
@@ -102,11 +103,20 @@ typedef struct {
 void ktk_route(const ktk_router *router, const float *logits, float *scores, int64_t *ids,
                float *weights);
 
+/* The router of the next layer, which foretells its choice from this one's input. */
+typedef struct {
+    int32_t is_on;
+    ktk_dense logits;
+    ktk_router router;
+    const ktk_layer *experts;
+} ktk_foresight;
+
 typedef struct {
     ktk_dense logits;
     ktk_router router;
     const ktk_layer *experts;
-    void *owner; /* of experts that come and go, NULL: they stay */
+    void *owner;                    /* of experts that come and go, NULL: they stay */
+    const ktk_foresight *foresight; /* with an owner; or NULL */
 } ktk_routed;
 
 enum ktk_component_kind { KTK_ATTENTION, KTK_LATENT_ATTENTION, KTK_MLP, KTK_ROUTED };

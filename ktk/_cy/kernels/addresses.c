@@ -64,12 +64,16 @@ void ktk_unlock(const ktk_layer *layer) { pthread_rwlock_unlock(&layer->lock->rw
 
 void ktk_set_address(ktk_layer *layer, const void **entry, const void *address) {
     pthread_rwlock_wrlock(&layer->lock->rw);
-    layer->num_absent += (address == NULL) - (*entry == NULL);
-    *entry = address;
+    ktk_put_address(layer, entry, address);
     pthread_rwlock_unlock(&layer->lock->rw);
 }
 
-static int is_absent(const ktk_layer *layer, int64_t e) {
+void ktk_put_address(ktk_layer *layer, const void **entry, const void *address) {
+    layer->num_absent += (address == NULL) - (*entry == NULL);
+    *entry = address;
+}
+
+int ktk_is_absent(const ktk_layer *layer, int64_t e) {
     for (int p = 0; p < layer->num_parts; p++) {
         const ktk_part *part = &layer->parts[p];
         if (!part->gate_up[e] || !part->down[e] || (part->up && !part->up[e])) return 1;
@@ -83,7 +87,8 @@ static int is_absent(const ktk_layer *layer, int64_t e) {
 int ktk_has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, const uint8_t *skip) {
     for (int64_t i = 0; layer->num_absent && i < num_ids; i++) {
         const int64_t e = ids[i];
-        if (e >= 0 && e < layer->num_experts && !(skip && skip[e]) && is_absent(layer, e)) return 0;
+        if (e >= 0 && e < layer->num_experts && !(skip && skip[e]) && ktk_is_absent(layer, e))
+            return 0;
     }
     return 1;
 }

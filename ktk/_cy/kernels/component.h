@@ -17,6 +17,7 @@ typedef struct {
         *sum;
     product inputs[MAX_INPUTS]; /* of x, all in one run */
     int num_inputs;
+    const ktk_foresight *foresight; /* that is used in this call, or NULL */
 } step;
 
 /* Rows of one sequence that follow each other: they look at the same keys together. */
@@ -61,7 +62,7 @@ struct component {
     product query;            /* of latent attention: of q_a's output */
     product *absorb, *expand; /* one a head */
     float *heads, *values;    /* (rows, heads, latent_dim + rotary), (rows, heads, value_dim) */
-    int64_t *ids;             /* of routing: (rows, top_k), as weights */
+    int64_t *ids, *foretold;  /* of routing: (rows, top_k), as weights */
     float *weights;
     void *scratch; /* of the experts */
     float *out;

@@ -12,6 +12,7 @@
 #include <math.h>
 
 #include "component.h"
+#include "moe.h"
 
 float ktk_dot(const float *a, const float *b, int n) {
     float sums[16] = {0}, sum = 0.0f;
@@ -102,6 +103,26 @@ static void route_row(void *context, int64_t row, int thread) {
               float_buffer(&c->s->crew, thread), c->ids + first, c->weights + first);
 }
 
+/* The next layer's experts that are elsewhere, of those the rows may be routed to; their number. */
+static int64_t foretell(component *c) {
+    const ktk_foresight *next = c->s->foresight;
+    const product *logits = &c->inputs[1];
+    const int top_k = next->router.top_k;
+    float *work = float_buffer(&c->s->crew, 0);
+    float *weights = work + 2 * next->router.num_experts;
+    int64_t found = 0;
+    ktk_lock_to_read(next->experts);
+    for (int64_t row = 0; row < c->s->crew.num_rows; row++) {
+        int64_t *ids = c->foretold + found; /* what is kept is never more than rows before */
+        ktk_route(&next->router, (const float *)logits->y + row * logits->stride, work, ids,
+                  weights);
+        for (int i = 0; i < top_k; i++)
+            if (ktk_is_absent(next->experts, ids[i])) c->foretold[found++] = ids[i];
+    }
+    ktk_unlock(next->experts);
+    return found;
+}
+
 static void run_routed(component *c, float *out) {
     const ktk_routed *l = c->part;
     const crew *crew = &c->s->crew;
@@ -110,7 +131,7 @@ static void run_routed(component *c, float *out) {
     if (rows->chosen) memcpy(rows->chosen, c->ids, 8 * (size_t)(crew->num_rows * l->router.top_k));
     if (l->owner)
         c->s->status = rows->bring(rows->caller, l->owner, crew->num_rows * l->router.top_k, c->ids,
-                                   c->weights);
+                                   c->weights, c->foretold ? foretell(c) : 0, c->foretold);
     if (c->s->status) return;
     c->s->status =
         ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows, l->router.top_k,
@@ -124,6 +145,12 @@ static void lay_out_routed(component *c, arena *a) {
     c->run = run_routed;
     ktk_add_input(c->s, a, &l->logits);
     ktk_want_floats(&c->s->crew, 2 * l->router.num_experts);
+    if (c->s->foresight && c->s->foresight == l->foresight) {
+        const ktk_router *next = &l->foresight->router;
+        ktk_add_input(c->s, a, &l->foresight->logits);
+        ktk_want_floats(&c->s->crew, 2 * next->num_experts + next->top_k);
+        c->foretold = take(a, 8 * crew->num_rows * next->top_k);
+    }
     c->ids = take(a, 8 * pairs);
     c->weights = take(a, 4 * pairs);
     c->scratch = take(a, ktk_moe_scratch_bytes(l->experts, crew->kernels, crew->num_threads,
@@ -208,10 +235,25 @@ static int64_t most_branch_bytes(step *s, const ktk_decoder_layer *layer) {
     return most;
 }
 
+/* Looked at once a call, as it changes what is laid out. */
+static const ktk_foresight *foresight_of(const ktk_decoder_layer *layer) {
+    for (int i = 0; i < layer->num_branches; i++)
+        for (int j = 0; j < layer->branches[i].num_components; j++) {
+            const ktk_component *c = &layer->branches[i].components[j];
+            const ktk_foresight *f =
+                c->kind == KTK_ROUTED ? ((const ktk_routed *)c->part)->foresight : NULL;
+            if (f && f->is_on && f->experts->num_absent) return f;
+        }
+    return NULL;
+}
+
 int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels,
                               ktk_pool *pool, int dtype, const void *hidden,
                               const ktk_decoder_rows *rows, void *out) {
-    step s = {.rows = rows, .dtype = dtype, .hidden_size = layer->hidden_size};
+    step s = {.rows = rows,
+              .dtype = dtype,
+              .hidden_size = layer->hidden_size,
+              .foresight = foresight_of(layer)};
     s.crew = (crew){.kernels = kernels,
                     .pool = pool,
                     .num_threads = ktk_pool_num_threads(pool),

@@ -69,6 +69,7 @@ void ktk_run_task(void *operation, int64_t index, int thread);
 /* Whether every expert that ids (num_ids) choose is there; call with the layer's lock
  * (addresses.c). */
 int ktk_has_all(const ktk_layer *layer, int64_t num_ids, const int64_t *ids, const uint8_t *skip);
+int ktk_is_absent(const ktk_layer *layer, int64_t expert); /* likewise */
 int ktk_arrival_of(const ktk_layer *layer, int64_t expert);
 int ktk_await(const ktk_layer *layer, int64_t expert); /* KTK_HERE or KTK_LOST */
 void ktk_lock_to_read(const ktk_layer *layer);

@@ -29,7 +29,7 @@ from ktk.integration.transformers.native_call import DTYPES, run_native, run_row
 from ktk.log import warn_once
 from ktk.ops import linear
 from ktk.ops.components import RoutedExperts
-from ktk.ops.decoder import DecoderLayer, Pages
+from ktk.ops.decoder import DecoderLayer, Pages, look_ahead
 
 _KNOWN = {
     name
@@ -61,10 +61,15 @@ def fuse_decoder_layers(model: torch.nn.Module) -> list[str]:
             unlike.setdefault(str(error), []).append(name)
         else:
             fused.append(name)
+    look_ahead([m.forward.described.spec for _, m in decoder_layers(model) if _is_fused(m)])
     for why, names in unlike.items():
         text = "%s: decoded by torch, layer by layer, which is slower: %s"
         warn_once(f"fused decode {type(model).__name__} {why}", text, some(names), why)
     return fused
+
+
+def _is_fused(module: Any) -> bool:
+    return isinstance(module.forward, FusedForward)
 
 
 def decoder_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:

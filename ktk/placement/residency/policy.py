@@ -40,6 +40,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
+    wants_scores: ClassVar[bool] = False  # looks at what ``observe`` tells
     is_offline: ClassVar[bool] = False  # it must know the future: for replays only
 
     def __init__(self, shape: Shape) -> None:

@@ -146,15 +146,18 @@ class Pools:
         """
         layer = key // self.num_experts
         policy = self._policy(layer)
-        is_full = self._used(layer) >= self._sizes[layer if self.options.is_per_layer else 0]
         victim = None
-        if is_full:
+        if not self.has_empty(layer):
             least = 0 if policy.is_offline else self.options.min_per_layer
             victim = policy.evict(lambda other: self._must_stay(other, layer, least, is_used))
             self._count(victim, -1)
         policy.insert(key)
         self._count(key, 1)
         return victim
+
+    def has_empty(self, layer: int) -> bool:
+        """Whether one of the layer may come without another leaving."""
+        return self._used(layer) < self._sizes[layer if self.options.is_per_layer else 0]
 
     def discard(self, key: int) -> None:
         """An expert is gone for another reason than room."""

@@ -26,11 +26,6 @@ class Reads:
         self._ahead: dict[int, Read] = {}  # in their order
         self._num_wanted = self._num_ahead = 0  # that run
 
-    @property
-    def num_ahead(self) -> int:
-        """That have not begun."""
-        return len(self._ahead)
-
     def want(self, read: Read) -> None:
         """A call waits for it."""
         with self._lock:
@@ -55,6 +50,13 @@ class Reads:
         """Whether it had not begun; it will not run then."""
         with self._lock:
             return self._ahead.pop(key, None) is not None
+
+    def cancel_all(self) -> list[int]:
+        """The keys of those ahead that had not begun; they will not run."""
+        with self._lock:
+            keys = list(self._ahead)
+            self._ahead.clear()
+        return keys
 
     def shutdown(self) -> None:
         """After all that are not cancelled."""

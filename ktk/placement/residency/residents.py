@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ktk.errors import BackendError
+from ktk.placement.residency.ahead import Ahead
 from ktk.placement.residency.pools import PoolOptions, Pools
 from ktk.placement.residency.report import Counters
 from ktk.placement.residency.states import EXPERT_STEPS, SLOT_STEPS, ExpertState, SlotState
@@ -48,7 +49,10 @@ class Residents:
         self._unplaced: set[int] = set()  # of these, without a place in the tables yet
         # Of these, that will not be read, and why; None: no call wanted them.
         self._lost: dict[int, BaseException | None] = {}
-        self._foretold: set[int] = set()  # prefetched and not used yet
+        self._foretold: set[int] = set()  # prefetched; their layer's next call has not come
+        self._useless: list[int] = []  # that call came and did not use them
+        self._num_calls = [0] * len(counts)  # of each layer
+        self._ahead = Ahead()
         self._counters = Counters()
         # Nobody ever leaves, so that no policy needs to know.
         self._is_whole = self.capacity >= sum(counts) and all(
@@ -123,6 +127,22 @@ class Residents:
         self._foretold.discard(key)
         del self._lost[key]
         self._in_flight -= 1
+
+    def _count(self, layer: int, keys: list[int], num_cold: int, num_coming: int) -> None:
+        """A call of the layer came."""
+        counters = self._counters
+        counters.cold += num_cold
+        counters.in_flight += num_coming
+        counters.hits += len(keys) - num_cold - num_coming
+        self._num_calls[layer] += 1
+        self._ahead.call()
+        if self._foretold:
+            own = {key for key in self._foretold if key // self.num_experts == layer}
+            used = own.intersection(keys)
+            counters.prefetch_hits += len(used)
+            self._ahead.judge(len(used), 0)
+            self._foretold -= own
+            self._useless += own - used
 
     def _num_ahead(self) -> int:
         """Prefetched experts that are not read yet."""

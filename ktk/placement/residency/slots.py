@@ -15,6 +15,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -45,6 +46,8 @@ class Slots(Residents):
         know the future.
     top_k : experts that one token uses in a layer.
     num_readers : reads at a time.
+
+    wants_scores : whether the policy looks at a router's scores.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Slots(Residents):
         policy = find_policy(options.policy)
         if policy.is_offline:
             raise ValueError(f"residency policy {options.policy}: knows the future, for replays")
-        self._policy_name = policy.name
+        self._policy_name, self.wants_scores = policy.name, policy.wants_scores
         self._stores, self.reader = list(stores), reader
         super().__init__([store.spec.num_experts for store in stores], options, top_k)
         self.slot_bytes = round_up(max(store.span_bytes for store in stores), EXPERT_ALIGN)
@@ -67,6 +70,7 @@ class Slots(Residents):
         self._changed = threading.Condition()
         self._num_readers = num_readers
         self._is_paused = False  # no call begins
+        self._is_foreseeing: bool = False
         self._start_threads()
         for store in stores:
             for expert in range(store.spec.num_experts):
@@ -150,6 +154,8 @@ class Slots(Residents):
             if is_held is None:
                 return None
             is_first = False  # a read of another, on which it waited, has failed: read it again
+        while self._useless:
+            self._forget(self._useless.pop())
         return keys
 
     def release(self, held: list[int]) -> None:
@@ -168,10 +174,35 @@ class Slots(Residents):
         They are read while no call waits for a read. Returns how many. Failures are counted, and
         left to the call that needs the expert.
         """
+        return self._prefetch(self._keys(layer, experts), most)
+
+    def foresee(self, layer: int, experts: list[int]) -> None:
+        """``prefetch`` in this order by a thread of its own, if it is free and comes before the
+        layer's next call.
+        """
+        if self._is_foreseeing:
+            return
+        self._is_foreseeing = True
+        first, number = layer * self.num_experts, self._num_calls[layer]
+
+        def run() -> None:
+            try:
+                if self._num_calls[layer] == number:
+                    self._prefetch([first + expert for expert in dict.fromkeys(experts)], None)
+            finally:
+                self._is_foreseeing = False
+
+        self._foreseer.submit(run)
+
+    def _prefetch(self, keys: list[int], most: int | None) -> int:
         claims: list[Claim] = []
         most = self._num_readers if most is None else most
+        if not keys:
+            return 0
+        layer = keys[0] // self.num_experts
         with self._changed:
-            keys = [] if self._is_paused else self._keys(layer, experts)
+            if self._is_paused:
+                return 0
             wanted, ahead = set(keys), self._num_ahead()
             here = [key for key in keys if self._is_ready[key]]  # foretold, too: they stay
             for key in keys:
@@ -183,6 +214,27 @@ class Slots(Residents):
             self._counters.prefetches += len(claims)
         self._begin(claims, is_wanted=False)
         return len(claims)
+
+    def fill(self) -> None:
+        """Begins to read experts into the slots that are empty, of each layer as many, in the order
+        of the file. A call's reads go before.
+
+        Where all fit, none is read twice; and memory is slow when it is first written to.
+        """
+        claims: list[Claim] = []
+        with self._changed:
+            for number in range(self.num_experts):
+                for layer, count in enumerate(self._counts):
+                    key = layer * self.num_experts + number
+                    is_cold = number < count and self._experts[key] is ExpertState.COLD
+                    if is_cold and self._free and self._pools.has_empty(layer):
+                        claims += self._claim([key], {key})
+        self._begin(sorted(claims), is_wanted=False)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether ``prefetch`` has paid lately; after some calls without it is tried again."""
+        return self._ahead.is_on and not self._is_whole
 
     def pin(self, layer: int, experts: Iterable[int]) -> None:
         """Read what is cold; from now on they stay. Raises as ``using``."""
@@ -204,8 +256,8 @@ class Slots(Residents):
         """Ends after the reads that run; the stores have no expert any more, and the reader is
         closed. Calls must have ended.
         """
-        for key in sorted(self._foretold):
-            self._cancel(key)
+        self._foreseer.shutdown()
+        self._cancel_all()
         self._reads.shutdown()
         for key in list(self._slot_of):
             layer, expert = divmod(key, self.num_experts)
@@ -216,6 +268,7 @@ class Slots(Residents):
         """Until ``resume`` no call begins; returns once all have ended and no read runs."""
         self._changed.acquire()
         self._is_paused = True
+        self._cancel_all()
         self._changed.wait_for(lambda: not self._in_flight and not any(self._readers))
 
     def resume(self) -> None:
@@ -229,6 +282,8 @@ class Slots(Residents):
     def _start_threads(self) -> None:
         self._process = fork.process()
         self._reads = Reads(self._num_readers)
+        self._foreseer = ThreadPoolExecutor(1, thread_name_prefix="ktk-expert-foresight")
+        self._is_foreseeing = False
 
     # --- a call's way ---
 
@@ -250,7 +305,7 @@ class Slots(Residents):
             if self._is_paused:
                 self._changed.wait_for(lambda: not self._is_paused)
             if is_first and all(map(self._is_ready.__getitem__, keys)):  # mostly so: be quick
-                self._count(keys, (), ())
+                self._count(layer, keys, 0, 0)
                 if not self._is_whole:
                     self._pools.begin(layer, keys, scores)
                     self._pools.hit_all(layer, keys)
@@ -262,7 +317,7 @@ class Slots(Residents):
             cold = [key for key in keys if self._experts[key] is ExpertState.COLD]
             coming = [key for key in keys if self._experts[key] is ExpertState.PREFETCHING]
             if is_first:
-                self._count(keys, cold, coming)
+                self._count(layer, keys, len(cold), len(coming))
                 self._pools.begin(layer, keys, scores)
             here = [key for key in keys if self._experts[key] is not ExpertState.COLD]
             self._pools.hit_all(layer, here)
@@ -286,16 +341,6 @@ class Slots(Residents):
         if error is not None:
             raise error
         return False
-
-    def _count(self, keys: list[int], cold: Sequence[int], coming: Sequence[int]) -> None:
-        counters = self._counters
-        counters.cold += len(cold)
-        counters.in_flight += len(coming)
-        counters.hits += len(keys) - len(cold) - len(coming)
-        if self._foretold:
-            used = self._foretold.intersection(keys)
-            counters.prefetch_hits += len(used)
-            self._foretold -= used
 
     def _wait_for_room(self, layer: int, keys: list[int]) -> None:
         """Until the call can have all it needs at once: who waits holds nothing,
@@ -321,13 +366,13 @@ class Slots(Residents):
         return any(self._readers) or any(state in passing for state in self._experts)
 
     def _begin(self, claims: list[Claim], is_wanted: bool) -> None:
-        """Without the lock: victims leave once no call runs them, reads are handed out."""
+        """Without the lock: victims leave, which no call uses; reads are handed out."""
         for claim in claims:
             layer, expert = divmod(claim.key, self.num_experts)
             if claim.victim is not None:
                 self._leave(claim.victim)
             span = self._memory[claim.slot, : self._stores[layer].span_bytes]
-            self._stores[layer].place(expert, span, is_coming=True)
+            self._stores[layer].place(expert, span, is_coming=True, is_unused=True)
             with self._changed:
                 self._unplaced.discard(claim.key)
                 self._changed.notify_all()
@@ -353,14 +398,25 @@ class Slots(Residents):
             self._arrived(key, len(span))
             self._changed.notify_all()
 
-    def _cancel(self, key: int) -> None:
-        """A prefetch that no call has joined, unless its read has begun."""
+    def _forget(self, key: int) -> None:
+        """A prefetch that was of no use: it is not read any more, unless that has begun."""
         with self._changed:
-            if self._readers[key] or not self._reads.cancel(key):
+            if self._readers[key]:
+                return
+            if not self._reads.cancel(key):
+                self._ahead.judge(0, 1)
                 return
             self._counters.cancelled += 1
             self._lost[key] = None
         self._drop(key)
+
+    def _cancel_all(self) -> None:
+        with self._changed:
+            keys = self._reads.cancel_all()
+            self._counters.cancelled += len(keys)
+            self._lost.update(dict.fromkeys(keys))
+        for key in keys:
+            self._drop(key)
 
     def _lose(self, key: int, error: BaseException) -> None:
         with self._changed:
@@ -378,7 +434,7 @@ class Slots(Residents):
     def _drop(self, key: int) -> None:
         """A lost expert gives its slot back. Nobody takes it meanwhile."""
         layer, expert = divmod(key, self.num_experts)
-        self._stores[layer].place(expert, None)
+        self._stores[layer].place(expert, None, is_unused=True)
         with self._changed:
             self._dropped(key)
             self._changed.notify_all()
@@ -386,7 +442,7 @@ class Slots(Residents):
     def _leave(self, victim: int) -> None:
         layer, expert = divmod(victim, self.num_experts)
         try:
-            self._stores[layer].place(expert, None)  # waits until no call reads it
+            self._stores[layer].place(expert, None, is_unused=True)
         finally:
             with self._changed:
                 self._step(victim, ExpertState.COLD)

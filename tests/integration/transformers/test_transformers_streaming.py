@@ -25,6 +25,7 @@ from ktk.integration.transformers.sequence import CachedSequence
 from ktk.integration.transformers.streaming import expert_slots
 from ktk.kv.pool import PagePool
 from ktk.machine import cpu
+from ktk.ops.streamed import StreamedMoE
 from ktk.placement.residency.expert_memory import ExpertMemory
 from ktk.placement.residency.policies import POLICIES
 from ktk.placement.residency.slots import Slots
@@ -128,6 +129,17 @@ def test_fused_layers_take_experts_that_come_and_go(
     decoded(model)
     assert native_calls(model) == layers_of_tokens
     assert slots_of(model).counters().reads > 0
+
+
+def test_decoding_asks_the_next_layers_router_and_keeps_the_bits(
+    directories: dict[str, Path], resident: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StreamedMoE, "come", lambda self: None)  # only decoding reads ahead then
+    for family in FAMILIES:
+        model = opened(directories[family], str(LEAST[family]))
+        assert (decoded(model), native_calls(model)) == resident[family][2]
+        has_next = len(list(find_experts(model))) > 1
+        assert (slots_of(model).counters().prefetches > 0) == has_next, family
 
 
 def test_threads_over_one_model_wait_for_each_other_and_give_the_bits(

@@ -298,6 +298,79 @@ def test_prefetches_stop_where_as_many_wait_as_run() -> None:
         reader.held.set()
 
 
+def test_what_a_layers_next_call_does_not_use_is_not_read_ahead_any_more() -> None:
+    with slots_of(12) as (slots, reader):
+        reader.held.clear()
+        assert slots.prefetch(0, [0, 1, 2, 3]) == 4  # two are being read, two wait
+        held = slots.hold(0, [1, 2], reads_on=True)
+        assert held is not None
+        assert slots.state(0, 3) is ExpertState.COLD
+        reader.held.set()
+        slots.release(held)
+        found = slots.counters()
+        assert (found.prefetches, found.prefetch_hits, found.cancelled) == (4, 2, 1)
+    assert sorted(reader.reads) == [0, 1, 2]
+
+
+def test_what_is_foreseen_is_read_in_its_order_unless_the_layer_was_called_since() -> None:
+    with slots_of(12) as (slots, reader):
+        slots.foresee(1, [5, 2, 5, 4])
+        end = time.monotonic() + 20
+        while len(reader.reads) < 3 and time.monotonic() < end:
+            time.sleep(0.0005)
+        assert set(reader.reads[:2]) == {EXPERTS + 5, EXPERTS + 2}
+        with slots._changed:  # the thread that foresees waits
+            slots.foresee(1, [0])
+            with slots.using(1, [2]):
+                pass
+        slots._foreseer.shutdown()
+        assert slots.state(1, 0) is ExpertState.COLD
+
+
+def test_a_prefetch_pushes_nobody_out_that_it_foretells() -> None:
+    with slots_of(6) as (slots, _):
+        for layer, experts in ((0, [0, 1]), (1, [0, 1]), (2, [0, 1])):
+            with slots.using(layer, experts):
+                pass
+        with slots.using(0, [0, 1]):
+            assert slots.prefetch(1, [0, 1, 2, 3, 4]) == 2  # layer 2 has two to give, no more
+        assert all(slots.state(1, e) is ExpertState.RESIDENT for e in (0, 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_per_layer": True}])
+@pytest.mark.parametrize("capacity", [7, LAYERS * EXPERTS])
+def test_fill_takes_the_empty_slots_and_gives_way_to_calls(
+    capacity: int, options: dict[str, bool]
+) -> None:
+    with slots_of(capacity, **options) as (slots, reader):
+        reader.held.clear()
+        slots.fill()
+        call = threading.Thread(target=lambda: slots.pin(2, [0]))  # the last that would be read
+        call.start()
+        time.sleep(0.05)
+        reader.held.set()
+        call.join(10)
+        end = time.monotonic() + 20
+        while slots._in_flight and time.monotonic() < end:
+            time.sleep(0.0005)
+        assert reader.reads.index(2 * EXPERTS) <= 2  # two were under way
+        assert len(reader.reads) == capacity
+        assert slots.report().resident == capacity
+        found = [sum(slots.state(n, e) in HERE for e in range(EXPERTS)) for n in range(LAYERS)]
+        assert max(found) - min(found) <= 1
+        check(slots)
+        assert slots.counters().evictions == 0
+
+
+def test_slots_are_closed_before_all_that_was_to_be_read_ahead() -> None:
+    with slots_of(18) as (slots, reader):
+        reader.held.clear()
+        slots.fill()
+        threading.Timer(0.05, reader.held.set).start()
+    assert len(reader.reads) <= 2
+    assert slots.counters().cancelled >= 16
+
+
 def test_pinned_experts_stay_and_too_many_are_told() -> None:
     with slots_of(6) as (slots, _):
         slots.pin(0, [0, 1, 2])

@@ -45,17 +45,15 @@ class Baseline(Policy):
         self._resident[key] = True
 
     def evict(self, is_blocked: Blocked) -> int:
-        keys = np.flatnonzero(self._resident)
-        keys = np.roll(keys, -int(np.searchsorted(keys, self._next)))
-        average = self._average.reshape(-1)[keys]
-        while len(keys):
-            at = int(average.argmin())
-            key = int(keys[at])
+        left = np.where(self._resident, self._average.reshape(-1), np.inf)
+        left = np.concatenate((left[self._next :], left[: self._next]))
+        while left[at := int(left.argmin())] < np.inf:
+            key = (at + self._next) % len(left)
             if not is_blocked(key):
                 self._resident[key] = False
                 self._next = key + 1
                 return key
-            keys, average = np.delete(keys, at), np.delete(average, at)
+            left[at] = np.inf
         raise LookupError("every expert in memory is in use")
 
     def discard(self, key: int) -> None:

@@ -23,6 +23,7 @@ class Heat(Lru):
     """
 
     name = "heat"
+    wants_scores = True
 
     def __init__(
         self,
