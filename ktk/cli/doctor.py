@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktk.cli import opening
+from ktk.cli.plan import print_plan
 
 if TYPE_CHECKING:
     from ktk.bench.forecast import Forecast
@@ -87,6 +88,8 @@ EPILOG = """Examples:
 
   ktk doctor Qwen3-30B-A3B --weight-format int4 --context 32768
 
+  ktk doctor Qwen3-30B-A3B --plan
+
   ktk doctor model.gguf --json --headers
 """
 TRIED_CONTEXT = 512  # tokens: of the trial that says which fast paths are taken
@@ -112,12 +115,21 @@ def command(
     ] = False,
     expert_memory: opening.ExpertLimit = None,
     residency_policy: opening.Policy = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Propose format, context and requests at once to serve the model with."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what this machine is and which backends run on it; or what a model is, what runs it, if
     it fits (else exit code 1), and, once it is loaded and tried, which fast paths it takes or why
     not.
     """
+    if plan:
+        print_plan(model, context, method, linear, dtype, as_json)
+        return
     if model is not None:
         options = (model, method, weight_format, linear, dtype)
         memory = opening.expert_memory(expert_memory, residency_policy)
