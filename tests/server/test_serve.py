@@ -324,10 +324,10 @@ WRONG = {
     "half a character": ({"messages": question("a\ud800")}, "\\ud800, at character 1"),
     "content null": (
         {"messages": [*question(), {"role": "assistant", "content": None}]},
-        "messages.1.content: is null, as with tool calls",
+        "messages.1: content is null or missing",
     ),
-    "content missing": ({"messages": [{"role": "assistant"}]}, "messages.0.content"),
-    "n two": ({"messages": question(), "n": 2}, "n=2"),
+    "content missing": ({"messages": [{"role": "assistant"}]}, "messages.0: content is null"),
+    "n too many": ({"messages": question(), "n": 65}, "n: "),
     "tools": ({"messages": question(), "tools": [{"type": "function"}]}, "tools"),
     "top_logprobs alone": ({"messages": question(), "top_logprobs": 3}, "logprobs: true"),
     "a list": ([], "JSON object"),
