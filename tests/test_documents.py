@@ -198,10 +198,18 @@ def test_every_sub_command_has_its_row() -> None:
 
 def test_every_metric_has_its_row() -> None:
     pytest.importorskip("prometheus_client")
+    from ktk.generate.engine import Reuse
+    from ktk.kv.prefix.kept import Saved
+    from ktk.kv.prefix.store import Usage
     from ktk.placement.residency.report import Counters, ResidencyReport
     from ktk.server.metrics import Metrics
 
-    engine = SimpleNamespace(running=0, waiting=0, tokens_per_second=0.0, cache_pages=(0, 0))
+    pool = SimpleNamespace(count=8, num_full=4, num_kept=2)
+    store = SimpleNamespace(usage=lambda _: Usage(2, 1, 2, 12288), tiers=SimpleNamespace())
+    kept = SimpleNamespace(store=store, info=None, pool=pool, saved=Saved())
+    engine = SimpleNamespace(
+        running=0, waiting=0, tokens_per_second=0.0, cache_pages=(0, 0), reuse=Reuse(), kept=kept
+    )
     report = ResidencyReport("lru", True, 8, 4, 4096, 2, Counters())
     made = Metrics(engine, "model", lambda: report)  # type: ignore[arg-type]
     families = list(made.registry.collect())

@@ -36,6 +36,7 @@ EPILOG = """Examples:
 
 
 def command(
+    call: typer.Context,
     model: opening.Model,
     max_tokens: opening.MaxTokens = opening.ANSWER_TOKENS,
     temperature: opening.Temperature = None,
@@ -55,10 +56,13 @@ def command(
     placement: opening.Placement = None,
     device: opening.Device = None,
     max_deferred_experts: opening.Deferred = 0,
+    kv_disk: opening.KvDisk = None,
+    kv_disk_limit: opening.KvDiskLimit = None,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     memory = opening.expert_memory(expert_memory, residency_policy)
     hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
+    store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
     opened = opening.load(
         model, method, weight_format, linear, dtype, force, memory=memory, hybrid=hybrid
     )
@@ -69,7 +73,9 @@ def command(
         )
     from ktk.generate.session import Session
 
-    chat = Chat(opened, Session.fastest(opened.model, opened.tokenizer), system)
+    session = Session.fastest(opened.model, opened.tokenizer)
+    opening.keep(session, store, opened, linear)
+    chat = Chat(opened, session, system)
     chat.options = {
         "sampling": opening.sampling_of(opened.model, temperature, top_p, top_k, seed),
         "max_tokens": max_tokens or None,
@@ -171,6 +177,7 @@ class Chat:
         if (report := self.opened.residency()) is not None:
             typer.echo(f"[experts so far: {report.use()}]", err=True)
         self.messages.append({"role": "assistant", "content": made.text})
+        self.session.save()
 
     def _set_system(self, system: str | None) -> None:
         self.messages = [] if not system else [{"role": "system", "content": system}]

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
     from ktk.generate.describe import ModelDescription
     from ktk.generate.open import OpenModel
+    from ktk.generate.session import Session
+    from ktk.kv.prefix.store import PrefixStore
     from ktk.placement.masks.request import HybridRequest
     from ktk.placement.residency.expert_memory import ExpertMemory
 
+KV_DISK_LIMIT = "20GiB"
 SLOW = 2.0  # seconds after which a progress bar is shown
 
 Model = Annotated[
@@ -103,6 +106,24 @@ Deferred = Annotated[
         min=0,
         help="Experts of a token that may run beside the next layer: faster with a device, not the "
         "same text.",
+    ),
+]
+KvDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-disk",
+        metavar="PATH",
+        help="A directory for keys and values of texts: a prompt that begins as one before is not "
+        "computed again, nor after a restart.",
+    ),
+]
+KvDiskLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-disk-limit",
+        metavar="SIZE",
+        help="With --kv-disk: at most this much of it; texts used longest ago leave. "
+        f"Default: {KV_DISK_LIMIT}.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
@@ -235,6 +256,30 @@ def hybrid(
     from ktk.placement.masks.request import HybridRequest
 
     return HybridRequest.of(gpu_experts, placement, device, deferred)
+
+
+def kept_texts(
+    call: typer.Context, path: str | None, limit: str | None, hybrid: HybridRequest | None
+) -> PrefixStore | None:
+    """The store that --kv-disk and --kv-disk-limit ask for, open until the command ends.
+
+    Raises as ``PrefixStore``, ValueError for a limit that is no size.
+    """
+    if path is None:
+        if limit is not None:
+            raise typer.BadParameter("--kv-disk-limit needs --kv-disk")
+        return None
+    if hybrid is not None:
+        raise typer.BadParameter("--kv-disk takes no experts on a device, and none deferred")
+    from ktk.kv.prefix.kept import open_store
+
+    return call.with_resource(open_store(path, limit or KV_DISK_LIMIT))
+
+
+def keep(session: Session, store: PrefixStore | None, opened: OpenModel, linear: str) -> None:
+    """Let a session use the store, or say that it does not."""
+    if store is not None and not session.keep(store, opened, linear):
+        typer.echo("ktk: warning: --kv-disk is not used: torch runs this model's layers", err=True)
 
 
 def quiet_transformers() -> None:

@@ -24,6 +24,7 @@ EPILOG = """Examples:
 
 
 def command(
+    call: typer.Context,
     model: opening.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The prompt; "-" reads stdin.')],
     max_tokens: opening.MaxTokens = opening.ANSWER_TOKENS,
@@ -47,6 +48,8 @@ def command(
     placement: opening.Placement = None,
     device: opening.Device = None,
     max_deferred_experts: opening.Deferred = 0,
+    kv_disk: opening.KvDisk = None,
+    kv_disk_limit: opening.KvDiskLimit = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
     ] = False,
@@ -60,12 +63,14 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     memory = opening.expert_memory(expert_memory, residency_policy)
     hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
+    store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
     opened = opening.load(
         model, method, weight_format, linear, dtype, force, memory=memory, hybrid=hybrid
     )
     from ktk.generate.session import Session
 
     session = Session.fastest(opened.model, opened.tokenizer)
+    opening.keep(session, store, opened, linear)
     if raw or not opened.tokenizer.chat_template:
         if system is not None:
             raise ValueError("--system needs a chat template, which this model's tokenizer has not")
@@ -112,6 +117,7 @@ def command(
         typer.echo(speeds(made, max_tokens), err=True)
         if (report := opened.residency()) is not None:
             typer.echo(f"[experts: {report.use()}]", err=True)
+    session.save()
     if made.finish_reason == "interrupted":
         raise typer.Exit(130)
 

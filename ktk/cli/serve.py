@@ -29,6 +29,7 @@ EPILOG = """Examples:
 
 
 def command(
+    call: typer.Context,
     model: opening.Model,
     host: Annotated[
         str, typer.Option(help="Address to bind; others than this machine's own need a key.")
@@ -86,6 +87,8 @@ def command(
     placement: opening.Placement = None,
     device: opening.Device = None,
     max_deferred_experts: opening.Deferred = 0,
+    kv_disk: opening.KvDisk = None,
+    kv_disk_limit: opening.KvDiskLimit = None,
 ) -> None:
     """Serve a model to OpenAI's clients, and a chat page, until Ctrl-C."""
     api_key = api_key or env.api_key()
@@ -128,6 +131,7 @@ def command(
 
     memory = opening.expert_memory(expert_memory, residency_policy)
     hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
+    store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
     opened = opening.load(
         model, method, weight_format, linear, dtype, force, context, memory, hybrid
     )
@@ -137,6 +141,11 @@ def command(
     engine = start_engine(opened, limits)
     if engine.why_alone is not None:
         typer.echo(f"ktk: warning: one request at a time: {engine.why_alone}", err=True)
+    if store is not None and not engine.keep(store, opened, linear):
+        reason = engine.why_not_native
+        typer.echo(f"ktk: warning: --kv-disk is not used: {reason}", err=True)
+    if engine.kept is not None:
+        typer.echo(f"{kv_disk}: {engine.kept.line()}", err=True)
     hosts = (*LOCAL_HOSTS, host) if local and not api_key else None
     shown = f"[{host}]" if ":" in host else host
     typer.echo(

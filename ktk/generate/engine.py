@@ -14,7 +14,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,8 @@ from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.integration.transformers.tokens import end_tokens
 from ktk.kv.pages import Pages
+from ktk.kv.prefix.kept import KeptPages
+from ktk.kv.prefix.store import PrefixStore
 from ktk.kv.sizes import SERVER_CACHE
 
 SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
@@ -83,11 +85,26 @@ class Progress:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """Tokens of prompts that were not computed: their keys and values were in memory, or came from
+    the disk.
+    """
+
+    memory: int = 0
+    disk: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.memory + self.disk
+
+
 @dataclass
 class Generation:
     """One request in an engine.
 
-    The event loop reads ``progress``, None in it: the request ends where it is.
+    The event loop reads ``progress``, None in it: the request ends where it is. reuse : known from
+    its first token on; of the sequential engine from its end on.
     """
 
     ids: list[int]
@@ -96,6 +113,7 @@ class Generation:
     loop: asyncio.AbstractEventLoop
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     progress: asyncio.Queue[Progress | None] = field(default_factory=asyncio.Queue)
+    reuse: Reuse = Reuse()
     is_cancelled: bool = False
     has_failed: bool = False
     hidden: torch.Tensor | None = None  # of an embedding, once it is finished
@@ -129,11 +147,13 @@ class Engine(ABC):
     why_alone: str | None = None  # why requests run one by one; None: they share batches
     why_not_native: str | None = None  # why torch runs the layers; None: ktk's own kernels do
     embeds = False  # whether it gives hidden states
+    kept: KeptPages | None = None  # pages on the disk, if any are
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         self.model, self.tokenizer = opened.model, opened.tokenizer
         self.limits = limits
         self.eos = end_tokens(self.model, self.tokenizer)
+        self.reuse = Reuse()  # of all prompts so far
         self._generations: dict[str, Generation] = {}
         self._recent: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
@@ -160,6 +180,14 @@ class Engine(ABC):
     @abstractmethod
     def cache_pages(self) -> tuple[int, int]:
         """(free, all) pages of the KV cache; (0, 0) where it has none."""
+
+    def keep(self, store: PrefixStore, opened: OpenModel, linear: str) -> bool:
+        """Take pages that a prompt begins with from a store, and put those of ended texts there;
+        before the first request. False if this engine has no pages.
+
+        opened : the engine's model. linear : of its dense layers, as in ``open_model``.
+        """
+        return False
 
     @property
     def largest_batch(self) -> int:
@@ -246,14 +274,19 @@ class Engine(ABC):
             generation.progress.put_nowait(None)
 
     async def generate(
-        self, ids: list[int], sampling: Sampling, max_tokens: int
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        max_tokens: int,
+        tell: Callable[[Reuse], None] = lambda reuse: None,
     ) -> AsyncIterator[list[Token]]:
         """Tokens as they come, several where the caller is slower than the engine; the end token is
         the last if there is one.
 
         sampling : its ``ends`` are all that end it, the model's own too. Closing the iterator
-        cancels the request and frees what it held. Raises ServerBusy if too many wait or the engine
-        has stopped, RuntimeError if the engine fails.
+        cancels the request and frees what it held. tell : called at the end, with what of the
+        prompt was not computed. Raises ServerBusy if too many wait or the engine has stopped,
+        RuntimeError if the engine fails.
         """
         self._check_room()
         own = Generation(ids, Sampler(sampling, ids), max_tokens, asyncio.get_running_loop())
@@ -277,6 +310,9 @@ class Engine(ABC):
                     yield tokens
         finally:
             del self._generations[own.id]
+            both = self.reuse, own.reuse
+            self.reuse = Reuse(sum(r.memory for r in both), sum(r.disk for r in both))
+            tell(own.reuse)
             if not finished:
                 self._cancel(own)
 

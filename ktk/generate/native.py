@@ -1,7 +1,8 @@
 """Generating for many requests at once by ktk's own decoder layers, over one pool of pages.
 
-Prompts of before stay in the pool as long as there is room: one that begins alike is not read
-again. A token's bits are the same whatever else is in the batch.
+Prompts of before stay in the pool as long as there is room, and on the disk where a store keeps
+them: one that begins alike is not read again. A token's bits are the same whatever else is in the
+batch.
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ from collections import deque
 
 import torch
 
-from ktk.generate.engine import Engine, Generation, Limits, Progress, ServerBusy, pages_within
+from ktk.generate.engine import (
+    Engine,
+    Generation,
+    Limits,
+    Progress,
+    Reuse,
+    ServerBusy,
+    pages_within,
+)
+from ktk.generate.identity import cache_info
 from ktk.generate.open import OpenModel
 from ktk.generate.schedule import Piece, Schedule, Sequence
 from ktk.integration.transformers.native_batch import NativeModel
 from ktk.kv.pool import PagePool
+from ktk.kv.prefix.kept import KeptPages
+from ktk.kv.prefix.store import PrefixStore
 
 
 class NativeEngine(Engine):
@@ -51,7 +63,15 @@ class NativeEngine(Engine):
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(30)
+        if self.kept is not None:
+            self.kept.close()
         self._native.close()
+
+    def keep(self, store: PrefixStore, opened: OpenModel, linear: str) -> bool:
+        info = cache_info(opened, self._native, linear)
+        self.kept = KeptPages(store, info, self._schedule.pool, self._wake.set)
+        self._schedule.kept = self.kept
+        return True
 
     @property
     def is_alive(self) -> bool:
@@ -144,6 +164,8 @@ class NativeEngine(Engine):
         own = sequence.owner
         sequence.tokens.append(token)
         made = len(own.sampler.tokens)
+        if made == 1:
+            own.reuse = Reuse(sequence.shared, sequence.loaded)
         is_finished = token in own.ends or made >= own.max_tokens
         if is_finished:
             self._end(sequence)

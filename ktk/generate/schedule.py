@@ -7,6 +7,9 @@ only: an answer's next token waits for the whole pass.
 
 Where pages run out, the sequence that came last gives its own back and is computed again later. Its
 bits stay: they do not depend on how rows are joined to passes.
+
+Pages on the disk that a sequence begins with come while others are computed; a pass begins with
+putting into the pool what has come.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Generic, TypeVar
 
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import NOTHING, PagePool
+from ktk.kv.prefix.kept import Fetch, KeptPages
 from ktk.ops.decoder import Pages
 
 PROMPT_SHARE = 4  # beside answers, prompts get one part in so many of a pass
@@ -29,13 +33,16 @@ Owner = TypeVar("Owner")
 @dataclass(eq=False)
 class Sequence(Generic[Owner]):
     """A prompt and its answer. tokens : of both. computed : of them, whose keys and values are in
-    the pages. shared : of them, that were there when it began.
+    the pages. shared : of them, that were there when it began; loaded : that came from the disk.
+    fetch : of those that are still to come; nothing is computed before.
     """
 
     owner: Owner
     tokens: list[int]
     computed: int = 0
     shared: int = 0
+    loaded: int = 0
+    fetch: Fetch | None = None
     pages: list[int] = field(default_factory=list)
     content: int = NOTHING  # of the last page that is full
     tables: list[Pages] = field(default_factory=list)
@@ -62,8 +69,10 @@ class Piece(Generic[Owner]):
 
 class Schedule(Generic[Owner]):
     """pool : of its pages; a sequence alone must fit into it. running : sequences at once.
-    batch_tokens : of a pass.
+    batch_tokens : of a pass. kept : where pages are that have left the pool, if anywhere.
     """
+
+    kept: KeptPages | None = None
 
     def __init__(self, pool: PagePool, running: int, batch_tokens: int) -> None:
         self.pool, self.most_running, self.batch_tokens = pool, running, batch_tokens
@@ -89,6 +98,8 @@ class Schedule(Generic[Owner]):
     def next_pass(self) -> list[Piece[Owner]]:
         """What to compute next, each sequence's pages at hand; nothing if nobody waits."""
         self._admit()
+        for sequence in list(self.running):
+            self._receive(sequence)
         shares = self._shares()
         pieces = []
         for sequence in list(self.running):  # pages go from the last to those before: not in pieces
@@ -103,9 +114,12 @@ class Schedule(Generic[Owner]):
         """A piece was computed."""
         sequence = piece.sequence
         for index in range(piece.first // PAGE, piece.end // PAGE):
-            tokens = sequence.tokens[index * PAGE : (index + 1) * PAGE]
-            sequence.content = self.pool.keep(sequence.pages[index], sequence.content, tokens)
+            self._keep(sequence, index)
         sequence.computed = piece.end
+
+    def _keep(self, sequence: Sequence[Owner], index: int) -> None:
+        tokens = sequence.tokens[index * PAGE : (index + 1) * PAGE]
+        sequence.content = self.pool.keep(sequence.pages[index], sequence.content, tokens)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.most_running:
@@ -120,12 +134,32 @@ class Schedule(Generic[Owner]):
             sequence.computed = sequence.shared = len(sequence.pages) * PAGE
             self.tokens_begun += len(sequence.tokens)
             self.tokens_shared += sequence.shared
-            sequence.tables = []
+            sequence.tables, sequence.loaded = [], 0
+            if self.kept is not None:
+                sequence.fetch = self.kept.find(sequence.tokens, len(sequence.pages))
             self.running.append(sequence)
 
+    def _receive(self, sequence: Sequence[Owner]) -> None:
+        """Put the pages into the pool that have come for a sequence."""
+        if sequence.fetch is None:
+            return
+        frames = sequence.fetch.take()
+        if frames and not self._take_pages(sequence, sequence.computed + len(frames) * PAGE):
+            return
+        for frame in frames:
+            index = sequence.computed // PAGE
+            self.pool.copy_in(sequence.pages[index], frame)
+            sequence.computed += PAGE
+            self._keep(sequence, index)
+            sequence.loaded += PAGE
+            self.tokens_shared += PAGE
+        if sequence.fetch is not None and sequence.fetch.is_done:
+            sequence.fetch = None
+
     def _shares(self) -> dict[Sequence[Owner], int]:
-        shares = {sequence: 1 for sequence in self.running if sequence.pending == 1}
-        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        ready = [sequence for sequence in self.running if sequence.fetch is None]
+        shares = {sequence: 1 for sequence in ready if sequence.pending == 1}
+        prompts = [sequence for sequence in ready if sequence.pending > 1]
         left = self.batch_tokens - len(shares)
         if shares:
             left = min(left, max(LEAST_PROMPT, self.batch_tokens // PROMPT_SHARE))
@@ -169,5 +203,10 @@ class Schedule(Generic[Owner]):
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence[Owner]) -> None:
+        if sequence.fetch is not None:
+            sequence.fetch.cancel()
+        if self.kept is not None:
+            self.kept.offer(sequence.content)
         self.pool.give_back(sequence.pages)
         sequence.pages, sequence.tables, sequence.computed = [], [], 0
+        sequence.fetch, sequence.content = None, NOTHING

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 
-from ktk.generate.engine import Engine, Generation, Limits, Progress
+from ktk.generate.engine import Engine, Generation, Limits, Progress, Reuse
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Token
 from ktk.generate.session import Session
@@ -83,10 +83,11 @@ class SequentialEngine(Engine):
             return token.id in generation.ends
 
         try:
-            self._session.generate_tokens(
+            computed = self._session.generate_tokens(
                 generation.ids, generation.sampler, generation.max_tokens, receive
             )
         except Exception as error:  # whatever it was, this request fails and the next may not
             self._session.reset()
             return Progress(len(made), True, str(error) or type(error).__name__)
+        generation.reuse = Reuse(memory=len(generation.ids) - computed)
         return Progress(len(made), True)

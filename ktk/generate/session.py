@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ktk.generate.identity import cache_info
+from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.text import Detokenizer, StopStrings, stop_tokens
 from ktk.integration.transformers.native_sequence import NativeSequence, open_sequence
 from ktk.integration.transformers.sequence import CachedSequence
 from ktk.integration.transformers.tokens import encode, encode_chat, end_tokens
+from ktk.kv.prefix.store import PrefixStore
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,22 @@ class Session:
         from a signal handler or another thread.
         """
         self.stopped = True
+
+    def keep(self, store: PrefixStore, opened: OpenModel, linear: str) -> bool:
+        """Take what a prompt begins with from a store, and let ``save`` put texts there; False if
+        the model does not run natively.
+
+        opened : the session's model. linear : of its dense layers, as in ``open_model``.
+        """
+        if not isinstance(self._sequence, NativeSequence):
+            return False
+        self._sequence.keep(store, cache_info(opened, self._sequence.native, linear))
+        return True
+
+    def save(self) -> None:
+        """Bring the text's keys and values to the store, if there is one."""
+        if isinstance(self._sequence, NativeSequence):
+            self._sequence.save()
 
     def reset(self) -> None:
         """Forget the KV cache."""

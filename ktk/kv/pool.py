@@ -9,7 +9,8 @@ text's keys cannot be taken for it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,11 +22,20 @@ NOTHING = 0  # the content before a sequence's first page
 SLAB = 16  # pages of which memory is taken at once, for all layers, when the first is
 
 
+@dataclass(frozen=True)
+class FullPage:
+    """A page as it is found: what is in it, and its own PAGE tokens."""
+
+    page: int
+    content: int
+    tokens: tuple[int, ...]
+
+
 class PagePool:
     """count pages of PAGE tokens for every layer.
 
     shapes : of each layer, ((heads, width) of keys, (heads, width) of values). dtype : of all.
-    Not for several threads at once.
+    Not for several threads at once, except ``copy_out``.
     """
 
     def __init__(self, count: int, shapes: Sequence[Shapes], dtype: np.dtype) -> None:
@@ -47,6 +57,21 @@ class PagePool:
     def free(self) -> int:
         """Pages that nobody holds."""
         return len(self._unheld)
+
+    @property
+    def num_full(self) -> int:
+        """Pages that a sequence may take as they are."""
+        return len(self._found)
+
+    @property
+    def num_kept(self) -> int:
+        """Of those, pages that nobody holds: room is made of them."""
+        return max(0, self.num_full - (self.count - self.free))
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in all layers."""
+        return sum(map(sum, self._page_bytes))
 
     def take(self) -> int | None:
         """A page for its one holder, what was in it forgotten; None if all are held."""
@@ -93,6 +118,48 @@ class PagePool:
         self._keys[self._last_content] = key
         self._found[key] = page
         return self._last_content
+
+    def pages_of(self, content: int) -> list[FullPage]:
+        """The pages up to a content, first to last; none if one of them is there no longer."""
+        found: list[FullPage] = []
+        while content != NOTHING:
+            key = self._keys.get(content)
+            if key is None:
+                return []
+            found.append(FullPage(self._found[key], content, key[1]))
+            content = key[0]
+        return found[::-1]
+
+    def copy_out(self, full: FullPage, frame: np.ndarray) -> bool:
+        """Copy a page to ``frame``; False if something else is in it, and then in the frame.
+
+        frame : uint8 (at least page_bytes,): layer by layer keys, then values, each (heads, PAGE,
+        width). In any thread: a page gets another content before anybody writes to it.
+        """
+        if self._content[full.page] != full.content:
+            return False
+        self.read(full.page, frame)
+        return self._content[full.page] == full.content
+
+    def read(self, page: int, frame: np.ndarray) -> None:
+        """``copy_out`` of a page that its holder has."""
+        for place, part in self._spans(page):
+            frame[part] = place
+
+    def copy_in(self, page: int, frame: np.ndarray) -> None:
+        """Fill a page that its one holder has taken with what ``copy_out`` gave."""
+        for place, part in self._spans(page):
+            place[:] = frame[part]
+
+    def _spans(self, page: int) -> Iterator[tuple[np.ndarray, slice]]:
+        """Of a page's keys and values in each layer: where they lie, and which part they are."""
+        memory, place = self._slabs[page // SLAB], page % SLAB
+        offset = done = 0
+        for both in self._page_bytes:
+            for size in both:
+                begin = offset + place * size
+                yield memory[begin : begin + size], slice(done, done + size)
+                offset, done = offset + SLAB * size, done + size
 
     def give_back(self, pages: Sequence[int]) -> None:
         """A sequence's pages, held once less. Its last ones are the first to be taken again."""

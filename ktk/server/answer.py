@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktk.generate.engine import Engine
+from ktk.generate.engine import Engine, Reuse
 from ktk.generate.sampling import Sampling, Token
 from ktk.generate.text import Detokenizer, StopStrings
 from ktk.integration.transformers.tokens import Spelling
@@ -60,6 +60,10 @@ class Answer:
         self._engine, self._metrics = engine, metrics
         self.ids, self._sampling, self._max_tokens, self._stop = ids, sampling, max_tokens, stop
         self.num_tokens = 0
+        self.reuse = Reuse()
+
+    def _take_reuse(self, reuse: Reuse) -> None:
+        self.reuse = reuse
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The answer as it comes.
@@ -73,7 +77,9 @@ class Answer:
         first: float | None = None
         reason = "length"
         try:
-            generated = engine.generate(self.ids, self._sampling, self._max_tokens)
+            generated = engine.generate(
+                self.ids, self._sampling, self._max_tokens, self._take_reuse
+            )
             async with aclosing(generated) as source:  # type: ignore[type-var]
                 async for tokens in source:
                     if first is None:
@@ -133,13 +139,16 @@ class Answers:
         return [group[0].ids for group in self._by_prompt]
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
+        """cached_tokens : of the prompts, that their first answers found computed."""
         prompt = sum(len(group[0].ids) for group in self._by_prompt)
+        cached = sum(group[0].reuse.tokens for group in self._by_prompt)
         made = sum(answer.num_tokens for group in self._by_prompt for answer in group)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": made,
             "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from ktk.generate.engine import Engine
 from ktk.placement.residency.report import ResidencyReport
+from ktk.server.kv_metrics import KvCollector
 
 LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -82,6 +83,7 @@ class Metrics:
         ):
             Gauge(name, what, registry=self.registry).set_function(read)
         self.registry.register(ResidencyCollector(residency))
+        KvCollector(engine, self.registry)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

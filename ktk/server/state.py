@@ -60,6 +60,8 @@ class State:
             "kv_cache_pages_free": free,
             "prefix_tokens": matched,
             "prefix_looked_up": looked_up,
+            "kv_disk": None if engine.kept is None else engine.kept.to_json(),
+            "reused_tokens": {"memory": engine.reuse.memory, "disk": engine.reuse.disk},
             "requests_running": engine.running,
             "requests_waiting": engine.waiting,
             "most_running": engine.limits.running,

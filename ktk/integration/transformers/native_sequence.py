@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
+from ktk.errors import CheckpointError
 from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.native_batch import NativeModel
 from ktk.integration.transformers.sequence import (
@@ -20,6 +22,9 @@ from ktk.integration.transformers.sequence import (
 )
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import PagePool
+from ktk.kv.prefix.config import CacheInfo
+from ktk.kv.prefix.store import PrefixStore
+from ktk.log import warn_once
 from ktk.ops.decoder import Pages
 
 LONGEST = 1 << 20  # tokens, of a model that does not say
@@ -35,13 +40,55 @@ class NativeSequence:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._native = NativeModel(model, is_invariant=False)
+        self.native = NativeModel(model, is_invariant=False)
         self.longest = longest_context(model)
         pages = (self.longest or LONGEST) // PAGE + 1
-        self._pool = PagePool(pages, self._native.shapes, self._native.dtype)
+        self._pool = PagePool(pages, self.native.shapes, self.native.dtype)
         self.cached: list[int] = []
         self._pages: list[int] = []
         self._tables: list[Pages] = []
+        self._store: PrefixStore | None = None
+        self._info: CacheInfo | None = None
+
+    def keep(self, store: PrefixStore, info: CacheInfo) -> None:
+        """Take pages that a prompt begins with from a store, and let ``save`` put them there.
+
+        info : of the model as it runs here, in pages of PAGE tokens.
+        """
+        self._store, self._info = store, info
+
+    def save(self) -> None:
+        """Bring the full pages of the sequence to the store, if there is one.
+
+        What keeps them from it is one warning.
+        """
+        if self._store is None or self._info is None:
+            return
+
+        def fill(index: int, frame: np.ndarray) -> bool:
+            self._pool.read(self._pages[index], frame)
+            return True
+
+        try:
+            self._store.insert_pages(self._info, self._whole(self.cached, 0), fill)
+        except (OSError, CheckpointError) as error:
+            warn_once("kv-save", "KV pages are not saved: %s", error)
+
+    def _load(self, ids: list[int]) -> None:
+        """Take pages from the store behind those cached. At least one token is left."""
+        known, wanted = len(self.cached) // PAGE, self._whole(ids, 1)
+        if self._store is None or self._info is None or len(wanted) <= known * PAGE:
+            return
+        for index, frame in enumerate(self._store.read_pages(self._info, wanted, known), known):
+            self._make_room((index + 1) * PAGE)
+            self._pool.copy_in(self._pages[index], frame)
+            if len(self.cached) < (index + 1) * PAGE:
+                self.cached = ids[: (index + 1) * PAGE]
+
+    @staticmethod
+    def _whole(tokens: list[int], left: int) -> np.ndarray:
+        """Those of whole pages, so that ``left`` remain at least."""
+        return np.array(tokens[: max(0, len(tokens) - left) // PAGE * PAGE], np.int64)
 
     def reset(self) -> None:
         """Forget the keys and values."""
@@ -58,6 +105,7 @@ class NativeSequence:
     ) -> int:
         """As ``CachedSequence.generate``."""
         del self.cached[common_length(self.cached, ids[:-1]) :]
+        self._load(ids)
         prefilled = len(ids) - len(self.cached)
         tokens = list(ids)
         while len(tokens) < len(ids) + max_tokens and not is_stopped():
@@ -75,7 +123,7 @@ class NativeSequence:
         self._make_room(end)
         places = list(range(first, end))
         of_rows = [0] * len(tokens)
-        logits, _ = self._native.forward(tokens, of_rows, places, [self._tables], [len(tokens) - 1])
+        logits, _ = self.native.forward(tokens, of_rows, places, [self._tables], [len(tokens) - 1])
         self.cached += tokens
         return logits[0]
 

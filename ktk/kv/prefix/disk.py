@@ -23,7 +23,7 @@ from ktk.kv.prefix.elements import ElementFile, FreeElements, Runs
 from ktk.kv.prefix.hashing import checksum
 from ktk.kv.prefix.metadata import Metadata, Row, row_digest
 from ktk.kv.prefix.tree import Page, PrefixTree, use_after
-from ktk.log import logger
+from ktk.log import logger, warn_once
 
 PAGES, DATABASE = "pages.kvc", "pages.sqlite"
 BATCH = 32  # pages between two syncs: a crash loses those that no sync has followed
@@ -138,13 +138,19 @@ class DiskTier:
         assert page.place is not None
         try:
             self._elements.read(page.place, frame)
+            reason = "its checksum is another"
         except CheckpointError as error:
-            logger.warning("%s: a page is forgotten: %s", self.directory, error)
-            return False
-        if checksum(frame) != page.checksum:
-            logger.warning("%s: a page is forgotten: its checksum is another", self.directory)
-            return False
-        return True
+            reason = str(error)
+        else:
+            if checksum(frame) == page.checksum:
+                return True
+        warn_once(
+            f"kv-page {self.directory}",
+            "%s: a page is forgotten, and others as it: %s",
+            self.directory,
+            reason,
+        )
+        return False
 
     def write(self, pages: Sequence[tuple[Page, np.ndarray]]) -> Iterator[list[Placed]]:
         """Write pages and their frames, parents first, as far as there is room; yields those that

@@ -6,7 +6,8 @@ import errno
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,12 +18,27 @@ from ktk import fork
 from ktk.kv.prefix.blocks import LayerData, checked
 from ktk.kv.prefix.config import TOKEN_BYTES, CacheInfo, StoreConfig
 from ktk.kv.prefix.device import DevicePages
+from ktk.kv.prefix.disk import BATCH
 from ktk.kv.prefix.flush import Flusher
 from ktk.kv.prefix.handle import Handle
 from ktk.kv.prefix.tiers import Tiers
 from ktk.kv.prefix.tree import Page, token_bytes
 
+INSERT_BYTES = 64 << 20  # of frames that one insertion fills before they are written
+
 _open: weakref.WeakSet[Tiers] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """pages : known, in all; own_pages : of one CacheInfo. elements : of pages on the disk, and
+    disk_bytes : of their file.
+    """
+
+    pages: int
+    own_pages: int
+    elements: int
+    disk_bytes: int
 
 
 class PrefixStore:
@@ -118,36 +134,104 @@ class PrefixStore:
         text are on the disk, to stay. Raises ValueError; OSError if the disk or disk_limit has no
         room.
         """
-        tiers, tokens, start = self._tiers, token_bytes(ids), time.perf_counter()
-        if not self.config.writes:
-            raise ValueError("raw_insert needs a path and save_to_disk")
-        with tiers.saving:
-            self.save()
-            with tiers.lock:
-                tree = tiers.tree(info)
-                matched = tiers.match(tree, tokens, on_disk=True)
-                drafts = tree.drafts(matched, tokens)
-            try:
-                blocks = checked(tree.layout, k_cache, v_cache, len(matched) + len(drafts))
-                items = []
-                for page, own in zip(drafts, blocks[len(matched) :], strict=True):
-                    frame = tree.layout.new_frame()
-                    for parts, views in zip(tree.layout.parts(frame), own, strict=True):
-                        for part, view in zip(parts, views, strict=True):
-                            part.reshape(-1)[:] = view
-                    items.append((page, frame))
-                written = tiers.write(items)
-            finally:
-                with tiers.lock:
-                    tiers.unpin(matched)
-        self._observe("raw_insert_time_ms", start)
-        if written < len(drafts):
+        tokens = token_bytes(ids)
+        page_tokens = self.config.num_token_per_page
+        whole = len(tokens) // (page_tokens * TOKEN_BYTES)
+        with self._tiers.lock:
+            layout = self._tiers.tree(info).layout
+        blocks = checked(layout, k_cache, v_cache, whole)
+
+        def fill(index: int, frame: np.ndarray) -> bool:
+            for parts, views in zip(layout.parts(frame), blocks[index], strict=True):
+                for part, view in zip(parts, views, strict=True):
+                    part.reshape(-1)[:] = view
+            return True
+
+        inserted = self.insert_pages(info, ids, fill)
+        if inserted < whole * page_tokens:
             raise OSError(
                 errno.ENOSPC,
-                f"{self.config.path}: {len(drafts) - written} of {len(drafts)} new pages do not "
+                f"{self.config.path}: {whole - inserted // page_tokens} of {whole} pages do not "
                 f"fit into disk_limit={self.config.disk_limit}: give more",
             )
-        return (len(matched) + written) * tree.layout.page_tokens
+        return inserted
+
+    def insert_pages(
+        self, info: CacheInfo, ids: Any, fill: Callable[[int, np.ndarray], bool]
+    ) -> int:
+        """``raw_insert`` of pages that are made when they are written, some at a time.
+
+        fill : (index of a page, its frame, uint8 (frame_bytes,)) -> whether it could be filled; a
+        page that could not, and those behind it, are left out. Returns how many tokens of the text
+        are on the disk, to stay: fewer where disk_limit has no room. Raises ValueError,
+        CheckpointError; OSError if the disk has no room.
+        """
+        tiers, tokens, start = self._tiers, token_bytes(ids), time.perf_counter()
+        tiers.check()
+        if not self.config.writes:
+            raise ValueError("writing to the disk needs a path and save_to_disk")
+        with tiers.lock:
+            tree = tiers.tree(info)
+        at_once = max(1, min(BATCH, INSERT_BYTES // tree.layout.frame_bytes))
+        with tiers.saving:
+            self.save()
+            while True:
+                with tiers.lock:
+                    matched = tiers.match(tree, tokens, on_disk=True)
+                    drafts = tree.drafts(matched, tokens)[:at_once]
+                try:
+                    items = list[tuple[Page, np.ndarray]]()
+                    for index, draft in enumerate(drafts, len(matched)):
+                        frame = tree.layout.new_frame()
+                        if not fill(index, frame):
+                            break
+                        items.append((draft, frame))
+                    written = tiers.write(items) if items else 0
+                finally:
+                    with tiers.lock:
+                        tiers.unpin(matched)
+                if written < at_once:
+                    self._observe("raw_insert_time_ms", start)
+                    return (len(matched) + written) * tree.layout.page_tokens
+
+    def usage(self, info: CacheInfo) -> Usage:
+        """What the store holds now."""
+        tiers = self._tiers
+        with tiers.lock:
+            pages = {key: len(tree) for key, tree in tiers.trees.items()}
+        used = 0 if tiers.disk is None else tiers.disk.used_bytes
+        elements = max(0, used // self.config.element_bytes - 1)  # without the file's head
+        return Usage(sum(pages.values()), pages.get(info, 0), elements, used)
+
+    def stored_length(self, info: CacheInfo, ids: Any) -> int:
+        """Tokens of whole pages that a text begins with and that are stored. Reads nothing."""
+        tiers, tokens = self._tiers, token_bytes(ids)
+        tiers.check()
+        page_tokens = self.config.num_token_per_page
+        with tiers.lock:
+            matched = len(tiers.tree(info).match(tokens)) * page_tokens
+        self._observe_match(matched, len(tokens) // TOKEN_BYTES)
+        return matched
+
+    def read_pages(
+        self, info: CacheInfo, ids: Any, first: int = 0
+    ) -> Generator[np.ndarray, None, None]:
+        """Frames of a text's stored pages from page ``first`` on, some read ahead, in order.
+
+        Each is uint8 (frame_bytes,), to be read only, and until the next is asked for. Past memory,
+        except what lies there. Ends before a page that is not as it was written, which is
+        forgotten.
+        """
+        tiers, tokens, start = self._tiers, token_bytes(ids), time.perf_counter()
+        tiers.check()
+        with tiers.lock:
+            pages = tiers.match(tiers.tree(info), tokens)
+        try:
+            yield from tiers.read_ahead(pages[first:])
+        finally:
+            with tiers.lock:
+                tiers.unpin(pages)
+            self._observe("lookup_time_ms", start)
 
     def raw_read(
         self, info: CacheInfo, ids: Any, k_cache: LayerData, v_cache: LayerData = ()
@@ -198,9 +282,7 @@ class PrefixStore:
             handle = tiers.acquire(info, tokens, count)
         if handle is not None:
             self._observe("lookup_time_ms", start)
-            matched, whole = handle.matched_length(), length // page_tokens * page_tokens
-            tiers.observe("lookup_prefixmatch_length", matched)
-            tiers.observe("matched_length_percentage", 100 * matched / whole if whole else 0)
+            self._observe_match(handle.matched_length(), length)
         return handle
 
     def lookup_to_device(
@@ -291,6 +373,12 @@ class PrefixStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _observe_match(self, matched: int, length: int) -> None:
+        page_tokens = self.config.num_token_per_page
+        whole = length // page_tokens * page_tokens
+        self._tiers.observe("lookup_prefixmatch_length", matched)
+        self._tiers.observe("matched_length_percentage", 100 * matched / whole if whole else 0)
 
     def _observe(self, name: str, start: float) -> None:
         self._tiers.observe(name, 1000 * (time.perf_counter() - start))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 
 import numpy as np
 
@@ -213,10 +214,39 @@ class Tiers(HandleStore):
             for page, frame in zip(pages, frames, strict=True):
                 load(page, frame)
             return
+        list(self._reading().map(load, pages, frames))
+
+    def read_ahead(self, pages: Sequence[Page]) -> Iterator[np.ndarray]:
+        """Frames of pinned pages in order, ``READERS`` of them read at a time; ends before a page
+        that is not as it was written, which is doomed.
+        """
+
+        def read(page: Page) -> np.ndarray | None:
+            if page.data is not None:
+                return page.data
+            frame = page.tree.layout.new_frame()
+            return frame if self.disk is not None and self.disk.read(page, frame) else None
+
+        readers, left = self._reading(), iter(pages)
+        ahead = deque((page, readers.submit(read, page)) for page in islice(left, READERS))
+        try:
+            while ahead:
+                frame = ahead[0][1].result()
+                if frame is None:
+                    with self.lock:
+                        self.doom(ahead[0][0])
+                    return
+                ahead.popleft()
+                ahead.extend((page, readers.submit(read, page)) for page in islice(left, 1))
+                yield frame
+        finally:
+            wait([future for _, future in ahead])
+
+    def _reading(self) -> ThreadPoolExecutor:
         with self.lock:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(READERS, "ktk-kv-read")
-        list(self._readers.map(load, pages, frames))
+            return self._readers
 
     def append(self, holding: Holding, tokens: bytes) -> int:
         self.check()

@@ -164,7 +164,7 @@ def test_the_disk_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
         found = [kv.read(store, INFO, ids) // PAGE for ids in texts]
         assert found == [3, 1, 3, 2]
         assert (tmp_path / PAGES).stat().st_size == limit
-        with pytest.raises(OSError, match="3 of 12 new pages do not fit") as error:
+        with pytest.raises(OSError, match="3 of 12 pages do not fit") as error:
             kv.insert(store, INFO, kv.tokens(RNG, 12))
         assert error.value.errno == errno.ENOSPC
         assert kv.is_consistent(store)
@@ -205,7 +205,7 @@ def test_pages_of_live_handles_stay_on_the_disk(tmp_path: Path) -> None:
         kv.insert(store, INFO, ids)
         with store.lookup(INFO, ids) or kv.pytest_fails():
             kv.insert(store, INFO, other)
-            with pytest.raises(OSError, match="1 of 3 new pages do not fit"):
+            with pytest.raises(OSError, match="1 of 3 pages do not fit"):
                 kv.insert(store, INFO, kv.tokens(RNG, 3))
             assert kv.read(store, INFO, ids) == 2 * PAGE and kv.read(store, INFO, other) == 0
 
