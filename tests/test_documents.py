@@ -205,7 +205,8 @@ def test_every_metric_has_its_row() -> None:
     from ktk.server.metrics import Metrics
 
     pool = SimpleNamespace(count=8, num_full=4, num_kept=2)
-    store = SimpleNamespace(usage=lambda _: Usage(2, 1, 2, 12288), tiers=SimpleNamespace())
+    usage = Usage(2, 1, 2, 12288, None, None)
+    store = SimpleNamespace(usage=lambda _: usage, tiers=SimpleNamespace())
     kept = SimpleNamespace(store=store, info=None, pool=pool, saved=Saved())
     engine = SimpleNamespace(
         running=0, waiting=0, tokens_per_second=0.0, cache_pages=(0, 0), reuse=Reuse(), kept=kept

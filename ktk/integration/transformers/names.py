@@ -192,7 +192,7 @@ def before_head(model: Any, take: Callable[[torch.Tensor], Any]) -> Any:
     gets, until the handle's ``remove``.
     """
     head = model.get_output_embeddings()
-    return head.register_forward_pre_hook(lambda _head, given: take(given[0]))
+    return head.register_forward_pre_hook(lambda _, given: take(given[0]))
 
 
 def mark_initialised(owner: Any) -> None:

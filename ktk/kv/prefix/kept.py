@@ -116,7 +116,7 @@ class KeptPages:
     def line(self) -> str:
         """``1,024 tokens of this model, 0.3 GB in all of 21.5 GB``: as people read it."""
         usage = self.store.usage(self.info)
-        limit = self.store.config.disk_limit
+        limit = usage.limit_bytes
         of = "" if limit is None else f" of {limit / 1e9:.1f} GB"
         return (
             f"{usage.own_pages * PAGE:,} tokens of this model, "
@@ -127,8 +127,8 @@ class KeptPages:
         """The same, and what this process saved."""
         usage = self.store.usage(self.info)
         return {
-            "path": str(self.store.config.path),
-            "limit_bytes": self.store.config.disk_limit,
+            "path": usage.path,
+            "limit_bytes": usage.limit_bytes,
             "bytes": usage.disk_bytes,
             "pages": usage.pages,
             "pages_of_model": usage.own_pages,

@@ -32,13 +32,15 @@ _open: weakref.WeakSet[Tiers] = weakref.WeakSet()
 @dataclass(frozen=True)
 class Usage:
     """pages : known, in all; own_pages : of one CacheInfo. elements : of pages on the disk, and
-    disk_bytes : of their file.
+    disk_bytes : of their file, at most limit_bytes. path : of the store's directory.
     """
 
     pages: int
     own_pages: int
     elements: int
     disk_bytes: int
+    limit_bytes: int | None
+    path: str | None
 
 
 class PrefixStore:
@@ -201,7 +203,9 @@ class PrefixStore:
             pages = {key: len(tree) for key, tree in tiers.trees.items()}
         used = 0 if tiers.disk is None else tiers.disk.used_bytes
         elements = max(0, used // self.config.element_bytes - 1)  # without the file's head
-        return Usage(sum(pages.values()), pages.get(info, 0), elements, used)
+        limit = self.config.disk_limit
+        path = None if self.config.path is None else str(self.config.path)
+        return Usage(sum(pages.values()), pages.get(info, 0), elements, used, limit, path)
 
     def stored_length(self, info: CacheInfo, ids: Any) -> int:
         """Tokens of whole pages that a text begins with and that are stored. Reads nothing."""
