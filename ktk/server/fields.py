@@ -122,7 +122,7 @@ FIELDS: dict[str, Known] = {
     # Tools.
     **_known(([],), "tools functions", _TOOLS),
     **_known(("none", "auto"), "tool_choice function_call", _TOOLS),
-    **_known(None, "parallel_tool_calls"),
+    **_known((True, False), "parallel_tool_calls"),
     **_known(("",), "tool_prompt guideline", _TOOLS),
     # The chat template.
     **_known(

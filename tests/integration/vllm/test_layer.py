@@ -21,6 +21,7 @@ from ktk.experts.activation import Activation
 from ktk.experts.rotation import Rotation
 from ktk.integration.vllm.layer import activation_of, read_expert, refusal
 from ktk.integration.vllm.options import Options
+from ktk.machine import threads as engine
 from ktk.ops.moe import MoE
 
 E, H, INTER = 3, 64, 32
@@ -229,7 +230,9 @@ def routed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @needs_stand_ins
 def test_a_layer_is_packed_let_go_and_run(stand_ins: SimpleNamespace) -> None:
-    stand_ins.config.additional_config = {"ktk": {"weight_format": "int4", "num_threads": 1}}
+    threads = engine.acquire(engine.Holder(), None).num_threads  # those of layers before, if any
+    asked = {"weight_format": "int4", "num_threads": threads}
+    stand_ins.config.additional_config = {"ktk": asked}
     layer = make_layer()
     w13, w2 = layer.w13_weight.clone(), layer.w2_weight.clone()
     method = stand_ins.quantization().get_quant_method(layer, layer.layer_name)
@@ -241,7 +244,7 @@ def test_a_layer_is_packed_let_go_and_run(stand_ins: SimpleNamespace) -> None:
     method.process_weights_after_loading(layer)  # as vLLM does for all layers at the end
 
     hidden, weights, ids = routed()
-    own = MoE.from_weights(w13[:, :INTER], w13[:, INTER:], w2, weight_format="int4", num_threads=1)
+    own = MoE.from_weights(w13[:, :INTER], w13[:, INTER:], w2, weight_format="int4")
     torch.testing.assert_close(
         run(stand_ins, method, layer), own(hidden, ids, weights), rtol=0, atol=0
     )
@@ -256,10 +259,9 @@ def test_packed_layers_are_read_and_must_fit(stand_ins: SimpleNamespace, tmp_pat
         layer.w2_weight,
         activation=Activation.gelu_tanh(),
         weight_format="int8",
-        num_threads=1,
     )
     write_layer(tmp_path, own.spec, 1, own.packed.data)
-    stand_ins.config.additional_config = {}
+    stand_ins.config.additional_config = {"ktk": {"num_threads": own.num_threads}}
     quantization = stand_ins.quantization.from_config({"layout_version": 1})
     quantization.maybe_update_config(str(tmp_path), hf_config=None)
     method = quantization.get_quant_method(layer, layer.layer_name)
