@@ -110,7 +110,7 @@ cdef extern from "ktk.h" nogil:
     ktk_pool *ktk_pool_new(int num_threads, int num_parts, const void *cores, int may_borrow)
     void ktk_pool_free(ktk_pool *pool)
     void ktk_pool_borrow(void *gomp_parallel)
-    void ktk_pool_own_threads_only()
+    int ktk_pool_own_threads_only(int is_only)
     unsigned ktk_float_mode_enter()
     void ktk_float_mode_leave(unsigned callers)
     int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,

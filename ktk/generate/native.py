@@ -28,6 +28,7 @@ from ktk.integration.transformers.native_batch import NativeModel
 from ktk.kv.pool import PagePool
 from ktk.kv.prefix.kept import KeptPages
 from ktk.kv.prefix.store import PrefixStore
+from ktk.machine import openmp
 
 
 class NativeEngine(Engine):
@@ -108,6 +109,7 @@ class NativeEngine(Engine):
 
     # From here on in the generation thread.
 
+    @openmp.own_threads()
     def _run(self) -> None:
         while not self._is_stopping:
             self._wake.clear()

@@ -7,12 +7,35 @@ the same cores would get part of each core; run on torch's threads, its calls st
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from ktk._cy import native_module
+
 is_pending = True  # until torch was imported and looked at
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[None]:
+    """The calling thread's passes through a model of which all that takes long is ktk's: ktk runs
+    on its own threads and torch, for the little between, on this one.
+
+    torch's threads wait for each other at every region's end. Where one does not run, because
+    another process has its core, all wait for it; ktk's caller does the tasks of a thread that has
+    not come. And threads that spin after a region take a core from those that work.
+    """
+    native, torch = native_module(), sys.modules["torch"]
+    before, count = native.own_threads_only(True), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+        native.own_threads_only(before)
 
 
 def borrow(native: Any) -> None:

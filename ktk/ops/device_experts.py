@@ -204,6 +204,8 @@ def why_not(device: torch.device) -> str | None:
 
 def accelerator() -> torch.device | None:
     """The device that torch finds beside the CPU."""
+    if not torch.accelerator.is_available():  # torch 2.6 raises where there is none
+        return None
     found = torch.accelerator.current_accelerator()
     return found if found is not None and why_not(found) is None else None
 

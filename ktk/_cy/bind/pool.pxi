@@ -53,9 +53,11 @@ def borrow_threads(address):
     ktk_pool_borrow(<void *>at)
 
 
-def own_threads_only():
-    """What the calling Python thread runs uses ktk's own threads, whatever is borrowed."""
-    ktk_pool_own_threads_only()
+def own_threads_only(bint is_only=True):
+    """What the calling Python thread runs uses ktk's own threads, whatever is borrowed.
+    Returns what held before.
+    """
+    return bool(ktk_pool_own_threads_only(is_only))
 
 
 _pools = weakref.WeakValueDictionary()

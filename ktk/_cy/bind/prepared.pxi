@@ -25,7 +25,7 @@ cdef struct _Pass:
 
 cdef void _run_pass(void *data) noexcept nogil:
     cdef _Pass *p = <_Pass *>data
-    ktk_pool_own_threads_only()
+    ktk_pool_own_threads_only(1)
     cdef int status = ktk_moe_forward(p.layer, p.kernels, p.pool, p.num_tokens, p.top_k, p.dtype,
                                       p.hidden, p.ids, p.weights, p.skip, p.add, p.out)
     if status:  # NaN, until Python hears of it

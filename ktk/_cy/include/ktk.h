@@ -78,7 +78,7 @@ void ktk_float_mode_leave(unsigned callers);
  * NULL: no more) ... */
 void ktk_pool_borrow(void *gomp_parallel);
 /* ... but not those that the calling thread starts. */
-void ktk_pool_own_threads_only(void);
+int ktk_pool_own_threads_only(int is_only);
 
 /* Fill in what callers need to know of a matrix's kernel: format to panel_bytes are set. */
 void ktk_use_kernels(ktk_matrix *m, const ktk_kernels *kernels);

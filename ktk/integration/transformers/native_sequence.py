@@ -25,6 +25,7 @@ from ktk.kv.pool import PagePool
 from ktk.kv.prefix.config import CacheInfo
 from ktk.kv.prefix.store import PrefixStore
 from ktk.log import warn_once
+from ktk.machine import openmp
 from ktk.ops.decoder import Pages
 
 LONGEST = 1 << 20  # tokens, of a model that does not say
@@ -97,6 +98,7 @@ class NativeSequence:
         self._pool.give_back(self._pages)
         self._pages, self._tables, self.cached = [], [], []
 
+    @openmp.own_threads()
     def generate(
         self,
         ids: list[int],
