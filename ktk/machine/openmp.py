@@ -29,7 +29,7 @@ def own_threads() -> Iterator[None]:
     not come. And threads that spin after a region take a core from those that work.
     """
     native, torch = native_module(), sys.modules["torch"]
-    before, count = native.own_threads_only(True), torch.get_num_threads()
+    before, count = native.own_threads_only(2), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield

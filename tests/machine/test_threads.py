@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -49,6 +51,31 @@ def test_torchs_threads_give_the_same_bits_as_own_ones(native: Any, num_threads:
     for _ in range(20):
         torch.ones(256, 256) @ torch.ones(256, 256)
         assert_exact(own, run(runner, inputs))
+
+
+def test_own_threads_borrow_none_and_leave_all_as_it_was(native: Any) -> None:
+    runner, inputs = case(2)
+    want, borrowed = run(runner, inputs), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def parallel(body: int, context: int, num_threads: int, _: int) -> None:
+        borrowed.append(num_threads)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)(context)
+
+    native.borrow_threads(ctypes.cast(parallel, ctypes.c_void_p).value)
+    assert_exact(want, run(runner, inputs))
+    assert borrowed and set(borrowed) == {2}
+    borrowed.clear()
+    with contextlib.suppress(KeyError), _openmp.own_threads():
+        assert torch.get_num_threads() == 1
+        assert_exact(want, run(runner, inputs))
+        with _openmp.own_threads():
+            assert_exact(want, run(runner, inputs))
+        assert_exact(want, run(runner, inputs))
+        raise KeyError
+    assert not borrowed and torch.get_num_threads() == 2
+    run(runner, inputs)
+    assert borrowed
 
 
 def test_a_child_of_a_process_that_borrowed_runs_on_its_own(native: Any) -> None:

@@ -53,11 +53,12 @@ def borrow_threads(address):
     ktk_pool_borrow(<void *>at)
 
 
-def own_threads_only(bint is_only=True):
+def own_threads_only(int is_only=1):
     """What the calling Python thread runs uses ktk's own threads, whatever is borrowed.
-    Returns what held before.
+
+    is_only : 0 no, 1 yes, 2 and the threads wait awake for the next call. Returns what held before.
     """
-    return bool(ktk_pool_own_threads_only(is_only))
+    return ktk_pool_own_threads_only(is_only)
 
 
 _pools = weakref.WeakValueDictionary()

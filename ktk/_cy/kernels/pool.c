@@ -15,9 +15,9 @@
 #include "ktk.h"
 
 static const uint64_t OPEN = UINT64_C(1) << 31, COUNT = (UINT64_C(1) << 31) - 1;
-/* Pauses before a worker sleeps, about 0.5 ms on Zen 3 and 4: what a model computes in Python from
- * one token to the next. */
-enum { SPINS = 30000 };
+/* Pauses before a worker sleeps, about 40 us on Zen 4; and 0.5 ms where the next call is near: a
+ * model computes a little in Python from one to the other. */
+enum { SPINS = 2000, SPINS_IN_PASS = 30000 };
 
 typedef struct {
     ktk_pool *pool;
@@ -35,7 +35,7 @@ struct ktk_pool {
     _Alignas(64) ktk_task_fn *fn;
     void *context;
     int num_lists;
-    _Atomic int sleepers, stop, arrivals;
+    _Atomic int sleepers, stop, arrivals, spins;
     pthread_mutex_t sleep_lock, operator_lock;
     pthread_cond_t wake;
     int num_threads, num_parts, may_borrow;
@@ -134,7 +134,7 @@ static void *work(void *argument) {
             run_tasks(pool, self->index);
             atomic_fetch_sub(&pool->ticket, 1);
             spins = 0;
-        } else if (++spins < SPINS) {
+        } else if (++spins < atomic_load_explicit(&pool->spins, memory_order_relaxed)) {
             KTK_PAUSE();
         } else {
             pthread_mutex_lock(&pool->sleep_lock);
@@ -228,6 +228,8 @@ void ktk_pool_run(ktk_pool *pool, ktk_task_fn *fn, void *context, const int64_t 
     pool->fn = fn;
     pool->context = context;
     pool->num_lists = num_lists;
+    atomic_store_explicit(&pool->spins, is_own_only == 2 ? SPINS_IN_PASS : SPINS,
+                          memory_order_relaxed);
     for (int i = 0; i < num_lists; i++) {
         pool->lists[i].end = begin[i + 1];
         atomic_store_explicit(&pool->lists[i].next, begin[i], memory_order_relaxed);
