@@ -115,6 +115,41 @@ class Activation:
             h * (_clipped(up, self.up_min, self.up_max) + up.dtype.type(self.up_offset))
         )
 
+    def gradient(
+        self, gate: np.ndarray | None, up: np.ndarray, d_h: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Gradients of gate (None without one) and up, given that of ``apply``'s result; all
+        float32, or all float64, (...).
+
+        A clamped value gets zero; one on its bound gets the gradient, as torch.clamp's.
+        """
+        x, one = up if gate is None else gate, up.dtype.type(1)
+        with np.errstate(all="ignore"):
+            if self.kind == "sigmoid_glu":
+                if gate is not None:
+                    x = _clipped(gate, self.gate_min, self.gate_max)
+                alpha = up.dtype.type(self.alpha)
+                sigmoid = one / (one + np.exp(-alpha * x))
+                h, slope = x * sigmoid, sigmoid * (one + alpha * x * (one - sigmoid))
+            elif self.kind == "gelu_tanh":
+                half, root = up.dtype.type(0.5), up.dtype.type(math.sqrt(2.0 / math.pi))
+                cubic = up.dtype.type(0.044715)
+                tanh = np.tanh(root * (x + cubic * x * x * x))
+                inner = root * (one + 3 * cubic * x * x)  # the slope of tanh's argument
+                h, slope = half * x * (one + tanh), half * (one + tanh)
+                slope += half * x * (one - tanh * tanh) * inner
+            else:
+                positive = np.maximum(x, up.dtype.type(0))
+                h, slope = positive * positive, 2 * positive
+            if gate is None:
+                return None, d_h * slope
+            if self.kind == "sigmoid_glu":
+                slope = np.where(_is_inside(gate, self.gate_min, self.gate_max), slope, 0)
+            offset = up.dtype.type(self.up_offset)
+            d_gate = d_h * (_clipped(up, self.up_min, self.up_max) + offset) * slope
+            d_up = np.where(_is_inside(up, self.up_min, self.up_max), d_h * h, 0)
+            return d_gate.astype(up.dtype, copy=False), d_up.astype(up.dtype, copy=False)
+
     def to_json(self) -> dict[str, Any]:
         """JSON-able dict; infinities become None (JSON has none)."""
         fields = dataclasses.asdict(self)
@@ -133,3 +168,8 @@ class Activation:
 
 def _clipped(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip(x, x.dtype.type(low), x.dtype.type(high))
+
+
+def _is_inside(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Also where x is NaN, which then stays visible."""
+    return ~((x < x.dtype.type(low)) | (x > x.dtype.type(high)))
