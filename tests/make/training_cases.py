@@ -54,16 +54,16 @@ def random_call(
     return hidden, ids, weights, random_hidden(tokens, spec.hidden_size, seed + 2)
 
 
-def assert_near(want: np.ndarray, got: np.ndarray, bound: float) -> None:
-    """The difference's norm is at most ``bound`` of want's, the largest difference at most 4
-    ``bound`` of the largest.
+def assert_near(want: np.ndarray, got: np.ndarray, bound: float, size: float = 0.0) -> None:
+    """The difference's norm is at most ``bound`` of want's, or of ``size`` if that is more: what
+    want's terms come to where they cancel. No element is off by more than 4 times its share.
     """
     if want.shape != got.shape:
         raise AssertionError(f"shape {got.shape}, not {want.shape}")
     error = got.astype(np.float64) - want
-    if not np.linalg.norm(error) <= bound * np.linalg.norm(want):
-        raise AssertionError(
-            f"off by {np.linalg.norm(error) / np.linalg.norm(want):.3g} of {bound}"
-        )
-    if not np.abs(error).max(initial=0) <= 4 * bound * np.abs(want).max(initial=0):
+    norm = max(float(np.linalg.norm(want)), size)
+    if not np.linalg.norm(error) <= bound * norm:
+        raise AssertionError(f"off by {np.linalg.norm(error) / norm:.3g} of {bound}")
+    largest = max(np.abs(want).max(initial=0), size)
+    if not np.abs(error).max(initial=0) <= 4 * bound * largest:
         raise AssertionError("one element is off by more than the rest")
