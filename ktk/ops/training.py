@@ -28,6 +28,7 @@ from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.ops.dropout import dropout_factors
 from ktk.ops.inputs import as_hidden, as_routing, new_like
 from ktk.ops.moe import MoE
+from ktk.ops.streamed import AnyMoE
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Gradients(NamedTuple):
 
 
 def forward(
-    moe: MoE,
+    moe: AnyMoE,
     hidden_states: Any,
     topk_ids: Any,
     topk_weights: Any,
@@ -78,11 +79,7 @@ def forward(
     Raises TypeError / ValueError naming the argument that does not fit, BackendError for experts
     that come and go (``StreamedMoE``).
     """
-    if not isinstance(moe, MoE):
-        raise BackendError(
-            f"{type(moe).__name__}: experts that come and go cannot be trained through; load the "
-            "model without a limit of expert memory"
-        )
+    moe = _present(moe)
     hidden = as_hidden(hidden_states, moe.spec.hidden_size)
     ids, weights = as_routing(topk_ids, topk_weights, len(hidden))
     if lora is not None:
@@ -107,15 +104,17 @@ def forward(
 
 
 def backward(
-    moe: MoE, saved: Saved, grad: Any, *, blocks: StoredExperts | None = None
+    moe: AnyMoE, saved: Saved, grad: Any, *, blocks: StoredExperts | None = None
 ) -> Gradients:
     """Gradients, given that of ``forward``'s output.
 
     grad : (num_tokens, hidden_size), float32, float16 or bfloat16.
     blocks : the experts in the order of their GGUF file, where the operator repacked them; None:
         as the operator has them.
-    Raises TypeError / ValueError naming the argument that does not fit.
+    Raises TypeError / ValueError naming the argument that does not fit, BackendError for experts
+    that come and go.
     """
+    moe = _present(moe)
     g = as_hidden(grad, moe.spec.hidden_size)
     if g.shape != saved.hidden.shape:
         raise ValueError(
@@ -144,6 +143,15 @@ def backward(
     for slot in range(top_k):
         d_hidden += d_pairs.reshape(*saved.topk_ids.shape, g.shape[1])[:, slot]
     return Gradients(d_hidden, d_weights, d_lora)
+
+
+def _present(moe: AnyMoE) -> MoE:
+    if isinstance(moe, MoE):
+        return moe
+    raise BackendError(
+        f"{type(moe).__name__}: experts that come and go cannot be trained through; load the model "
+        "without a limit of expert memory"
+    )
 
 
 class _Group(NamedTuple):

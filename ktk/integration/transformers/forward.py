@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ktk.integration.transformers.activations import join_gate_up
+from ktk.integration.transformers.adapters import LoraTensors, combined, hung_tensors
 from ktk.integration.transformers.experts import (
     ExpertsHandle,
     handle_of,
     has_post_norm,
     listener_of,
 )
-from ktk.integration.transformers.gradients import ExpertsFunction
+from ktk.integration.transformers.gradients import run_trained
 from ktk.integration.transformers.packing import pack_module, source_key
 
 # Rows per step of the paths that keep one float32 row per (token, slot): bounds their memory.
@@ -21,14 +23,18 @@ _SLOT_TOKENS = 256
 
 
 def ktk_experts_forward(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    adapters: Sequence[LoraTensors] = (),
 ) -> torch.Tensor:
     """What transformers calls instead of the module's forward.
 
     hidden_states : (num_tokens, hidden_size), on any device. top_k_index, top_k_weights :
-    (num_tokens, top_k).
+    (num_tokens, top_k). adapters : of a module around this one, beside those that hang on it.
     Returns (num_tokens, hidden_size) in hidden_states' dtype and device. Gradients reach
-    hidden_states, top_k_weights and a norm behind the experts; see ``gradients``.
+    hidden_states, top_k_weights, adapters and a norm behind the experts; see ``gradients``.
     """
     handle = handle_of(module)
     if handle is None or (handle.sources is not None and handle.sources != source_key(module)):
@@ -36,20 +42,59 @@ def ktk_experts_forward(
     listener = listener_of(module)
     if listener is not None:
         listener(top_k_index, top_k_weights)
-    if torch.is_grad_enabled():
-        inputs = (hidden_states, top_k_weights, *module.parameters())
-        if any(x.requires_grad for x in inputs):
-            out: torch.Tensor = ExpertsFunction.apply(
-                run_experts,
-                module,
-                handle,
-                hidden_states,
-                top_k_index,
-                top_k_weights,
-                *module.parameters(),
-            )
-            return out
-    return run_experts(module, handle, hidden_states, top_k_index, top_k_weights)
+    lora = combined([*hung_tensors(module), *adapters])
+    given = (hidden_states, top_k_index, top_k_weights)
+    if lora is None and not _takes_gradients(module, hidden_states, top_k_weights):
+        return run_experts(module, handle, *given)
+    if has_post_norm(module):
+        return _normed(module, handle, *given, lora)
+    return run_trained(run_experts, module, handle, *given, lora)
+
+
+def _takes_gradients(module: Any, *inputs: torch.Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(x.requires_grad for x in (*inputs, *module.parameters()))
+
+
+def _normed(
+    module: Any,
+    handle: ExpertsHandle,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    lora: LoraTensors | None,
+) -> torch.Tensor:
+    """Of a module that normalises each expert's output: each in a row of its own, in torch's graph
+    from there on.
+    """
+    is_valid = (top_k_index >= 0) & (top_k_index < handle.moe.spec.num_experts)
+    token, slot = torch.nonzero(is_valid, as_tuple=True)
+    rows = hidden_states[token].float()
+    ones = torch.ones(len(token), 1)
+    ids = top_k_index[token, slot][:, None]
+    y = run_trained(_run_rows, module, handle, rows, ids, ones, lora)  # (rows, H)
+    y = module.post_expert_norm(y).float()
+    by_slot = y.new_zeros(*top_k_index.shape, y.shape[1]).index_put((token, slot), y)
+    scale = torch.where(is_valid, top_k_weights.float(), 0.0)
+    out = sum(scale[:, k, None] * by_slot[:, k] for k in range(top_k_index.shape[1]))
+    return out.to(hidden_states)
+
+
+def _run_rows(
+    module: Any,
+    handle: ExpertsHandle,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """``run_experts`` before the norm: one row for each (token, slot)."""
+    rows, experts = hidden_states.detach().cpu(), top_k_index.cpu()[:, 0]
+    if handle.activation is None:
+        y = _own_activation(module, handle, rows, experts)
+    else:
+        y = (handle.hybrid or handle.moe).forward(rows, experts[:, None], top_k_weights.cpu())
+    return y.to(hidden_states)
 
 
 def run_experts(
