@@ -36,7 +36,17 @@ _LAZY = {
     "StoredExperts": "ktk.experts.stored",
     "load_gguf": "ktk.ops.gguf_model",
 }
-_MODULES = ("backends", "convert", "experts", "machine", "models", "ops", "quantise", "reference")
+_MODULES = (
+    "backends",
+    "convert",
+    "experts",
+    "machine",
+    "models",
+    "ops",
+    "quantise",
+    "reference",
+    "train",
+)
 
 __all__ = [
     "Activation",

@@ -29,6 +29,7 @@ LAYERS = (
     ("bench",),
     ("kv",),
     ("integration",),
+    ("train",),
     ("generate",),
     ("convert",),
     ("evaluate",),

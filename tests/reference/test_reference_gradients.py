@@ -29,15 +29,16 @@ def away_from_corners(spec: MoESpec) -> float:
     return 1.5 if spec.activation.gate_max < 10 else 0.4
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dropout"), [*((name, 0.4) for name in CASES), ("silu", 0.0), ("relu2", 0.0)]
+)
 def test_gradients_are_those_of_finite_differences(name: str, dropout: float) -> None:
     """To 1e-6 of the largest of each kind: steps of 1e-6 in float64, away from the corners."""
     activation, has_gate = CASES[name]
     spec = dataclasses.replace(SPEC, activation=activation, has_gate=has_gate)
     experts = random_experts(spec, 3, away_from_corners(spec))
     lora = random_lora(spec, 3, dropout=dropout, seed=9)
-    hidden, ids, weights, grad = random_call(spec, 6, 3, seed=4)
+    hidden, ids, weights, grad = random_call(spec, 4, 3, seed=4)
     oracle = LoraOracle(experts, spec, lora)
     inputs = {"hidden": hidden.astype(float), "weights": weights.astype(float), **oracle.adapters}
     d_hidden, d_weights, d_adapters = oracle.backward(hidden, ids, weights, grad)
@@ -47,7 +48,7 @@ def test_gradients_are_those_of_finite_differences(name: str, dropout: float) ->
     for part, array in inputs.items():
         largest = np.abs(found[part]).max()
         assert largest > 0
-        for flat in rng.choice(array.size, min(array.size, 12), replace=False).tolist():
+        for flat in rng.choice(array.size, min(array.size, 8), replace=False).tolist():
             at, values = np.unravel_index(flat, array.shape), []
             before = array[at]
             for sign in (1, -1):

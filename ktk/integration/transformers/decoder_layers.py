@@ -23,7 +23,7 @@ from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.decoder_specs import DescribedLayer, UnlikeError, describe_layer
 from ktk.integration.transformers.decoder_trial import Trial
-from ktk.integration.transformers.experts import is_experts, unheard
+from ktk.integration.transformers.experts import handle_of, is_experts, unheard
 from ktk.integration.transformers.linear import SharedForward
 from ktk.integration.transformers.native_call import DTYPES, run_native, run_rows
 from ktk.log import warn_once
@@ -109,7 +109,7 @@ def fusion_report(model: torch.nn.Module) -> dict[str, str | None]:
 def why_not_fused(module: Any) -> str | None:
     """``fusion_report`` of one layer."""
     if isinstance(module.forward, FusedForward):
-        return module.forward.reason
+        return module.forward.reason or module.forward.why_not_now()
     return _unlike.get(module, "fuse_decoder_layers was not called")
 
 
@@ -182,6 +182,8 @@ class FusedForward:
         self.index = int(module.self_attn.layer_idx)
         forwards = (getattr(m, "forward", None) for m in module.modules())
         self.shared = [(f, f.linear) for f in forwards if isinstance(f, SharedForward)]
+        self.parts = [(m._modules, dict(m._modules)) for m in module.modules() if m._modules]
+        self.experts = [(m, handle_of(m)) for m in module.modules() if is_experts(m)]
         self.verdicts = verdicts  # kind of layer -> what was found
         self.is_tried, self.is_unlike = False, False
         self._untried = fork.Lock()
@@ -221,6 +223,8 @@ class FusedForward:
         count, note = len(rows.sequence), self.note
         if x.shape[:-1] != (1, count) or x.dtype not in DTYPES:
             raise ValueError(f"{self.name}: hidden states are {x.dtype} {tuple(x.shape)}")
+        if (changed := self.why_not_now()) is not None:
+            raise BackendError(f"{self.name}: {changed}: open the model anew")
         chosen = None if note is None else np.empty((count, self.top_k), np.int64)
         layer, pages = rows.layers[self.index], rows.pages[self.index]
         out = run_rows(layer, x, turns, pages, rows.sequence, rows.position, chosen)
@@ -250,6 +254,14 @@ class FusedForward:
         self.chosen, self.note = chosen, note
         self.layer.native.leave_chosen(chosen)
 
+    def why_not_now(self) -> str | None:
+        """Why the module is no longer what was described."""
+        if any(now != described for now, described in self.parts):
+            return "a part of it was replaced or added, such as an adapter"
+        if any(handle_of(module) is not handle for module, handle in self.experts):
+            return "its experts were packed anew: call fuse_decoder_layers again"
+        return None
+
     def _rows(
         self, x: torch.Tensor, named: dict[str, Any]
     ) -> tuple[Any, torch.Tensor] | str | None:
@@ -263,6 +275,8 @@ class FusedForward:
             return None
         if torch.is_grad_enabled() and x.requires_grad:
             return None
+        if (changed := self.why_not_now()) is not None:
+            return changed
         if self.module.training:
             return "the layer is in training mode: call model.eval()"
         if x.dtype not in DTYPES or x.device.type != "cpu":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ktk.integration.transformers.activations import recognise_gate
+from ktk.integration.transformers.adapters import adapter_of
 from ktk.integration.transformers.experts import handle_of, is_experts
 from ktk.integration.transformers.forward import run_experts
 from ktk.integration.transformers.linear import KtkLinear, linear_of
@@ -293,11 +294,16 @@ def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
     children = _children(module)
     experts_name = next((name for name, child in children.items() if is_experts(child)), None)
     if experts_name is None:
+        for name, child in children.items():
+            if any(map(is_experts, child.modules())):
+                raise UnlikeError(f"its {name} are in a {type(child).__name__}, as of an adapter")
         return (_mlp(module),), {"shared": module}
     experts = children.pop(experts_name)
     handle = handle_of(experts)
     if handle is None or handle.activation is None:
         raise UnlikeError("its experts are not packed, or their activation is its own")
+    if adapter_of(experts) is not None:
+        raise UnlikeError("its experts have adapters")
     if handle.hybrid is not None:
         raise UnlikeError(f"some of its experts are on {handle.hybrid.device}")
     if handle.deferral is not None:

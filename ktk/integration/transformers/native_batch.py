@@ -148,8 +148,9 @@ def _fused(module: Any) -> FusedForward:
     forward = module.forward
     if not isinstance(forward, FusedForward):
         raise CannotBatch(str(why_not_fused(module)))
-    if forward.is_unlike or forward.reason is not None:
-        raise CannotBatch(str(forward.reason))
+    reason = why_not_fused(module)
+    if forward.is_unlike or reason is not None:
+        raise CannotBatch(str(reason))
     if not forward.is_tried:
         raise CannotBatch("no token was decoded yet")
     return forward

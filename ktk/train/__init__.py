@@ -1,0 +1,31 @@
+"""Fine-tuning of models whose experts lie packed in memory, on the CPU.
+
+- ``add_expert_lora(model)`` puts adapters beside the packed experts and returns their parameters;
+  ``save_expert_lora`` and ``load_expert_lora`` use peft's files;
+- ``lora_config(...)`` is a LoraConfig with which ``peft.get_peft_model`` does the same, beside
+  adapters of attention.
+
+The model comes from ``from_pretrained(..., quantization_config=ktk.KtkConfig(...))``,
+``load_model`` or ``use_ktk``. Gradients also reach routers and all else that torch runs.
+"""
+
+from __future__ import annotations
+
+from ktk.train.adapters import (
+    add_expert_lora,
+    enable_expert_lora,
+    expert_lora_parameters,
+    remove_expert_lora,
+    without_expert_lora,
+)
+from ktk.train.files import load_expert_lora, save_expert_lora
+
+__all__ = [
+    "add_expert_lora",
+    "enable_expert_lora",
+    "expert_lora_parameters",
+    "load_expert_lora",
+    "remove_expert_lora",
+    "save_expert_lora",
+    "without_expert_lora",
+]
