@@ -53,6 +53,7 @@ LAZY = (
     ("ktk.generate", "ktk.integration", 8, "transformers: headers tell what a path holds"),
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),
     ("ktk.quantise", "ktk.quantise", 4, "the same"),
+    ("ktk.train", "ktk.train.peft_lora", 1, "peft: optional, ktk[train]"),
     ("ktk", "transformers", 9, "1 s and torch; quiet() must come first"),
     ("ktk", "torch", 6, "2 s; the operator takes NumPy arrays, too"),
     ("ktk", "safetensors.torch", 1, "torch"),
@@ -69,7 +70,7 @@ LAZY = (
     ("ktk", "importlib.metadata", 2, "reads files: others' backends, a version"),
 )
 # Tables of names that import_module is given a row of.
-TABLES = {"ktk", "ktk._cy", "ktk.backends", "ktk.cli"}
+TABLES = {"ktk", "ktk.train", "ktk._cy", "ktk.backends", "ktk.cli"}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ktk.checkpoint.packed import CODING, layer_path, list_layers, write_layer
 from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.stored import StoredExperts
 from ktk.integration.choices import PACKED_LINEAR
+from ktk.integration.transformers.adapters import adapter_of
 from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.multimodal import LeftOut
@@ -87,6 +88,11 @@ def write_experts(model: Any, directory: Path) -> None:
         handle, layer = handle_of(module), layer_of(name)
         if handle is None or handle.sources is not None:
             raise ValueError(f"{name} is not packed: use_ktk(model) packs it")
+        if adapter_of(module) is not None:
+            raise ValueError(
+                f"{name} has an adapter, which a packed directory does not hold: "
+                "ktk.train.save_expert_lora saves it, remove_expert_lora takes it away"
+            )
         packed = handle.moe.packed
         if not packed.is_packed:
             raise ValueError(
