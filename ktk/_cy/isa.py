@@ -35,7 +35,7 @@ _AVX512 = (
 _VNNI = (*_AVX512, "-mavx512vnni")
 _OF_BLOCKS = f"{BLOCKS}/kernels.c"
 _ALL = (
-    *(f"{KERNELS}/{name}.c" for name in ("attend", "gemm", "quantise", "rows")),
+    *(f"{KERNELS}/{name}.c" for name in ("attend", "gemm", "products_f32", "quantise", "rows")),
     _OF_BLOCKS,
 )
 
@@ -59,6 +59,8 @@ BASE_SOURCES = (
             "kernels",
             "moe",
             "moe_tasks",
+            "adapters",
+            "train",
             "combine",
             "row_major",
             "addresses",

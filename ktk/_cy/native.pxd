@@ -118,6 +118,38 @@ cdef extern from "ktk.h" nogil:
                         int top_k, int dtype, const void *hidden, const int64_t *ids,
                         const float *weights,
                         const uint8_t *skip, const float *add, void *out)
+
+    enum: KTK_PROJECTIONS
+
+    ctypedef struct ktk_dropout:
+        uint32_t seed
+        uint32_t threshold
+        float scale
+
+    ctypedef struct ktk_adapter:
+        const void *a
+        const void *b
+
+    ctypedef struct ktk_lora:
+        int32_t rank
+        int32_t dtype
+        float scaling
+        ktk_dropout dropout
+        ktk_adapter *of
+
+    ctypedef struct ktk_adapter_gradient:
+        float *a
+        float *b
+
+    int ktk_moe_forward_saved(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                              int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                              const int64_t *ids, const float *weights, const uint8_t *skip,
+                              const ktk_lora *lora, float *z, void *out)
+    int ktk_moe_backward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                         int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                         const int64_t *ids, const float *weights, const uint8_t *skip,
+                         const ktk_lora *lora, const float *z, int grad_dtype, const void *grad,
+                         float *d_hidden, float *d_weights, const ktk_adapter_gradient *d_lora)
     void ktk_combine(const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens, int64_t hidden,
                      int64_t stride, int top_k, int dtype, const float *y, const int32_t *place,
                      const float *weights, const float *add, void *out)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ktk.errors import BackendError
 from ktk.experts.fma import fma
+from ktk.experts.lora import ExpertLora
 from ktk.experts.rows import store_rows
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
@@ -36,6 +38,42 @@ class Runner(ABC):
         topk_weights : float32 (tokens, top_k). skip : bool (num_experts,) or None.
         add : float32 (tokens, hidden_size) or None.
         """
+
+    def why_not_trained(self) -> str | None:
+        """Why ``forward_saved`` and ``backward`` do nothing; None if they run."""
+        return "kernels that are not compiled have no backward pass"
+
+    def forward_saved(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        lora: ExpertLora | None,
+        out: np.ndarray,
+    ) -> np.ndarray:
+        """``forward`` with adapters. Returns what ``backward`` needs: gate and up before the
+        activation, as the kernels have them, float32.
+
+        lora : checked against the spec. Raises BackendError where ``why_not_trained`` says why.
+        """
+        raise BackendError(self.why_not_trained() or "")
+
+    def backward(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        lora: ExpertLora | None,
+        z: np.ndarray,
+        grad: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Gradients of hidden and of topk_weights, float32 of their shapes, and of the adapters'
+        matrices by name.
+
+        z : what ``forward_saved`` of the same arguments returned. grad : of its output, of any
+        dtype that hidden may have.
+        """
+        raise BackendError(self.why_not_trained() or "")
 
     @abstractmethod
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:

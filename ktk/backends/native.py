@@ -10,6 +10,7 @@ import numpy as np
 
 from ktk._cy import native_module
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
+from ktk.experts.lora import ExpertLora
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu, openmp
@@ -47,6 +48,7 @@ class NativeRunner(Runner):
         group = self.spec.activation_group or 0
         matrices = {n: (layout_of(m, group), m.is_repacked) for n, m in runs.matrices.items()}
         order = None if self.order is None else np.ascontiguousarray(self.order)
+        self.z_width: int = matrices["down"][0].padded_in
         self.experts = self.native.Experts(self.spec, matrices, self.parts, order, isa, engine)
         # Panels were copied to the nodes and may go, and come back from there.
         is_copied = self.store is None and engine.is_bound and stored.is_packed
@@ -90,6 +92,43 @@ class NativeRunner(Runner):
     ) -> Any:
         given = (hidden, topk_ids, topk_weights, skip, out, add)
         return self.native.Prepared(self.experts, *given)
+
+    def why_not_trained(self) -> str | None:
+        return None if self.store is None else "experts of an ExpertStore come and go"
+
+    def forward_saved(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        lora: ExpertLora | None,
+        out: np.ndarray,
+    ) -> np.ndarray:
+        if openmp.is_pending:
+            openmp.borrow(self.native)
+        shape = (topk_ids.size, 1 + self.spec.has_gate, self.z_width)
+        z = np.empty(shape, np.float32)
+        self.experts.forward_saved(hidden, topk_ids, topk_weights, lora, z, out)
+        return z
+
+    def backward(
+        self,
+        hidden: np.ndarray,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        lora: ExpertLora | None,
+        z: np.ndarray,
+        grad: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        if openmp.is_pending:
+            openmp.borrow(self.native)
+        d_hidden = np.empty(hidden.shape, np.float32)
+        d_weights = np.empty(topk_ids.shape, np.float32)
+        arrays = lora.arrays if lora is not None else {}
+        d_lora = {name: np.zeros(matrix.shape, np.float32) for name, matrix in arrays.items()}
+        given = (hidden, topk_ids, topk_weights, lora, z, grad)
+        self.experts.backward(*given, d_hidden, d_weights, d_lora)
+        return d_hidden, d_weights, d_lora
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         if openmp.is_pending:

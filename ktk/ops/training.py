@@ -41,7 +41,7 @@ class Saved:
     lora : as it was given.
     z : float32 (num_pairs, projections, intermediate_size): gate (if there is one) and up before
         the activation, pairs in the order of expert, token, slot; None: ``backward`` computes
-        them again.
+        them again. Compiled kernels pad the last dimension.
     """
 
     hidden: np.ndarray
@@ -86,7 +86,11 @@ def forward(
         lora.check(moe.spec)
     result, out = new_like(hidden_states, hidden.shape)
     saved = Saved(hidden, ids, weights, lora, None)
-    if lora is None or not lora.pairs:
+    is_adapted = lora is not None and bool(lora.pairs)
+    if moe.runner.why_not_trained() is None and ids.size and (is_adapted or is_saved):
+        z = moe.runner.forward_saved(hidden, ids, weights, lora, out)
+        return result, dataclasses.replace(saved, z=z) if is_saved else saved
+    if lora is None or not is_adapted:
         moe.run(hidden, ids, weights, None, out)
         return result, saved
     y = np.zeros((ids.size, moe.spec.hidden_size), np.float32)  # of each pair
@@ -120,6 +124,8 @@ def backward(
         raise ValueError(
             f"grad has shape {g.shape}: must be that of the output, {saved.hidden.shape}"
         )
+    if moe.runner.why_not_trained() is None and saved.topk_ids.size:
+        return Gradients(*_native_backward(moe, saved, g))
     g = to_f32(g)
     top_k = saved.topk_ids.shape[1]
     lora = saved.lora or ExpertLora()
@@ -152,6 +158,16 @@ def _present(moe: AnyMoE) -> MoE:
         f"{type(moe).__name__}: experts that come and go cannot be trained through; load the model "
         "without a limit of expert memory"
     )
+
+
+def _native_backward(
+    moe: MoE, saved: Saved, g: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    given = (saved.hidden, saved.topk_ids, saved.topk_weights, saved.lora)
+    z = saved.z
+    if z is None:
+        z = moe.runner.forward_saved(*given, np.empty_like(saved.hidden))
+    return moe.runner.backward(*given, z, g)
 
 
 class _Group(NamedTuple):

@@ -363,11 +363,57 @@ static void unpack_any(const ktk_matrix *w, const uint8_t *panel, float *codes, 
     }
 }
 
+/* Vector i of what lies at a dword of a strip, as fp32. */
+INLINE VF value_of(int format, VI dword, int i) {
+    if (format == KTK_BLOCK_f32) return VF_BITS(dword);
+    if (format == KTK_BLOCK_f16) return VF_LOW_HALF(i ? VI_SRL32(dword, 16) : dword);
+    return VF_BITS(i ? VI_AND(dword, VI_SET32((int)0xffff0000u)) : VI_SLL32(dword, 16));
+}
+
+enum { DECODED_K = 256 };
+
+static void decode_strip(const ktk_matrix *w, const uint8_t *panel, int strip, int first, int num_k,
+                         float *out) {
+    const traits *t = &TRAITS[w->format];
+    uint8_t buffer[DECODED_K * LANES * 6] __attribute__((aligned(64)));
+    const laid p = laid_at(w->format, num_k, buffer);
+    LAY[w->format](w, panel, strip, first / t->weights, num_k / t->weights, NULL, p);
+    const int per_dword = t->float_bytes ? 4 / t->float_bytes : 4;
+    const VF zero = VF_SET((float)t->zero);
+    for (int k = 0; k < num_k; k += per_dword) {
+        const VI dword = VI_LOAD(p.codes + k / per_dword * VI_BYTES);
+        float *at = out + k * KTK_PANEL + strip * LANES;
+        if (t->float_bytes) {
+            for (int i = 0; i < per_dword; i++)
+                VF_STORE(at + i * KTK_PANEL, value_of(w->format, dword, i));
+            continue;
+        }
+        const int group = k / t->fine * LANES;
+        const VF scale = VF_LOAD(p.scales + group);
+        const VF minimum = t->has_min ? VF_LOAD(p.minima + group) : VF_ZERO();
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            const VF code = VF_SUB(unsigned_byte(dword, i), zero);
+            VF_STORE(at + i * KTK_PANEL, VF_FMA(code, scale, minimum));
+        }
+    }
+}
+
+static void decode_any(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
+                       float *out) {
+    for (int k = 0; k < num_k; k += DECODED_K)
+        for (int strip = 0; strip < STRIPS; strip++)
+            decode_strip(w, panel, strip, first + k, num_k - k < DECODED_K ? num_k - k : DECODED_K,
+                         out + k * KTK_PANEL);
+}
+
 #define FLOAT_ROW(NAME, ...) GEMM(NAME, KTK_CODES_F32)
 #define ROW(NAME, ...) GEMM(NAME, KTK_CODES_I8)
+#define DECODE(NAME, ...) [KTK_BLOCK_##NAME] = decode_any,
 const ktk_kernels CAT(lf_blocks_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
     .gemm = {LF_FLOAT_FORMATS(FLOAT_ROW) LF_INTEGER_FORMATS(ROW)},
+    .decode = {LF_FLOAT_FORMATS(DECODE) LF_INTEGER_FORMATS(DECODE)},
     .repack = repack_any,
     .unpack = unpack_any,
 };

@@ -53,3 +53,26 @@ cdef void _fill_activation(ktk_activation *a, act, bint has_gate) except *:
     a.up_min = act.up_min
     a.up_max = act.up_max
     a.up_offset = act.up_offset
+
+
+# Order is the C enum `ktk_projection`.
+_PROJECTIONS = ("gate", "up", "down")
+
+
+cdef const ktk_lora *_fill_lora(ktk_lora *to, lora) except? NULL:
+    """lora : ktk.experts.lora.ExpertLora, whose arrays the caller holds; NULL without adapters."""
+    if lora is None or not lora.pairs:
+        return NULL
+    to.rank = lora.rank
+    to.scaling = lora.scaling
+    to.dropout.seed = lora.seed
+    to.dropout.threshold = int(lora.dropout * (1 << 32))
+    to.dropout.scale = 1 / (1 - lora.dropout)
+    for i, name in enumerate(_PROJECTIONS):
+        to.of[i].a = to.of[i].b = NULL
+        if name in lora.pairs:
+            a, b = lora.pairs[name]
+            to.dtype = _DTYPES[a.dtype.char]
+            to.of[i].a = <const void *>_address(a)
+            to.of[i].b = <const void *>_address(b)
+    return to

@@ -185,13 +185,62 @@ cdef class Experts(_OnPool):
             status = ktk_moe_forward(&self.layer, self.kernels, pool.pool, num_tokens, top_k,
                                      dtype, x, ids,
                                      weights, mask, partial, y)
+        self._raise(status, topk_ids, skip)
+
+    def _raise(self, int status, topk_ids, skip):
+        """The error for what the operator says of a call, if it is one."""
         if status == KTK_ABSENT:
             raise self._absent(topk_ids, skip)
         if status == KTK_AWAITED_IN_VAIN:
             raise AwaitedInVain("an expert that was on its way could not be read: call again")
         if status:
+            num_tokens, top_k = topk_ids.shape
             raise MemoryError(f"no scratch memory for {num_tokens} tokens x top_k {top_k}: pass "
                               f"fewer tokens a call")
+
+    def forward_saved(self, hidden, topk_ids, topk_weights, lora, z, out):
+        """See ktk.backends.base.Runner.forward_saved."""
+        cdef _Pool pool = self._pool()
+        cdef int64_t num_tokens = topk_ids.shape[0]
+        cdef int top_k = topk_ids.shape[1], dtype = _DTYPES[hidden.dtype.char]
+        cdef const void *x = <const void *>_address(hidden)
+        cdef const int64_t *ids = <const int64_t *>_address(topk_ids)
+        cdef const float *weights = <const float *>_address(topk_weights)
+        cdef float *kept = <float *>_address(z)
+        cdef void *y = <void *>_address(out)
+        cdef ktk_lora given
+        cdef const ktk_lora *adapters = _fill_lora(&given, lora)
+        cdef int status
+        with nogil:
+            status = ktk_moe_forward_saved(&self.layer, self.kernels, pool.pool, num_tokens, top_k,
+                                           dtype, x, ids, weights, NULL, adapters, kept, y)
+        self._raise(status, topk_ids, None)
+
+    def backward(self, hidden, topk_ids, topk_weights, lora, z, grad, d_hidden, d_weights, d_lora):
+        """See ktk.backends.base.Runner.backward. d_lora : float32 arrays by their names."""
+        cdef _Pool pool = self._pool()
+        cdef int64_t num_tokens = topk_ids.shape[0]
+        cdef int top_k = topk_ids.shape[1], dtype = _DTYPES[hidden.dtype.char]
+        cdef int grad_dtype = _DTYPES[grad.dtype.char]
+        cdef const void *x = <const void *>_address(hidden)
+        cdef const int64_t *ids = <const int64_t *>_address(topk_ids)
+        cdef const float *weights = <const float *>_address(topk_weights)
+        cdef const float *kept = <const float *>_address(z)
+        cdef const void *dy = <const void *>_address(grad)
+        cdef float *dx = <float *>_address(d_hidden)
+        cdef float *dw = <float *>_address(d_weights)
+        cdef ktk_lora given
+        cdef const ktk_lora *adapters = _fill_lora(&given, lora)
+        cdef ktk_adapter_gradient gradients[3]
+        for i, name in enumerate(_PROJECTIONS):
+            gradients[i].a = <float *>_floats(d_lora.get(name + "_a"))
+            gradients[i].b = <float *>_floats(d_lora.get(name + "_b"))
+        cdef int status
+        with nogil:
+            status = ktk_moe_backward(&self.layer, self.kernels, pool.pool, num_tokens, top_k,
+                                      dtype, x, ids, weights, NULL, adapters, kept, grad_dtype, dy,
+                                      dx, dw, gradients)
+        self._raise(status, topk_ids, None)
 
     def linear(self, str projection, x, expert_ids):
         """See ktk.backends.base.Runner.linear."""

@@ -105,6 +105,41 @@ int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *po
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
                    int64_t num_rows, const float *x, const int64_t *ids, float *y);
 
+/* Adapters of a layer's experts: y = W x + scaling * B (A drop(x)). a: [experts][rank][in], b:
+ * [experts][out][rank], of dtype; NULL: the projection has none. */
+typedef struct {
+    const void *a, *b;
+} ktk_adapter;
+enum ktk_projection { KTK_GATE, KTK_UP, KTK_DOWN, KTK_PROJECTIONS };
+enum { KTK_MAX_RANK = 128 };
+typedef struct {
+    int32_t rank, dtype;
+    float scaling;
+    ktk_dropout dropout; /* threshold 0: none */
+    ktk_adapter of[KTK_PROJECTIONS];
+} ktk_lora;
+
+/* What training takes from the operator (train.c). lora may be NULL. z float (num_tokens * top_k,
+ * projections, down.padded_in): gate and up before the activation, biases included; rows in the
+ * order of the operator's groups, up alone without a gate. forward fills it, backward reads it. */
+int ktk_moe_forward_saved(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                          int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                          const int64_t *ids, const float *weights, const uint8_t *skip,
+                          const ktk_lora *lora, float *z, void *out);
+
+/* Gradients, added to what is there. NULL where the adapter is. */
+typedef struct {
+    float *a, *b;
+} ktk_adapter_gradient;
+
+/* From grad (num_tokens, hidden_size), of the output, of grad_dtype: d_hidden likewise, d_weights
+ * (num_tokens, top_k), d_lora (KTK_PROJECTIONS). The rest as in forward. Returns a ktk_status. */
+int ktk_moe_backward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                     int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                     const int64_t *ids, const float *weights, const uint8_t *skip,
+                     const ktk_lora *lora, const float *z, int grad_dtype, const void *grad,
+                     float *d_hidden, float *d_weights, const ktk_adapter_gradient *d_lora);
+
 /* Sums of outputs that were computed elsewhere (combine.c): out (num_tokens, hidden) of dtype = add
  * + sum over j, in order, of y[place[j]] * weights[j]. y (rows, stride) float, stride a multiple of
  * 16; place, weights (num_tokens, top_k), place -1 adds nothing; add (num_tokens, hidden) or NULL.

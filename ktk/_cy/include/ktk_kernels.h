@@ -105,6 +105,37 @@ struct ktk_gemm_args {
     uint8_t *work;       /* w->work_bytes of this thread, 64-byte aligned */
 };
 
+/* Products of fp32 (products_f32.c). c[m][j] (+)= sum over k of a[m][k] * b[j][k], k in panels of
+ * 16: row m of a is row rows[m] (NULL: m) of a_stride floats; b's 16 k of panel p and column j lie
+ * at p * b_panel + j * b_column; c[m][j] at m * c_stride + j. */
+typedef struct {
+    const float *a, *b;
+    const int32_t *rows;
+    float *c;
+    int64_t a_stride, b_panel, b_column, c_stride;
+    int32_t num_rows, num_columns, num_panels, is_added;
+} ktk_product_nt;
+
+/* c[m][j] (+)= sum over k of a[m * a_row + k * a_k] * b[k * b_stride + j]; num_columns a multiple
+ * of 16. */
+typedef struct {
+    const float *a, *b;
+    float *c;
+    int64_t a_row, a_k, b_stride, c_stride;
+    int32_t num_rows, num_columns, num_k, is_added;
+} ktk_product_nn;
+
+/* k [first, first + num_k), multiples of 32 and of a block's weights, of a panel's 16 channels as
+ * they are multiplied: out float [num_k][16]. Rotated ones stay rotated. */
+typedef void ktk_decode_fn(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
+                           float *out);
+
+/* Of 2^32 random numbers those below the threshold make a zero; other values are times scale. */
+typedef struct {
+    uint32_t seed, threshold;
+    float scale;
+} ktk_dropout;
+
 /* A kernel and its block sizes. */
 typedef struct {
     ktk_gemm_fn *run;
@@ -163,6 +194,7 @@ static inline int64_t ktk_attend_width(int keys, int more, int values) {
 typedef struct {
     const char *name;
     ktk_gemm gemm[KTK_NUM_FORMATS];
+    ktk_decode_fn *decode[KTK_NUM_FORMATS];
     ktk_task_sizes tasks;
     /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group.
      */
@@ -171,6 +203,17 @@ typedef struct {
     /* x float[n] in place, n a multiple of width: ktk/experts/rotation.py, columns `first` and on
      */
     void (*rotate)(float *x, int64_t first, int n, int width, uint32_t seed);
+    /* The same undone. */
+    void (*rotate_back)(float *x, int64_t first, int n, int width, uint32_t seed);
+    /* n columns of a row, a multiple of 16, each from its own random number
+     * (ktk/reference/gradients.py). */
+    void (*drop)(const ktk_dropout *d, uint32_t row, int first, int n, float *x);
+    void (*product_nt)(const ktk_product_nt *p);
+    void (*product_nn)(const ktk_product_nn *p);
+    /* h, and the gradients of gate (NULL without one) and up, biases included, from that of h; n a
+     * multiple of 16. */
+    void (*activate_back)(const ktk_activation *act, const float *gate, const float *up,
+                          const float *d_h, int n, float *h, float *d_gate, float *d_up);
     /* Columns in panels of 16 that lie `step` floats apart (gate: NULL without one) -> h, 16*panels
      * floats. */
     void (*activate)(const ktk_activation *act, const float *gate, const float *up, int step,
@@ -203,9 +246,12 @@ typedef struct {
 #define KTK_FUNCTIONS(EACH)                                                                        \
     EACH(quantise)                                                                                 \
     EACH(rotate)                                                                                   \
-    EACH(activate)                                                                                 \
-    EACH(load)                                                                                     \
-    EACH(store) EACH(combine) EACH(add) EACH(attend) EACH(pack_panel) EACH(repack) EACH(unpack)
+    EACH(rotate_back)                                                                              \
+    EACH(drop)                                                                                     \
+    EACH(product_nt)                                                                               \
+    EACH(product_nn)                                                                               \
+    EACH(activate_back) EACH(activate) EACH(load) EACH(store) EACH(combine) EACH(add) EACH(attend) \
+        EACH(pack_panel) EACH(repack) EACH(unpack)
 
 /* Text of a macro's value: the names of levels. */
 #define KTK_TEXT_(x) #x

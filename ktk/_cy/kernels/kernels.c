@@ -6,18 +6,21 @@
 
 #include "ktk.h"
 
-/* From gemm.c, gemm_amx.c, gemm_amx_bf16.c and vendor/llamafile/kernels.c, each compiled for the
- * level it is named for. */
+/* From gemm.c, products_f32.c, gemm_amx.c, gemm_amx_bf16.c and vendor/llamafile/kernels.c, each
+ * compiled for the level it is named for. */
 extern const ktk_kernels ktk_panels_avx2, ktk_panels_avx512, ktk_panels_avx512vnni, ktk_tiles_amx,
     ktk_tiles_amxbf16;
+extern const ktk_kernels ktk_products_f32_avx2, ktk_products_f32_avx512,
+    ktk_products_f32_avx512vnni;
 extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni,
     lf_blocks_avx512bf16;
 
 /* Slowest level first, as ktk/_cy/isa.py and ktk.machine.cpu.ISA_LEVELS have them. */
 static const ktk_kernels *const SOURCES[] = {
-    &ktk_panels_avx2,       &lf_blocks_avx2,                              /* */
-    &ktk_panels_avx512,     &lf_blocks_avx512,                            /* */
-    &ktk_panels_avx512vnni, &lf_blocks_avx512vnni, &lf_blocks_avx512bf16, /* */
+    &ktk_panels_avx2,       &ktk_products_f32_avx2,       &lf_blocks_avx2,
+    &ktk_panels_avx512,     &ktk_products_f32_avx512,     &lf_blocks_avx512,
+    &ktk_panels_avx512vnni, &ktk_products_f32_avx512vnni, &lf_blocks_avx512vnni,
+    &lf_blocks_avx512bf16, /* */
     &ktk_tiles_amx,         &ktk_tiles_amxbf16,
 };
 enum { NUM_SOURCES = sizeof SOURCES / sizeof *SOURCES };
@@ -35,6 +38,8 @@ static void take(ktk_kernels *level, const ktk_kernels *from) {
     if (from->tasks.up_panels) level->tasks = from->tasks;
     for (int f = 0; f < KTK_NUM_FORMATS; f++)
         if (from->gemm[f].run) level->gemm[f] = from->gemm[f];
+    for (int f = 0; f < KTK_NUM_FORMATS; f++)
+        if (from->decode[f]) level->decode[f] = from->decode[f];
 #define TAKE(NAME)                                                                                 \
     if (from->NAME) level->NAME = from->NAME;
     KTK_FUNCTIONS(TAKE)

@@ -19,6 +19,7 @@
  * and the threads. */
 #include <string.h>
 
+#include "adapters.h"
 #include "moe.h"
 
 /* Tasks for each thread below which they get narrower than the level's table says. */
@@ -31,8 +32,7 @@ enum {
 /* Pairs in one go: two blocks of y are then at most 64 MiB a part. MAX_WHOLE_Y: bytes up to which y
  * is kept whole. */
 enum { MAX_PAIRS = 8192, MAX_WHOLE_Y = 4 << 20 };
-/* Rows of each expert, in token order. */
-static void group_pairs(operation *op, const uint8_t *skip) {
+void ktk_group_pairs(operation *op, const uint8_t *skip) {
     int32_t num_experts = op->layer->num_experts;
     int64_t pairs = op->num_tokens * op->top_k;
     memset(op->first_row, 0, 4 * (size_t)(num_experts + 1));
@@ -48,6 +48,7 @@ static void group_pairs(operation *op, const uint8_t *skip) {
         if (op->place[i] < 0) continue;
         int32_t row = op->first_row[op->place[i]]++;
         op->token_of[row] = (int32_t)(i / op->top_k);
+        if (op->pair_of) op->pair_of[row] = (int32_t)i;
         op->place[i] = row;
     }
     for (int32_t e = num_experts; e > 0; e--)
@@ -106,7 +107,10 @@ static void put_experts(operation *op, span experts, task t, int panel, int end,
     for (int i = experts.first; i < experts.end; i++) {
         t.expert = op->order[i];
         if (t.run == ktk_down_task) t.wait = FIRST_EXPERT + t.expert;
-        if (t.run == ktk_gate_up_task) t.lower = FIRST_EXPERT + t.expert;
+        if (t.run == ktk_gate_up_task)
+            t.lower = (op->first_adapted ? op->first_adapted : FIRST_EXPERT) + t.expert;
+        if (t.run == ktk_adapt_h_task)
+            t.wait = op->first_adapted + t.expert, t.lower = FIRST_EXPERT + t.expert;
         const int last = op->first_row[t.expert + 1];
         const int blocks = row_blocks(op, last - op->first_row[t.expert]);
         for (int b = 0; b < blocks; b++) { /* of nearly equal height */
@@ -146,6 +150,14 @@ static void put_down(operation *op, span experts, int p, int block, int down, in
     put_experts(op, experts, t, first, min_int(first + width, part->num_down_panels), width);
 }
 
+/* gate|up of experts, and behind it what the adapters of down make of it. */
+static void put_up(operation *op, span experts, int p, int up_panels) {
+    const task up = {.run = ktk_gate_up_task, .part = p, .wait = TOKENS};
+    put_experts(op, experts, up, 0, up_panels, op->up_columns / KTK_PANEL);
+    if (p == 0 && op->first_adapted)
+        put_experts(op, experts, (task){.run = ktk_adapt_h_task}, 0, 1, 1);
+}
+
 static void put_part(operation *op, int p) {
     const ktk_layer *layer = op->layer;
     const ktk_part *part = &layer->parts[p];
@@ -157,13 +169,15 @@ static void put_part(operation *op, int p) {
     }
     const int down = FIRST_EXPERT + layer->num_experts + first_block, combine = down + all_blocks;
     put_quantise(op, p, layer->num_parts);
-    const task up = {.run = ktk_gate_up_task, .part = p, .wait = TOKENS};
-    const int up_panels = num_up_panels(layer, part), up_width = op->up_columns / KTK_PANEL;
+    if (p == 0 && (op->adapted[KTK_GATE] || op->adapted[KTK_UP]))
+        put_experts(op, (span){0, op->num_used}, (task){.run = ktk_adapt_x_task, .lower = TOKENS},
+                    0, 1, 1);
+    const int up_panels = num_up_panels(layer, part);
     /* Those before early have their down before the others' gate|up. */
     const int early = op->num_buffers >= blocks && op->num_here < op->num_used ? op->num_here : 0;
-    put_experts(op, (span){0, early}, up, 0, up_panels, up_width);
+    put_up(op, (span){0, early}, p, up_panels);
     for (int b = 0; early && b < blocks; b++) put_down(op, (span){0, early}, p, b, down, combine);
-    put_experts(op, (span){early, op->num_used}, up, 0, up_panels, up_width);
+    put_up(op, (span){early, op->num_used}, p, up_panels);
     for (int b = 0; b <= blocks; b++) {
         if (b < blocks) put_down(op, (span){early, op->num_used}, p, b, down, combine);
         for (int64_t token = 0; b > 0 && token < op->num_tokens; token += COMBINE_TOKENS) {
@@ -225,6 +239,9 @@ static void take_thread_buffers(arena *a, operation *op) {
     int64_t floats = max_int(max_int(layer->gate_up.padded_in, layer->down.padded_in),
                              /* gate and up of a task */
                              2 * op->max_rows * op->kernels->tasks.up_panels * KTK_PANEL);
+    op->adapter_offset = round_up(4 * floats, 64);
+    floats =
+        op->adapter_offset / 4 + ktk_adapter_floats(op->lora, op->max_rows, layer->down.padded_in);
     int64_t work = max_int64(layer->gate_up.work_bytes, layer->down.work_bytes);
     if (up_is_apart(layer)) work = max_int64(work, layer->up.work_bytes);
     op->work_offset = round_up(4 * floats, 64);
@@ -274,7 +291,11 @@ static void lay_out_chunk(operation *op, arena *a) {
     most_tasks += op->num_tokens + (op->num_tokens / COMBINE_TOKENS + 1) * most_blocks;
     op->y_columns = y_columns;
     take_groups(a, op, pairs);
-    take_tasks(a, op, most_tasks, FIRST_EXPERT + layer->num_experts + 2 * most_blocks);
+    if (op->lora) most_tasks += 2 * most_row_blocks(op, pairs);
+    take_tasks(a, op, most_tasks, FIRST_EXPERT + 2 * layer->num_experts + 2 * most_blocks);
+    ktk_take_adapted(a, op, pairs);
+    if (op->adapted[KTK_DOWN])
+        op->first_adapted = (int32_t)(FIRST_EXPERT + layer->num_experts + 2 * most_blocks);
     take_x(a, op, op->num_tokens);
     op->h = take_rows(a, &layer->down, pairs);
     op->y = take(a, 4 * pairs * y_columns * layer->num_parts);
@@ -285,7 +306,7 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip, voi
     const ktk_layer *layer = op->layer;
     arena a = {scratch, 0};
     lay_out_chunk(op, &a);
-    group_pairs(op, skip);
+    ktk_group_pairs(op, skip);
     order_experts(op);
     choose_columns(op);
     op->num_buffers = (int)(op->y_columns / op->down_columns);
@@ -297,49 +318,67 @@ static int forward_chunk(operation *op, ktk_pool *pool, const uint8_t *skip, voi
     return run_tasks(op, pool);
 }
 
-static int64_t tokens_of_chunk(int top_k) { return MAX_PAIRS / top_k < 1 ? 1 : MAX_PAIRS / top_k; }
+int64_t ktk_tokens_of_chunk(int top_k) { return MAX_PAIRS / top_k < 1 ? 1 : MAX_PAIRS / top_k; }
 
-int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
-                              int64_t num_tokens, int top_k) {
-    const int64_t chunk = tokens_of_chunk(top_k);
-    operation op = {.layer = layer,
-                    .kernels = kernels,
-                    .num_threads = num_threads,
-                    .max_rows = max_rows_of(layer),
-                    .num_tokens = num_tokens < chunk ? num_tokens : chunk,
-                    .top_k = top_k};
+/* What operations of one call have in common; their first chunk's tokens. */
+static operation first_of(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
+                          int64_t num_tokens, int top_k) {
+    const int64_t chunk = ktk_tokens_of_chunk(top_k);
+    return (operation){.layer = layer,
+                       .kernels = kernels,
+                       .num_threads = num_threads,
+                       .max_rows = max_rows_of(layer),
+                       .num_tokens = num_tokens < chunk ? num_tokens : chunk,
+                       .top_k = top_k};
+}
+
+static int64_t scratch_bytes(operation op) {
     arena counted = {0};
     lay_out_chunk(&op, &counted);
     return counted.used;
+}
+
+int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
+                              int64_t num_tokens, int top_k) {
+    return scratch_bytes(first_of(layer, kernels, num_threads, num_tokens, top_k));
+}
+
+/* All chunks of num_tokens tokens, from the first on. */
+static int run_chunks(operation first, ktk_pool *pool, int64_t num_tokens, const uint8_t *skip,
+                      void *scratch) {
+    const ktk_layer *layer = first.layer;
+    const int64_t chunk = first.num_tokens, top_k = first.top_k,
+                  row_bytes = layer->hidden_size * dtype_bytes(first.dtype);
+    ktk_lock_to_read(layer);
+    int status = ktk_has_all(layer, num_tokens * top_k, first.ids, skip) ? KTK_DONE : KTK_ABSENT;
+    for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
+        operation op = first;
+        op.num_tokens = num_tokens - t < chunk ? num_tokens - t : chunk;
+        op.hidden = (const uint8_t *)first.hidden + t * row_bytes;
+        op.ids = first.ids + t * top_k;
+        op.weights = first.weights + t * top_k;
+        op.add = first.add ? first.add + t * layer->hidden_size : NULL;
+        op.out = (uint8_t *)first.out + t * row_bytes;
+        op.first_pair = t * top_k;
+        op.z = first.z ? first.z + op.first_pair * first.z_row : NULL;
+        status = forward_chunk(&op, pool, skip, scratch);
+    }
+    ktk_unlock(layer);
+    return status;
 }
 
 int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
                 int64_t num_tokens, int top_k, int dtype, const void *hidden, const int64_t *ids,
                 const float *weights, const uint8_t *skip, const float *add, void *out,
                 void *scratch) {
-    const int64_t chunk = tokens_of_chunk(top_k),
-                  row_bytes = layer->hidden_size * dtype_bytes(dtype);
-    ktk_lock_to_read(layer);
-    int status = ktk_has_all(layer, num_tokens * top_k, ids, skip) ? KTK_DONE : KTK_ABSENT;
-    for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
-        operation op = {
-            .layer = layer,
-            .kernels = kernels,
-            .num_threads = ktk_pool_num_threads(pool),
-            .max_rows = max_rows_of(layer),
-            .num_tokens = num_tokens - t < chunk ? num_tokens - t : chunk,
-            .top_k = top_k,
-            .dtype = dtype,
-            .hidden = (const uint8_t *)hidden + t * row_bytes,
-            .ids = ids + t * top_k,
-            .weights = weights + t * top_k,
-            .add = add ? add + t * layer->hidden_size : NULL,
-            .out = (uint8_t *)out + t * row_bytes,
-        };
-        status = forward_chunk(&op, pool, skip, scratch);
-    }
-    ktk_unlock(layer);
-    return status;
+    operation op = first_of(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k);
+    op.dtype = dtype;
+    op.hidden = hidden;
+    op.ids = ids;
+    op.weights = weights;
+    op.add = add;
+    op.out = out;
+    return run_chunks(op, pool, num_tokens, skip, scratch);
 }
 
 int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
@@ -353,6 +392,26 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
     if (scratch)
         status = ktk_moe_run(layer, kernels, pool, num_tokens, top_k, dtype, hidden, ids, weights,
                              skip, add, out, scratch);
+    ktk_pool_unlock(pool);
+    return status;
+}
+
+int ktk_moe_forward_saved(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                          int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                          const int64_t *ids, const float *weights, const uint8_t *skip,
+                          const ktk_lora *lora, float *z, void *out) {
+    operation op = first_of(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k);
+    op.dtype = dtype;
+    op.hidden = hidden;
+    op.ids = ids;
+    op.weights = weights;
+    op.out = out;
+    op.lora = lora;
+    op.z = z;
+    op.z_row = (int64_t)num_projections(layer) * layer->down.padded_in;
+    ktk_pool_lock(pool);
+    void *scratch = ktk_pool_scratch(pool, scratch_bytes(op));
+    const int status = scratch ? run_chunks(op, pool, num_tokens, skip, scratch) : KTK_NO_MEMORY;
     ktk_pool_unlock(pool);
     return status;
 }
@@ -389,7 +448,7 @@ int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool 
         }
     }
     if (!status) {
-        group_pairs(&op, NULL);
+        ktk_group_pairs(&op, NULL);
         order_experts(&op);
         for (int p = 0; p < layer->num_parts; p++) {
             const ktk_part *part = &layer->parts[p];

@@ -47,7 +47,14 @@ struct operation {
     int num_buffers;     /* of a part */
     int64_t y_columns;   /* of all buffers */
     uint8_t *thread_buffers;
-    int64_t thread_bytes, work_offset;
+    int64_t thread_bytes, adapter_offset, work_offset; /* of a thread's buffers, bytes */
+    /* ktk_moe_forward_saved: see there; of rows their pair of the call's, which starts with
+     * first_pair; scaling * A drop(x) (rows, rank in whole vectors); counters of adapted down */
+    const ktk_lora *lora;
+    float *z;
+    int64_t z_row, first_pair; /* floats of a row of z */
+    int32_t *pair_of, first_adapted;
+    float *adapted[KTK_PROJECTIONS];
     int is_down;       /* ktk_moe_linear */
     float *linear_out; /* ktk_moe_linear */
 };
@@ -63,6 +70,24 @@ static inline int num_projections(const ktk_layer *layer) {
 /* Kinds of tasks; index: into op->tasks. */
 typedef void task_fn(operation *op, int64_t index, int thread);
 task_fn ktk_quantise_task, ktk_gate_up_task, ktk_down_task, ktk_combine_task, ktk_linear_task;
+task_fn ktk_adapt_x_task, ktk_adapt_h_task;
+
+static inline float *floats_of(const operation *op, int thread) {
+    return (float *)(op->thread_buffers + thread * op->thread_bytes);
+}
+
+/* Tokens of a call that are run at a time, so many pairs at most. */
+int64_t ktk_tokens_of_chunk(int top_k);
+/* Rows of each expert, in token order: place, token_of, row_index, first_row; pair_of where there
+ * is room for it. */
+void ktk_group_pairs(operation *op, const uint8_t *skip);
+
+/* Where gate and up columns lie: channel 16 * p + n of row i at i * stride + p * step + n. gate
+ * NULL: there is none. */
+typedef struct {
+    float *gate, *up;
+    int stride, step;
+} columns;
 /* A task of any kind, once what it waits for is done: what the pool runs. */
 void ktk_run_task(void *operation, int64_t index, int thread);
 

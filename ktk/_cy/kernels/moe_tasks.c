@@ -2,6 +2,7 @@
 #include <sched.h>
 #include <string.h>
 
+#include "adapters.h"
 #include "moe.h"
 
 enum {
@@ -10,10 +11,6 @@ enum {
 };
 enum { SPINS = 2000 }; /* pauses before a waiting thread yields */
 
-static float *float_buffer(const operation *op, int thread) {
-    return (float *)(op->thread_buffers + thread * op->thread_bytes);
-}
-
 static uint8_t *work_buffer(const operation *op, int thread) {
     return op->thread_buffers + thread * op->thread_bytes + op->work_offset;
 }
@@ -21,7 +18,7 @@ static uint8_t *work_buffer(const operation *op, int thread) {
 void ktk_quantise_task(operation *op, int64_t index, int thread) {
     const task *t = &op->tasks[index];
     const ktk_layer *layer = op->layer;
-    float *x = float_buffer(op, thread);
+    float *x = floats_of(op, thread);
     int n = op->is_down ? layer->intermediate_size : layer->hidden_size;
     const ktk_matrix *w = op->is_down ? &layer->down : &layer->gate_up;
     for (int64_t token = t->first; token < t->first + t->count; token++) {
@@ -54,13 +51,6 @@ static const uint8_t *panels_of(const operation *op, int64_t index) {
     if (t->run == ktk_down_task) return down_panels(op, t);
     return NULL;
 }
-
-/* Where gate and up columns lie: channel 16 * p + n of row i at i * stride + p * step + n. gate
- * NULL: there is none. */
-typedef struct {
-    const float *gate, *up;
-    int stride, step;
-} columns;
 
 /* Gate and up of a task's rows, `panels` panels of each, into v. */
 static columns multiply_up(const operation *op, const task *t, int panels, int thread, float *v,
@@ -102,8 +92,9 @@ void ktk_gate_up_task(operation *op, int64_t index, int thread) {
     int real = min_int(panels * KTK_PANEL, layer->intermediate_size - column);
     const float *gate_bias = bias_of(part->gate_bias, t, column),
                 *up_bias = bias_of(part->up_bias, t, column);
-    columns c = multiply_up(op, t, panels, thread, float_buffer(op, thread),
+    columns c = multiply_up(op, t, panels, thread, floats_of(op, thread),
                             panels_of(op, index + op->num_threads));
+    if (op->z) ktk_keep_up(op, t, &c, column, panels, thread);
     for (int i = 0; i < t->count; i++) {
         const int64_t at = (int64_t)i * c.stride;
         op->kernels->activate(&layer->activation, c.gate ? c.gate + at : NULL, c.up + at, c.step,
@@ -129,6 +120,7 @@ void ktk_down_task(operation *op, int64_t index, int thread) {
     layer->down.gemm(&(ktk_gemm_args){
         &layer->down, panels_of(op, index), t->panels, &op->h, op->row_index + t->first, t->count,
         y, stride, panels_of(op, index + op->num_threads), work_buffer(op, thread)});
+    if (op->adapted[KTK_DOWN]) ktk_adapt_down(op, t, y, thread);
     const float *bias =
         bias_of(part->down_bias, t, (part->first_down_panel + t->panel) * KTK_PANEL);
     for (int i = 0; bias && i < t->count; i++) op->kernels->add(y + i * stride, bias, stride);
@@ -198,7 +190,7 @@ void ktk_linear_task(operation *op, int64_t index, int thread) {
     const ktk_part *part = &layer->parts[t->part];
     const int first = op->is_down ? part->first_down_panel : part->first_up_panel;
     const int column = (first + t->panel) * KTK_PANEL, parts = num_projections(layer);
-    float *v = float_buffer(op, thread);
+    float *v = floats_of(op, thread);
     if (op->is_down) {
         const int stride = t->panels * KTK_PANEL;
         layer->down.gemm(&(ktk_gemm_args){&layer->down, down_panels(op, t), t->panels, &op->x,

@@ -6,6 +6,9 @@
  * kept.
  *
  * Symbols: ktk_rotate_avx2 ktk_rotate_avx512 ktk_rotate_avx512vnni
+ *   ktk_rotate_back_avx2 ktk_rotate_back_avx512 ktk_rotate_back_avx512vnni
+ *   ktk_activate_back_avx2 ktk_activate_back_avx512 ktk_activate_back_avx512vnni
+ *   ktk_drop_avx2 ktk_drop_avx512 ktk_drop_avx512vnni
  *   ktk_quantise_avx2 ktk_quantise_avx512 ktk_quantise_avx512vnni ktk_activate_avx2
  *   ktk_activate_avx512 ktk_activate_avx512vnni ktk_load_avx2 ktk_load_avx512 ktk_load_avx512vnni
  *   ktk_store_avx2 ktk_store_avx512 ktk_store_avx512vnni ktk_combine_avx2 ktk_combine_avx512
@@ -114,24 +117,31 @@ INLINE VF turn_within(VF x) {
     return x;
 }
 
-void CAT(ktk_rotate_, KTK_ISA)(float *x, int64_t first, int n, int width, uint32_t seed) {
-    const VF scale = VF_SET(width == 64 ? 0.125f : 0.0625f);
+/* A lane's sign changes where its bit, from the lowest on, is set. */
+INLINE VF with_signs(VF x, uint64_t signs) {
 #ifdef __AVX512F__
     const VI lane =
         _mm512_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);
 #else
     const VI lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
 #endif
+    const VI bits = VI_SLLV32(VI_SET32((int32_t)(uint32_t)signs), lane);
+    return VF_BITS(VI_XOR(VI_BITS(x), VI_AND(bits, VI_SET32(INT32_MIN))));
+}
+
+/* Columns change their signs and are turned; back: they are turned, which undoes itself, and then
+ * change their signs. */
+INLINE void turn(const int IS_BACK, float *x, int64_t first, int n, int width, uint32_t seed) {
+    const VF scale = VF_SET(width == 64 ? 0.125f : 0.0625f);
     for (int block = 0; block < n; block += width) {
         float *const b = x + block;
         for (int word = 0; word < width; word += 64) {
             const uint64_t signs = sign_word(seed, (first + block + word) / 64);
             UNROLL
             for (int i = 0; i < 64; i += LANES) {
-                VI bits = VI_SLLV32(VI_SET32((int32_t)(uint32_t)(signs >> i)), lane);
-                bits = VI_AND(bits, VI_SET32(INT32_MIN));
                 float *at = b + word + i;
-                VF_STORE(at, turn_within(VF_BITS(VI_XOR(VI_BITS(VF_LOAD(at)), bits))));
+                const VF value = VF_LOAD(at);
+                VF_STORE(at, turn_within(IS_BACK ? value : with_signs(value, signs >> i)));
             }
         }
         for (int step = LANES; step < width; step *= 2)
@@ -144,7 +154,20 @@ void CAT(ktk_rotate_, KTK_ISA)(float *x, int64_t first, int n, int width, uint32
                     VF_STORE(b + j, sum);
                     VF_STORE(b + j + step, difference);
                 }
+        for (int word = 0; IS_BACK && word < width; word += 64) {
+            const uint64_t signs = sign_word(seed, (first + block + word) / 64);
+            for (int i = 0; i < 64; i += LANES)
+                VF_STORE(b + word + i, with_signs(VF_LOAD(b + word + i), signs >> i));
+        }
     }
+}
+
+void CAT(ktk_rotate_, KTK_ISA)(float *x, int64_t first, int n, int width, uint32_t seed) {
+    turn(0, x, first, n, width, seed);
+}
+
+void CAT(ktk_rotate_back_, KTK_ISA)(float *x, int64_t first, int n, int width, uint32_t seed) {
+    turn(1, x, first, n, width, seed);
 }
 
 INLINE VF negative(VF x) { return VF_BITS(VI_XOR(VI_BITS(x), VI_SET32((int)0x80000000u))); }
@@ -192,6 +215,91 @@ void CAT(ktk_activate_, KTK_ISA)(const ktk_activation *act, const float *gate, c
         activate(KTK_GELU_TANH, act, gate, up, step, num_panels, gate_bias, up_bias, h);
     else
         activate(KTK_RELU2, act, gate, up, step, num_panels, gate_bias, up_bias, h);
+}
+
+/* The activation of x, and its derivative. */
+INLINE VF derive_one(const int KIND, const ktk_activation *act, VF x, VF *slope) {
+    const VF one = VF_SET(1.0f);
+    if (KIND == KTK_RELU2) {
+        const VF positive = VF_MAX(VF_ZERO(), x);
+        *slope = VF_ADD(positive, positive);
+        return VF_MUL(positive, positive);
+    }
+    VF u = VF_MUL(VF_SET(act->alpha), x), u_slope = VF_SET(act->alpha);
+    if (KIND == KTK_GELU_TANH) {
+        const VF factor = VF_SET(1.5957691216057308f), square = VF_MUL(x, x);
+        u = VF_MUL(factor, VF_FMA(VF_MUL(VF_SET(0.044715f), square), x, x));
+        u_slope = VF_MUL(factor, VF_FMA(VF_SET(3 * 0.044715f), square, one));
+    }
+    const VF sigmoid = VF_DIV(one, VF_ADD(one, exp_clamped(negative(u))));
+    const VF rest = VF_SUB(one, sigmoid);
+    *slope = VF_MUL(sigmoid, VF_FMA(VF_MUL(x, rest), u_slope, one));
+    return VF_MUL(x, sigmoid);
+}
+
+/* d where low <= x <= high, else 0. */
+INLINE VF where_within(VF x, float low, float high, VF d) {
+    d = VF_WHERE_LT(x, VF_SET(low), VF_ZERO(), d);
+    return VF_WHERE_LT(VF_SET(high), x, VF_ZERO(), d);
+}
+
+INLINE void activate_back(const int KIND, const ktk_activation *a, const float *gates,
+                          const float *ups, const float *d_h, int n, float *h, float *d_gates,
+                          float *d_ups) {
+    for (int i = 0; i < n; i += LANES) {
+        const VF d = VF_LOAD(d_h + i), up = VF_LOAD(ups + i);
+        VF slope;
+        if (!gates) {
+            VF_STORE(h + i, derive_one(KIND, a, up, &slope));
+            VF_STORE(d_ups + i, VF_MUL(d, slope));
+            continue;
+        }
+        const VF gate = VF_LOAD(gates + i);
+        VF g = gate;
+        if (KIND == KTK_SIGMOID_GLU)
+            g = VF_MIN(VF_SET(a->gate_max), VF_MAX(VF_SET(a->gate_min), gate));
+        VF u = VF_MIN(VF_SET(a->up_max), VF_MAX(VF_SET(a->up_min), up));
+        u = VF_ADD(u, VF_SET(a->up_offset));
+        const VF act = derive_one(KIND, a, g, &slope);
+        VF d_gate = VF_MUL(VF_MUL(d, u), slope);
+        if (KIND == KTK_SIGMOID_GLU) d_gate = where_within(gate, a->gate_min, a->gate_max, d_gate);
+        VF_STORE(h + i, VF_MUL(act, u));
+        VF_STORE(d_gates + i, d_gate);
+        VF_STORE(d_ups + i, where_within(up, a->up_min, a->up_max, VF_MUL(d, act)));
+    }
+}
+
+void CAT(ktk_activate_back_, KTK_ISA)(const ktk_activation *act, const float *gate, const float *up,
+                                      const float *d_h, int n, float *h, float *d_gate,
+                                      float *d_up) {
+    if (act->kind == KTK_SIGMOID_GLU)
+        activate_back(KTK_SIGMOID_GLU, act, gate, up, d_h, n, h, d_gate, d_up);
+    else if (act->kind == KTK_GELU_TANH)
+        activate_back(KTK_GELU_TANH, act, gate, up, d_h, n, h, d_gate, d_up);
+    else
+        activate_back(KTK_RELU2, act, gate, up, d_h, n, h, d_gate, d_up);
+}
+
+/* MurmurHash3's finaliser (Appleby): every bit of x in every bit. */
+INLINE VI mixed(VI x) {
+    x = VI_MUL32(VI_XOR(x, VI_SRL32(x, 16)), VI_SET32((int)0x85ebca6bu));
+    x = VI_MUL32(VI_XOR(x, VI_SRL32(x, 13)), VI_SET32((int)0xc2b2ae35u));
+    return VI_XOR(x, VI_SRL32(x, 16));
+}
+
+void CAT(ktk_drop_, KTK_ISA)(const ktk_dropout *d, uint32_t row, int first, int n, float *x) {
+    const uint32_t golden = 0x9e3779b9u;
+    const VI base = mixed(VI_SET32((int)(d->seed + golden * row)));
+    const VI top = VI_SET32(INT32_MIN); /* unsigned compared as signed */
+    const VI threshold = VI_XOR(VI_SET32((int)d->threshold), top);
+    for (int i = 0; i < n; i += LANES) {
+        uint32_t column[LANES];
+        for (int l = 0; l < LANES; l++) column[l] = golden * (uint32_t)(first + i + l);
+        const VI bits = mixed(VI_ADD32(base, VI_LOAD(column)));
+        const VF kept = VF_MUL(VF_LOAD(x + i), VF_SET(d->scale));
+        VF_STORE(x + i,
+                 VF_BITS(VI_WHERE_LESS(VI_XOR(bits, top), threshold, VI_ZERO(), VI_BITS(kept))));
+    }
 }
 
 INLINE uint16_t to_bf16(float x) {

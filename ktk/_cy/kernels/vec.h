@@ -78,6 +78,9 @@ typedef __m512 VF;
 #define VI_XOR _mm512_xor_si512
 #define VI_SUB32 _mm512_sub_epi32
 #define VI_MAX_U32 _mm512_max_epu32
+#define VI_MUL32 _mm512_mullo_epi32
+#define VI_WHERE_LESS(a, b, yes, no) /* of signed dwords */                                        \
+    _mm512_mask_mov_epi32(no, _mm512_cmplt_epi32_mask(a, b), yes)
 #define VI_ROUND(x) _mm512_cvtps_epi32(x)
 #define VI_REDUCE_ADD32 _mm512_reduce_add_epi32
 #define VI_REDUCE_MAX_U32 _mm512_reduce_max_epu32
@@ -144,6 +147,8 @@ INLINE __m256i VI_WHERE_BIT(__m256i x, __m256i mask, __m256i yes, __m256i no) {
 #define VI_XOR _mm256_xor_si256
 #define VI_SUB32 _mm256_sub_epi32
 #define VI_MAX_U32 _mm256_max_epu32
+#define VI_MUL32 _mm256_mullo_epi32
+#define VI_WHERE_LESS(a, b, yes, no) _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(b, a))
 #define VI_ROUND(x) _mm256_cvtps_epi32(x)
 INLINE int32_t VI_REDUCE_ADD32(VI x) {
     __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -1,0 +1,639 @@
+/* The backward pass of the operator: gradients of tokens, routing weights and adapters. The packed
+ * weights stay as they are; rounding of activations counts as the identity.
+ *
+ * Products with transposed weights run over the same panels: a block of k of some panels is decoded
+ * to fp32, in second-level cache, and all rows of an expert go over it. Of y = W x, N channels: d_x
+ * [rows][k] = sum over channels of d_y * W. No expert is decoded as a whole.
+ *
+ * Runs of the pool one behind the other:
+ *   tokens    grad to fp32                                                       -> g
+ *   q         scaling * g B of down; A h again                                   -> q, adapted
+ *   hidden    expert x block of h: d_h = g W_down + drop(q A); <h, d_h>; d_z = weight * d_h act'
+ *   weights   d_weights = sum of <h, d_h> over blocks + <g, bias>
+ *   p         scaling * d_z B of gate and up; A x again; q *= weight             -> p, adapted
+ *   input     expert x block of columns: y = d_z W + drop(p A); then d_hidden = sum of a token's y
+ *   adapters  expert x block of columns: d_A = sum over rows of p or q times x or h, d_B likewise
+ *
+ * Every sum is made by one task in a fixed order, so the bits are the same for any number of
+ * threads. fp32 throughout. */
+#include "adapters.h"
+
+/* Rows that are held at a time; columns of a task of `adapters`; floats of decoded weights: they
+ * and the rows share the second-level cache. */
+enum { ROWS = 64, COLUMNS = 256, DECODED = 20 << 10, BLOCK = 64, AHEAD = 4 };
+enum { MAX_BLOCK = 256 };
+/* A decoded panel, away from the addresses of the one before: equal distances of whole pages share
+ * few cache sets. */
+#define PANEL_FLOATS(NUM_K) ((int64_t)(NUM_K) * KTK_PANEL + 64)
+enum { MAX_Y_BYTES = 64 << 20 };
+
+/* Floats from row to row of at least n: rows of a tile then lie side by side in first-level cache
+ * (10 % of a product's time). */
+static int64_t spread(int64_t n) {
+    int64_t lines = (n + 15) / 16;
+    while (lines % 64 < 20 || lines % 64 > 44) lines++;
+    return 16 * lines;
+}
+
+/* Rows of one expert. */
+typedef struct {
+    int32_t expert, first, count;
+} rows_of;
+
+typedef struct {
+    operation op; /* groups of the chunk's pairs, buffers */
+    const void *grad;
+    int grad_dtype;
+    float *d_hidden, *d_weights;
+    const ktk_adapter_gradient *d_lora;
+    int projections, rank; /* rank in whole vectors */
+    int64_t z_stride, d_row, hidden_stride;
+    int h_block, x_block; /* k of a task of hidden, of input */
+    int h_blocks;
+    float *g;                      /* (tokens, hidden_stride) */
+    float *d_z;                    /* (rows, d_row): projections x z_stride */
+    float *dots;                   /* (rows, h_blocks) */
+    float *small[KTK_PROJECTIONS]; /* (rows, rank): p of gate and up, q */
+    float *y;                      /* (rows, y_columns) */
+    float *ones;                   /* (top_k) */
+    int64_t y_columns, y_first;
+    rows_of *pieces; /* of up to ROWS each */
+    int64_t num_pieces;
+} pass;
+
+static float *buffer_of(const pass *b, int thread) { return floats_of(&b->op, thread); }
+
+static rows_of all_rows(const pass *b, int64_t i) {
+    const int e = b->op.order[i];
+    return (rows_of){e, b->op.first_row[e], b->op.first_row[e + 1] - b->op.first_row[e]};
+}
+
+static int has_adapter(const pass *b, int projection) {
+    return b->op.lora && b->op.lora->of[projection].a;
+}
+
+/* -- weights, transposed */
+
+/* Panels [first, first + count) of a projection's, `step` bytes from one to the next. */
+typedef struct {
+    const uint8_t *panels;
+    int64_t step;
+    int first, count;
+} panels_of;
+
+/* A panel's part that will be decoded soon: pieces of pages, which no prefetcher foresees. */
+static void fetch(const ktk_matrix *w, panels_of of, int panel, int first_k, int num_k) {
+    if (panel >= of.count || ktk_formats[w->format].block_weights) return;
+    const int64_t bytes = w->panel_bytes - w->code_offset;
+    const uint8_t *from =
+        of.panels + panel * of.step + w->code_offset + bytes * first_k / w->padded_in;
+    for (int64_t at = 0; at < bytes * num_k / w->padded_in; at += 64)
+        __builtin_prefetch(from + at, 0, 2);
+}
+
+/* p's c[m][0 .. num_columns) (+)= sum over the panels' channels of a[rows[m]] * W[., first_k + j],
+ * a the whole projection's; from then on p adds. */
+static void multiply_transposed(const pass *b, const ktk_matrix *w, panels_of of, int first_k,
+                                ktk_product_nt *p, float *decoded) {
+    ktk_decode_fn *decode = b->op.kernels->decode[w->format];
+    const int most = max_int(1, (int)(DECODED / PANEL_FLOATS(p->num_columns)));
+    for (int i = 0; i < of.count; i += most) {
+        ktk_product_nt some = *p;
+        some.a += (of.first + i) * KTK_PANEL;
+        some.b = decoded;
+        some.b_panel = PANEL_FLOATS(p->num_columns);
+        some.b_column = KTK_PANEL;
+        some.num_panels = min_int(most, of.count - i);
+        for (int j = 0; j < some.num_panels; j++) {
+            fetch(w, of, i + j + AHEAD, first_k, p->num_columns);
+            decode(w, of.panels + (i + j) * of.step, first_k, p->num_columns,
+                   decoded + j * some.b_panel);
+        }
+        b->op.kernels->product_nt(&some);
+        p->is_added = 1;
+    }
+}
+
+static void turn_back(const pass *b, const ktk_matrix *w, int first, int n, float *x) {
+    if (w->rotation) b->op.kernels->rotate_back(x, first, n, w->rotation, w->rotation_seed);
+}
+
+/* y of rows (+)= small A for columns [column, column + n), dropped as A's inputs were. work: n wide
+ * blocks of ROWS rows and of A. */
+static void add_adapter(const pass *b, const int *projections, int num_projections, rows_of r,
+                        int is_down, int column, int n, int64_t in_features, float *y,
+                        int64_t y_stride, float *work) {
+    const ktk_lora *lora = b->op.lora;
+    const ktk_kernels *kernels = b->op.kernels;
+    const int whole = (int)round_up(n, 16);
+    float *sum = work, *a = work + ROWS * MAX_BLOCK;
+    for (int first = 0; first < r.count; first += ROWS, y += ROWS * y_stride) {
+        const int count = min_int(ROWS, r.count - first), row = r.first + first;
+        int is_added = 0;
+        for (int i = 0; i < num_projections; i++) {
+            const int p = projections[i];
+            if (!has_adapter(b, p)) continue;
+            ktk_load_block(kernels, lora->dtype, lora->of[p].a,
+                           (int64_t)r.expert * lora->rank * in_features + column, in_features,
+                           lora->rank, n, a, MAX_BLOCK);
+            kernels->product_nn(&(ktk_product_nn){.a = b->small[p] + (int64_t)row * b->rank,
+                                                  .a_row = b->rank,
+                                                  .a_k = 1,
+                                                  .b = a,
+                                                  .b_stride = MAX_BLOCK,
+                                                  .c = sum,
+                                                  .c_stride = MAX_BLOCK,
+                                                  .num_rows = count,
+                                                  .num_columns = whole,
+                                                  .num_k = lora->rank,
+                                                  .is_added = is_added});
+            is_added = 1;
+        }
+        for (int m = 0; is_added && m < count; m++) {
+            const int64_t pair = b->op.first_pair + b->op.pair_of[row + m];
+            if (lora->dropout.threshold)
+                kernels->drop(&lora->dropout, (uint32_t)(2 * pair + is_down), column, whole,
+                              sum + m * MAX_BLOCK);
+            kernels->add(y + m * y_stride, sum + m * MAX_BLOCK, n);
+        }
+    }
+}
+
+/* -- the runs */
+
+static void token_task(void *context, int64_t index, int thread) {
+    (void)thread;
+    const pass *b = context;
+    const operation *op = &b->op;
+    const int64_t hidden = op->layer->hidden_size;
+    for (int64_t t = index * ROWS; t < op->num_tokens && t < (index + 1) * ROWS; t++) {
+        float *g = b->g + t * b->hidden_stride;
+        ktk_load_block(op->kernels, b->grad_dtype, b->grad, t * hidden, 0, 1, (int)hidden, g, 0);
+        memset(g + hidden, 0, 4 * (size_t)(b->hidden_stride - hidden));
+    }
+}
+
+/* small[projection] of rows += scaling * d B, d: column `column` and on of what rows have. */
+static void multiply_by_b(const pass *b, int projection, rows_of r, int64_t out_features,
+                          int column, int n, const float *d, int64_t d_stride, float *work) {
+    const ktk_lora *lora = b->op.lora;
+    ktk_load_block(b->op.kernels, lora->dtype, lora->of[projection].b,
+                   ((int64_t)r.expert * out_features + column) * lora->rank, lora->rank, n,
+                   lora->rank, work, b->rank);
+    b->op.kernels->product_nn(
+        &(ktk_product_nn){.a = d,
+                          .a_row = d_stride,
+                          .a_k = 1,
+                          .b = work,
+                          .b_stride = b->rank,
+                          .c = b->small[projection] + (int64_t)r.first * b->rank,
+                          .c_stride = b->rank,
+                          .num_rows = r.count,
+                          .num_columns = b->rank,
+                          .num_k = n,
+                          .is_added = column > 0});
+}
+
+static void scale_small(const pass *b, int projection, rows_of r) {
+    float *x = b->small[projection] + (int64_t)r.first * b->rank;
+    for (int64_t i = 0; i < (int64_t)r.count * b->rank; i++) x[i] *= b->op.lora->scaling;
+}
+
+/* Rows of g, times their weights where is_weighted. */
+static void load_g(const pass *b, rows_of r, int is_weighted, int column, int n, float *to,
+                   int64_t stride) {
+    for (int m = 0; m < r.count; m++, to += stride) {
+        const float *g = b->g + b->op.token_of[r.first + m] * b->hidden_stride + column;
+        const float by = is_weighted ? b->op.weights[b->op.pair_of[r.first + m]] : 1.0f;
+        for (int i = 0; i < n; i++) to[i] = g[i] * by;
+    }
+}
+
+static void q_task(void *context, int64_t index, int thread) {
+    const pass *b = context;
+    const rows_of r = b->pieces[index];
+    const int hidden = b->op.layer->hidden_size;
+    float *work = buffer_of(b, thread);
+    ktk_adapt_h(&b->op, r.expert, r.first, r.count, work);
+    for (int column = 0; column < hidden; column += ADAPTER_STEP) {
+        const int n = min_int(ADAPTER_STEP, hidden - column);
+        load_g(b, r, 0, column, n, work, ADAPTER_STEP);
+        multiply_by_b(b, KTK_DOWN, r, hidden, column, n, work, ADAPTER_STEP,
+                      work + ROWS * ADAPTER_STEP);
+    }
+    scale_small(b, KTK_DOWN, r);
+}
+
+/* d_z of rows from d_h, which lies where that of up will; columns [k, k + n). */
+static void hidden_row(const pass *b, int row, int64_t block, int k, int n, float *work) {
+    const operation *op = &b->op;
+    const int has_gate = b->projections == 2;
+    const float *z = op->z + row * op->z_row + k;
+    float *d_gate = b->d_z + row * b->d_row + k, *d_up = has_gate ? d_gate + b->z_stride : d_gate;
+    float *h = work, *d = work + MAX_BLOCK;
+    const float weight = op->weights[op->pair_of[row]];
+    op->kernels->activate_back(&op->layer->activation, has_gate ? z : NULL,
+                               has_gate ? z + b->z_stride : z, d_up, n, h, has_gate ? d_gate : NULL,
+                               d);
+    op->kernels->product_nt(&(ktk_product_nt){.a = h,
+                                              .b = d_up,
+                                              .b_panel = 16,
+                                              .c = b->dots + row * b->h_blocks + block,
+                                              .num_rows = 1,
+                                              .num_columns = 1,
+                                              .num_panels = n / 16});
+    for (int i = 0; i < n; i++) d_up[i] = d[i] * weight;
+    for (int i = 0; has_gate && i < n; i++) d_gate[i] *= weight;
+}
+
+static void hidden_task(void *context, int64_t index, int thread) {
+    const pass *b = context;
+    const operation *op = &b->op;
+    const ktk_layer *layer = op->layer;
+    const int64_t block = index % b->h_blocks;
+    const rows_of r = all_rows(b, index / b->h_blocks);
+    const int k = (int)block * b->h_block, n = min_int(b->h_block, (int)b->z_stride - k);
+    float *work = buffer_of(b, thread);
+    float *d_h = b->d_z + r.first * b->d_row + (b->projections - 1) * b->z_stride + k;
+    ktk_product_nt product = {.a = b->g,
+                              .a_stride = b->hidden_stride,
+                              .rows = op->token_of + r.first,
+                              .c = d_h,
+                              .c_stride = b->d_row,
+                              .num_rows = r.count,
+                              .num_columns = n};
+    for (int p = 0; p < layer->num_parts; p++) {
+        const ktk_part *part = &layer->parts[p];
+        const panels_of of = {part->down[r.expert], layer->down.panel_bytes, part->first_down_panel,
+                              part->num_down_panels};
+        multiply_transposed(b, &layer->down, of, k, &product, work);
+    }
+    for (int m = 0; m < r.count; m++) turn_back(b, &layer->down, k, n, d_h + m * b->d_row);
+    const int real = min_int(n, layer->intermediate_size - k);
+    if (has_adapter(b, KTK_DOWN) && real > 0)
+        add_adapter(b, &(int){KTK_DOWN}, 1, r, 1, k, real, layer->intermediate_size, d_h, b->d_row,
+                    work);
+    /* Padding has neither z nor gradients. */
+    const int whole = real > 0 ? (int)round_up(real, 16) : 0;
+    for (int m = 0; m < r.count; m++) {
+        float *d_z = b->d_z + (r.first + m) * b->d_row + k;
+        if (real > 0)
+            hidden_row(b, r.first + m, block, k, whole, work);
+        else
+            b->dots[(r.first + m) * b->h_blocks + block] = 0.0f;
+        for (int p = 0; p < b->projections; p++)
+            memset(d_z + p * b->z_stride + max_int(real, 0), 0, 4 * (size_t)(n - max_int(real, 0)));
+    }
+}
+
+static void weight_task(void *context, int64_t index, int thread) {
+    (void)thread;
+    const pass *b = context;
+    const operation *op = &b->op;
+    const ktk_layer *layer = op->layer;
+    const float *const *bias = layer->parts[0].down_bias;
+    const int64_t pairs = op->num_tokens * op->top_k;
+    for (int64_t i = index * ROWS; i < pairs && i < (index + 1) * ROWS; i++) {
+        const int32_t row = op->place[i];
+        float sum = 0.0f;
+        for (int k = 0; row >= 0 && k < b->h_blocks; k++) sum += b->dots[row * b->h_blocks + k];
+        if (bias && row >= 0) {
+            const float *g = b->g + i / op->top_k * b->hidden_stride;
+            const float *of = bias[op->ids[i]];
+            for (int j = 0; j < layer->hidden_size; j++) sum += g[j] * of[j];
+        }
+        b->d_weights[i] = sum;
+    }
+}
+
+static void p_task(void *context, int64_t index, int thread) {
+    const pass *b = context;
+    const operation *op = &b->op;
+    const rows_of r = b->pieces[index];
+    const int width = op->layer->intermediate_size;
+    float *work = buffer_of(b, thread);
+    if (op->adapted[KTK_GATE] || op->adapted[KTK_UP])
+        ktk_adapt_x(op, r.expert, r.first, r.count, work);
+    for (int p = KTK_GATE; p <= KTK_UP; p++) {
+        if (!has_adapter(b, p)) continue;
+        const float *d_z =
+            b->d_z + r.first * b->d_row + (p == KTK_UP ? b->projections - 1 : 0) * b->z_stride;
+        for (int column = 0; column < width; column += ADAPTER_STEP)
+            multiply_by_b(b, p, r, width, column, min_int(ADAPTER_STEP, width - column),
+                          d_z + column, b->d_row, work);
+        scale_small(b, p, r);
+    }
+    for (int m = 0; has_adapter(b, KTK_DOWN) && m < r.count; m++) {
+        float *q = b->small[KTK_DOWN] + (int64_t)(r.first + m) * b->rank;
+        const float weight = op->weights[op->pair_of[r.first + m]];
+        for (int i = 0; i < b->rank; i++) q[i] *= weight;
+    }
+}
+
+/* y (+)= d_z of one projection times its weights. */
+static void multiply_input(const pass *b, rows_of r, int is_up, int k, ktk_product_nt *y,
+                           float *work) {
+    const ktk_layer *layer = b->op.layer;
+    const int is_apart = up_is_apart(layer) && is_up;
+    const ktk_matrix *w = is_apart ? &layer->up : &layer->gate_up;
+    const int each = up_is_apart(layer) ? 1 : b->projections; /* panels of gate and up alternate */
+    y->a = b->d_z + r.first * b->d_row + (is_up ? b->projections - 1 : 0) * b->z_stride;
+    for (int p = 0; p < layer->num_parts; p++) {
+        const ktk_part *part = &layer->parts[p];
+        panels_of of = {is_apart ? part->up[r.expert] : part->gate_up[r.expert],
+                        each * w->panel_bytes, part->first_up_panel, part->num_up_panels};
+        if (is_up && each == 2) of.panels += w->panel_bytes;
+        multiply_transposed(b, w, of, k, y, work);
+    }
+}
+
+static int64_t y_blocks(const pass *b) {
+    const int64_t left = b->op.layer->gate_up.padded_in - b->y_first;
+    const int64_t columns = left < b->y_columns ? left : b->y_columns;
+    return (columns + b->x_block - 1) / b->x_block;
+}
+
+static void input_task(void *context, int64_t index, int thread) {
+    const pass *b = context;
+    const ktk_layer *layer = b->op.layer;
+    const int64_t blocks = y_blocks(b);
+    const rows_of r = all_rows(b, index / blocks);
+    const int at = (int)(index % blocks) * b->x_block, k = (int)b->y_first + at;
+    const int n = min_int(b->x_block, layer->gate_up.padded_in - k);
+    float *work = buffer_of(b, thread);
+    float *y = b->y + (int64_t)r.first * b->y_columns + at;
+    ktk_product_nt product = {.a_stride = b->d_row,
+                              .c = y,
+                              .c_stride = b->y_columns,
+                              .num_rows = r.count,
+                              .num_columns = n};
+    if (b->projections == 2) multiply_input(b, r, 0, k, &product, work);
+    multiply_input(b, r, 1, k, &product, work);
+    for (int m = 0; m < r.count; m++) turn_back(b, &layer->gate_up, k, n, y + m * b->y_columns);
+    const int real = min_int(n, layer->hidden_size - k);
+    if (real > 0)
+        add_adapter(b, (int[]){KTK_GATE, KTK_UP}, 2, r, 0, k, real, layer->hidden_size, y,
+                    b->y_columns, work);
+}
+
+static void sum_task(void *context, int64_t index, int thread) {
+    const pass *b = context;
+    const operation *op = &b->op;
+    const int64_t hidden = op->layer->hidden_size, left = hidden - b->y_first;
+    const int64_t n = left < b->y_columns ? left : b->y_columns;
+    float *acc = buffer_of(b, thread);
+    for (int64_t t = index * 16; t < op->num_tokens && t < (index + 1) * 16; t++)
+        for (int64_t column = 0; column < n; column += ADAPTER_STEP) {
+            const int64_t width = min_int(ADAPTER_STEP, (int)(n - column));
+            op->kernels->combine(b->y + column, b->y_columns, op->place + t * op->top_k, b->ones,
+                                 op->top_k, (int)round_up(width, 16), acc);
+            memcpy(b->d_hidden + t * hidden + b->y_first + column, acc, 4 * (size_t)width);
+        }
+}
+
+/* to (rows x n, `stride` apart) += from. */
+static void add_rows(const ktk_kernels *kernels, const float *from, int64_t from_stride, int rows,
+                     int n, float *to, int64_t stride) {
+    for (int i = 0; i < rows; i++) kernels->add(to + i * stride, from + i * from_stride, n);
+}
+
+/* sum (rows, COLUMNS) (+)= small^T x: a block of d_A, of one piece's rows. */
+static void sum_a(const pass *b, int projection, int row, int count, const float *x, int n,
+                  int is_added, float *sum) {
+    b->op.kernels->product_nn(&(ktk_product_nn){.a = b->small[projection] + (int64_t)row * b->rank,
+                                                .a_row = 1,
+                                                .a_k = b->rank,
+                                                .b = x,
+                                                .b_stride = COLUMNS,
+                                                .c = sum,
+                                                .c_stride = COLUMNS,
+                                                .num_rows = b->op.lora->rank,
+                                                .num_columns = (int)round_up(n, 16),
+                                                .num_k = count,
+                                                .is_added = is_added});
+}
+
+/* sum (n, rank) (+)= d^T adapted: a block of d_B. */
+static void sum_b(const pass *b, int projection, int row, int count, const float *d,
+                  int64_t d_stride, int n, int is_added, float *sum) {
+    b->op.kernels->product_nn(
+        &(ktk_product_nn){.a = d,
+                          .a_row = 1,
+                          .a_k = d_stride,
+                          .b = b->op.adapted[projection] + (int64_t)row * b->rank,
+                          .b_stride = b->rank,
+                          .c = sum,
+                          .c_stride = b->rank,
+                          .num_rows = n,
+                          .num_columns = b->rank,
+                          .num_k = count,
+                          .is_added = is_added});
+}
+
+static void keep_a(const pass *b, int projection, int expert, const float *sum, int column, int n,
+                   int64_t in_features) {
+    const int rank = b->op.lora->rank;
+    add_rows(b->op.kernels, sum, COLUMNS, rank, n,
+             b->d_lora[projection].a + (int64_t)expert * rank * in_features + column, in_features);
+}
+
+static void keep_b(const pass *b, int projection, int expert, const float *sum, int column, int n,
+                   int64_t out_features) {
+    const int rank = b->op.lora->rank;
+    add_rows(b->op.kernels, sum, b->rank, n, rank,
+             b->d_lora[projection].b + (expert * out_features + column) * rank, rank);
+}
+
+/* Columns of tokens: d_A of gate and up, d_B of down. */
+static void adapters_of_x(const pass *b, rows_of r, int column, int n, float *work) {
+    const int hidden = b->op.layer->hidden_size, block = b->rank * COLUMNS;
+    float *x = work, *of_down = work + ROWS * COLUMNS, *of_up = of_down + block;
+    for (int first = 0; first < r.count; first += ROWS) {
+        const rows_of piece = {r.expert, r.first + first, min_int(ROWS, r.count - first)};
+        if (has_adapter(b, KTK_DOWN)) {
+            load_g(b, piece, 1, column, n, x, COLUMNS);
+            sum_b(b, KTK_DOWN, piece.first, piece.count, x, COLUMNS, n, first > 0, of_down);
+        }
+        if (!has_adapter(b, KTK_GATE) && !has_adapter(b, KTK_UP)) continue;
+        ktk_load_x(&b->op, piece.first, piece.count, column, n, x, COLUMNS);
+        for (int p = KTK_GATE; p <= KTK_UP; p++)
+            if (has_adapter(b, p))
+                sum_a(b, p, piece.first, piece.count, x, n, first > 0, of_up + p * block);
+    }
+    if (has_adapter(b, KTK_DOWN)) keep_b(b, KTK_DOWN, r.expert, of_down, column, n, hidden);
+    for (int p = KTK_GATE; p <= KTK_UP; p++)
+        if (has_adapter(b, p)) keep_a(b, p, r.expert, of_up + p * block, column, n, hidden);
+}
+
+/* Columns of the hidden layer: d_B of gate and up, d_A of down. */
+static void adapters_of_h(const pass *b, rows_of r, int column, int n, float *work) {
+    const operation *op = &b->op;
+    const int width = op->layer->intermediate_size, block = b->rank * COLUMNS;
+    float *h = work, *of_down = work + ROWS * COLUMNS, *of_up = of_down + block;
+    for (int first = 0; first < r.count; first += ROWS) {
+        const int row = r.first + first, count = min_int(ROWS, r.count - first);
+        if (has_adapter(b, KTK_DOWN)) {
+            ktk_load_h(op, row, count, column, n, h, COLUMNS);
+            sum_a(b, KTK_DOWN, row, count, h, n, first > 0, of_down);
+        }
+        for (int p = KTK_GATE; p <= KTK_UP; p++) {
+            if (!has_adapter(b, p)) continue;
+            const int64_t slot = p == KTK_UP ? b->projections - 1 : 0;
+            sum_b(b, p, row, count, b->d_z + row * b->d_row + slot * b->z_stride + column, b->d_row,
+                  n, first > 0, of_up + p * block);
+        }
+    }
+    if (has_adapter(b, KTK_DOWN)) keep_a(b, KTK_DOWN, r.expert, of_down, column, n, width);
+    for (int p = KTK_GATE; p <= KTK_UP; p++)
+        if (has_adapter(b, p)) keep_b(b, p, r.expert, of_up + p * block, column, n, width);
+}
+
+static int blocks_of(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+
+static void adapter_task(void *context, int64_t index, int thread) {
+    const pass *b = context;
+    const ktk_layer *layer = b->op.layer;
+    const int of_x = blocks_of(layer->hidden_size), of_h = blocks_of(layer->intermediate_size);
+    const rows_of r = all_rows(b, index / (of_x + of_h));
+    const int block = (int)(index % (of_x + of_h));
+    const int column = (block < of_x ? block : block - of_x) * COLUMNS;
+    float *work = buffer_of(b, thread);
+    if (block < of_x)
+        adapters_of_x(b, r, column, min_int(COLUMNS, layer->hidden_size - column), work);
+    else
+        adapters_of_h(b, r, column, min_int(COLUMNS, layer->intermediate_size - column), work);
+}
+
+/* -- a chunk of tokens */
+
+/* k that a task of transposed products takes: whole blocks of weights, whole blocks that turn. */
+static int block_of(const ktk_matrix *w) {
+    return max_int(BLOCK, max_int(ktk_formats[w->format].block_weights, w->rotation));
+}
+
+static int64_t work_floats(const pass *b) {
+    const int64_t rank = b->rank;
+    int64_t most = DECODED;
+    const int64_t others[] = {(ROWS + rank) * ADAPTER_STEP, ROWS * COLUMNS + 3 * rank * COLUMNS,
+                              (ROWS + rank) * MAX_BLOCK};
+    for (int i = 0; i < 3; i++)
+        if (most < others[i]) most = others[i];
+    return most + b->z_stride;
+}
+
+static void lay_out(pass *b, arena *a) {
+    operation *op = &b->op;
+    const ktk_layer *layer = op->layer;
+    const int64_t tokens = op->num_tokens, pairs = tokens * op->top_k;
+    b->projections = num_projections(layer);
+    b->rank = op->lora ? padded_rank(op->lora) : 0;
+    b->z_stride = layer->down.padded_in;
+    op->z_row = b->projections * b->z_stride;
+    b->hidden_stride = spread(layer->hidden_size);
+    b->d_row = spread(op->z_row);
+    b->h_block = block_of(&layer->down);
+    b->x_block = block_of(&layer->gate_up);
+    if (up_is_apart(layer)) b->x_block = max_int(b->x_block, block_of(&layer->up));
+    b->h_blocks = (int)((b->z_stride + b->h_block - 1) / b->h_block);
+    b->y_columns = round_up(layer->gate_up.padded_in, b->x_block);
+    const int64_t most = MAX_Y_BYTES / 4 / (pairs ? pairs : 1) / b->x_block * b->x_block;
+    if (b->y_columns > most) b->y_columns = most > b->x_block ? most : b->x_block;
+    op->place = take(a, 4 * pairs);
+    op->token_of = take(a, 4 * pairs);
+    op->row_index = take(a, 4 * pairs);
+    op->pair_of = take(a, 4 * pairs);
+    op->first_row = take(a, 4 * ((int64_t)layer->num_experts + 1));
+    op->order = take(a, 8 * (int64_t)layer->num_experts);
+    ktk_take_adapted(a, op, pairs);
+    b->g = take(a, 4 * tokens * b->hidden_stride);
+    b->d_z = take(a, 4 * pairs * b->d_row);
+    b->dots = take(a, 4 * pairs * b->h_blocks);
+    for (int p = 0; p < KTK_PROJECTIONS; p++)
+        if (has_adapter(b, p)) b->small[p] = take(a, 4 * pairs * b->rank);
+    b->y = take(a, 4 * pairs * b->y_columns);
+    b->ones = take(a, 4 * (int64_t)op->top_k);
+    b->pieces = take(a, (int64_t)sizeof(rows_of) * (pairs / ROWS + layer->num_experts));
+    op->thread_bytes = round_up(4 * work_floats(b), 4096) + 64;
+    op->thread_buffers = take(a, op->thread_bytes * op->num_threads);
+}
+
+static void cut_pieces(pass *b) {
+    operation *op = &b->op;
+    op->num_used = 0;
+    b->num_pieces = 0;
+    for (int e = 0; e < op->layer->num_experts; e++) {
+        const int32_t first = op->first_row[e], end = op->first_row[e + 1];
+        if (first < end) op->order[op->num_used++] = e;
+        for (int32_t row = first; row < end; row += ROWS)
+            b->pieces[b->num_pieces++] = (rows_of){e, row, min_int(ROWS, end - row)};
+    }
+}
+
+static void run(pass *b, ktk_pool *pool, ktk_task_fn *task, int64_t num_tasks) {
+    const int64_t begin[2] = {0, num_tasks};
+    if (num_tasks) ktk_pool_run(pool, task, b, begin, 1);
+}
+
+static void backward_chunk(pass *b, ktk_pool *pool, const uint8_t *skip, void *scratch) {
+    operation *op = &b->op;
+    const ktk_layer *layer = op->layer;
+    arena a = {scratch, 0};
+    lay_out(b, &a);
+    ktk_group_pairs(op, skip);
+    cut_pieces(b);
+    for (int i = 0; i < op->top_k; i++) b->ones[i] = 1.0f;
+    const int64_t tokens = op->num_tokens, experts = op->num_used;
+    run(b, pool, token_task, (tokens + ROWS - 1) / ROWS);
+    if (has_adapter(b, KTK_DOWN)) run(b, pool, q_task, b->num_pieces);
+    run(b, pool, hidden_task, experts * b->h_blocks);
+    run(b, pool, weight_task, (tokens * op->top_k + ROWS - 1) / ROWS);
+    if (op->lora) run(b, pool, p_task, b->num_pieces);
+    for (b->y_first = 0; b->y_first < layer->gate_up.padded_in; b->y_first += b->y_columns) {
+        run(b, pool, input_task, experts * y_blocks(b));
+        run(b, pool, sum_task, (tokens + 15) / 16);
+    }
+    if (op->lora)
+        run(b, pool, adapter_task,
+            experts * (blocks_of(layer->hidden_size) + blocks_of(layer->intermediate_size)));
+}
+
+int ktk_moe_backward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                     int64_t num_tokens, int top_k, int dtype, const void *hidden,
+                     const int64_t *ids, const float *weights, const uint8_t *skip,
+                     const ktk_lora *lora, const float *z, int grad_dtype, const void *grad,
+                     float *d_hidden, float *d_weights, const ktk_adapter_gradient *d_lora) {
+    const int64_t chunk = ktk_tokens_of_chunk(top_k), row_values = layer->hidden_size;
+    pass first = {.op = {.layer = layer,
+                         .kernels = kernels,
+                         .num_threads = ktk_pool_num_threads(pool),
+                         .num_tokens = num_tokens < chunk ? num_tokens : chunk,
+                         .top_k = top_k,
+                         .dtype = dtype,
+                         .lora = lora},
+                  .grad_dtype = grad_dtype,
+                  .d_lora = d_lora};
+    pass counting = first;
+    arena counted = {0};
+    lay_out(&counting, &counted);
+    ktk_pool_lock(pool);
+    void *scratch = ktk_pool_scratch(pool, counted.used);
+    int status = scratch ? KTK_DONE : KTK_NO_MEMORY;
+    ktk_lock_to_read(layer);
+    if (!status && !ktk_has_all(layer, num_tokens * top_k, ids, skip)) status = KTK_ABSENT;
+    for (int64_t t = 0; t < num_tokens && !status; t += chunk) {
+        pass b = first;
+        b.op.num_tokens = num_tokens - t < chunk ? num_tokens - t : chunk;
+        b.op.hidden = (const uint8_t *)hidden + t * row_values * dtype_bytes(dtype);
+        b.op.ids = ids + t * top_k;
+        b.op.weights = weights + t * top_k;
+        b.op.first_pair = t * top_k;
+        b.op.z = (float *)z + t * top_k * counting.op.z_row;
+        b.grad = (const uint8_t *)grad + t * row_values * dtype_bytes(grad_dtype);
+        b.d_hidden = d_hidden + t * row_values;
+        b.d_weights = d_weights + t * top_k;
+        backward_chunk(&b, pool, skip, scratch);
+    }
+    ktk_unlock(layer);
+    ktk_pool_unlock(pool);
+    return status;
+}
