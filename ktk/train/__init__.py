@@ -4,6 +4,8 @@
   ``save_expert_lora`` and ``load_expert_lora`` use peft's files;
 - ``lora_config(...)`` is a LoraConfig with which ``peft.get_peft_model`` does the same, beside
   adapters of attention; ``load_peft`` loads what it saved.
+- ``train_experts(model, {module: numbers})`` makes chosen experts parameters, ``write_back(model)``
+  rounds them into the packed ones.
 
 The model comes from ``from_pretrained(..., quantization_config=ktk.KtkConfig(...))``,
 ``load_model`` or ``use_ktk``. Gradients also reach routers and all else that torch runs.
@@ -22,6 +24,7 @@ from ktk.train.adapters import (
     without_expert_lora,
 )
 from ktk.train.files import load_expert_lora, save_expert_lora
+from ktk.train.full import train_experts, write_back
 
 if TYPE_CHECKING:
     from ktk.train.peft_lora import load_peft, lora_config
@@ -37,7 +40,9 @@ __all__ = [
     "lora_config",
     "remove_expert_lora",
     "save_expert_lora",
+    "train_experts",
     "without_expert_lora",
+    "write_back",
 ]
 
 

@@ -22,6 +22,7 @@ from ktk.integration.transformers.adapters import adapter_of
 from ktk.integration.transformers.experts import handle_of, is_experts
 from ktk.integration.transformers.forward import run_experts
 from ktk.integration.transformers.linear import KtkLinear, linear_of
+from ktk.integration.transformers.trained_experts import trained_of
 from ktk.ops.components import (
     DIM_STEP,
     Attention,
@@ -304,6 +305,8 @@ def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
         raise UnlikeError("its experts are not packed, or their activation is its own")
     if adapter_of(experts) is not None:
         raise UnlikeError("its experts have adapters")
+    if trained_of(experts) is not None:
+        raise UnlikeError("some of its experts are trained")
     if handle.hybrid is not None:
         raise UnlikeError(f"some of its experts are on {handle.hybrid.device}")
     if handle.deferral is not None:

@@ -17,6 +17,7 @@ from ktk.integration.transformers.experts import (
 )
 from ktk.integration.transformers.gradients import run_trained
 from ktk.integration.transformers.packing import pack_module, source_key
+from ktk.integration.transformers.trained_experts import trained_of
 
 # Rows per step of the paths that keep one float32 row per (token, slot): bounds their memory.
 _SLOT_TOKENS = 256
@@ -43,6 +44,23 @@ def ktk_experts_forward(
     if listener is not None:
         listener(top_k_index, top_k_weights)
     lora = combined([*hung_tensors(module), *adapters])
+    trained = trained_of(module)
+    if trained is None:
+        return _forward(module, handle, hidden_states, top_k_index, top_k_weights, lora)
+    others = trained.others(top_k_index)
+    out = _forward(module, handle, hidden_states, others, top_k_weights, lora)
+    return trained.add_to(out, module, hidden_states, top_k_index, top_k_weights)
+
+
+def _forward(
+    module: Any,
+    handle: ExpertsHandle,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    lora: LoraTensors | None,
+) -> torch.Tensor:
+    """Of the packed experts and their adapters."""
     given = (hidden_states, top_k_index, top_k_weights)
     if lora is None and not _takes_gradients(module, hidden_states, top_k_weights):
         return run_experts(module, handle, *given)

@@ -22,6 +22,7 @@ from ktk.integration.transformers.experts import find_experts, handle_of
 from ktk.integration.transformers.linear import KtkLinear
 from ktk.integration.transformers.multimodal import LeftOut
 from ktk.integration.transformers.sources import layer_of
+from ktk.integration.transformers.trained_experts import trained_of
 from ktk.paths import user_path
 
 
@@ -93,6 +94,8 @@ def write_experts(model: Any, directory: Path) -> None:
                 f"{name} has an adapter, which a packed directory does not hold: "
                 "ktk.train.save_expert_lora saves it, remove_expert_lora takes it away"
             )
+        if trained_of(module) is not None:
+            raise ValueError(f"{name} has trained experts: ktk.train.write_back packs them first")
         packed = handle.moe.packed
         if not packed.is_packed:
             raise ValueError(
