@@ -29,10 +29,12 @@ FORWARD_BOUNDS = {"fp32": 1e-6, "bf16": 1e-6, "int8": 0.02, "int4": 0.02}
 BACKWARD_BOUND = 2e-6
 
 
-def check(spec: MoESpec, lora: ExpertLora | None, tokens: int, top_k: int, seed: int = 1) -> None:
+def check(
+    spec: MoESpec, lora: ExpertLora | None, tokens: int, top_k: int, method: str = "auto"
+) -> None:
     """Output and all gradients, the latter also with z computed again."""
-    moe = MoE(pack_all(spec, random_experts(spec, 3)))
-    hidden, ids, weights, grad = random_call(spec, tokens, top_k, seed)
+    moe = MoE(pack_all(spec, random_experts(spec, 3)), method=method)
+    hidden, ids, weights, grad = random_call(spec, tokens, top_k, 1)
     if tokens > 2:
         ids[0], ids[1, 0], ids[2, -1] = ids[0, 0], -1, spec.num_experts  # twice, nobody, nobody
     oracle = LoraOracle(
@@ -60,22 +62,26 @@ def check(spec: MoESpec, lora: ExpertLora | None, tokens: int, top_k: int, seed:
 
 
 @pytest.mark.parametrize("weight_format", FORWARD_BOUNDS)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_output_and_gradients_are_those_of_the_oracle(weight_format: str, dropout: float) -> None:
+@pytest.mark.parametrize(("method", "dropout"), [("auto", 0.0), ("auto", 0.3), ("NUMPY", 0.3)])
+def test_output_and_gradients_are_those_of_the_oracle(
+    weight_format: str, method: str, dropout: float
+) -> None:
+    """By the kernels, and by what is portable."""
     spec = dataclasses.replace(
         SPEC, weight_format=weight_format, group_size=None, activation_group=None, rotation=None
     )
-    check(spec, random_lora(spec, 5, dropout=dropout, seed=7), 9, 3)
+    check(spec, random_lora(spec, 5, dropout=dropout, seed=7), 9, 3, method)
 
 
+@pytest.mark.parametrize("method", ["auto", "NUMPY"])
 @pytest.mark.parametrize("has_gate", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_has_its_gradient(name: str, has_gate: bool) -> None:
+def test_every_activation_has_its_gradient(name: str, has_gate: bool, method: str) -> None:
     act = ACTIVATIONS[name]
     if not has_gate:
         act = Activation(act.kind, act.alpha)
     spec = dataclasses.replace(SPEC, activation=act, has_gate=has_gate, has_bias=has_gate)
-    check(spec, random_lora(spec, 3), 7, 2)
+    check(spec, random_lora(spec, 3), 7, 2, method)
 
 
 @settings(max_examples=20, deadline=None)

@@ -17,6 +17,7 @@ pytest.importorskip("transformers", minversion="5")
 from torch.utils.checkpoint import checkpoint
 
 import ktk.train
+from ktk._cy import native_module
 from ktk.errors import BackendError, CheckpointError
 from ktk.integration.transformers import fuse_decoder_layers, use_ktk
 from ktk.integration.transformers.decoder_layers import fusion_report, native_calls
@@ -129,11 +130,13 @@ def test_training_goes_as_that_of_float_experts_with_adapters(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_adapters_change_nothing_and_trained_ones_do(family: str) -> None:
-    model = packed_model(family, "fp32")
+    """Not one bit, by compiled kernels: B is zero, activations are rounded as without adapters."""
+    model = packed_model(family, "int8")
     want = logits(model)
     parameters = ktk.train.add_expert_lora(model)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in parameters)
-    assert (logits(model) - want).abs().max() <= 1e-5 * want.abs().max()
+    bound = 0.0 if native_module() is not None else 0.02
+    assert (logits(model) - want).abs().max() <= bound * want.abs().max()
     stir(model)
     changed = logits(model)
     assert (changed - want).abs().max() > 1e-2 * want.abs().max()
