@@ -1,5 +1,6 @@
 """The command line. Each sub-command is a module with a function ``command``, or a table COMMANDS
-of such functions with a HELP, and one line in COMMANDS here.
+of such functions with a HELP, and one line in COMMANDS here. The function that a table calls "" is
+meant where the first argument names none of the others.
 
 A ``command`` is an ordinary typer function; heavy imports belong inside it, so that ``ktk --help``
 is quick.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ktk import __version__, env, log
 from ktk.paths import user_path
@@ -26,6 +28,7 @@ COMMANDS = {
     "chat": "ktk.cli.chat",
     "serve": "ktk.cli.serve",
     "convert": "ktk.cli.convert",
+    "train": "ktk.cli.train",
     "demo": "ktk.cli.demo",
     "eval": "ktk.cli.eval",
     "bench": "ktk.cli.bench",
@@ -65,6 +68,18 @@ def _with_home(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+_UNNAMED = " "  # of a typer command: "" would be the function's
+
+
+class _WithUnnamed(TyperGroup):
+    """A group whose unnamed command takes what begins with none of the other names."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = [_UNNAMED, *(args or ["--help"])]
+        return super().parse_args(ctx, args)
+
+
 def app() -> typer.Typer:
     """The typer application with every sub-command."""
     application = typer.Typer(
@@ -73,9 +88,10 @@ def app() -> typer.Typer:
     for name, module in COMMANDS.items():
         row = importlib.import_module(module)
         if table := getattr(row, "COMMANDS", None):
-            group = typer.Typer(no_args_is_help=True, help=row.HELP)
+            kind = _WithUnnamed if "" in table else None
+            group = typer.Typer(no_args_is_help=kind is None, help=row.HELP, cls=kind)
             for own, function in table.items():
-                group.command(own)(_with_home(function))
+                group.command(own or _UNNAMED)(_with_home(function))
             application.add_typer(group, name=name)
             continue
         command = _with_home(row.command)
