@@ -113,7 +113,7 @@ def test_saved_adapters_are_those_of_peft_and_of_ktk(tmp_path: Path) -> None:
     assert files[0].stat().st_size == files[1].stat().st_size
 
 
-def test_several_adapters_run_alone_and_together() -> None:
+def test_several_adapters_run_alone_and_together(tmp_path: Path) -> None:
     """Together they are one whose rank is the sum: hidden layers see both."""
     model = adapted(target_modules=["experts"])
     config = ktk.train.lora_config(r=2, lora_alpha=6, expert_targets=["down"])
@@ -143,6 +143,11 @@ def test_several_adapters_run_alone_and_together() -> None:
                 second = torch.zeros(shape)
             parameter.data = torch.cat([first, second], 1 if letter == "a" else 2).detach()
     assert near(logits(joined), seen["default", "second"])
+    model.save_pretrained(tmp_path)  # each in a directory of its own, except the default
+    other = ktk.train.load_peft(packed(), tmp_path)
+    other.load_adapter(str(tmp_path / "second"), "second")
+    other.base_model.set_adapter(["default", "second"])
+    assert near(logits(other), seen["default", "second"])
     model.delete_adapter("second")
     assert near(logits(model), seen[("default",)])
 
