@@ -10,10 +10,12 @@ import numpy as np
 
 from ktk._cy import native_module
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
+from ktk.experts.layout import round_up
 from ktk.experts.lora import ExpertLora
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu, openmp
+from ktk.machine.memory import aligned_buffer
 from ktk.machine.threads import EngineLayout
 from ktk.placement.blocks import in_whole_panels
 from ktk.placement.parts import join, join_one, layout_of, parts_of
@@ -125,7 +127,7 @@ class NativeRunner(Runner):
         d_hidden = np.empty(hidden.shape, np.float32)
         d_weights = np.empty(topk_ids.shape, np.float32)
         arrays = lora.arrays if lora is not None else {}
-        d_lora = {name: np.zeros(matrix.shape, np.float32) for name, matrix in arrays.items()}
+        d_lora = _zeros_like(arrays)
         given = (hidden, topk_ids, topk_weights, lora, z, grad)
         self.experts.backward(*given, d_hidden, d_weights, d_lora)
         return d_hidden, d_weights, d_lora
@@ -158,6 +160,18 @@ class NativeRunner(Runner):
             return [self.stored.spans]
         found = [(part.gate, part.up, part.down) for part in self.parts]
         return [matrix for part in found for matrix in part if matrix is not None]
+
+
+def _zeros_like(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """float32, one behind the other in huge pages: small ones take longer to clear than what is
+    written into them.
+    """
+    starts = np.cumsum([0, *(round_up(matrix.size, 16) for matrix in arrays.values())])
+    memory = aligned_buffer(4 * int(starts[-1])).view(np.float32)
+    return {
+        name: memory[start : start + matrix.size].reshape(matrix.shape)
+        for (name, matrix), start in zip(arrays.items(), starts[:-1].tolist(), strict=True)
+    }
 
 
 class NativeBackend(Backend):

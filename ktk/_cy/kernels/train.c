@@ -54,9 +54,9 @@ typedef struct {
     float *d_z;                    /* (rows, d_row): projections x z_stride */
     float *dots;                   /* (rows, h_blocks) */
     float *small[KTK_PROJECTIONS]; /* (rows, rank): p of gate and up, q */
-    float *y;                      /* (rows, y_columns) */
+    float *y;                      /* (rows, y_row): y_columns from y_first on */
     float *ones;                   /* (top_k) */
-    int64_t y_columns, y_first;
+    int64_t y_columns, y_row, y_first;
     rows_of *pieces; /* of up to ROWS each */
     int64_t num_pieces;
 } pass;
@@ -361,19 +361,16 @@ static void input_task(void *context, int64_t index, int thread) {
     const int at = (int)(index % blocks) * b->x_block, k = (int)b->y_first + at;
     const int n = min_int(b->x_block, layer->gate_up.padded_in - k);
     float *work = buffer_of(b, thread);
-    float *y = b->y + (int64_t)r.first * b->y_columns + at;
-    ktk_product_nt product = {.a_stride = b->d_row,
-                              .c = y,
-                              .c_stride = b->y_columns,
-                              .num_rows = r.count,
-                              .num_columns = n};
+    float *y = b->y + r.first * b->y_row + at;
+    ktk_product_nt product = {
+        .a_stride = b->d_row, .c = y, .c_stride = b->y_row, .num_rows = r.count, .num_columns = n};
     if (b->projections == 2) multiply_input(b, r, 0, k, &product, work);
     multiply_input(b, r, 1, k, &product, work);
-    for (int m = 0; m < r.count; m++) turn_back(b, &layer->gate_up, k, n, y + m * b->y_columns);
+    for (int m = 0; m < r.count; m++) turn_back(b, &layer->gate_up, k, n, y + m * b->y_row);
     const int real = min_int(n, layer->hidden_size - k);
     if (real > 0)
-        add_adapter(b, (int[]){KTK_GATE, KTK_UP}, 2, r, 0, k, real, layer->hidden_size, y,
-                    b->y_columns, work);
+        add_adapter(b, (int[]){KTK_GATE, KTK_UP}, 2, r, 0, k, real, layer->hidden_size, y, b->y_row,
+                    work);
 }
 
 static void sum_task(void *context, int64_t index, int thread) {
@@ -385,7 +382,7 @@ static void sum_task(void *context, int64_t index, int thread) {
     for (int64_t t = index * 16; t < op->num_tokens && t < (index + 1) * 16; t++)
         for (int64_t column = 0; column < n; column += ADAPTER_STEP) {
             const int64_t width = min_int(ADAPTER_STEP, (int)(n - column));
-            op->kernels->combine(b->y + column, b->y_columns, op->place + t * op->top_k, b->ones,
+            op->kernels->combine(b->y + column, b->y_row, op->place + t * op->top_k, b->ones,
                                  op->top_k, (int)round_up(width, 16), acc);
             memcpy(b->d_hidden + t * hidden + b->y_first + column, acc, 4 * (size_t)width);
         }
@@ -550,7 +547,8 @@ static void lay_out(pass *b, arena *a) {
     b->dots = take(a, 4 * pairs * b->h_blocks);
     for (int p = 0; p < KTK_PROJECTIONS; p++)
         if (has_adapter(b, p)) b->small[p] = take(a, 4 * pairs * b->rank);
-    b->y = take(a, 4 * pairs * b->y_columns);
+    b->y_row = spread(b->y_columns);
+    b->y = take(a, 4 * pairs * b->y_row);
     b->ones = take(a, 4 * (int64_t)op->top_k);
     b->pieces = take(a, (int64_t)sizeof(rows_of) * (pairs / ROWS + layer->num_experts));
     op->thread_bytes = round_up(4 * work_floats(b), 4096) + 64;
