@@ -20,6 +20,7 @@ from ktk.train.adapters import (
     add_expert_lora,
     enable_expert_lora,
     expert_lora_parameters,
+    recompute_experts,
     remove_expert_lora,
     without_expert_lora,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "load_expert_lora",
     "load_peft",
     "lora_config",
+    "recompute_experts",
     "remove_expert_lora",
     "save_expert_lora",
     "train_experts",

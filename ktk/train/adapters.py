@@ -21,7 +21,7 @@ from ktk.integration.transformers.experts import (
     handle_of,
     weight_names,
 )
-from ktk.integration.transformers.gradients import why_not_adapted
+from ktk.integration.transformers.gradients import recompute, why_not_adapted
 
 
 def add_expert_lora(
@@ -95,6 +95,16 @@ def expert_adapters(model: torch.nn.Module) -> dict[str, ExpertAdapter]:
 def expert_lora_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """What ``add_expert_lora`` returned. ValueError without adapters."""
     return [p for adapter in expert_adapters(model).values() for p in adapter.parameters()]
+
+
+def recompute_experts(model: torch.nn.Module, is_recomputed: bool = True) -> None:
+    """Have backward passes compute gate and up projections again instead of keeping them.
+
+    What is kept otherwise: 8 bytes (4 without a gate) x intermediate_size for each layer, token and
+    slot. ValueError if no experts are packed.
+    """
+    for module, _ in packed_experts(model).values():
+        recompute(module, is_recomputed)
 
 
 def enable_expert_lora(model: torch.nn.Module, is_enabled: bool = True) -> None:

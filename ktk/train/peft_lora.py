@@ -173,11 +173,12 @@ class ExpertsLoraLayer(torch.nn.Module, LoraLayer):
         """What the experts module returns, with the active adapters."""
         if any(value is not None for value in arguments.values()):
             raise ValueError(f"{', '.join(arguments)}: adapters of experts are one batch's alike")
-        adapters = [] if self.disable_adapters else self._tensors()
+        adapters = [] if self.disable_adapters else self.tensors()
         given = (hidden_states, top_k_index, top_k_weights)
         return ktk_experts_forward(self.base_layer, *given, adapters)
 
-    def _tensors(self) -> list[LoraTensors]:
+    def tensors(self) -> list[LoraTensors]:
+        """Of the active adapters."""
         found = []
         for adapter in self.active_adapters:
             named = {m: getattr(self, name) for m, name in _MATRICES.items()}

@@ -5,6 +5,7 @@ packed experts is compared with.
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,23 +14,28 @@ from torch.nn.functional import linear
 
 from ktk.experts.stored import ExpertWeights
 from ktk.integration.transformers.activations import join_gate_up
-from ktk.integration.transformers.adapters import adapter_of
 from ktk.integration.transformers.experts import find_experts, handle_of
 
-Matrices = dict[str, torch.Tensor]
+Matrices = Mapping[str, torch.Tensor]
 
 
-def give_float_lora(plain: torch.nn.Module, packed: torch.nn.Module, scaling: float) -> list[Any]:
+def give_float_lora(
+    plain: torch.nn.Module, packed: torch.nn.Module, adapters: Sequence[Matrices], scaling: float
+) -> list[torch.nn.Parameter]:
     """Have ``plain``, which is ``packed`` before it was packed, compute with the dequantised
     weights of ``packed`` and with copies of its adapters; these copies, in order.
+
+    adapters : of each experts module, in order.
     """
     parameters = []
-    theirs = dict(find_experts(packed))
-    for name, module in find_experts(plain):
-        handle, adapter = handle_of(theirs[name]), adapter_of(theirs[name])
-        assert handle is not None and adapter is not None
+    theirs = [module for _, module in find_experts(packed)]
+    for (_, module), twin, matrices in zip(find_experts(plain), theirs, adapters, strict=True):
+        handle = handle_of(twin)
+        assert handle is not None
         weights = [handle.dequantised(e) for e in range(handle.moe.spec.num_experts)]
-        copies = {n: p.detach().clone().requires_grad_() for n, p in adapter.named_parameters()}
+        copies = {n: torch.nn.Parameter(p.detach().clone()) for n, p in matrices.items()}
+        for name, parameter in copies.items():  # Trainer takes what is the model's
+            module.register_parameter(name, parameter)
         forward = types.MethodType(_forward(weights, copies, scaling), module)
         object.__setattr__(module, "forward", forward)
         parameters += list(copies.values())

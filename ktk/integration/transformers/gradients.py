@@ -22,6 +22,7 @@ from ktk.integration.transformers.own_gradients import own_backward
 from ktk.ops import training
 from ktk.ops.inputs import as_hidden, as_routing, to_numpy
 
+_RECOMPUTED = "_ktk_recomputed"
 Run = Callable[[Any, ExpertsHandle, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -63,6 +64,13 @@ class Call:
         x, ids, weights = (x.detach().cpu() for x in given)
         out, saved = training.forward(self.handle.moe, x, ids, weights, lora, is_saved=is_saved)
         return out.to(hidden_states), None if saved.z is None else torch.from_numpy(saved.z)
+
+
+def recompute(module: Any, is_recomputed: bool) -> None:
+    """Whether backward passes compute again what is before the activation of an experts module, or
+    it is kept from the forward pass: float32 gate and up of each pair of token and expert.
+    """
+    module.__dict__[_RECOMPUTED] = is_recomputed
 
 
 def run_trained(
@@ -139,7 +147,8 @@ class ExpertsFunction(torch.autograd.Function):
         ctx.call = call
         matrices = parameters[: len(call.names)]
         given = (hidden_states, top_k_index, top_k_weights)
-        out, z = call.forward(*given, matrices, True)
+        is_saved = not call.module.__dict__.get(_RECOMPUTED, False)
+        out, z = call.forward(*given, matrices, is_saved)
         ctx.save_for_backward(hidden_states, top_k_index, top_k_weights, z, *matrices)
         return out
 
