@@ -48,7 +48,7 @@ STILL_CLOSE_A_CYCLE: set[tuple[str, str]] = set()
 # Imports inside functions: by whom, of what (with all below it), how many at most, and why.
 LAZY = (
     ("ktk._cy", "ktk._cy.tile_emulator", 1, "for tests, where it was built"),
-    ("ktk.cli", "ktk", 72, "torch, numba, transformers: a mistyped option is told at once"),
+    ("ktk.cli", "ktk", 73, "torch, numba, transformers: a mistyped option is told at once"),
     ("ktk.demo", "ktk", 10, "the same; the demo's first line comes before them"),
     ("ktk.generate", "ktk.integration", 8, "transformers: headers tell what a path holds"),
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),

@@ -101,6 +101,7 @@ def command(
     except ImportError:
         raise ValueError("ktk train needs peft: pip install 'ktk[train]'") from None
     from ktk.generate.describe import describe_model
+    from ktk.train.float32 import compute_in_float32
     from ktk.train.tuning import adapted, write_adapter
 
     description = describe_model(model, method, weight_format, dtype, context, "none")
@@ -130,6 +131,7 @@ def command(
         "dropout": dropout,
     }
     base = _open(description, method, dtype, force)
+    compute_in_float32(base)
     tuned = adapted(base, parts, lora, alpha, dropout, seed)
     run = _run(tuned.get_base_model(), trained, kept, recipe, out, said)
     if resume and not run.resume():
