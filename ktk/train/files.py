@@ -24,7 +24,7 @@ from ktk.paths import user_path
 from ktk.train.adapters import expert_adapters, packed_experts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def parameter_name(matrix: str) -> str:
@@ -42,7 +42,7 @@ def save_expert_lora(model: torch.nn.Module, directory: str | os.PathLike[str]) 
     path = user_path(directory)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{_PREFIX}{name}.{parameter_name(matrix)}": values.detach().cpu().contiguous()
+        f"{PREFIX}{name}.{parameter_name(matrix)}": values.detach().cpu().contiguous()
         for name, adapter in adapters.items()
         for matrix, values in adapter.named_parameters()
     }
@@ -93,7 +93,7 @@ def load_expert_lora(model: torch.nn.Module, directory: str | os.PathLike[str]) 
             if adapter_of(module) is not None:
                 raise ValueError(f"{name} has an adapter already: remove_expert_lora takes it")
             spec = handle.moe.spec
-            names = {m: f"{_PREFIX}{name}.{parameter_name(m)}" for m in _matrices()}
+            names = {m: f"{PREFIX}{name}.{parameter_name(m)}" for m in _matrices()}
             there = {m: n for m, n in names.items() if n in left}
             targets = [t for t in TARGETS if f"{t}_a" in there or f"{t}_b" in there]
             if not targets:

@@ -45,7 +45,7 @@ class WidenedLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.float().reshape(-1, self.in_features)
-        out: torch.Tensor = _Product.apply(rows, self.weight)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Product.apply(rows, self.weight)
         if self.bias is not None:
             out = out + self.bias
         return out.reshape(*input.shape[:-1], self.out_features)
