@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ktk.integration.transformers.names import head_of
 from ktk.train.data import Example
 
 ROWS = 128  # tokens whose logits are in memory at once; 25 MB of a vocabulary of 49,152
@@ -79,7 +80,7 @@ class BatchLoss:
             return loss, len(targets)
         hidden = self._hidden(ids, mask)
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[is_target]  # (targets, H)
-        head = self._model.get_output_embeddings()
+        head = head_of(self._model)
         return _HeadLoss.apply(rows, targets, head), len(targets)
 
     def _hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ class BatchLoss:
 
     @torch.no_grad()
     def _try(self) -> bool:
-        head = self._model.get_output_embeddings()
+        head = head_of(self._model)
         if head is None or any(p.requires_grad for p in head.parameters()):
             return False
         was_training = self._model.training

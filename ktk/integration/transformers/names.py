@@ -187,12 +187,16 @@ def logits_of(model: Any, rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return {_LOGITS: torch.tensor(rows)} if takes(type(model).forward, _LOGITS) else {}
 
 
+def head_of(model: Any) -> Any:
+    """The module that makes logits of hidden states, None where a model has none."""
+    return model.get_output_embeddings()
+
+
 def before_head(model: Any, take: Callable[[torch.Tensor], Any]) -> Any:
     """Have ``take`` called with the hidden states, (1, rows, hidden_size), that a model's head
     gets, until the handle's ``remove``.
     """
-    head = model.get_output_embeddings()
-    return head.register_forward_pre_hook(lambda _, given: take(given[0]))
+    return head_of(model).register_forward_pre_hook(lambda _, given: take(given[0]))
 
 
 def mark_initialised(owner: Any) -> None:
