@@ -140,6 +140,19 @@ class Generation:
         self.report(Progress(len(self.sampler.tokens), error=text))
 
 
+def report_all(news: list[tuple[Generation, Progress]]) -> None:
+    """``Generation.report`` of many: the event loop is woken once, not once for each."""
+    for loop in {own.loop for own, _ in news}:
+        of_loop = [(own.progress, progress) for own, progress in news if own.loop is loop]
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(_put_all, of_loop)
+
+
+def _put_all(news: list[tuple[asyncio.Queue[Progress | None], Progress]]) -> None:
+    for queue, progress in news:
+        queue.put_nowait(progress)
+
+
 class Engine(ABC):
     """``start`` before the first request, ``stop`` at the end; ``generate`` from one event loop."""
 

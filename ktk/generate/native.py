@@ -12,6 +12,7 @@ from collections import deque
 
 import torch
 
+from ktk.errors import BackendError
 from ktk.generate.engine import (
     Engine,
     Generation,
@@ -20,6 +21,7 @@ from ktk.generate.engine import (
     Reuse,
     ServerBusy,
     pages_within,
+    report_all,
 )
 from ktk.generate.identity import cache_info
 from ktk.generate.open import OpenModel
@@ -52,6 +54,7 @@ class NativeEngine(Engine):
         self._largest_batch = 0
         self._sequences: dict[str, Sequence[Generation]] = {}
         self._news: deque[Generation] = deque()  # begun or cancelled
+        self._progress = list[tuple[Generation, Progress]]()  # made and not told yet
         self._wake = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="ktk-generation", daemon=True)
@@ -118,7 +121,9 @@ class NativeEngine(Engine):
             if pieces:
                 self._compute(pieces)
             else:
+                self._tell_all()
                 self._wake.wait()
+        self._tell_all()
         for sequence in [*self._schedule.running, *self._schedule.waiting]:
             sequence.owner.fail(RuntimeError("the server is shutting down"))
 
@@ -129,6 +134,11 @@ class NativeEngine(Engine):
             if known is not None:
                 self._schedule.remove(known)
             elif not generation.is_cancelled:
+                try:
+                    self._native.check_unchanged()
+                except BackendError as error:
+                    generation.fail(error)
+                    continue
                 added = self._schedule.add(generation, list(generation.ids))
                 self._sequences[generation.id] = added
 
@@ -145,7 +155,7 @@ class NativeEngine(Engine):
         wants_hidden = any(owner.owner.is_embedding for owner in last)
         try:
             rows = (tokens, sequence, position, tables, wanted or [0])
-            logits, hidden = self._native.forward(*rows, wants_hidden)
+            logits, hidden = self._native.forward(*rows, wants_hidden, self._tell_all)
         except Exception as error:  # no memory, a disk that fails: these requests end, not the rest
             for piece in pieces:
                 self._fail(piece.sequence, error)
@@ -156,13 +166,21 @@ class NativeEngine(Engine):
         for row, owner in enumerate(last):
             try:
                 if owner.owner.is_embedding:
-                    self._give(owner, hidden[row])
+                    progress = self._give(owner, hidden[row].float())
                 else:
-                    self._take(owner, owner.owner.sampler.choose(logits[row]))
+                    progress = self._take(owner, owner.owner.sampler.choose(logits[row].float()))
+                self._progress.append((owner.owner, progress))
             except Exception as error:  # whatever it was, the batch goes on without this request
                 self._fail(owner, error)
 
-    def _take(self, sequence: Sequence[Generation], token: int) -> None:
+    def _tell_all(self) -> None:
+        """Tell the event loop what the last pass has given: while the next one runs, as both need
+        Python.
+        """
+        news, self._progress = self._progress, []
+        report_all(news)
+
+    def _take(self, sequence: Sequence[Generation], token: int) -> Progress:
         own = sequence.owner
         sequence.tokens.append(token)
         made = len(own.sampler.tokens)
@@ -171,12 +189,12 @@ class NativeEngine(Engine):
         is_finished = token in own.ends or made >= own.max_tokens
         if is_finished:
             self._end(sequence)
-        own.report(Progress(made, is_finished))
+        return Progress(made, is_finished)
 
-    def _give(self, sequence: Sequence[Generation], hidden: torch.Tensor) -> None:
+    def _give(self, sequence: Sequence[Generation], hidden: torch.Tensor) -> Progress:
         self._end(sequence)
         sequence.owner.hidden = hidden
-        sequence.owner.report(Progress(0, True))
+        return Progress(0, True)
 
     def _fail(self, sequence: Sequence[Generation], error: Exception) -> None:
         self._end(sequence)

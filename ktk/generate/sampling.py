@@ -4,12 +4,12 @@ so a seed means the same in any batch.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ktk.integration.transformers.tokens import own_sampling
@@ -18,6 +18,10 @@ from ktk.integration.transformers.tokens import own_sampling
 # ones divide how far logits lie below the largest, 0 or less, so nothing overflows but to minus
 # infinity, whose probability is 0: the limit.
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+# A nucleus is looked for among tokens at least so many times less likely than the likeliest: 64,
+# then 4096, ... times, in the end all.
+NUCLEUS_STEP, NUCLEUS_LEAST = 64.0, 1e-30
+DRAW_BLOCK = 512  # weights whose sum is taken before one of them is chosen
 
 
 class Guide(Protocol):
@@ -109,23 +113,31 @@ class Sampler:
         """The next token's id. logits : float32 (vocab_size,)."""
         allowed = logits if self._guide is None else self._guide.allowed(logits)
         allowed = self._without_ends(self._adjusted(allowed))
+        scores: np.ndarray = allowed.numpy()  # (vocab_size,)
         if self._generator is None:
-            chosen = int(allowed.argmax())
+            chosen = int(scores.argmax())  # 5 us of 49152, torch's 50
         else:
-            scores = (allowed - allowed.max()) / self.sampling.temperature  # (vocab_size,)
-            if self.sampling.min_p:
-                scores = scores.masked_fill(scores < math.log(self.sampling.min_p), float("-inf"))
-            if self.sampling.top_k:
-                scores = of_largest(scores, self.sampling.top_k)
-            if self.sampling.top_p < 1:
-                scores = of_likeliest(scores, self.sampling.top_p)
-            probabilities = scores.softmax(-1)
-            chosen = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            weights = self._weights(scores)
+            share = torch.rand((), generator=self._generator, dtype=torch.float64)
+            chosen = drawn(weights, float(share))
         if self._guide is not None:
             self._guide.take(chosen)
         self._counts[chosen] += 1
         self.tokens.append(self._token(chosen, logits))
         return chosen
+
+    def _weights(self, scores: np.ndarray) -> np.ndarray:
+        """float32 (vocab_size,): how likely each token is beside the likeliest one."""
+        own = self.sampling
+        with np.errstate(all="ignore"):  # minus infinity of both, and what a tiny temperature makes
+            weights = scores - scores.max()
+            weights /= np.float32(own.temperature)
+            np.exp(weights, out=weights)
+        if own.min_p:
+            weights[weights < np.float32(own.min_p)] = 0
+        if own.top_k:
+            weights = of_largest(weights, own.top_k)
+        return of_likeliest(weights, own.top_p) if own.top_p < 1 else weights
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
         """With what the request adds to logits and takes from them."""
@@ -163,19 +175,45 @@ class Sampler:
         return Token(chosen, float(logprobs[chosen]), top)
 
 
-def of_largest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """scores (vocab_size,), minus infinity except the top_k largest and those equal to the least
-    of them.
-    """
-    least = scores.topk(min(top_k, len(scores))).values[-1]
-    return scores.masked_fill(scores < least, float("-inf"))
+def of_largest(weights: np.ndarray, top_k: int) -> np.ndarray:
+    """weights (vocab_size,), 0 except the top_k largest and those equal to the least of them."""
+    least = torch.from_numpy(weights).topk(min(top_k, len(weights))).values[-1]
+    return np.where(weights < float(least), np.float32(0), weights)
 
 
-def of_likeliest(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """scores (vocab_size,), minus infinity except the likeliest tokens that have a probability
-    of top_p together.
+def of_likeliest(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """weights (vocab_size,), 0 except the largest that have top_p of their sum together.
+
+    Only those are sorted that may be among them: of 49152 tokens 0.1 ms, of all 3 ms.
     """
-    ascending, ids = scores.sort()
-    is_rest = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    is_rest[-1] = False
-    return scores.index_fill(0, ids[is_rest], float("-inf"))
+    total, least = float(weights.sum()), float(weights.max())
+    rest = (1 - top_p) * total
+    places = np.arange(0)
+    while least:
+        least = least / NUCLEUS_STEP if least > NUCLEUS_LEAST else 0.0
+        places = np.flatnonzero(weights > least)
+        if float(weights[places].sum()) > total - rest:
+            break
+    places = places[weights[places].argsort(kind="stable")]
+    ascending = weights[places]
+    below = ascending.cumsum(dtype=np.float64)
+    is_left = total - below[-1] + below > rest
+    is_left[-1] = True
+    left = np.zeros_like(weights)
+    left[places[is_left]] = ascending[is_left]
+    return left
+
+
+def drawn(weights: np.ndarray, share: float) -> int:
+    """The place where the sum of weights, (vocab_size,), passes so much of it, 0 <= share < 1."""
+    whole = len(weights) // DRAW_BLOCK * DRAW_BLOCK
+    sums = [weights[:whole].reshape(-1, DRAW_BLOCK).sum(1), [weights[whole:].sum()]]
+    below = np.concatenate(sums).cumsum(dtype=np.float64)
+    wanted = share * below[-1]
+    block = int(below.searchsorted(wanted, "right"))
+    first = block * DRAW_BLOCK
+    own = weights[first : first + DRAW_BLOCK]
+    inside = own.cumsum(dtype=np.float64).searchsorted(
+        wanted - (below[block - 1] if block else 0.0), "right"
+    )
+    return first + min(int(inside), int(own.nonzero()[0][-1]))  # of a sum that was rounded

@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import NOTHING, PagePool
 from ktk.kv.prefix.kept import Fetch, KeptPages
-from ktk.ops.decoder import Pages
+from ktk.ops.decoder import PageTables
 
 PROMPT_SHARE = 4  # beside answers, prompts get one part in so many of a pass
 LEAST_PROMPT = 32  # rows, or more
@@ -45,7 +45,7 @@ class Sequence(Generic[Owner]):
     fetch: Fetch | None = None
     pages: list[int] = field(default_factory=list)
     content: int = NOTHING  # of the last page that is full
-    tables: list[Pages] = field(default_factory=list)
+    tables: PageTables = field(default_factory=PageTables)
 
     @property
     def pending(self) -> int:
@@ -134,7 +134,7 @@ class Schedule(Generic[Owner]):
             sequence.computed = sequence.shared = len(sequence.pages) * PAGE
             self.tokens_begun += len(sequence.tokens)
             self.tokens_shared += sequence.shared
-            sequence.tables, sequence.loaded = [], 0
+            sequence.tables, sequence.loaded = PageTables(), 0
             if self.kept is not None:
                 sequence.fetch = self.kept.find(sequence.tokens, len(sequence.pages))
             self.running.append(sequence)
@@ -208,5 +208,5 @@ class Schedule(Generic[Owner]):
         if self.kept is not None:
             self.kept.offer(sequence.content)
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.tables, sequence.computed = [], [], 0
+        sequence.pages, sequence.tables, sequence.computed = [], PageTables(), 0
         sequence.fetch, sequence.content = None, NOTHING

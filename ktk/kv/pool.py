@@ -16,7 +16,7 @@ import numpy as np
 
 from ktk.kv.pages import PAGE
 from ktk.machine.memory import aligned_buffer
-from ktk.ops.decoder import Pages, Shapes
+from ktk.ops.decoder import Pages, PageTables, Shapes
 
 NOTHING = 0  # the content before a sequence's first page
 SLAB = 16  # pages of which memory is taken at once, for all layers, when the first is
@@ -170,15 +170,15 @@ class PagePool:
                 if self._content[page] == NOTHING:  # of no use to anybody
                     self._unheld.move_to_end(page, last=False)
 
-    def tables(self, pages: Sequence[int]) -> list[Pages]:
+    def tables(self, pages: Sequence[int]) -> PageTables:
         """A sequence's pages as each layer's ``DecoderLayer`` takes them."""
         numbers = np.array(pages, np.uintp)
         slabs, places = self._bases[numbers // np.uintp(SLAB)], numbers % np.uintp(SLAB)
-        tables, offset = [], 0
+        tables, offset = list[Pages](), 0
         for shapes, both in zip(self._shapes, self._page_bytes, strict=True):
             addresses = []
             for page_bytes in both:
                 addresses.append(slabs + np.uintp(offset) + places * np.uintp(page_bytes))
                 offset += SLAB * page_bytes
             tables.append(Pages.at(addresses[0], addresses[1], shapes, PAGE, self._dtype))
-        return tables
+        return PageTables(tables)

@@ -171,6 +171,15 @@ class Pages:
         return self
 
 
+class PageTables(tuple[Pages, ...]):
+    """One sequence's pages in every layer."""
+
+    @cached_property
+    def native(self) -> Any:
+        """As ``run_layers`` takes them, made once."""
+        return native_module().PageTables([pages.native for pages in self])
+
+
 def look_ahead(specs: Sequence[DecoderSpec]) -> None:
     """Let each layer of experts that come and go ask the router of the next one."""
     routed = [c for spec in specs for c in spec.components if isinstance(c, RoutedExperts)]
@@ -191,7 +200,7 @@ class DecoderLayer:
             raise BackendError(f"ktk.ops.decoder.DecoderLayer cannot run here: {reason}")
         native: Any = native_module()
         routed = [c.experts for c in spec.components if isinstance(c, RoutedExperts)]
-        new_visit = Visit if any(moe.is_streamed for moe in routed) else None
+        self.is_streamed = any(moe.is_streamed for moe in routed)
         for moe in routed:
             if not isinstance(getattr(moe.runner, "experts", None), native.Experts):
                 raise BackendError(f"{moe.backend} has no native experts to call")
@@ -199,6 +208,7 @@ class DecoderLayer:
         threads = engine.acquire(self, num_threads)
         if openmp.is_pending:
             openmp.borrow(native)
+        new_visit = Visit if self.is_streamed else None
         self.native = native.DecoderLayer(spec, cpu.best_isa(), threads, new_visit)
 
     def forward(
@@ -298,3 +308,25 @@ class DecoderLayer:
 
     def __deepcopy__(self, memo: dict[int, object]) -> DecoderLayer:
         return self  # nothing of it changes
+
+
+def run_layers(
+    layers: Sequence[DecoderLayer],
+    dtype: np.dtype[Any],
+    hidden: int,
+    turns: Sequence[tuple[int, int]],
+    tables: Sequence[PageTables],
+    sequence: np.ndarray,
+    position: np.ndarray,
+) -> None:
+    """Rows through layers one after the other, in one native call; the caller has checked them.
+
+    layers : none with experts that come and go. dtype, hidden : of the rows, and their address;
+    they are overwritten. turns : of each layer (address of cosines, of sines). tables : of each
+    sequence. sequence, position : of each row, contiguous int32 and int64. A row has the bits that
+    ``DecoderLayer.forward`` gives it.
+    """
+    native: Any = native_module()
+    own = [layer.native for layer in layers]
+    of_sequences = [table.native for table in tables]
+    native.run_layers(own, dtype.char, hidden, turns, of_sequences, sequence, position)

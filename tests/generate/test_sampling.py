@@ -1,7 +1,8 @@
-"""Which tokens sampling leaves: those that transformers' own processors leave, ties and all."""
+"""Which tokens sampling leaves: those that transformers' own processors leave."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
@@ -13,7 +14,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ktk.generate.sampling import Sampler, Sampling, of_largest, of_likeliest
+from ktk.generate.sampling import (
+    DRAW_BLOCK,
+    Sampler,
+    Sampling,
+    drawn,
+    of_largest,
+    of_likeliest,
+)
 
 SCORES = {
     "random": torch.randn(500, generator=torch.Generator().manual_seed(3)) * 4,
@@ -30,7 +38,8 @@ IDS = torch.zeros(1, 1, dtype=torch.long)
 def test_the_largest(name: str, top_k: int) -> None:
     scores = SCORES[name]
     want = TopKLogitsWarper(top_k)(IDS, scores[None].clone())[0]
-    assert torch.equal(of_largest(scores, top_k), want)
+    left = of_largest(weights_of(scores), top_k)
+    assert left.nonzero()[0].tolist() == want.isfinite().nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -38,10 +47,39 @@ def test_the_largest(name: str, top_k: int) -> None:
 def test_the_likeliest(name: str, top_p: float) -> None:
     scores = SCORES[name]
     want = TopPLogitsWarper(top_p)(IDS, scores[None].clone())[0]
-    assert torch.equal(of_likeliest(scores, top_p), want)
+    left = of_likeliest(weights_of(scores), top_p)
+    kept = scores[torch.from_numpy(left > 0)].sort().values  # of equals, any may stay
+    assert torch.equal(kept, want[want.isfinite()].sort().values)
 
 
-def drawn(scores: torch.Tensor, count: int = 400, **how: object) -> set[int]:
+def test_a_nucleus_among_many_is_that_of_all() -> None:
+    """Nearly alike, so that few steps find too few of them; and very unlike."""
+    for size in (0.01, 3.0, 40.0):
+        scores = torch.randn(5000, generator=torch.Generator().manual_seed(9)) * size
+        want = TopPLogitsWarper(0.95)(IDS, scores[None].double())[0].isfinite()
+        left = of_likeliest(weights_of(scores), 0.95)
+        assert left.nonzero()[0].tolist() == want.nonzero()[:, 0].tolist()
+
+
+def test_a_draw_is_where_the_sum_passes_its_share() -> None:
+    """Over blocks and what is left behind them; never a token of weight 0."""
+    rng = np.random.default_rng(4)
+    for count in (1, 5, DRAW_BLOCK, 3 * DRAW_BLOCK, 3 * DRAW_BLOCK + 77):
+        weights = rng.random(count).astype(np.float32) * (rng.random(count) < 0.3)
+        weights[rng.integers(count)] = 1
+        ends = weights.cumsum(dtype=np.float64) / weights.sum(dtype=np.float64)
+        for share in [0.0, np.nextafter(1.0, 0.0), *rng.random(50)]:
+            place = drawn(weights, share)
+            assert weights[place] > 0
+            assert (ends[place - 1] if place else 0) - 1e-6 <= share <= ends[place] + 1e-6
+
+
+def weights_of(scores: torch.Tensor) -> np.ndarray:
+    weights: np.ndarray = (scores - scores.max()).exp().numpy()
+    return weights
+
+
+def first_draws(scores: torch.Tensor, count: int = 400, **how: object) -> set[int]:
     """Tokens of so many samplers' first draws."""
     return {Sampler(Sampling(seed=seed, **how)).choose(scores) for seed in range(count)}  # type: ignore[arg-type]
 
@@ -50,7 +88,7 @@ def drawn(scores: torch.Tensor, count: int = 400, **how: object) -> set[int]:
 def test_min_p_leaves_tokens_by_the_likeliest(min_p: float) -> None:
     scores = torch.tensor([0.0, 1.0, -0.5, 1.0, 0.4, -3.0])
     left = MinPLogitsWarper(min_p)(IDS, scores[None].clone())[0].isfinite()
-    assert drawn(scores, min_p=min_p) == set(left.nonzero()[:, 0].tolist())
+    assert first_draws(scores, min_p=min_p) == set(left.nonzero()[:, 0].tolist())
 
 
 def test_repetition_penalises_tokens_of_prompt_and_answer() -> None:

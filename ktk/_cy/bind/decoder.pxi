@@ -284,13 +284,7 @@ cdef class DecoderLayer(_OnPool):
                     status = self._call(dtype, hidden, rows, out)
             finally:
                 visit.end()
-        if status == KTK_ABSENT:
-            raise BackendError("experts that the rows are routed to are not in memory: bring them "
-                               "back first")
-        if status:
-            raise MemoryError(f"no memory for {rows.num_rows} rows, the first at "
-                              f"{rows.position[0]} tokens")
-        return 0
+        return _check_status(status, rows)
 
     cdef int _call(self, int dtype, const void *hidden, const ktk_decoder_rows *rows,
                    void *out) except -1:
@@ -302,7 +296,83 @@ cdef class DecoderLayer(_OnPool):
         return status
 
 
+cdef int _check_status(int status, const ktk_decoder_rows *rows) except -1:
+    if status == KTK_ABSENT:
+        raise BackendError("experts that the rows are routed to are not in memory: bring them "
+                           "back first")
+    if status:
+        raise MemoryError(f"no memory for {rows.num_rows} rows, the first at "
+                          f"{rows.position[0]} tokens")
+    return 0
+
+
 cdef void _fill_sequence(ktk_sequence *s, given) except *:
     keys, s.keys.head_stride, s.keys.row_stride = given[:3]
     values, s.values.head_stride, s.values.row_stride, s.page_tokens = given[3:]
     s.keys.pages, s.values.pages = <void **><uintptr_t>keys, <void **><uintptr_t>values
+
+
+cdef class PageTables:
+    """Where keys and values of one sequence lie in each layer."""
+
+    cdef bytearray memory
+    cdef object given
+
+    def __init__(self, tables):
+        """tables : of each layer, as DecoderLayer.forward takes one; they stay alive with this."""
+        cdef int i
+        self.given, self.memory = tables, bytearray(len(tables) * sizeof(ktk_sequence))
+        cdef ktk_sequence *sequences = <ktk_sequence *>_address(self.memory)
+        for i in range(<int>len(tables)):
+            _fill_sequence(&sequences[i], tables[i])
+
+
+cdef struct _Step:
+    const ktk_decoder_layer *layer
+    const ktk_kernels *kernels
+    ktk_pool *pool
+    ktk_decoder_rows rows
+
+
+def run_layers(layers, str dtype, uintptr_t hidden, turns, tables, const int32_t[::1] sequence,
+               const int64_t[::1] position):
+    """Rows through layers, one after the other, in one call without the GIL.
+
+    layers : of DecoderLayer, without experts that come and go. hidden : the address of the rows,
+    which are overwritten. turns : of each layer (address of cosines, of sines). tables : PageTables
+    of each sequence. sequence, position : of each row.
+    """
+    cdef int i, j, kind = _DTYPES[dtype], status = 0
+    cdef int num_layers = <int>len(layers), num_sequences = <int>len(tables)
+    cdef size_t of_tables = <size_t>(num_layers * num_sequences) * sizeof(ktk_sequence)
+    memory = bytearray(of_tables + <size_t>num_layers * sizeof(_Step))
+    cdef ktk_sequence *sequences = <ktk_sequence *>_address(memory)
+    cdef _Step *steps = <_Step *>(<uintptr_t>sequences + of_tables)
+    cdef DecoderLayer layer
+    cdef PageTables own
+    cdef ktk_sequence *from_
+    pools = []
+    for j in range(num_sequences):
+        own = tables[j]
+        from_ = <ktk_sequence *>_address(own.memory)
+        for i in range(num_layers):
+            sequences[i * num_sequences + j] = from_[i]
+    for i in range(num_layers):
+        layer = layers[i]
+        pools.append(layer._pool())
+        steps[i].layer, steps[i].kernels = &layer.layer, layer.kernels
+        steps[i].pool = (<_Pool>pools[i]).pool
+        cosines, sines = turns[i]
+        steps[i].rows.num_rows = <int32_t>sequence.shape[0]
+        steps[i].rows.sequences = &sequences[i * num_sequences]
+        steps[i].rows.sequence, steps[i].rows.position = &sequence[0], &position[0]
+        steps[i].rows.cosines = <const float *><uintptr_t>cosines
+        steps[i].rows.sines = <const float *><uintptr_t>sines
+    with nogil:
+        for i in range(num_layers):
+            status = ktk_decoder_layer_forward(steps[i].layer, steps[i].kernels, steps[i].pool,
+                                               kind, <const void *>hidden, &steps[i].rows,
+                                               <void *>hidden)
+            if status:
+                break
+    _check_status(status, &steps[0].rows)

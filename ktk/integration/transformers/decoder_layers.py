@@ -11,7 +11,7 @@ a mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -127,6 +127,13 @@ def some(names: list[str]) -> str:
 Note = Callable[[Any], None]
 
 
+class PassOfRows(Protocol):
+    """A model's pass in which something else stands for its decoder layers."""
+
+    def run(self, layer: FusedForward, x: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+        """The layer's output. named : the other arguments of its forward."""
+
+
 class Rows:
     """Rows of several sequences, as one pass of a model takes them.
 
@@ -144,6 +151,9 @@ class Rows:
         self.layers, self.pages = layers, pages
         self.sequence, self.position = sequence, position
         self._turns: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}
+
+    def run(self, layer: FusedForward, x: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+        return layer.run_rows(self, x, named)
 
     def turns_of(self, positions: Any, rotary_dim: int) -> torch.Tensor:
         """float32 (2, rows, rotary_dim / 2) of what a layer is given as its position embeddings.
@@ -191,11 +201,11 @@ class FusedForward:
         self.reason: str | None = None
         self.chosen: np.ndarray | None = None
         self.note: Note | None = None
-        self.rows: Rows | None = None  # while a pass runs rows of several sequences
+        self.rows: PassOfRows | None = None  # while one runs
 
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
         if self.rows is not None:
-            return self._run_rows(self.rows, hidden_states, named)
+            return self.rows.run(self, hidden_states, named)
         if self.is_tried:
             return self._run(hidden_states, *arguments, **named)
         with self._untried:  # a trial changes the module for a while: nobody else may run it then
@@ -218,13 +228,16 @@ class FusedForward:
         self.reason = None
         return out
 
-    def _run_rows(self, rows: Rows, x: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+    def run_rows(self, rows: Rows, x: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+        """What the layer makes of a pass's hidden states, given the forward's other arguments.
+
+        Raises ValueError for what is not as it was tried, BackendError if the module has changed.
+        """
         turns = rows.turns_of(named.get(hf.POSITIONS), self.rotary_dim)
         count, note = len(rows.sequence), self.note
         if x.shape[:-1] != (1, count) or x.dtype not in DTYPES:
             raise ValueError(f"{self.name}: hidden states are {x.dtype} {tuple(x.shape)}")
-        if (changed := self.why_not_now()) is not None:
-            raise BackendError(f"{self.name}: {changed}: open the model anew")
+        self.check_unchanged()
         chosen = None if note is None else np.empty((count, self.top_k), np.int64)
         layer, pages = rows.layers[self.index], rows.pages[self.index]
         out = run_rows(layer, x, turns, pages, rows.sequence, rows.position, chosen)
@@ -253,6 +266,11 @@ class FusedForward:
             )
         self.chosen, self.note = chosen, note
         self.layer.native.leave_chosen(chosen)
+
+    def check_unchanged(self) -> None:
+        """Raises BackendError if the module is no longer what was described."""
+        if (changed := self.why_not_now()) is not None:
+            raise BackendError(f"{self.name}: {changed}: open the model anew")
 
     def why_not_now(self) -> str | None:
         """Why the module is no longer what was described."""

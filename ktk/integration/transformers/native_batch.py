@@ -1,14 +1,15 @@
 """A model whose decoder layers all run natively, on rows of any sequences at once.
 
-The model's own forward pass runs, with embeddings, multipliers, norms and heads of its own; each
-decoder layer takes the pass's rows to ``DecoderLayer`` and the pages of their sequences. A row's
-bits are the same whatever the other rows are, so prompts may be cut and answers joined as a
-scheduler likes.
+Where a model does nothing else around its layers, a pass is an embedding, one native call, a norm
+and a head (``plain_pass.py``). Of others the model's own forward runs, with multipliers and heads
+of its own; each decoder layer takes the pass's rows to ``DecoderLayer`` and the pages of their
+sequences. A row's bits are the same whatever the other rows are, so prompts may be cut and answers
+joined as a scheduler likes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +27,9 @@ from ktk.integration.transformers.decoder_layers import (
 from ktk.integration.transformers.invariance import InvariantModel
 from ktk.integration.transformers.model_config import rope_types
 from ktk.integration.transformers.native_call import DTYPES
+from ktk.integration.transformers.plain_pass import PlainPass
 from ktk.ops.components import Attention
-from ktk.ops.decoder import DecoderLayer, Pages, Shapes
+from ktk.ops.decoder import DecoderLayer, PageTables, Shapes
 
 # Their angles depend on the longest sequence of the pass.
 _UNSTEADY = ("dynamic", "longrope")
@@ -36,16 +38,16 @@ _UNSTEADY = ("dynamic", "longrope")
 class NativeModel:
     """Raises CannotBatch, with the reason, for a model that cannot be run so.
 
-    To be made once a token was decoded: what a layer computes is tried then. layers : what runs
-    each one. is_invariant : until ``close`` the model's products and functions outside its decoder
-    layers are batch invariant, too.
+    To be made once a token was decoded: what a layer computes is tried then. fused : its layers'
+    forwards. layers : what runs each one. is_invariant : until ``close`` the model's products and
+    functions outside its decoder layers are batch invariant, too.
     """
 
     def __init__(self, model: Any, is_invariant: bool = True) -> None:
-        self._model = model
+        self.model = model
         layers = [module for _, module in decoder_layers(model)]
-        self._fused = [_fused(module) for module in layers]
-        numbers = [layer.index for layer in self._fused]
+        self.fused = [_fused(module) for module in layers]
+        numbers = [layer.index for layer in self.fused]
         expected = model.config.get_text_config().num_hidden_layers
         if numbers != list(range(expected)):
             raise CannotBatch(f"{len(numbers)} of its {expected} layers run natively")
@@ -55,9 +57,18 @@ class NativeModel:
         if model.dtype not in DTYPES:
             raise CannotBatch(f"its dtype is {model.dtype}")
         self.dtype = DTYPES[model.dtype]
-        self.layers = list(map(_with_window, self._fused, _windows(model)))
+        self.layers = list(map(_with_window, self.fused, _windows(model)))
         inside = {part for module in layers for part in module.modules()}
         self._invariant = InvariantModel(model, inside) if is_invariant else None
+        with torch.inference_mode():
+            self._plain = PlainPass.of(model, self.fused, self.layers)
+
+    def check_unchanged(self) -> None:
+        """To be called before passes of a text. Raises BackendError if the model's layers are no
+        longer what they were.
+        """
+        for layer in self.fused:
+            layer.check_unchanged()
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -67,7 +78,7 @@ class NativeModel:
     @property
     def shapes(self) -> list[Shapes]:
         """Of each layer's keys and values, as ``PagePool`` takes them."""
-        return [layer.cached_shapes for layer in self._fused]
+        return [layer.cached_shapes for layer in self.fused]
 
     @property
     def token_bytes(self) -> int:
@@ -81,35 +92,40 @@ class NativeModel:
         tokens: Sequence[int],
         sequence: Sequence[int],
         position: Sequence[int],
-        tables: Sequence[Sequence[Pages]],
+        tables: Sequence[PageTables],
         wanted: Sequence[int],
         wants_hidden: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass: float32 logits of the rows ``wanted``, (len(wanted), vocab_size), and the
-        float32 hidden states that the head took, (len(wanted), hidden_size); none unless wanted.
+        """One pass: logits of the rows ``wanted``, (len(wanted), vocab_size), and the hidden states
+        that the head took, (len(wanted), hidden_size); none unless wanted. Of the model's dtype.
 
         tokens, sequence, position : of each row; a sequence's in order, those before in its pages.
-        tables : of each sequence, those of ``PagePool.tables``; they have places for all rows.
-        wanted : at least one.
+        tables : of each sequence, with places for all its rows.
+        wanted : at least one. meanwhile : called when the layers are about to run, which leave
+        Python to other threads.
         """
+        if self._plain is not None and self._plain.takes:
+            return self._plain.forward(tokens, sequence, position, tables, wanted, meanwhile)
+        meanwhile()
         by_layer = list(zip(*tables, strict=True))
         rows = Rows(self.layers, by_layer, sequence, position)
         taken: list[torch.Tensor] = []
-        hook = hf.before_head(self._model, taken.append) if wants_hidden else None
-        for layer in self._fused:
+        hook = hf.before_head(self.model, taken.append) if wants_hidden else None
+        for layer in self.fused:
             layer.rows = rows
         try:
-            given = hf.row_inputs(tokens, position) | hf.logits_of(self._model, wanted)
-            out = self._model(**given)
+            given = hf.row_inputs(tokens, position) | hf.logits_of(self.model, wanted)
+            out = self.model(**given)
         finally:
-            for layer in self._fused:
+            for layer in self.fused:
                 layer.rows = None
             if hook is not None:
                 hook.remove()
 
         def rows_of(found: torch.Tensor) -> torch.Tensor:
             own = found[0]
-            return (own if len(own) == len(wanted) else own[list(wanted)]).float()
+            return own if len(own) == len(wanted) else own[list(wanted)]
 
         logits = rows_of(out.logits)
         return logits, rows_of(taken[0]) if taken else logits[:, :0]

@@ -26,7 +26,7 @@ from ktk.kv.prefix.config import CacheInfo
 from ktk.kv.prefix.store import PrefixStore
 from ktk.log import warn_once
 from ktk.machine import openmp
-from ktk.ops.decoder import Pages
+from ktk.ops.decoder import PageTables
 
 LONGEST = 1 << 20  # tokens, of a model that does not say
 # Tokens by which both ways are compared: none of the first, which are special. Of those SmolLM2's
@@ -49,7 +49,7 @@ class NativeSequence:
         self._pool = PagePool(pages, self.native.shapes, self.native.dtype)
         self.cached: list[int] = []
         self._pages: list[int] = []
-        self._tables: list[Pages] = []
+        self._tables = PageTables()
         self._store: PrefixStore | None = None
         self._info: CacheInfo | None = None
 
@@ -96,7 +96,7 @@ class NativeSequence:
     def reset(self) -> None:
         """Forget the keys and values."""
         self._pool.give_back(self._pages)
-        self._pages, self._tables, self.cached = [], [], []
+        self._pages, self._tables, self.cached = [], PageTables(), []
 
     @openmp.own_threads()
     def generate(
@@ -108,6 +108,7 @@ class NativeSequence:
         is_stopped: Callable[[], bool],
     ) -> int:
         """As ``CachedSequence.generate``."""
+        self.native.check_unchanged()
         del self.cached[common_length(self.cached, ids[:-1]) :]
         self._load(ids)
         prefilled = len(ids) - len(self.cached)
@@ -129,7 +130,7 @@ class NativeSequence:
         of_rows = [0] * len(tokens)
         logits, _ = self.native.forward(tokens, of_rows, places, [self._tables], [len(tokens) - 1])
         self.cached += tokens
-        return logits[0]
+        return logits[0].float()
 
     def _make_room(self, tokens: int) -> None:
         if tokens <= len(self._pages) * PAGE:
