@@ -44,8 +44,8 @@ def _quiet() -> Any:
         yield
 
 
-def packed() -> Any:
-    model = make_model("qwen3_moe")
+def packed(family: str = "qwen3_moe") -> Any:
+    model = make_model(family)
     use_ktk(model, "fp32")
     return model
 
@@ -74,8 +74,9 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 
 
-def test_get_peft_model_adapts_experts_beside_attention() -> None:
-    base = packed()
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_get_peft_model_adapts_experts_beside_attention(family: str) -> None:
+    base = packed(family)
     want = logits(base)
     model = adapted(base)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}

@@ -72,7 +72,8 @@ def _scaled(
         a, b = (one.matrices[f"{projection}_{letter}"].float() for letter in "ab")
         return a, b * one.scaling
     experts, _, columns = like[0].shape
-    return torch.zeros(experts, one.rank, columns), torch.zeros(experts, like[1].shape[1], one.rank)
+    a = torch.zeros(experts, one.rank, columns, device=like[0].device)
+    return a, torch.zeros(experts, like[1].shape[1], one.rank, device=a.device)
 
 
 def initialise(name: str, matrix: torch.Tensor) -> None:
