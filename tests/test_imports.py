@@ -48,7 +48,7 @@ STILL_CLOSE_A_CYCLE: set[tuple[str, str]] = set()
 # Imports inside functions: by whom, of what (with all below it), how many at most, and why.
 LAZY = (
     ("ktk._cy", "ktk._cy.tile_emulator", 1, "for tests, where it was built"),
-    ("ktk.cli", "ktk", 73, "torch, numba, transformers: a mistyped option is told at once"),
+    ("ktk.cli", "ktk", 85, "torch, numba, transformers: a mistyped option is told at once"),
     ("ktk.demo", "ktk", 10, "the same; the demo's first line comes before them"),
     ("ktk.generate", "ktk.integration", 8, "transformers: headers tell what a path holds"),
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),
@@ -58,7 +58,7 @@ LAZY = (
     ("ktk", "torch", 6, "2 s; the operator takes NumPy arrays, too"),
     ("ktk", "safetensors.torch", 1, "torch"),
     ("ktk", "gguf", 5, "0.2 s, for such files only"),
-    ("ktk", "rich", 38, "0.1 s; a pipe, an error and --help need no tables"),
+    ("ktk", "rich", 40, "0.1 s; a pipe, an error and --help need no tables"),
     ("ktk", "prompt_toolkit", 1, "0.1 s, for a chat at a terminal only"),
     ("ktk", "jinja2", 1, "comes with transformers; only a failing chat template asks"),
     ("ktk", "cpuinfo", 1, "starts processes; only where the compiled probe is missing"),

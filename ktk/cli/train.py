@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktk.cli import opening
+from ktk.cli import opening, train_export
 from ktk.cli.place_views import check_plot
 from ktk.machine.memory import peak_memory
 
@@ -90,6 +90,8 @@ def command(
     Ctrl-C writes the state; --resume goes on from there, or after a kill from the last state.
 
     Example: ktk train Qwen3-30B-A3B-int4 --data chats.jsonl --lora 16 --out adapter
+
+    `ktk train export --help`: the adapter for peft, vLLM or SGLang, or added to the model.
     """
     if plot is not None:
         check_plot(plot)
@@ -348,4 +350,4 @@ def _print(run: Run, model: str, out: Path, is_done: bool) -> None:
         typer.echo(f"stopped: the same command with --resume goes on from {out}")
 
 
-COMMANDS = {"": command}
+COMMANDS = {"": command, "export": train_export.command}

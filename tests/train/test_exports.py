@@ -23,10 +23,9 @@ from ktk.integration.transformers import use_ktk
 from ktk.train.adapter import read_adapter
 from ktk.train.attach import attach_adapter
 from ktk.train.exports import export
-from ktk.train.tuning import adapted, write_adapter
-from make.transformers_cases import make_model, prompt
+from make.adapters import logits, make_adapter
+from make.transformers_cases import make_model
 
-RANK = 3
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 
 
@@ -38,34 +37,9 @@ def _quiet() -> Any:
         yield
 
 
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(prompt(), use_cache=False).logits
-    return found
-
-
-def trained(folder: Path, family: str, parts: tuple[str, ...]) -> tuple[Path, torch.Tensor]:
-    """The directory of an adapter without zeros, its base's beside it, and what the packed model
-    computes with it.
-    """
-    base = folder / "base"
-    make_model(family).save_pretrained(base)
-    model = make_model(family)
-    model.config._name_or_path = model.name_or_path = str(base)
-    use_ktk(model, "fp32")
-    tuned = adapted(model, parts, RANK, 2.0 * RANK, 0.0, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    write_adapter(tuned, folder / "adapter")
-    return folder / "adapter", logits(tuned.eval())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_computes_the_same_on_the_float_model(family: str, tmp_path: Path) -> None:
-    directory, want = trained(tmp_path, family, ("experts", "attention"))
+    directory, want = make_adapter(tmp_path, family, ("experts", "attention"))
     plain = logits(make_model(family))
     path = export(read_adapter(directory), "peft", tmp_path / "peft")
     got = logits(peft.PeftModel.from_pretrained(make_model(family), str(path)).eval())
@@ -75,7 +49,7 @@ def test_peft_computes_the_same_on_the_float_model(family: str, tmp_path: Path) 
 
 def test_an_adapter_attached_again_has_the_same_bits(tmp_path: Path) -> None:
     for parts in (("experts",), ("experts", "attention"), ("attention",)):
-        directory, want = trained(tmp_path / "-".join(parts), "qwen3_moe", parts)
+        directory, want = make_adapter(tmp_path / "-".join(parts), "qwen3_moe", parts)
         model = make_model("qwen3_moe")
         use_ktk(model, "fp32")
         attach_adapter(model, directory)
@@ -113,7 +87,7 @@ def per_expert(path: Path, parent: str, names: dict[str, str]) -> dict[tuple[int
 def test_every_expert_has_its_own_delta(
     family: str, to: str, parent: str, names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    directory, _ = trained(tmp_path, family, ("experts",))
+    directory, _ = make_adapter(tmp_path, family, ("experts",))
     adapter = read_adapter(directory)
     path = export(adapter, to, tmp_path / to)
     called = dict(zip(names, ("gate", "up", "down"), strict=True))
@@ -127,7 +101,7 @@ def test_every_expert_has_its_own_delta(
 
 
 def test_a_stacked_model_of_vllm_gets_stacked_tensors(tmp_path: Path) -> None:
-    directory, _ = trained(tmp_path, "gpt_oss", ("experts",))
+    directory, _ = make_adapter(tmp_path, "gpt_oss", ("experts",))
     path = export(read_adapter(directory), "vllm", tmp_path / "vllm")
     names = set(load_file(path / "adapter_model.safetensors"))
     stem = "base_model.model.model.layers.0.mlp.experts"
@@ -135,7 +109,7 @@ def test_a_stacked_model_of_vllm_gets_stacked_tensors(tmp_path: Path) -> None:
 
 
 def test_projections_without_an_adapter_are_zeros_where_loaders_want_them(tmp_path: Path) -> None:
-    directory, _ = trained(tmp_path, "qwen3_moe", ("experts",))
+    directory, _ = make_adapter(tmp_path, "qwen3_moe", ("experts",))
     weights = directory / "adapter_model.safetensors"
     left = {n: t for n, t in load_file(weights).items() if "down" in n}
     save_file(left, weights)
@@ -164,7 +138,7 @@ def test_projections_without_an_adapter_are_zeros_where_loaders_want_them(tmp_pa
 def test_a_config_that_does_not_fit_is_refused(
     config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    directory, _ = trained(tmp_path, "qwen3_moe", ("experts",))
+    directory, _ = make_adapter(tmp_path, "qwen3_moe", ("experts",))
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     with pytest.raises(CheckpointError) as caught:
@@ -173,7 +147,7 @@ def test_a_config_that_does_not_fit_is_refused(
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    directory, _ = trained(tmp_path, "qwen3_moe", ("experts",))
+    directory, _ = make_adapter(tmp_path, "qwen3_moe", ("experts",))
     weights = directory / "adapter_model.safetensors"
     whole = load_file(weights)
     first = next(name for name in whole if name.endswith("_A"))
