@@ -35,7 +35,10 @@ _AVX512 = (
 _VNNI = (*_AVX512, "-mavx512vnni")
 _OF_BLOCKS = f"{BLOCKS}/kernels.c"
 _ALL = (
-    *(f"{KERNELS}/{name}.c" for name in ("attend", "gemm", "products_f32", "quantise", "rows")),
+    *(
+        f"{KERNELS}/{name}.c"
+        for name in ("attend", "gemm", "products_f32", "products_i16", "quantise", "rows")
+    ),
     _OF_BLOCKS,
 )
 

@@ -48,8 +48,8 @@ PANELS: list[dict[str, Any]] = [
 ]
 # Levels whose own sources decode weights and multiply fp32; the others have those of the one below.
 ISAS = tuple(row.name for row in ISA_ROWS if row.name in ("avx2", "avx512", "avx512vnni"))
-# Of gradients in which nothing cancels.
-BOUND = 2e-6
+# Of gradients in which nothing cancels; integer panels are multiplied in 16 bits.
+BOUND, INTEGER_BOUND = 2e-6, 2e-4
 
 
 class Found(NamedTuple):
@@ -89,12 +89,13 @@ def check(experts: StoredExperts, lora: ExpertLora | None, tokens: int, isa: str
     found = run(experts, call, lora, isa=isa)
     oracle = LoraOracle([expert_weights(experts, e) for e in range(spec.num_experts)], spec, lora)
     wanted = oracle.backward(*call, found.z[..., : spec.intermediate_size])
-    assert_near(wanted[0], found.d_hidden, BOUND)
+    bound = INTEGER_BOUND if spec.is_packed and spec.format.is_integer else BOUND
+    assert_near(wanted[0], found.d_hidden, bound)
     out = oracle.forward(*call[:3])
     size = float(np.linalg.norm(call[3]) * np.linalg.norm(out) / spec.hidden_size**0.5)
-    assert_near(wanted[1], found.d_weights, BOUND, size)
+    assert_near(wanted[1], found.d_weights, bound, size)
     for name, gradient in found.d_lora.items():
-        assert_near(wanted[2][name], gradient, BOUND)
+        assert_near(wanted[2][name], gradient, bound)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -130,6 +130,23 @@ typedef struct {
 typedef void ktk_decode_fn(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
                            float *out);
 
+/* The same of integer panels for products_i16.c: codes int16 [num_k][16], less the zero point,
+ * times multipliers, which their group's scales of ktk_kernels.scales multiply. Channels in its
+ * order. */
+typedef void ktk_codes_fn(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
+                          int16_t *out);
+
+/* c[m][j] (+)= scales[m] * sum over n of a[m][n] * b[n][j], exactly; 16 n of panel p and column j
+ * lie at p * b_panel + 16 * j of b, at 16 * p of row m of a. At most KTK_I16_PANELS. */
+enum { KTK_I16_PANELS = 32 };
+typedef struct {
+    const int16_t *a, *b;
+    const float *scales;
+    float *c;
+    int64_t a_stride, b_panel, c_stride;
+    int32_t num_rows, num_columns, num_panels, is_added;
+} ktk_product_i16;
+
 /* Of 2^32 random numbers those below the threshold make a zero; other values are times scale. */
 typedef struct {
     uint32_t seed, threshold;
@@ -195,6 +212,7 @@ typedef struct {
     const char *name;
     ktk_gemm gemm[KTK_NUM_FORMATS];
     ktk_decode_fn *decode[KTK_NUM_FORMATS];
+    ktk_codes_fn *codes[KTK_NUM_FORMATS]; /* of integer panels */
     ktk_task_sizes tasks;
     /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group.
      */
@@ -208,6 +226,12 @@ typedef struct {
     /* n columns of a row, a multiple of 16, each from its own random number
      * (ktk/reference/gradients.py). */
     void (*drop)(const ktk_dropout *d, uint32_t row, int first, int n, float *x);
+    /* Scales of a panel's 16 channels for the group of k. */
+    void (*scales)(const ktk_matrix *w, const uint8_t *panel, int k, float *out);
+    void (*product_i16)(const ktk_product_i16 *p);
+    /* x * scales (n, a multiple of 16) to codes within +-32767 and the scale that is returned; NaN
+     * of a row with inf or NaN. work: n floats. */
+    float (*round_i16)(const float *x, const float *scales, int n, float *work, int16_t *out);
     void (*product_nt)(const ktk_product_nt *p);
     void (*product_nn)(const ktk_product_nn *p);
     /* h, and the gradients of gate (NULL without one) and up, biases included, from that of h; n a
@@ -248,10 +272,21 @@ typedef struct {
     EACH(rotate)                                                                                   \
     EACH(rotate_back)                                                                              \
     EACH(drop)                                                                                     \
+    EACH(scales)                                                                                   \
+    EACH(product_i16)                                                                              \
+    EACH(round_i16)                                                                                \
     EACH(product_nt)                                                                               \
     EACH(product_nn)                                                                               \
-    EACH(activate_back) EACH(activate) EACH(load) EACH(store) EACH(combine) EACH(add) EACH(attend) \
-        EACH(pack_panel) EACH(repack) EACH(unpack)
+    EACH(activate_back)                                                                            \
+    EACH(activate)                                                                                 \
+    EACH(load)                                                                                     \
+    EACH(store)                                                                                    \
+    EACH(combine)                                                                                  \
+    EACH(add)                                                                                      \
+    EACH(attend)                                                                                   \
+    EACH(pack_panel)                                                                               \
+    EACH(repack)                                                                                   \
+    EACH(unpack)
 
 /* Text of a macro's value: the names of levels. */
 #define KTK_TEXT_(x) #x

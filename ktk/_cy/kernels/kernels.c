@@ -6,10 +6,12 @@
 
 #include "ktk.h"
 
-/* From gemm.c, products_f32.c, gemm_amx.c, gemm_amx_bf16.c and vendor/llamafile/kernels.c, each
- * compiled for the level it is named for. */
+/* From gemm.c, products_f32.c, products_i16.c, gemm_amx.c, gemm_amx_bf16.c and
+ * vendor/llamafile/kernels.c, each compiled for the level it is named for. */
 extern const ktk_kernels ktk_panels_avx2, ktk_panels_avx512, ktk_panels_avx512vnni, ktk_tiles_amx,
     ktk_tiles_amxbf16;
+extern const ktk_kernels ktk_products_i16_avx2, ktk_products_i16_avx512,
+    ktk_products_i16_avx512vnni;
 extern const ktk_kernels ktk_products_f32_avx2, ktk_products_f32_avx512,
     ktk_products_f32_avx512vnni;
 extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni,
@@ -17,11 +19,21 @@ extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni,
 
 /* Slowest level first, as ktk/_cy/isa.py and ktk.machine.cpu.ISA_LEVELS have them. */
 static const ktk_kernels *const SOURCES[] = {
-    &ktk_panels_avx2,       &ktk_products_f32_avx2,       &lf_blocks_avx2,
-    &ktk_panels_avx512,     &ktk_products_f32_avx512,     &lf_blocks_avx512,
-    &ktk_panels_avx512vnni, &ktk_products_f32_avx512vnni, &lf_blocks_avx512vnni,
+    &ktk_panels_avx2,
+    &ktk_products_f32_avx2,
+    &ktk_products_i16_avx2,
+    &lf_blocks_avx2,
+    &ktk_panels_avx512,
+    &ktk_products_f32_avx512,
+    &ktk_products_i16_avx512,
+    &lf_blocks_avx512,
+    &ktk_panels_avx512vnni,
+    &ktk_products_f32_avx512vnni,
+    &ktk_products_i16_avx512vnni,
+    &lf_blocks_avx512vnni,
     &lf_blocks_avx512bf16, /* */
-    &ktk_tiles_amx,         &ktk_tiles_amxbf16,
+    &ktk_tiles_amx,
+    &ktk_tiles_amxbf16,
 };
 enum { NUM_SOURCES = sizeof SOURCES / sizeof *SOURCES };
 
@@ -40,6 +52,8 @@ static void take(ktk_kernels *level, const ktk_kernels *from) {
         if (from->gemm[f].run) level->gemm[f] = from->gemm[f];
     for (int f = 0; f < KTK_NUM_FORMATS; f++)
         if (from->decode[f]) level->decode[f] = from->decode[f];
+    for (int f = 0; f < KTK_NUM_FORMATS; f++)
+        if (from->codes[f]) level->codes[f] = from->codes[f];
 #define TAKE(NAME)                                                                                 \
     if (from->NAME) level->NAME = from->NAME;
     KTK_FUNCTIONS(TAKE)

@@ -2,7 +2,7 @@
  * weights stay as they are; rounding of activations counts as the identity.
  *
  * Products with transposed weights run over the same panels: a block of k of some panels is decoded
- * to fp32, in second-level cache, and all rows of an expert go over it. Of y = W x, N channels: d_x
+ * in second-level cache, and all rows of an expert go over it. Of y = W x, N channels: d_x
  * [rows][k] = sum over channels of d_y * W. No expert is decoded as a whole.
  *
  * Runs of the pool one behind the other:
@@ -15,13 +15,22 @@
  *   adapters  expert x block of columns: d_A = sum over rows of p or q times x or h, d_B likewise
  *
  * Every sum is made by one task in a fixed order, so the bits are the same for any number of
- * threads. fp32 throughout. */
+ * threads. fp32, except that products with integer panels take d in 16 bits. */
 #include "adapters.h"
 
 /* Rows that are held at a time; columns of a task of `adapters`; floats of decoded weights: they
  * and the rows share the second-level cache. */
 enum { ROWS = 64, COLUMNS = 256, DECODED = 20 << 10, BLOCK = 64, AHEAD = 4 };
-enum { MAX_BLOCK = 256 };
+enum { MAX_BLOCK = 256, INTEGER_BLOCK = 128 };
+/* Of integer panels: k that are laid down at a time; int16 of a panel's codes and of a row of
+ * channels, with what keeps them in different cache sets. */
+enum {
+    CHANNELS = KTK_I16_PANELS * KTK_PANEL,
+    CODES_K = 128,
+    CODES_PANEL = CODES_K * KTK_PANEL + 64,
+    ROUNDED_ROW = CHANNELS + 32,
+    CODES_FLOATS = CHANNELS + (KTK_I16_PANELS * CODES_PANEL + ROWS * ROUNDED_ROW) / 2
+};
 /* A decoded panel, away from the addresses of the one before: equal distances of whole pages share
  * few cache sets. */
 #define PANEL_FLOATS(NUM_K) ((int64_t)(NUM_K) * KTK_PANEL + 64)
@@ -92,9 +101,56 @@ static void fetch(const ktk_matrix *w, panels_of of, int panel, int first_k, int
 }
 
 /* p's c[m][0 .. num_columns) (+)= sum over the panels' channels of a[rows[m]] * W[., first_k + j],
- * a the whole projection's; from then on p adds. */
+ * a the whole projection's; from then on p adds. Integer panels: codes are multiplied as they are,
+ * a times their scales is rounded to 16 bits for each group of k (products_i16.c). */
+static void multiply_codes(const pass *b, const ktk_matrix *w, panels_of of, int first_k,
+                           ktk_product_nt *p, float *work) {
+    const ktk_kernels *kernels = b->op.kernels;
+    float scales[CHANNELS], row_scales[ROWS], *values = work;
+    int16_t *rounded = (int16_t *)(values + CHANNELS), *codes = rounded + ROWS * ROUNDED_ROW;
+    for (int i = 0; i < of.count; i += KTK_I16_PANELS) {
+        const int count = min_int(KTK_I16_PANELS, of.count - i);
+        const uint8_t *panels = of.panels + i * of.step;
+        for (int k = 0, n; k < p->num_columns; k += n) {
+            const int at = first_k + k;
+            n = min_int(min_int(CODES_K, p->num_columns - k), w->group_size - at % w->group_size);
+            for (int j = 0; j < count; j++) {
+                fetch(w, of, i + j + AHEAD, at, n);
+                kernels->scales(w, panels + j * of.step, at, scales + j * KTK_PANEL);
+                kernels->codes[w->format](w, panels + j * of.step, at, n, codes + j * CODES_PANEL);
+            }
+            for (int first = 0; first < p->num_rows; first += ROWS) {
+                const int rows = min_int(ROWS, p->num_rows - first);
+                for (int m = 0; m < rows; m++) {
+                    const int64_t row = p->rows ? p->rows[first + m] : first + m;
+                    row_scales[m] = kernels->round_i16(
+                        p->a + row * p->a_stride + (of.first + i) * KTK_PANEL, scales,
+                        count * KTK_PANEL, values, rounded + m * ROUNDED_ROW);
+                }
+                kernels->product_i16(&(ktk_product_i16){.a = rounded,
+                                                        .b = codes,
+                                                        .scales = row_scales,
+                                                        .c = p->c + first * p->c_stride + k,
+                                                        .a_stride = ROUNDED_ROW,
+                                                        .b_panel = CODES_PANEL,
+                                                        .c_stride = p->c_stride,
+                                                        .num_rows = rows,
+                                                        .num_columns = n,
+                                                        .num_panels = count,
+                                                        .is_added = p->is_added});
+            }
+        }
+        p->is_added = 1;
+    }
+}
+
+/* The same; of others some panels are decoded to fp32 at a time. */
 static void multiply_transposed(const pass *b, const ktk_matrix *w, panels_of of, int first_k,
                                 ktk_product_nt *p, float *decoded) {
+    if (b->op.kernels->codes[w->format]) {
+        multiply_codes(b, w, of, first_k, p, decoded);
+        return;
+    }
     ktk_decode_fn *decode = b->op.kernels->decode[w->format];
     const int most = max_int(1, (int)(DECODED / PANEL_FLOATS(p->num_columns)));
     for (int i = 0; i < of.count; i += most) {
@@ -504,13 +560,14 @@ static void adapter_task(void *context, int64_t index, int thread) {
 /* -- a chunk of tokens */
 
 /* k that a task of transposed products takes: whole blocks of weights, whole blocks that turn. */
-static int block_of(const ktk_matrix *w) {
-    return max_int(BLOCK, max_int(ktk_formats[w->format].block_weights, w->rotation));
+static int block_of(const pass *b, const ktk_matrix *w) {
+    const int least = b->op.kernels->codes[w->format] ? INTEGER_BLOCK : BLOCK;
+    return max_int(least, max_int(ktk_formats[w->format].block_weights, w->rotation));
 }
 
 static int64_t work_floats(const pass *b) {
     const int64_t rank = b->rank;
-    int64_t most = DECODED;
+    int64_t most = max_int(DECODED, CODES_FLOATS);
     const int64_t others[] = {(ROWS + rank) * ADAPTER_STEP, ROWS * COLUMNS + 3 * rank * COLUMNS,
                               (ROWS + rank) * MAX_BLOCK};
     for (int i = 0; i < 3; i++)
@@ -528,9 +585,9 @@ static void lay_out(pass *b, arena *a) {
     op->z_row = b->projections * b->z_stride;
     b->hidden_stride = spread(layer->hidden_size);
     b->d_row = spread(op->z_row);
-    b->h_block = block_of(&layer->down);
-    b->x_block = block_of(&layer->gate_up);
-    if (up_is_apart(layer)) b->x_block = max_int(b->x_block, block_of(&layer->up));
+    b->h_block = block_of(b, &layer->down);
+    b->x_block = block_of(b, &layer->gate_up);
+    if (up_is_apart(layer)) b->x_block = max_int(b->x_block, block_of(b, &layer->up));
     b->h_blocks = (int)((b->z_stride + b->h_block - 1) / b->h_block);
     b->y_columns = round_up(layer->gate_up.padded_in, b->x_block);
     const int64_t most = MAX_Y_BYTES / 4 / (pairs ? pairs : 1) / b->x_block * b->x_block;
