@@ -49,6 +49,7 @@ def command(
     weight_format: opening.WeightFormat = "auto",
     linear: opening.Linear = "file",
     dtype: opening.Dtype = None,
+    adapter: opening.Adapter = None,
     force: opening.Force = False,
     expert_memory: opening.ExpertLimit = None,
     residency_policy: opening.Policy = None,
@@ -64,7 +65,15 @@ def command(
     hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
     store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
     opened = opening.load(
-        model, method, weight_format, linear, dtype, force, memory=memory, hybrid=hybrid
+        model,
+        method,
+        weight_format,
+        linear,
+        dtype,
+        force,
+        memory=memory,
+        hybrid=hybrid,
+        adapter=adapter,
     )
     if not opened.tokenizer.chat_template:
         raise ValueError(

@@ -58,6 +58,10 @@ def command(
         Path | None,
         typer.Option(help="Folder of llama.cpp's libggml-base.so, for formats with :ggml."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="A directory that ktk train wrote, beside the weights of all rows."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="A .png or .svg to draw: bits per weight against KL. Needs matplotlib."),
@@ -124,13 +128,14 @@ def command(
             method=method,
             activation_group=activation_group,
             rotation=rotation,
+            adapter=adapter,
             step=lambda label: status.update(f"{label} ({len(rows)} of {len(variants) + 1})"),
         ):
             rows.append(row)
     if plot is not None:
         draw(rows, plot)
     if as_json:
-        typer.echo(json.dumps(_report(model, text, calibrate, rows), indent=2))
+        typer.echo(json.dumps(_report(model, text, calibrate, adapter, rows), indent=2))
     else:
         _print_table(rows)
 
@@ -158,11 +163,14 @@ def _check_plot(plot: Path) -> None:
         raise ValueError("--plot needs matplotlib: pip install 'ktk[plot]'") from None
 
 
-def _report(model: Path, text: Path, calibrate: Path | None, rows: list[Row]) -> dict[str, Any]:
+def _report(
+    model: Path, text: Path, calibrate: Path | None, adapter: Path | None, rows: list[Row]
+) -> dict[str, Any]:
     return {
         "model": str(model),
         "text": str(text),
         "calibration_text": None if calibrate is None else str(calibrate),
+        "adapter": None if adapter is None else str(adapter),
         "rows": [row.to_json() for row in rows],
     }
 

@@ -126,6 +126,13 @@ KvDiskLimit = Annotated[
         f"Default: {KV_DISK_LIMIT}.",
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help="A directory that ktk train wrote: its adapters run beside the weights, without ktk's "
+        "native decoder layers.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
 MaxTokens = Annotated[
     int,
@@ -208,6 +215,7 @@ def load(
     context: int | None = None,
     memory: ExpertMemory | None = None,
     hybrid: HybridRequest | None = None,
+    adapter: Path | None = None,
 ) -> OpenModel:
     """The model of a command line; its warning, if any, goes to stderr,
     and how many of its experts are in memory, if not all.
@@ -230,7 +238,12 @@ def load(
             force=force,
             expert_memory=memory,
             hybrid=hybrid,
+            adapter=adapter,
         )
+    if adapter is not None:
+        from ktk.train.attach import NOT_NATIVE
+
+        typer.echo(f"adapter {adapter}: {NOT_NATIVE}", err=True)
     if (report := opened.residency()) is not None:
         typer.echo(f"experts: {report.line()}", err=True)
     return opened

@@ -80,6 +80,7 @@ def command(
     weight_format: opening.WeightFormat = "auto",
     linear: opening.Linear = "file",
     dtype: opening.Dtype = None,
+    adapter: opening.Adapter = None,
     force: opening.Force = False,
     expert_memory: opening.ExpertLimit = None,
     residency_policy: opening.Policy = None,
@@ -133,7 +134,7 @@ def command(
     hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
     store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
     opened = opening.load(
-        model, method, weight_format, linear, dtype, force, context, memory, hybrid
+        model, method, weight_format, linear, dtype, force, context, memory, hybrid, adapter
     )
     found = opened.description
     size = cache_bytes(kv_cache, found.kv_bytes, force)

@@ -45,7 +45,7 @@ from ktk.quantise.pack import pack_expert
 F = np.float32
 
 
-class _PaddedMoE:
+class PaddedMoE:
     """Experts whose rows were filled up with zero columns to whole blocks:
     the real columns' errors are the format's own.
     """
@@ -134,7 +134,7 @@ class Quantiser:
         moe = MoE(
             self._assemble(spec, made), method=self._method if self.is_packed else "LLAMAFILE"
         )
-        return moe if spec == own else _PaddedMoE(moe, own.hidden_size)
+        return moe if spec == own else PaddedMoE(moe, own.hidden_size)
 
     def _expert(
         self, module: Any, expert: int, spec: MoESpec, calibration: LayerCalibration | None

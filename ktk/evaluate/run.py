@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ktk.evaluate.distance import Distance, StoredLogits, distance
-from ktk.evaluate.quantiser import Quantiser, quantise_model
+from ktk.evaluate.quantiser import PaddedMoE, Quantiser, quantise_model
 from ktk.evaluate.variants import Variant
 from ktk.experts.formats import PANELS
 from ktk.experts.spec import MoESpec
@@ -22,11 +22,17 @@ from ktk.integration.transformers.experts import (
     find_experts,
     handle_of,
 )
-from ktk.integration.transformers.loading import PackedModule, load_model, packed_modules
+from ktk.integration.transformers.loading import (
+    PackedModule,
+    load_model,
+    packed_modules,
+    use_ktk,
+)
 from ktk.integration.transformers.multimodal import auto_class
 from ktk.machine import cpu
 from ktk.paths import user_path
 from ktk.quantise.ggml_library import GgmlLibrary
+from ktk.train.attach import attach_adapter
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,15 @@ def evaluate(
     method: str = "auto",
     activation_group: int | None = None,
     rotation: int | None = None,
+    adapter: Path | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """The reference's row, then one for each variant as it is done;
     everything but the experts in float32.
 
-    activation_group, rotation : as in MoESpec, of the packed formats among them. Raises ValueError
-    before any work for what one of these has not.
+    activation_group, rotation : as in MoESpec, of the packed formats among them. adapter : a
+    directory that ``ktk train`` wrote, beside the weights of all of them, the reference's too.
+    Raises ValueError before any work for what one of these has not.
     """
     from transformers import AutoConfig
 
@@ -97,6 +105,9 @@ def evaluate(
     source = user_path(source)
     step("reference")
     model = load_float(source)
+    if adapter is not None:
+        use_ktk(model, "fp32")  # exact: adapters run beside packed experts
+        _attach(model, adapter)
     started = perf_counter()
     with contextlib.closing(StoredLogits(model, windows)) as reference:
         bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
@@ -124,9 +135,23 @@ def evaluate(
                 model = load_model(variant.by, method=method, dtype=torch.float32)
             else:
                 model = load_model(source, gguf=variant.by, dtype=torch.float32)
+            if adapter is not None:
+                _attach(model, adapter)
             seconds = perf_counter() - started
             yield _row(model, variant.label, distance(model, windows, reference), seconds)
             del model
+
+
+def _attach(model: Any, adapter: Path) -> None:
+    """Raises as ``attach_adapter``, ValueError for experts whose rows were filled up."""
+    for name, module in find_experts(model):
+        handle = handle_of(module)
+        if handle is not None and isinstance(handle.moe, PaddedMoE):
+            raise ValueError(
+                f"{name}: this format fills rows up to whole blocks, which takes no adapter: leave "
+                "it out"
+            )
+    attach_adapter(model, adapter)
 
 
 def _row(model: Any, label: str, found: Distance, seconds: float) -> Row:

@@ -26,6 +26,7 @@ from ktk.paths import user_path
 from ktk.placement.masks.request import HybridRequest
 from ktk.placement.residency.expert_memory import ExpertMemory
 from ktk.placement.residency.report import ResidencyReport
+from ktk.train.attach import attach_adapter
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def open_model(
     force: bool = False,
     expert_memory: ExpertMemory | None = None,
     hybrid: HybridRequest | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> OpenModel:
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
@@ -71,7 +73,8 @@ def open_model(
     force : load it even if it does not fit. expert_memory : of a packed directory or a
     GGUF file: experts are read when tokens need them, and no more than fit into this are in memory;
     None: all are loaded, or mapped. hybrid : experts of a directory that a device runs, and those
-    that are deferred.
+    that are deferred. adapter : a directory that ``ktk train`` wrote, whose adapters run beside the
+    weights; ``ktk.train.attach`` says which models cannot have it.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not
     fit.
     """
@@ -92,6 +95,8 @@ def open_model(
     else:
         model, tokenizer = _open_directory(description, path, method, dtype, expert_memory, hybrid)
         run_linears(model, linear)
+    if adapter is not None:
+        attach_adapter(model, adapter)
     use_attention(model)
     fuse_decoder_layers(model)
     return OpenModel(model.eval(), tokenizer, description)

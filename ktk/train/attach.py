@@ -14,7 +14,7 @@ from ktk.train.files import load_expert_lora
 
 NOT_NATIVE = (
     "with an adapter beside its weights transformers runs the decoder layers, slower than ktk's "
-    "own: `ktk train export --to packed` makes a model of both"
+    "own: `ktk train export --to packed` makes a model that has it in its weights"
 )
 
 

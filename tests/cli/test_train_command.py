@@ -92,3 +92,19 @@ def test_a_run_is_not_written_over(model: Path, data: Path, tmp_path: Path) -> N
     done = ktk(*arguments(model, data, tmp_path))
     assert done.returncode == 1
     assert "has a run already: --resume goes on with it" in done.stderr
+
+
+@pytest.mark.parametrize("targets", ["experts", "experts,attention"])
+def test_a_model_runs_with_its_adapter(
+    model: Path, data: Path, tmp_path: Path, targets: str
+) -> None:
+    given = arguments(model, data, tmp_path, "--targets", targets, "--steps", 2, "--lr", 0.03)
+    assert ktk(*given).returncode == 0
+
+    def text(*more: str) -> str:
+        done = ktk("run", str(model), "add 5", "--raw", "-n", "8", *more)
+        assert done.returncode == 0, done.stderr
+        assert ("slower than ktk's own" in done.stderr) == bool(more)
+        return done.stdout
+
+    assert text("--adapter", str(tmp_path)) != text()
