@@ -68,6 +68,15 @@ def command(
     batch_tokens: Annotated[
         int, typer.Option(min=16, help="Tokens of one forward pass: how prompts are cut up.")
     ] = 512,
+    prompt_lookup: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=32,
+            help="Tokens guessed for each answer and pass, at most, from what followed the same "
+            "words before; fewer or none where that does not pay. 0: none.",
+        ),
+    ] = 8,
     recorder_mode: Annotated[
         str,
         typer.Option(
@@ -138,7 +147,7 @@ def command(
     )
     found = opened.description
     size = cache_bytes(kv_cache, found.kv_bytes, force)
-    limits = Limits(found.context, max_requests, 256, batch_tokens, size)
+    limits = Limits(found.context, max_requests, 256, batch_tokens, size, prompt_lookup)
     engine = start_engine(opened, limits)
     if engine.why_alone is not None:
         typer.echo(f"ktk: warning: one request at a time: {engine.why_alone}", err=True)

@@ -53,6 +53,7 @@ class Limits:
         : requests beyond.
 
     batch_tokens : of one forward pass. cache_bytes : of keys and values of all sequences together.
+    guesses : of an answer's next tokens in one pass (``lookup.py``), at most.
     """
 
     context: int
@@ -60,6 +61,7 @@ class Limits:
     waiting: int = 256
     batch_tokens: int = 512
     cache_bytes: int = SERVER_CACHE
+    guesses: int = 0
 
 
 def pages_within(limits: Limits, token_bytes: int) -> Pages:
@@ -161,6 +163,7 @@ class Engine(ABC):
     why_not_native: str | None = None  # why torch runs the layers; None: ktk's own kernels do
     embeds = False  # whether it gives hidden states
     kept: KeptPages | None = None  # pages on the disk, if any are
+    guessed = came_true = 0  # tokens of answers that were guessed; that were what was chosen
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         self.model, self.tokenizer = opened.model, opened.tokenizer

@@ -8,6 +8,7 @@ batch.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 
 import torch
@@ -24,6 +25,7 @@ from ktk.generate.engine import (
     report_all,
 )
 from ktk.generate.identity import cache_info
+from ktk.generate.lookup import Lookup, PassCosts
 from ktk.generate.open import OpenModel
 from ktk.generate.schedule import Piece, Schedule, Sequence
 from ktk.integration.transformers.native_batch import NativeModel
@@ -52,6 +54,10 @@ class NativeEngine(Engine):
         pool = PagePool(pages.count, self._native.shapes, self._native.dtype)
         self._schedule: Schedule[Generation] = Schedule(pool, limits.running, limits.batch_tokens)
         self._largest_batch = 0
+        self._lookups: dict[Sequence[Generation], Lookup] = {}
+        self._costs = PassCosts()
+        if limits.guesses:
+            self._schedule.guess = self._guess
         self._sequences: dict[str, Sequence[Generation]] = {}
         self._news: deque[Generation] = deque()  # begun or cancelled
         self._progress = list[tuple[Generation, Progress]]()  # made and not told yet
@@ -133,6 +139,7 @@ class NativeEngine(Engine):
             known = self._sequences.pop(generation.id, None)
             if known is not None:
                 self._schedule.remove(known)
+                self._lookups.pop(known, None)
             elif not generation.is_cancelled:
                 try:
                     self._native.check_unchanged()
@@ -145,33 +152,66 @@ class NativeEngine(Engine):
     def _compute(self, pieces: list[Piece[Generation]]) -> None:
         tokens, sequence, position, wanted = list[int](), list[int](), list[int](), list[int]()
         for index, piece in enumerate(pieces):
-            tokens += piece.sequence.tokens[piece.first : piece.end]
-            sequence += [index] * (piece.end - piece.first)
-            position += range(piece.first, piece.end)
+            end = piece.end + len(piece.guesses)
+            tokens += [*piece.sequence.tokens[piece.first : piece.end], *piece.guesses]
+            sequence += [index] * (end - piece.first)
+            position += range(piece.first, end)
             if piece.is_last:
-                wanted.append(len(tokens) - 1)
+                wanted += range(len(tokens) - 1 - len(piece.guesses), len(tokens))
         tables = [piece.sequence.tables for piece in pieces]
-        last = [piece.sequence for piece in pieces if piece.is_last]
-        wants_hidden = any(owner.owner.is_embedding for owner in last)
+        last = [piece for piece in pieces if piece.is_last]
+        wants_hidden = any(piece.sequence.owner.is_embedding for piece in last)
+        start = time.perf_counter()
         try:
-            rows = (tokens, sequence, position, tables, wanted or [0])
-            logits, hidden = self._native.forward(*rows, wants_hidden, self._tell_all)
+            given = (tokens, sequence, position, tables, wanted or [0])
+            logits, hidden = self._native.forward(*given, wants_hidden, self._tell_all)
         except Exception as error:  # no memory, a disk that fails: these requests end, not the rest
             for piece in pieces:
                 self._fail(piece.sequence, error)
             return
-        self._largest_batch = max(self._largest_batch, len(wanted))
+        if len(last) == len(pieces):
+            self._costs.add(len(tokens), time.perf_counter() - start)
+        self._largest_batch = max(self._largest_batch, len(last))
         for piece in pieces:
             self._schedule.done(piece)
-        for row, owner in enumerate(last):
+        row = 0
+        for piece in last:
+            owner, rows = piece.sequence, 1 + len(piece.guesses)
             try:
                 if owner.owner.is_embedding:
                     progress = self._give(owner, hidden[row].float())
                 else:
-                    progress = self._take(owner, owner.owner.sampler.choose(logits[row].float()))
+                    progress = self._take_all(piece, logits[row : row + rows])
                 self._progress.append((owner.owner, progress))
             except Exception as error:  # whatever it was, the batch goes on without this request
                 self._fail(owner, error)
+            row += rows
+
+    def _take_all(self, piece: Piece[Generation], logits: torch.Tensor) -> Progress:
+        """Tokens from a sequence's rows in turn, as long as each was the one guessed."""
+        sequence, came_true = piece.sequence, 0
+        sampler, lookup = sequence.owner.sampler, self._lookups.get(sequence)
+        for row in logits:
+            token = sampler.choose(row.float())
+            progress = self._take(sequence, token)
+            if progress.is_finished or came_true == len(piece.guesses):
+                break
+            if token != piece.guesses[came_true]:
+                break
+            self._schedule.accept(sequence)
+            came_true += 1
+        if lookup is not None and piece.guesses:
+            lookup.learn(len(piece.guesses), came_true)
+            self.guessed += len(piece.guesses)
+            self.came_true += came_true
+        return progress
+
+    def _guess(self, sequence: Sequence[Generation], rows: int) -> list[int]:
+        """For ``Schedule.guess``."""
+        lookup = self._lookups.get(sequence)
+        if lookup is None:
+            lookup = self._lookups[sequence] = Lookup(sequence.tokens, self.limits.guesses)
+        return lookup.guess(self._costs.share_of_row(rows), rows)
 
     def _tell_all(self) -> None:
         """Tell the event loop what the last pass has given: while the next one runs, as both need
@@ -202,4 +242,5 @@ class NativeEngine(Engine):
 
     def _end(self, sequence: Sequence[Generation]) -> None:
         self._schedule.remove(sequence)
+        self._lookups.pop(sequence, None)
         self._sequences.pop(sequence.owner.id, None)

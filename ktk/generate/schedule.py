@@ -15,7 +15,7 @@ putting into the pool what has come.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -55,11 +55,12 @@ class Sequence(Generic[Owner]):
 
 @dataclass(frozen=True)
 class Piece(Generic[Owner]):
-    """Rows [first, end) of a sequence in a pass."""
+    """Rows [first, end) of a sequence in a pass. guesses : tokens of rows behind them."""
 
     sequence: Sequence[Owner]
     first: int
     end: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -69,10 +70,12 @@ class Piece(Generic[Owner]):
 
 class Schedule(Generic[Owner]):
     """pool : of its pages; a sequence alone must fit into it. running : sequences at once.
-    batch_tokens : of a pass. kept : where pages are that have left the pool, if anywhere.
+    batch_tokens : of a pass. kept : where pages are that have left the pool, if anywhere. guess :
+    (sequence, rows of the pass without guesses) -> tokens that may follow, if anybody guesses.
     """
 
     kept: KeptPages | None = None
+    guess: Callable[[Sequence[Owner], int], list[int]] | None = None
 
     def __init__(self, pool: PagePool, running: int, batch_tokens: int) -> None:
         self.pool, self.most_running, self.batch_tokens = pool, running, batch_tokens
@@ -102,13 +105,30 @@ class Schedule(Generic[Owner]):
             self._receive(sequence)
         shares = self._shares()
         pieces = []
+        guesses = self._guesses(shares)
         for sequence in list(self.running):  # pages go from the last to those before: not in pieces
             rows = shares.get(sequence, 0)
             if sequence not in self.running or not rows:
                 continue
             if self._take_pages(sequence, sequence.computed + rows):
-                pieces.append(Piece(sequence, sequence.computed, sequence.computed + rows))
+                end = sequence.computed + rows
+                room = len(sequence.pages) * PAGE - end  # for a guess no page is taken
+                pieces.append(
+                    Piece(sequence, end - rows, end, tuple(guesses.get(sequence, [])[:room]))
+                )
         return pieces
+
+    def _guesses(self, shares: dict[Sequence[Owner], int]) -> dict[Sequence[Owner], list[int]]:
+        """For sequences that make an answer, what may follow."""
+        left = self.batch_tokens - sum(shares.values())
+        found = {}
+        if self.guess is not None:
+            rows = sum(shares.values())
+            for sequence in shares:
+                if sequence.pending == 1:
+                    found[sequence] = self.guess(sequence, rows)[:left]
+                    left -= len(found[sequence])
+        return found
 
     def done(self, piece: Piece[Owner]) -> None:
         """A piece was computed."""
@@ -116,6 +136,12 @@ class Schedule(Generic[Owner]):
         for index in range(piece.first // PAGE, piece.end // PAGE):
             self._keep(sequence, index)
         sequence.computed = piece.end
+
+    def accept(self, sequence: Sequence[Owner]) -> None:
+        """The sequence's last token is the next one that was guessed: its row is computed."""
+        sequence.computed += 1
+        if sequence.computed % PAGE == 0:
+            self._keep(sequence, sequence.computed // PAGE - 1)
 
     def _keep(self, sequence: Sequence[Owner], index: int) -> None:
         tokens = sequence.tokens[index * PAGE : (index + 1) * PAGE]

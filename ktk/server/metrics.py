@@ -82,6 +82,7 @@ class Metrics:
             ("ktk_kv_cache_pages", "Pages of the KV cache.", lambda: engine.cache_pages[1]),
         ):
             Gauge(name, what, registry=self.registry).set_function(read)
+        self.registry.register(GuessCollector(engine))
         self.registry.register(ResidencyCollector(residency))
         KvCollector(engine, self.registry)
 
@@ -121,6 +122,20 @@ RESIDENCY = {
     "failures": "Experts that could not be read.",
     "waits": "Calls that waited for room.",
 }
+
+
+class GuessCollector(Collector):
+    """The metrics ktk_guessed_*."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        for name, what, value in (
+            ("ktk_guessed_tokens", "Tokens guessed from prompts.", self._engine.guessed),
+            ("ktk_guessed_true_tokens", "Of those, that came true.", self._engine.came_true),
+        ):
+            yield CounterMetricFamily(name, what, value=value)
 
 
 class ResidencyCollector(Collector):
