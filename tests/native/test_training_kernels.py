@@ -49,7 +49,7 @@ PANELS: list[dict[str, Any]] = [
 # Levels whose own sources decode weights and multiply fp32; the others have those of the one below.
 ISAS = tuple(row.name for row in ISA_ROWS if row.name in ("avx2", "avx512", "avx512vnni"))
 # Of gradients in which nothing cancels; integer panels are multiplied in 16 bits.
-BOUND, INTEGER_BOUND = 2e-6, 2e-4
+BOUND, INTEGER_BOUND = 2e-6, 4e-4
 
 
 class Found(NamedTuple):

@@ -229,9 +229,11 @@ typedef struct {
     /* Scales of a panel's 16 channels for the group of k. */
     void (*scales)(const ktk_matrix *w, const uint8_t *panel, int k, float *out);
     void (*product_i16)(const ktk_product_i16 *p);
-    /* x * scales (n, a multiple of 16) to codes within +-32767 and the scale that is returned; NaN
-     * of a row with inf or NaN. work: n floats. */
-    float (*round_i16)(const float *x, const float *scales, int n, float *work, int16_t *out);
+    /* The largest |x * scales| (scales NULL: |x|) of n, a multiple of 16; NaN if one is inf or NaN.
+     */
+    float (*largest)(const float *x, const float *scales, int n);
+    /* x * scales * by, within +-32767, to codes for product_i16. */
+    void (*round_i16)(const float *x, float by, const float *scales, int n, int16_t *out);
     void (*product_nt)(const ktk_product_nt *p);
     void (*product_nn)(const ktk_product_nn *p);
     /* h, and the gradients of gate (NULL without one) and up, biases included, from that of h; n a
@@ -274,19 +276,10 @@ typedef struct {
     EACH(drop)                                                                                     \
     EACH(scales)                                                                                   \
     EACH(product_i16)                                                                              \
-    EACH(round_i16)                                                                                \
-    EACH(product_nt)                                                                               \
-    EACH(product_nn)                                                                               \
-    EACH(activate_back)                                                                            \
-    EACH(activate)                                                                                 \
-    EACH(load)                                                                                     \
-    EACH(store)                                                                                    \
-    EACH(combine)                                                                                  \
-    EACH(add)                                                                                      \
-    EACH(attend)                                                                                   \
-    EACH(pack_panel)                                                                               \
-    EACH(repack)                                                                                   \
-    EACH(unpack)
+    EACH(largest)                                                                                  \
+    EACH(round_i16) EACH(product_nt) EACH(product_nn) EACH(activate_back) EACH(activate)           \
+        EACH(load) EACH(store) EACH(combine) EACH(add) EACH(attend) EACH(pack_panel) EACH(repack)  \
+            EACH(unpack)
 
 /* Text of a macro's value: the names of levels. */
 #define KTK_TEXT_(x) #x

@@ -12,7 +12,8 @@
  * Intel SDM vol. 2.
  *
  * Symbols: ktk_product_i16_avx2 ktk_product_i16_avx512 ktk_product_i16_avx512vnni
- *   ktk_round_i16_avx2 ktk_round_i16_avx512 ktk_round_i16_avx512vnni. */
+ *   ktk_round_i16_avx2 ktk_round_i16_avx512 ktk_round_i16_avx512vnni
+ *   ktk_largest_avx2 ktk_largest_avx512 ktk_largest_avx512vnni. */
 #include <math.h>
 #include <string.h>
 
@@ -117,32 +118,32 @@ void CAT(ktk_product_i16_, KTK_ISA)(const ktk_product_i16 *p) {
     }
 }
 
-float CAT(ktk_round_i16_, KTK_ISA)(const float *x, const float *scales, int n, float *work,
-                                   int16_t *out) {
+float CAT(ktk_largest_, KTK_ISA)(const float *x, const float *scales, int n) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i most = _mm256_setzero_si256();
     for (int i = 0; i < n; i += 8) {
-        const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(scales + i));
-        _mm256_storeu_ps(work + i, v);
+        __m256 v = _mm256_loadu_ps(x + i);
+        if (scales) v = _mm256_mul_ps(v, _mm256_loadu_ps(scales + i));
         most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
     }
     uint32_t each[8], bits = 0;
     _mm256_storeu_si256((__m256i *)each, most);
     for (int i = 0; i < 8; i++) bits = each[i] > bits ? each[i] : bits;
-    float amax;
-    memcpy(&amax, &bits, 4);
-    if (!(amax < INFINITY) || amax < 1e-30f) { /* below, 32767 / amax might overflow */
-        memset(out, 0, 2 * (size_t)n);
-        return amax < INFINITY ? 0.0f : NAN;
-    }
-    const __m256 inverse = _mm256_set1_ps(32767.0f / amax);
+    float found;
+    memcpy(&found, &bits, 4);
+    return found < INFINITY ? found : NAN;
+}
+
+void CAT(ktk_round_i16_, KTK_ISA)(const float *x, float by, const float *scales, int n,
+                                  int16_t *out) {
+    const __m256 factor = _mm256_set1_ps(by);
     for (int i = 0; i < n; i += 16) {
-        const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(work + i), inverse)),
-                      high =
-                          _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(work + i + 8), inverse));
+        const __m256 a = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(scales + i)),
+                     b = _mm256_mul_ps(_mm256_loadu_ps(x + i + 8), _mm256_loadu_ps(scales + i + 8));
+        const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(a, factor)),
+                      high = _mm256_cvtps_epi32(_mm256_mul_ps(b, factor));
         _mm256_storeu_si256((__m256i *)(out + i), _mm256_packs_epi32(low, high));
     }
-    return amax / 32767.0f;
 }
 
 /* -- panels: codes of k [first, first + num_k), a multiple of 32, int16 [k][16] */
@@ -235,5 +236,6 @@ const ktk_kernels CAT(ktk_products_i16_, KTK_ISA) = {
     .codes = {[KTK_NL4] = codes_nl4, [KTK_INT4] = codes_int4, [KTK_INT8] = codes_int8},
     .scales = scales_of,
     .product_i16 = CAT(ktk_product_i16_, KTK_ISA),
+    .largest = CAT(ktk_largest_, KTK_ISA),
     .round_i16 = CAT(ktk_round_i16_, KTK_ISA),
 };
