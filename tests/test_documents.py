@@ -209,7 +209,14 @@ def test_every_metric_has_its_row() -> None:
     store = SimpleNamespace(usage=lambda _: usage, tiers=SimpleNamespace())
     kept = SimpleNamespace(store=store, info=None, pool=pool, saved=Saved())
     engine = SimpleNamespace(
-        running=0, waiting=0, tokens_per_second=0.0, cache_pages=(0, 0), reuse=Reuse(), kept=kept
+        running=0,
+        waiting=0,
+        tokens_per_second=0.0,
+        cache_pages=(0, 0),
+        guessed=0,
+        came_true=0,
+        reuse=Reuse(),
+        kept=kept,
     )
     report = ResidencyReport("lru", True, 8, 4, 4096, 2, Counters())
     made = Metrics(engine, "model", lambda: report)  # type: ignore[arg-type]
