@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +96,6 @@ def command(
         check_plot(plot)
     _check_out(out, resume)
     opening.quiet_transformers()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what peft still asks transformers
     try:
         import peft  # noqa: F401
     except ImportError:

@@ -45,9 +45,10 @@ def attach_adapter(model: Any, directory: str | os.PathLike[str]) -> Adapter:
     if not adapter.linears:
         load_expert_lora(model, directory)
     else:
-        from ktk.train.peft_lora import load_peft
+        from ktk.train.peft_lora import load_peft, quiet_peft
 
-        load_peft(model, directory)
+        with quiet_peft():
+            load_peft(model, directory)
     model.requires_grad_(False)
     model.eval()
     return adapter

@@ -11,7 +11,7 @@ from ktk.train.run import Progress
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
-def smoothed(losses: Sequence[float], weight: float = 0.9) -> list[float]:
+def smoothed(losses: Sequence[float], weight: float = 0.8) -> list[float]:
     """A moving average, each earlier value counting ``weight`` times the next, from the first on
     without a bias to zero.
     """

@@ -7,8 +7,10 @@ as its interface for layers it does not know, and as experimental.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +94,14 @@ def load_peft(
     config = with_experts(LoraConfig.from_pretrained(str(path)), targets or TARGETS)
     config.inference_mode = not arguments.get("is_trainable", False)
     return PeftModel.from_pretrained(model, str(path), config=config, **arguments)
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """While it lasts, nothing is said of what peft still asks transformers by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 class _NoWeightedSum(dict[str, torch.nn.Module]):

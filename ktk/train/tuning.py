@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 
 from ktk.checkpoint.packed import sync_directory
 from ktk.integration.transformers.experts import find_experts
-from ktk.train.peft_lora import lora_config
+from ktk.train.peft_lora import lora_config, quiet_peft
 
 PARTS = ("experts", "attention")
 
@@ -62,7 +62,8 @@ def adapted(
         target_modules=names,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with quiet_peft():
+        return get_peft_model(model, config)
 
 
 def write_adapter(model: PeftModel, directory: Path) -> None:
