@@ -73,6 +73,12 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, with the same bits.")
     ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", help="Compute layers again for gradients: less memory, more time."
+        ),
+    ] = False,
     method: opening.Method = "auto",
     weight_format: opening.WeightFormat = "auto",
     dtype: opening.Dtype = None,
@@ -101,8 +107,8 @@ def command(
     except ImportError:
         raise ValueError("ktk train needs peft: pip install 'ktk[train]'") from None
     from ktk.generate.describe import describe_model
+    from ktk.train import tuning
     from ktk.train.float32 import compute_in_float32
-    from ktk.train.tuning import adapted, write_adapter
 
     description = describe_model(model, method, weight_format, dtype, context, "none")
     tokenizer = _tokenizer(description)
@@ -132,7 +138,9 @@ def command(
     }
     base = _open(description, method, dtype, force)
     compute_in_float32(base)
-    tuned = adapted(base, parts, lora, alpha, dropout, seed)
+    tuned = tuning.adapted(base, parts, lora, alpha, dropout, seed)
+    if recompute:
+        tuning.recompute(tuned.get_base_model())
     run = _run(tuned.get_base_model(), trained, kept, recipe, out, said)
     if resume and not run.resume():
         raise ValueError(f"--resume: {out} has no state of a run")
@@ -145,7 +153,7 @@ def command(
 
         draw(run.progress, plot)
     if is_done:
-        write_adapter(tuned, out)
+        tuning.write_adapter(tuned, out)
     if as_json:
         typer.echo(json.dumps(_report(run, said, out if is_done else None), indent=2))
     else:

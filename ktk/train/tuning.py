@@ -66,6 +66,15 @@ def adapted(
         return get_peft_model(model, config)
 
 
+def recompute(model: Any) -> None:
+    """Keep only what each decoder layer is given for its backward pass, and compute the rest again:
+    less memory, more time, the same bits.
+    """
+    # called so from transformers 5.23 on, gradient_checkpointing_enable before
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def write_adapter(model: PeftModel, directory: Path) -> None:
     """peft's files of the adapter, each whole or not there."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(model: Path, data: Path, out: Path, *more: object) -> list[str]:
-    """Twelve steps, dropout, a state after every second one."""
+    """Six steps, dropout, a state after every second one."""
     given = (
         *("train", model, "--data", data, "--out", out, "--lora", 4, "--lr", 0.01),
-        *("--steps", 12, "--accumulate", 2, "--batch", 2, "--dropout", 0.1, "--save-every", 2),
+        *("--steps", 6, "--accumulate", 2, "--batch", 2, "--dropout", 0.1, "--save-every", 2),
     )
     return [str(a) for a in (*given, *more)]
 
@@ -47,18 +47,18 @@ def test_a_killed_run_goes_on_to_the_same_adapter(model: Path, data: Path, tmp_p
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     with forked(main, arguments(model, data, parts)) as child:
-        child.until(lambda: "step 3 of 12" in child.err)
+        child.until(lambda: "step 3 of 6" in child.err)
         child.signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
     assert (parts / FILE).exists() and not (parts / FILES[1]).exists()
     done = ktk(*arguments(model, data, parts, "--resume"))
     assert done.returncode == 0, done.stderr
-    assert "step 3 of 12" in done.stderr and "step 1 of 12" not in done.stderr
-    assert "12 of 12 steps" in done.stdout and "ktk run" in done.stdout
+    assert "step 3 of 6" in done.stderr and "step 1 of 6" not in done.stderr
+    assert "6 of 6 steps" in done.stdout and "ktk run" in done.stdout
     for name in FILES:
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     assert report["held_out_loss_after"] < report["held_out_loss_before"]
-    assert report["losses"][-1] < report["losses"][0] and len(report["losses"]) == 12
+    assert report["losses"][-1] < report["losses"][0] and len(report["losses"]) == 6
 
 
 @pytest.mark.parametrize(

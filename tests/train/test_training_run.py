@@ -13,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("peft")
 import ktk.train
 from ktk.errors import CheckpointError
 from ktk.integration.transformers import use_ktk
@@ -20,6 +21,7 @@ from ktk.train.data import Example
 from ktk.train.loss import BatchLoss
 from ktk.train.run import Recipe, Run, Step
 from ktk.train.state import FILE
+from ktk.train.tuning import recompute
 from make.transformers_cases import make_model
 
 RECIPE = Recipe(steps=6, lr=0.02, batch=2, accumulate=2, warmup=2, save_every=2)
@@ -71,6 +73,15 @@ def test_a_run_that_went_on_has_the_bits_of_one_that_did_not_stop(tmp_path: Path
     losses = [step.loss for step in whole.progress.steps]
     assert losses == [step.loss for step in second.progress.steps]
     assert whole.progress.held_out_after == second.progress.held_out_after
+
+
+def test_recomputing_changes_no_bit(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=2)
+    kept, again = run(tmp_path / "kept", recipe), run(tmp_path / "again", recipe)
+    recompute(again.model)
+    assert kept.run() and again.run()
+    for name, expected in values(kept).items():
+        assert torch.equal(expected, values(again)[name]), name
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
