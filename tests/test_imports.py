@@ -54,6 +54,7 @@ LAZY = (
     ("ktk.backends.numba_jit", "ktk.backends._numba_kernels", 1, "numba: 0.3 s and memory"),
     ("ktk.quantise", "ktk.quantise", 4, "the same"),
     ("ktk.train", "ktk.train.peft_lora", 2, "peft: optional, ktk[train]"),
+    ("ktk.integration.kt_kernel", "ktk.integration.kt_kernel.sft", 1, "torch"),
     ("ktk", "transformers", 9, "1 s and torch; quiet() must come first"),
     ("ktk", "torch", 6, "2 s; the operator takes NumPy arrays, too"),
     ("ktk", "safetensors.torch", 1, "torch"),

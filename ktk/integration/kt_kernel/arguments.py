@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,15 @@ from ktk.ops.inputs import is_bf16, on_host, to_numpy
 METHODS = {"RAWINT4": "INT4", "GPTQ_INT4": "INT4", "MOE_INT4": "INT4", "MOE_INT8": "INT8"}
 # Its methods for codes that no kernel here multiplies as they are.
 _NOT_HERE = ("FP8_PERCHANNEL", "MXFP4", "MXFP8", "SYCL_GPTQ_INT4")
+
+SFT_ONLY = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "max_cache_depth",
+    "zero_point",
+    "full_weight_grad",
+)
 
 
 def check_top_k(num_experts_per_tok: int, num_experts: int) -> None:
@@ -58,19 +68,13 @@ def checked_nodes(numa_nodes: Any, threadpool_count: int | None) -> tuple[int, .
     return nodes
 
 
-def check_mode(mode: str, given: list[str]) -> None:
-    if mode == "sft":
-        raise NotImplementedError(
-            "mode='sft': fine-tuning is not in this version of ktk; use mode='inference'"
-        )
+def check_mode(mode: str, sft_only: Sequence[Any]) -> None:
+    """ValueError for another mode, or for arguments that only mode="sft" has: those of SFT_ONLY."""
     if mode != "inference":
-        raise ValueError(
-            f"mode={mode!r}: must be 'inference' (or 'sft', which is not in this version)"
-        )
+        raise ValueError(f"mode={mode!r}: must be 'inference' or 'sft'")
+    given = [name for name, x in zip(SFT_ONLY, sft_only, strict=True) if x is not None]
     if given:
-        raise ValueError(
-            f"{', '.join(given)}: only with mode='sft', which is not in this version of ktk"
-        )
+        raise ValueError(f"{', '.join(given)}: only with mode='sft'")
 
 
 def swiglu_activation(limit: float, alpha: float) -> Activation | None:

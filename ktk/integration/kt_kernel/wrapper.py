@@ -12,6 +12,7 @@ to another, and the last MoE layer should have max_deferred_experts_per_token=0.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -49,6 +50,7 @@ from ktk.paths import user_path
 _buffers = Buffers()
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _BIASES = ("gate_bias", "up_bias", "down_bias")
+_MODE_AT = 14  # of the positional arguments
 
 
 class _Submitted(NamedTuple):
@@ -87,8 +89,7 @@ class KTMoEWrapper(WeightWriter):
     method : str
         One of ``ktk.backends.methods()``, or KT-Kernel's RAWINT4, GPTQ_INT4, MOE_INT4, MOE_INT8.
     mode : str
-        "inference". "sft" and its arguments (lora_rank ... full_weight_grad) are refused in this
-        version.
+        "inference"; "sft" gives an ``SftWrapper`` instead, which has lora_rank and so on.
     num_gpu_experts : int or None
         The old form of the mask: the first n experts.
     swiglu_limit, swiglu_alpha : float
@@ -156,16 +157,9 @@ class KTMoEWrapper(WeightWriter):
         load_gpu_experts: bool = True,
         max_resident_experts: int | None = None,
     ) -> None:
-        sft_only = {
-            "lora_rank": lora_rank,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "max_cache_depth": max_cache_depth,
-            "zero_point": zero_point,
-            "full_weight_grad": full_weight_grad,
-        }
         super().__init__()
-        check_mode(mode, [name for name, value in sft_only.items() if value is not None])
+        given = lora_rank, lora_alpha, lora_dropout, max_cache_depth, zero_point, full_weight_grad
+        check_mode(mode, given)
         self.layer_idx = checked_int("layer_idx", layer_idx, least=0)
         self.num_experts = checked_int("num_experts", num_experts)
         self.num_experts_per_tok = checked_int("num_experts_per_tok", num_experts_per_tok)
@@ -218,6 +212,14 @@ class KTMoEWrapper(WeightWriter):
         self.cpuinfer_threads = layout.num_threads
         self.threadpool_count = layout.threadpool_count
         self.numa_nodes = layout.numa_nodes
+
+    @functools.wraps(__init__, assigned=(), updated=())  # type: ignore[misc]  # the signature
+    def __new__(cls, *args: Any, **arguments: Any) -> Any:
+        if arguments.get("mode", args[_MODE_AT] if len(args) > _MODE_AT else None) == "sft":
+            from ktk.integration.kt_kernel.sft import sft_wrapper
+
+            return sft_wrapper(cls, *args, **arguments)
+        return super().__new__(cls)
 
     # -- what it holds -------------------------------------------------------------------------
 
@@ -288,13 +290,8 @@ class KTMoEWrapper(WeightWriter):
             row e of the tensors is expert e.
         Raises ValueError / TypeError naming the argument that does not fit.
         """
-        given = dict(
-            zip(
-                (*_PROJECTIONS, *_BIASES),
-                (gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias),
-                strict=True,
-            )
-        )
+        values = (gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias)
+        given = dict(zip((*_PROJECTIONS, *_BIASES), values, strict=True))
         packed = self.weights.from_tensors(
             given, physical_to_logical_map_cpu, self.cpuinfer_threads, self._kept()
         )
@@ -479,7 +476,7 @@ class KTMoEWrapper(WeightWriter):
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:
-        """Nothing to free: this version has no fine-tuning buffers."""
+        """Nothing to free: saved passes are their wrapper's."""
 
     @staticmethod
     def set_capture_batch_sizes(capture_bs: Iterable[int]) -> None:

@@ -123,11 +123,6 @@ def test_mask_and_count_must_agree():
         ({"rotation": 64, "weight_format": "bf16"}, ValueError, "rotation=64: bf16 takes 0"),
         ({"mode": "train"}, ValueError, "mode='train'"),
         (
-            {"mode": "sft", "lora_rank": 16},
-            NotImplementedError,
-            "fine-tuning is not in this version",
-        ),
-        (
             {"lora_rank": 16, "zero_point": True},
             ValueError,
             "lora_rank, zero_point: only with mode='sft'",
