@@ -124,6 +124,9 @@ class NativeRunner(Runner):
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         if openmp.is_pending:
             openmp.borrow(self.native)
+        shape = (topk_ids.size, 1 + self.spec.has_gate, self.z_width)
+        if z.shape != shape:
+            raise ValueError(f"z has shape {z.shape}: these experts' forward pass leaves {shape}")
         d_hidden = np.empty(hidden.shape, np.float32)
         d_weights = np.empty(topk_ids.shape, np.float32)
         arrays = lora.arrays if lora is not None else {}

@@ -124,6 +124,8 @@ def backward(
         raise ValueError(
             f"grad has shape {g.shape}: must be that of the output, {saved.hidden.shape}"
         )
+    if saved.lora is not None:
+        saved.lora.check(moe.spec)
     if moe.runner.why_not_trained() is None and saved.topk_ids.size:
         return Gradients(*_native_backward(moe, saved, g))
     g = to_f32(g)

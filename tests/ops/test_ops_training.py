@@ -222,3 +222,16 @@ def test_the_bound_sees_a_wrong_element_and_a_wrong_shape() -> None:
     one_off[2, 3] += 5e-6  # of the norm only 0.2e-6
     with pytest.raises(AssertionError, match="one element"):
         assert_near(want, one_off, 1e-6)
+
+
+def test_what_another_operator_saved_is_refused() -> None:
+    """Else kernels would read behind its end."""
+    small, large = (dataclasses.replace(SPEC, intermediate_size=i) for i in (48, 96))
+    moes = [MoE(pack_all(spec, random_experts(spec, 3))) for spec in (small, large)]
+    hidden, ids, weights, grad = random_call(SPEC, 9, 3, 1)
+    for lora, match in ((None, "z has shape"), (random_lora(small, 4), "gate_b has shape")):
+        _, saved = forward(moes[0], hidden, ids, weights, lora)
+        if saved.z is None:
+            pytest.skip("no compiled kernels here: nothing is saved without adapters")
+        with pytest.raises(ValueError, match=match):
+            backward(moes[1], saved, grad)
