@@ -217,8 +217,8 @@ class Visit:
         self, owner: StreamedMoE, ids: list[int], weights: list[float], foretold: list[int]
     ) -> bool:
         """Whether the experts are in memory or on their way now, until ``end``. ids : of all rows;
-        a router chose them, so each is an expert's. foretold : likewise, of the next layer, of
-        each row the best first.
+        a router chose them, so each is an expert's. foretold : likewise, of the next layer, those
+        that are not in memory.
         """
         if owner in self._held:
             return True  # a try before has routed the same rows

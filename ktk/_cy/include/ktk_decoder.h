@@ -19,7 +19,7 @@ typedef struct {
 
 /* Puts experts that rows were routed to where the layer's tables say, until the call is over.
  * caller : the rows' own. owner : the experts' own. ids, weights (num_ids). foretold : experts of
- * the next layer that the rows may be routed to, of each row the best first. A ktk_status. */
+ * the next layer that are elsewhere and that the rows may be routed to. A ktk_status. */
 typedef int ktk_bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
                       const float *weights, int64_t num_foretold, const int64_t *foretold);
 

@@ -103,18 +103,24 @@ static void route_row(void *context, int64_t row, int thread) {
               float_buffer(&c->s->crew, thread), c->ids + first, c->weights + first);
 }
 
-/* What the next layer's rows may be routed to, of each the best first; the number of experts. */
+/* The next layer's experts that are elsewhere, of those the rows may be routed to; their number. */
 static int64_t foretell(component *c) {
     const ktk_foresight *next = c->s->foresight;
     const product *logits = &c->inputs[1];
     const int top_k = next->router.top_k;
     float *work = float_buffer(&c->s->crew, 0);
     float *weights = work + 2 * next->router.num_experts;
-    const int64_t num_rows = c->s->crew.num_rows;
-    for (int64_t row = 0; row < num_rows; row++)
-        ktk_route(&next->router, (const float *)logits->y + row * logits->stride, work,
-                  c->foretold + row * top_k, weights);
-    return num_rows * top_k;
+    int64_t found = 0;
+    ktk_lock_to_read(next->experts);
+    for (int64_t row = 0; row < c->s->crew.num_rows; row++) {
+        int64_t *ids = c->foretold + found; /* what is kept is never more than rows before */
+        ktk_route(&next->router, (const float *)logits->y + row * logits->stride, work, ids,
+                  weights);
+        for (int i = 0; i < top_k; i++)
+            if (ktk_is_absent(next->experts, ids[i])) c->foretold[found++] = ids[i];
+    }
+    ktk_unlock(next->experts);
+    return found;
 }
 
 static void run_routed(component *c, float *out) {

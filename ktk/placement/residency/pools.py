@@ -97,8 +97,6 @@ class Pools:
         if self.options.is_per_layer:
             return self._sizes[layer] - self._of_layer[layer] + idle[layer]
         least = self.options.min_per_layer
-        if not least:
-            return self.capacity - self._total + sum(idle)
         others = sum(
             max(0, min(can, many - least))
             for other, (can, many) in enumerate(zip(idle, self._of_layer, strict=True))

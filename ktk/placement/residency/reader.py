@@ -24,7 +24,6 @@ from ktk.experts.spec import MoESpec
 from ktk.placement.store import ExpertStore
 
 BLOCK = 4096  # O_DIRECT: offsets, sizes and addresses are multiples
-PIECE = 160 * BLOCK  # of a read that may be stopped: 0.3 ms of a disk of 2 GB/s
 TRIES = 4  # of a read that fails; a read that gives something is none
 _AGAIN = (errno.EIO, errno.EAGAIN, errno.ENOMEM)  # may go by
 # (descriptor, one buffer, offset) -> bytes read, as os.preadv
@@ -46,16 +45,6 @@ class ExpertReader(ABC):
         layer : among those the reader has, from 0. CheckpointError if it cannot be read; span then
         holds anything.
         """
-
-    def read_while(
-        self, layer: int, expert: int, span: np.ndarray, goes_on: Callable[[], bool]
-    ) -> bool:
-        """``read`` that asks now and then whether it goes on; returns whether it came to its end.
-
-        ``goes_on`` is not asked again after it said no.
-        """
-        self.read(layer, expert, span)
-        return True
 
     @abstractmethod
     def close(self) -> None:
@@ -120,29 +109,15 @@ class PackedReader(FilesReader):
         return ExpertStore.absent(replace(spec, activation=activation or spec.activation))
 
     def read(self, layer: int, expert: int, span: np.ndarray) -> None:
-        self._read(layer, expert, span, len(span), lambda: True)
-
-    def read_while(
-        self, layer: int, expert: int, span: np.ndarray, goes_on: Callable[[], bool]
-    ) -> bool:
-        return self._read(layer, expert, span, PIECE, goes_on)
-
-    def _read(
-        self, layer: int, expert: int, span: np.ndarray, step: int, goes_on: Callable[[], bool]
-    ) -> bool:
         path, fd, first = self._files[layer]
         begin, what = first + expert * len(span), f"{path}: expert {expert}"
-        for at in range(0, len(span), step):
-            if at and not goes_on():
-                return False
-            fill(fd, span[at : at + step], begin + at, what, self._preadv)
+        fill(fd, span, begin, what, self._preadv)
         if not self.is_direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, begin, len(span), os.POSIX_FADV_DONTNEED)
         if not self._is_checked[layer][expert]:
             named = f"{path}: layer {self._layers[layer]} expert {expert}"
             check_finite(self.specs[layer], span, named, begin)
             self._is_checked[layer][expert] = True
-        return True
 
     def close(self) -> None:
         self._finalizer()

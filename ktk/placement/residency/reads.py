@@ -25,7 +25,6 @@ class Reads:
         self._wanted: deque[Read] = deque()
         self._ahead: dict[int, Read] = {}  # in their order
         self._num_wanted = self._num_ahead = 0  # that run
-        self._is_closed = False
 
     def want(self, read: Read) -> None:
         """A call waits for it."""
@@ -36,10 +35,8 @@ class Reads:
     def foresee(self, key: int, read: Read) -> None:
         """A call may want it soon."""
         with self._lock:
-            if self._is_closed:
-                return
             self._ahead[key] = read
-            self._threads.submit(self._work)
+        self._threads.submit(self._work)
 
     def hurry(self, key: int) -> None:
         """A call waits for it now; nothing if it has begun."""
@@ -62,9 +59,7 @@ class Reads:
         return keys
 
     def shutdown(self) -> None:
-        """After all that are not cancelled; what is foreseen from now on is not read."""
-        with self._lock:
-            self._is_closed = True
+        """After all that are not cancelled."""
         self._threads.shutdown()
 
     def _work(self) -> None:

@@ -12,9 +12,8 @@ class Counters:
 
     hits : resident when the call came. cold, in_flight : not, or on the way by then; both are
     misses. evictions : who left for another. prefetches : begun before a call asked; of those,
-    prefetch_hits : used by the next call of their layer; cancelled : not read, or not to the end,
-    or of ``fill``. reads, read_bytes : that succeeded. failures : that did not. waits : calls that
-    waited for room.
+    prefetch_hits : used by the next call of their layer; cancelled : never read, or of ``fill``.
+    reads, read_bytes : that succeeded. failures : that did not. waits : calls that waited for room.
     """
 
     hits: int = 0

@@ -4,9 +4,7 @@ the lock and the memory.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from ktk.errors import BackendError
@@ -26,15 +24,6 @@ class Claim(NamedTuple):
     key: int
     slot: int
     victim: int | None
-
-
-class Plan(NamedTuple):
-    """Experts to read before the layer's next call."""
-
-    layer: int
-    number: int  # of calls that had come
-    keys: deque[int]
-    stay: frozenset[int]  # do not leave for them
 
 
 class Residents:
@@ -63,8 +52,7 @@ class Residents:
         self._foretold: set[int] = set()  # prefetched; their layer's next call has not come
         self._useless: list[int] = []  # that call came and did not use them
         self._num_calls = [0] * len(counts)  # of each layer
-        self._ahead = Ahead(len(counts))
-        self._stopped: set[int] = set()  # their reads are to end early
+        self._ahead = Ahead()
         self._counters = Counters()
         # Nobody ever leaves, so that no policy needs to know.
         self._is_whole = self.capacity >= sum(counts) and all(
@@ -99,7 +87,7 @@ class Residents:
         own_idle = sum(self._is_idle(key) for key in keys)
         return cold <= self._pools.space(layer, self._idle) - own_idle
 
-    def _claim(self, cold: list[int], wanted: AbstractSet[int]) -> list[Claim]:
+    def _claim(self, cold: list[int], wanted: set[int]) -> list[Claim]:
         """A slot for each, which is empty or of one that leaves for it. wanted : they stay."""
         claims = []
         for key in cold:
@@ -112,7 +100,6 @@ class Residents:
                 slot = self._slot_of.pop(victim)
                 self._step(victim, ExpertState.DEMOTING)
                 self._foretold.discard(victim)
-                self._ahead.leave(victim)
                 self._counters.evictions += 1
             self._slot_of[key] = slot
             self._step_slot(slot, SlotState.LOADING)
@@ -126,8 +113,6 @@ class Residents:
         """Its slot has its bytes."""
         self._step_slot(self._slot_of[key], SlotState.READY)
         self._step(key, ExpertState.RESIDENT)
-        self._stopped.discard(key)
-        self._ahead.end(key)
         self._counters.reads += 1
         self._counters.read_bytes += num_bytes
         self._in_flight -= 1
@@ -140,9 +125,6 @@ class Residents:
         self._free.append(slot)
         self._step(key, ExpertState.COLD)
         self._foretold.discard(key)
-        self._stopped.discard(key)
-        self._ahead.end(key)
-        self._ahead.leave(key)
         del self._lost[key]
         self._in_flight -= 1
 
@@ -153,13 +135,12 @@ class Residents:
         counters.in_flight += num_coming
         counters.hits += len(keys) - num_cold - num_coming
         self._num_calls[layer] += 1
-        self._ahead.call(layer, keys)
+        self._ahead.call()
         if self._foretold:
             own = {key for key in self._foretold if key // self.num_experts == layer}
             used = own.intersection(keys)
             counters.prefetch_hits += len(used)
-            for key in own:
-                self._ahead.judge(key, key in used)
+            self._ahead.judge(len(used), 0)
             self._foretold -= own
             self._useless += own - used
 

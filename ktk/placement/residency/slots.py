@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections import deque
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,13 +24,12 @@ from ktk import fork
 from ktk.errors import BackendError
 from ktk.experts.layout import EXPERT_ALIGN, round_up
 from ktk.machine.memory import aligned_buffer
-from ktk.placement.residency import forks
 from ktk.placement.residency.policies import find_policy
 from ktk.placement.residency.pools import PoolOptions
 from ktk.placement.residency.reader import ExpertReader
 from ktk.placement.residency.reads import Reads
 from ktk.placement.residency.report import Counters, ResidencyReport
-from ktk.placement.residency.residents import Claim, Plan, Residents, TooManyExperts
+from ktk.placement.residency.residents import Claim, Residents, TooManyExperts
 from ktk.placement.residency.states import ExpertState
 from ktk.placement.store import ExpertStore
 
@@ -61,7 +61,6 @@ class Slots(Residents):
         policy = find_policy(options.policy)
         if policy.is_offline:
             raise ValueError(f"residency policy {options.policy}: knows the future, for replays")
-        self._top_k = top_k
         self._policy_name, self.wants_scores = policy.name, policy.wants_scores
         self._stores, self.reader = list(stores), reader
         super().__init__([store.spec.num_experts for store in stores], options, top_k)
@@ -71,11 +70,12 @@ class Slots(Residents):
         self._changed = threading.Condition()
         self._num_readers = num_readers
         self._is_paused = False  # no call begins
+        self._is_foreseeing: bool = False
         self._start_threads()
         for store in stores:
             for expert in range(store.spec.num_experts):
                 store.place(expert, None)
-        forks.add(self)
+        _all.add(self)
 
     # --- what callers see ---
 
@@ -176,40 +176,23 @@ class Slots(Residents):
         """
         return self._prefetch(self._keys(layer, experts), most)
 
-    def foresee(self, layer: int, experts: Sequence[int]) -> None:
-        """A router named the experts for the layer's next call: of each row ``top_k``, the best
-        first. Of those that are cold the ones that are worth it are read, one after the other, the
-        likeliest first, while no call waits for a read and until that call comes. It ends the read
-        of one that it does not use.
+    def foresee(self, layer: int, experts: list[int]) -> None:
+        """``prefetch`` in this order by a thread of its own, if it is free and comes before the
+        layer's next call.
         """
-        first = layer * self.num_experts
-        named = [first + expert for expert in experts]
-        with self._changed:
-            cold = [key if self._experts[key] is ExpertState.COLD else -1 for key in named]
-            keys = self._ahead.worthy(layer, cold, self._top_k)
-        if keys:
-            plan = Plan(layer, self._num_calls[layer], deque(keys), frozenset(named))
-            self._reads.foresee(-1 - layer, functools.partial(self._read_next, plan))
+        if self._is_foreseeing:
+            return
+        self._is_foreseeing = True
+        first, number = layer * self.num_experts, self._num_calls[layer]
 
-    def _read_next(self, plan: Plan) -> None:
-        """By a thread that reads."""
-        layer, keys = plan.layer, plan.keys
-        claims: list[Claim] = []
-        with self._changed:
-            here = [key for key in plan.stay if self._is_ready[key]]
-            if self._is_paused or self._num_calls[layer] != plan.number:
-                return
-            while keys and not claims:
-                key = keys.popleft()
-                if self._experts[key] is ExpertState.COLD and self._has_room(layer, [key, *here]):
-                    claims = self._claim([key], plan.stay)
-                    self._foretold.add(key)
-                    self._counters.prefetches += 1
-                    self._ahead.begin(key, claims[0].victim)
-        for claim in claims:
-            self._load(claim.key, self._take(claim))
-        if keys:
-            self._reads.foresee(-1 - layer, functools.partial(self._read_next, plan))
+        def run() -> None:
+            try:
+                if self._num_calls[layer] == number:
+                    self._prefetch([first + expert for expert in dict.fromkeys(experts)], None)
+            finally:
+                self._is_foreseeing = False
+
+        self._foreseer.submit(run)
 
     def _prefetch(self, keys: list[int], most: int | None) -> int:
         claims: list[Claim] = []
@@ -251,7 +234,7 @@ class Slots(Residents):
     @property
     def looks_ahead(self) -> bool:
         """Whether ``prefetch`` has paid lately; after some calls without it is tried again."""
-        return not self._is_whole
+        return self._ahead.is_on and not self._is_whole
 
     def pin(self, layer: int, experts: Iterable[int]) -> None:
         """Read what is cold; from now on they stay. Raises as ``using``."""
@@ -273,6 +256,7 @@ class Slots(Residents):
         """Ends after the reads that run; the stores have no expert any more, and the reader is
         closed. Calls must have ended.
         """
+        self._foreseer.shutdown()
         self._cancel_all()
         self._reads.shutdown()
         for key in list(self._slot_of):
@@ -298,6 +282,8 @@ class Slots(Residents):
     def _start_threads(self) -> None:
         self._process = fork.process()
         self._reads = Reads(self._num_readers)
+        self._foreseer = ThreadPoolExecutor(1, thread_name_prefix="ktk-expert-foresight")
+        self._is_foreseeing = False
 
     # --- a call's way ---
 
@@ -325,10 +311,9 @@ class Slots(Residents):
                     self._pools.hit_all(layer, keys)
                 self._add_readers(keys, 1)
                 return True
-            if not self._has_room(layer, keys):
-                if not waits:
-                    return None
-                self._wait_for_room(layer, keys)
+            if not waits and not self._has_room(layer, keys):
+                return None
+            self._wait_for_room(layer, keys)
             cold = [key for key in keys if self._experts[key] is ExpertState.COLD]
             coming = [key for key in keys if self._experts[key] is ExpertState.PREFETCHING]
             if is_first:
@@ -365,8 +350,9 @@ class Slots(Residents):
         def is_ready() -> bool:
             return self._has_room(layer, keys) or not self._is_busy()
 
-        self._counters.waits += 1
-        self._changed.wait_for(is_ready)
+        if not self._has_room(layer, keys):
+            self._counters.waits += 1
+            self._changed.wait_for(is_ready)
         if not self._has_room(layer, keys):
             pinned = sum(state is ExpertState.PINNED for state in self._experts)
             raise BackendError(
@@ -382,7 +368,15 @@ class Slots(Residents):
     def _begin(self, claims: list[Claim], is_wanted: bool) -> None:
         """Without the lock: victims leave, which no call uses; reads are handed out."""
         for claim in claims:
-            read = functools.partial(self._load, claim.key, self._take(claim))
+            layer, expert = divmod(claim.key, self.num_experts)
+            if claim.victim is not None:
+                self._leave(claim.victim)
+            span = self._memory[claim.slot, : self._stores[layer].span_bytes]
+            self._stores[layer].place(expert, span, is_coming=True, is_unused=True)
+            with self._changed:
+                self._unplaced.discard(claim.key)
+                self._changed.notify_all()
+            read = functools.partial(self._load, claim.key, span)
             if is_wanted or self._readers[claim.key]:  # a call may have joined a prefetch
                 self._reads.want(read)
             else:
@@ -390,27 +384,11 @@ class Slots(Residents):
                 if self._readers[claim.key]:
                     self._reads.hurry(claim.key)
 
-    def _take(self, claim: Claim) -> np.ndarray:
-        """The victim leaves, and its slot's memory is where the expert comes: uint8 (bytes,)."""
-        layer, expert = divmod(claim.key, self.num_experts)
-        if claim.victim is not None:
-            self._leave(claim.victim)
-        span = self._memory[claim.slot, : self._stores[layer].span_bytes]
-        self._stores[layer].place(expert, span, is_coming=True, is_unused=True)
-        with self._changed:
-            self._unplaced.discard(claim.key)
-            self._changed.notify_all()
-        return span
-
     def _load(self, key: int, span: np.ndarray) -> None:
         """By a thread that reads. It waits for no call, as one may wait for it."""
         layer, expert = divmod(key, self.num_experts)
         try:
-            if key not in self._foretold:
-                self.reader.read(layer, expert, span)
-            elif not self.reader.read_while(layer, expert, span, lambda: self._goes_on(key)):
-                self._drop(key)
-                return
+            self.reader.read(layer, expert, span)
         except BaseException as error:
             self._stores[layer].arrive(expert, is_lost=True)
             self._lose(key, error)
@@ -426,28 +404,15 @@ class Slots(Residents):
             if self._readers[key]:
                 return
             if not self._reads.cancel(key):
-                if self._is_on_its_way(key):
-                    self._stopped.add(key)
+                self._ahead.judge(0, 1)
                 return
             self._counters.cancelled += 1
             self._lost[key] = None
         self._drop(key)
 
-    def _goes_on(self, key: int) -> bool:
-        """Whether a read ahead goes on; else the expert is lost now, and to be dropped."""
-        if key not in self._stopped:
-            return True
-        with self._changed:
-            self._stopped.discard(key)
-            if self._readers[key]:
-                return True  # another call came for it
-            self._counters.cancelled += 1
-            self._lost[key] = None
-            return False
-
     def _cancel_all(self) -> None:
         with self._changed:
-            keys = [key for key in self._reads.cancel_all() if key >= 0]
+            keys = self._reads.cancel_all()
             self._counters.cancelled += len(keys)
             self._lost.update(dict.fromkeys(keys))
         for key in keys:
@@ -482,3 +447,23 @@ class Slots(Residents):
             with self._changed:
                 self._step(victim, ExpertState.COLD)
                 self._changed.notify_all()
+
+
+# A child forked amid a read would have part of an expert; with O_DIRECT the rest of it might even
+# come to the child alone. One forked amid a call would wait for its end.
+_all: weakref.WeakSet[Slots] = weakref.WeakSet()
+_paused: list[Slots] = []
+
+
+def _pause_all() -> None:
+    for slots in list(_all):
+        slots.pause()
+        _paused.append(slots)
+
+
+def _resume_all() -> None:
+    while _paused:
+        _paused.pop().resume()
+
+
+fork.around(_pause_all, _resume_all)
