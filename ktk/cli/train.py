@@ -15,7 +15,7 @@ import typer
 
 from ktk.cli import opening, train_export
 from ktk.cli.place_views import check_plot
-from ktk.machine.memory import peak_memory
+from ktk.machine.memory import give_back_freed, peak_memory
 
 if TYPE_CHECKING:
     from ktk.generate.describe import ModelDescription
@@ -98,6 +98,8 @@ def command(
 
     `ktk train export --help`: the adapter for peft, vLLM or SGLang, or added to the model.
     """
+    if recompute:
+        give_back_freed()
     if plot is not None:
         check_plot(plot)
     _check_out(out, resume)

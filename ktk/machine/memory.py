@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import mmap
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from ktk.machine import numa
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 HUGE_PAGE = 2 << 20
 
 
@@ -64,6 +66,21 @@ def node_of_pages(array: np.ndarray) -> np.ndarray:
     if not array.flags.c_contiguous:
         raise ValueError("the array has gaps between its rows: must be C-contiguous")
     return numa.page_nodes(array.ctypes.data, array.nbytes)
+
+
+def give_back_freed() -> bool:
+    """From now on have the C library give freed memory of 128 KiB and more back to the system at
+    once, whatever it learns of the process.
+
+    By itself glibc keeps more and more, as larger blocks are freed: it never gives back blocks
+    below the largest it has seen, up to 32 MiB. That saves time and costs memory. Returns whether
+    the library can be told (glibc).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, 128 << 10) and mallopt(_M_MMAP_THRESHOLD, 128 << 10))
 
 
 def peak_memory() -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from ktk.checkpoint.packed import leftovers, replacing, write_all
 from ktk.checkpoint.safetensors import SafetensorsFile
@@ -23,6 +22,7 @@ from ktk.errors import CheckpointError
 FILE = "ktk-training.safetensors"
 _PARTS = ("parameter", "exp_avg", "exp_avg_sq")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 VERSION = 1
 
 
@@ -58,7 +58,25 @@ def write_state(directory: Path, state: State) -> None:
     for old in leftovers(path):
         old.unlink(missing_ok=True)
     with replacing(path) as file:
-        write_all(file, save(tensors, {"ktk": json.dumps(said)}))
+        write_all(file, _header(tensors, {"ktk": json.dumps(said)}))
+        for values in tensors.values():  # one by one: together they take as much memory again
+            write_all(file, memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """Of a safetensors file that holds them in this order."""
+    said: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, values in tensors.items():
+        begin, end = end, end + values.nbytes
+        said[name] = {
+            "dtype": _NAMES[values.dtype],
+            "shape": list(values.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(said).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_state(directory: Path, parameters: Mapping[str, torch.Tensor]) -> State | None:

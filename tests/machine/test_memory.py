@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import mmap
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ktk.machine import cpu, memory
-from ktk.machine.memory import HUGE_PAGE, aligned_buffer, huge_share
+from ktk.machine.memory import HUGE_PAGE, aligned_buffer, give_back_freed, huge_share
+from make.forked import forked
 
 
 def small_pages(num_bytes: int) -> np.ndarray:
@@ -50,3 +52,33 @@ def test_buffers_begin_at_a_huge_page_and_hold_zeros(num_bytes: int) -> None:
     buffer = aligned_buffer(num_bytes)
     assert buffer.ctypes.data % HUGE_PAGE == 0 and buffer.shape == (num_bytes,)
     assert not buffer.any()
+
+
+def resident_mb() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+
+def hold_after_freeing(is_told: bool) -> None:
+    """Print MB that stay resident of 100 freed, after a block of 24 MB was freed."""
+    if is_told and not give_back_freed():
+        print("cannot be told")
+        return
+    before = resident_mb()
+    del [bytearray(24 << 20)][0]  # glibc keeps blocks below its size from now on
+    blocks = [bytearray(1 << 20) for _ in range(100)]
+    kept = bytearray(1 << 18)  # above them
+    blocks.clear()
+    print(resident_mb() - before if kept else None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_freed_memory_goes_back_where_the_library_is_told() -> None:
+    stays = {}
+    for is_told in (False, True):
+        with forked(hold_after_freeing, is_told) as child:
+            assert child.wait() == 0, child.err
+            said = child.out
+        if "cannot" in said:
+            pytest.skip("mallopt is glibc's")
+        stays[is_told] = int(said)
+    assert stays[True] <= 10 < 80 <= stays[False]
