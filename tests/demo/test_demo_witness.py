@@ -78,10 +78,13 @@ def test_the_demo_s_answer_is_no_near_tie(checkpoint: Path) -> None:
 
 
 def test_the_documents_ask_nothing_else() -> None:
-    """Whatever README and docs ask the demo's model is the question of the test above."""
+    """Whatever README and docs ask the demo's model is the question of the test above, except what
+    is asked before and after fine-tuning: there a manner is shown, which hangs on no token.
+    """
     asked: list[str] = []
     for page in (README, *(ROOT / "docs").glob("*.md")):
         text = page.read_text()
         asked += re.findall(r'"role": "user", "content": "([^"]+)"', text)
         asked += re.findall(r'^\$ ktk run demo/\S+ "([^"]+)"', text, re.MULTILINE)
-    assert len(asked) >= 3 and set(asked) == {evaluate.QUESTION}
+    assert len(asked) >= 3
+    assert set(asked) - {"How do I learn to swim?", "..."} == {evaluate.QUESTION}

@@ -148,8 +148,16 @@ async function ask(text) {
   const controller = new AbortController();
   setRunning(controller);
   say("The model answers.");
-  let answer = "", thoughts = "", first = 0, tokens = 0, seconds = 0, usage = null, reason = "";
+  let answer = "", thoughts = "", first = 0, tokens = 0, seconds = 0, usage = null, reason = "", timer = 0;
   const speed = () => (tokens > 1 && seconds > 0 ? ((tokens - 1) / seconds).toFixed(1) + " tokens/s" : "");
+  const draw = () => {
+    timer = 0;
+    render(body, answer || thoughts); // seen until the answer begins
+    note(box, speed());
+    byId("speed").textContent = speed();
+    follow();
+  };
+  const drawLast = () => { if (timer) { clearTimeout(timer); draw(); } };
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST", headers: headers(), signal: controller.signal,
@@ -170,17 +178,16 @@ async function ask(text) {
         tokens += 1; seconds = (now - first) / 1000;
         answer += content || "";
         thoughts += thought || "";
-        render(body, answer || thoughts); // seen until the answer begins
-        note(box, speed());
-        byId("speed").textContent = speed();
-        follow();
+        timer = timer || setTimeout(draw, 40); // all of the text at each token would keep the page busy
       }
     }
+    drawLast();
     if (usage) tokens = usage.completion_tokens;
     const count = tokens + (tokens === 1 ? " token" : " tokens");
     note(box, [count, speed(), reason === "length" ? "cut off at the limit" : ""].filter(Boolean).join(" · "));
     say("Answer: " + answer);
   } catch (error) {
+    drawLast();
     if (error.name === "AbortError") { note(box, ["stopped", speed()].filter(Boolean).join(" · ")); say("Stopped."); }
     else { note(box, error.message, true); say("Error: " + error.message); }
   } finally {
