@@ -60,7 +60,7 @@ def write_state(directory: Path, state: State) -> None:
     with replacing(path) as file:
         write_all(file, _header(tensors, {"ktk": json.dumps(said)}))
         for values in tensors.values():  # one by one: together they take as much memory again
-            write_all(file, memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            write_all(file, values.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
