@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import platform
 import resource
 from pathlib import Path
 
@@ -58,27 +60,27 @@ def resident_mb() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 
-def hold_after_freeing(is_told: bool) -> None:
-    """Print MB that stay resident of 100 freed, after a block of 24 MB was freed."""
-    if is_told and not give_back_freed():
-        print("cannot be told")
-        return
+def stays_of_freed() -> int:
+    """MB that stay resident of 100 blocks of 1 MB that were freed."""
     before = resident_mb()
-    del [bytearray(24 << 20)][0]  # glibc keeps blocks below its size from now on
     blocks = [bytearray(1 << 20) for _ in range(100)]
-    kept = bytearray(1 << 18)  # above them
+    above = bytearray(1 << 18)
     blocks.clear()
-    print(resident_mb() - before if kept else None)
+    return resident_mb() - before if above else 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
-def test_freed_memory_goes_back_where_the_library_is_told() -> None:
-    stays = {}
-    for is_told in (False, True):
-        with forked(hold_after_freeing, is_told) as child:
-            assert child.wait() == 0, child.err
-            said = child.out
-        if "cannot" in said:
-            pytest.skip("mallopt is glibc's")
-        stays[is_told] = int(said)
-    assert stays[True] <= 10 < 80 <= stays[False]
+def free_before_and_after_telling() -> None:
+    """Print both, the first where glibc keeps what it may learn to keep."""
+    mallopt = ctypes.CDLL(None).mallopt
+    assert mallopt(-1, 1 << 30) and mallopt(-3, 32 << 20)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    kept = stays_of_freed()
+    assert give_back_freed()
+    print(kept, stays_of_freed())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_goes_back_once_the_library_is_told() -> None:
+    with forked(free_before_and_after_telling) as child:
+        assert child.wait() == 0, child.err
+        kept, after = map(int, child.out.split())
+    assert after <= 10 < 80 <= kept
