@@ -17,24 +17,10 @@
  * Every sum is made by one task in a fixed order, so the bits are the same for any number of
  * threads. fp32, except that products with integer panels take d in 16 bits. */
 #include "adapters.h"
+#include "transposed.h"
 
-/* Rows that are held at a time; columns of a task of `adapters`; floats of decoded weights: they
- * and the rows share the second-level cache. */
-enum { ROWS = 64, COLUMNS = 256, DECODED = 20 << 10, BLOCK = 64, AHEAD = 4 };
-enum { MAX_BLOCK = 256, INTEGER_BLOCK = 128 };
-/* Of integer panels: k that are laid down at a time; int16 of a panel's codes and of a row of
- * channels, with what keeps them in different cache sets. */
-enum {
-    CHANNELS = KTK_I16_PANELS * KTK_PANEL,
-    CODES_K = 128,
-    CODES_PANEL = CODES_K * KTK_PANEL + 64,
-    ROUNDED_ROW = CHANNELS + 32,
-    MAX_GROUPS = CODES_K / 32
-};
-/* A decoded panel, away from the addresses of the one before: equal distances of whole pages share
- * few cache sets. */
-#define PANEL_FLOATS(NUM_K) ((int64_t)(NUM_K) * KTK_PANEL + 64)
-enum { MAX_Y_BYTES = 64 << 20 };
+/* Rows that are held at a time; columns of a task of `adapters`, most of the other tasks. */
+enum { ROWS = KTK_TRANSPOSED_ROWS, COLUMNS = 256, MAX_BLOCK = 256, MAX_Y_BYTES = 64 << 20 };
 
 /* Floats from row to row of at least n: rows of a tile then lie side by side in first-level cache
  * (10 % of a product's time). */
@@ -79,139 +65,6 @@ static rows_of all_rows(const pass *b, int64_t i) {
 
 static int has_adapter(const pass *b, int projection) {
     return b->op.lora && b->op.lora->of[projection].a;
-}
-
-/* -- weights, transposed */
-
-/* Panels [first, first + count) of a projection's, `step` bytes from one to the next. */
-typedef struct {
-    const uint8_t *panels;
-    int64_t step;
-    int first, count;
-} panels_of;
-
-/* A panel's part that will be decoded soon: pieces of pages, which no prefetcher foresees. */
-static void fetch(const ktk_matrix *w, panels_of of, int panel, int first_k, int num_k) {
-    if (panel >= of.count || ktk_formats[w->format].block_weights) return;
-    const int64_t bytes = w->panel_bytes - w->code_offset;
-    const uint8_t *from =
-        of.panels + panel * of.step + w->code_offset + bytes * first_k / w->padded_in;
-    for (int64_t at = 0; at < bytes * num_k / w->padded_in; at += 64)
-        __builtin_prefetch(from + at, 0, 2);
-    if (w->group_size < w->padded_in && w->code_offset)
-        __builtin_prefetch(of.panels + panel * of.step +
-                               (int64_t)w->code_offset * first_k / w->padded_in / 64 * 64,
-                           0, 2);
-}
-
-/* Codes of a block of k of some panels, and its scales: those of a group of k lie CHANNELS behind
- * those before. */
-typedef struct {
-    int16_t codes[KTK_I16_PANELS * CODES_PANEL], rounded[ROWS * ROUNDED_ROW];
-    float scales[MAX_GROUPS * CHANNELS], largest_scale[MAX_GROUPS], row_scale[ROWS];
-} code_block;
-
-/* Panels [0, count) of k [at, at + n), in `group` k. */
-static void lay_codes(const pass *b, const ktk_matrix *w, panels_of of, int at, int n, int group,
-                      code_block *to) {
-    const ktk_kernels *kernels = b->op.kernels;
-    for (int j = 0; j < of.count; j++) {
-        fetch(w, of, j + AHEAD, at, n);
-        const uint8_t *panel = of.panels + j * of.step;
-        for (int k = 0, g = 0; k < n; k += group, g++)
-            kernels->scales(w, panel, at + k, to->scales + g * CHANNELS + j * KTK_PANEL);
-        kernels->codes[w->format](w, panel, at, n, to->codes + j * CODES_PANEL);
-    }
-    if (n <= group) return;
-    for (int k = 0, g = 0; k < n; k += group, g++) {
-        float *scales = to->scales + g * CHANNELS;
-        const float most = kernels->largest(scales, NULL, of.count * KTK_PANEL);
-        to->largest_scale[g] = most;
-        for (int i = 0; i < of.count * KTK_PANEL; i++) scales[i] *= most > 0 ? 1 / most : 0;
-    }
-}
-
-/* The product of rows [first, first + rows) with what is laid. One group: rows times scales are
- * rounded by the largest of them; several: by the largest of the row, which all groups share. */
-static void multiply_block(const pass *b, const ktk_product_nt *p, panels_of of, int first,
-                           int rows, int k, int n, int group, code_block *block) {
-    const ktk_kernels *kernels = b->op.kernels;
-    const int channels = of.count * KTK_PANEL;
-    const float *x[ROWS];
-    float largest[ROWS];
-    for (int m = 0; m < rows; m++) {
-        const int64_t row = p->rows ? p->rows[first + m] : first + m;
-        x[m] = p->a + row * p->a_stride + of.first * KTK_PANEL;
-        largest[m] = kernels->largest(x[m], n > group ? NULL : block->scales, channels);
-    }
-    for (int done = 0, g = 0; done < n; done += group, g++) {
-        for (int m = 0; m < rows; m++) {
-            const float most = largest[m];
-            /* Below, 32767 / most might overflow; of NaN codes do not count. */
-            const float by = most >= 1e-30f ? 32767.0f / most : 0.0f;
-            block->row_scale[m] = most / 32767.0f * (n > group ? block->largest_scale[g] : 1.0f);
-            if (most < 1e-30f) block->row_scale[m] = 0.0f;
-            kernels->round_i16(x[m], by, block->scales + g * CHANNELS, channels,
-                               block->rounded + m * ROUNDED_ROW);
-        }
-        kernels->product_i16(&(ktk_product_i16){.a = block->rounded,
-                                                .b = block->codes + done * KTK_PANEL,
-                                                .scales = block->row_scale,
-                                                .c = p->c + first * p->c_stride + k + done,
-                                                .a_stride = ROUNDED_ROW,
-                                                .b_panel = CODES_PANEL,
-                                                .c_stride = p->c_stride,
-                                                .num_rows = rows,
-                                                .num_columns = min_int(group, n - done),
-                                                .num_panels = of.count,
-                                                .is_added = p->is_added});
-    }
-}
-
-/* p's c[m][0 .. num_columns) (+)= sum over the panels' channels of a[rows[m]] * W[., first_k + j],
- * a the whole projection's; from then on p adds. Integer panels: codes are multiplied as they are,
- * a times their scales is rounded to 16 bits for each group of k (products_i16.c). */
-static void multiply_codes(const pass *b, const ktk_matrix *w, panels_of of, int first_k,
-                           ktk_product_nt *p, code_block *block) {
-    const int group = min_int(w->group_size, CODES_K);
-    for (int i = 0; i < of.count; i += KTK_I16_PANELS) {
-        const panels_of some = {of.panels + i * of.step, of.step, of.first + i,
-                                min_int(KTK_I16_PANELS, of.count - i)};
-        for (int k = 0; k < p->num_columns; k += CODES_K) {
-            const int n = min_int(CODES_K, p->num_columns - k);
-            lay_codes(b, w, some, first_k + k, n, group, block);
-            for (int first = 0; first < p->num_rows; first += ROWS)
-                multiply_block(b, p, some, first, min_int(ROWS, p->num_rows - first), k, n, group,
-                               block);
-        }
-        p->is_added = 1;
-    }
-}
-
-/* The same; of others some panels are decoded to fp32 at a time. */
-static void multiply_transposed(const pass *b, const ktk_matrix *w, panels_of of, int first_k,
-                                ktk_product_nt *p, float *decoded) {
-    if (b->op.kernels->codes[w->format]) {
-        multiply_codes(b, w, of, first_k, p, (code_block *)decoded);
-        return;
-    }
-    ktk_decode_fn *decode = b->op.kernels->decode[w->format];
-    const int most = max_int(1, (int)(DECODED / PANEL_FLOATS(p->num_columns)));
-    for (int i = 0; i < of.count; i += most) {
-        ktk_product_nt some = *p;
-        some.a += (of.first + i) * KTK_PANEL;
-        some.b = decoded;
-        some.b_panel = PANEL_FLOATS(p->num_columns);
-        some.b_column = KTK_PANEL;
-        some.num_panels = min_int(most, of.count - i);
-        for (int j = 0; j < some.num_panels; j++) {
-            fetch(w, of, i + j + AHEAD, first_k, p->num_columns);
-            decode(w, of.panels + (i + j) * of.step, first_k, p->num_columns,
-                   decoded + j * some.b_panel);
-        }
-        b->op.kernels->product_nt(&some);
-        p->is_added = 1;
-    }
 }
 
 static void turn_back(const pass *b, const ktk_matrix *w, int first, int n, float *x) {
@@ -366,7 +219,7 @@ static void hidden_task(void *context, int64_t index, int thread) {
         const ktk_part *part = &layer->parts[p];
         const panels_of of = {part->down[r.expert], layer->down.panel_bytes, part->first_down_panel,
                               part->num_down_panels};
-        multiply_transposed(b, &layer->down, of, k, &product, work);
+        ktk_multiply_transposed(op->kernels, &layer->down, of, k, &product, work);
     }
     for (int m = 0; m < r.count; m++) turn_back(b, &layer->down, k, n, d_h + m * b->d_row);
     const int real = min_int(n, layer->intermediate_size - k);
@@ -443,7 +296,7 @@ static void multiply_input(const pass *b, rows_of r, int is_up, int k, ktk_produ
         panels_of of = {is_apart ? part->up[r.expert] : part->gate_up[r.expert],
                         each * w->panel_bytes, part->first_up_panel, part->num_up_panels};
         if (is_up && each == 2) of.panels += w->panel_bytes;
-        multiply_transposed(b, w, of, k, y, work);
+        ktk_multiply_transposed(b->op.kernels, w, of, k, y, work);
     }
 }
 
@@ -603,15 +456,9 @@ static void adapter_task(void *context, int64_t index, int thread) {
 
 /* -- a chunk of tokens */
 
-/* k that a task of transposed products takes: whole blocks of weights, whole blocks that turn. */
-static int block_of(const pass *b, const ktk_matrix *w) {
-    const int least = b->op.kernels->codes[w->format] ? INTEGER_BLOCK : BLOCK;
-    return max_int(least, max_int(ktk_formats[w->format].block_weights, w->rotation));
-}
-
 static int64_t work_floats(const pass *b) {
     const int64_t rank = b->rank;
-    int64_t most = max_int(DECODED, (int)(sizeof(code_block) / 4));
+    int64_t most = ktk_transposed_floats();
     const int64_t others[] = {(ROWS + rank) * ADAPTER_STEP, ROWS * COLUMNS + 3 * rank * COLUMNS,
                               (ROWS + rank) * MAX_BLOCK};
     for (int i = 0; i < 3; i++)
@@ -629,9 +476,10 @@ static void lay_out(pass *b, arena *a) {
     op->z_row = b->projections * b->z_stride;
     b->hidden_stride = spread(layer->hidden_size);
     b->d_row = spread(op->z_row);
-    b->h_block = block_of(b, &layer->down);
-    b->x_block = block_of(b, &layer->gate_up);
-    if (up_is_apart(layer)) b->x_block = max_int(b->x_block, block_of(b, &layer->up));
+    b->h_block = ktk_transposed_block(op->kernels, &layer->down);
+    b->x_block = ktk_transposed_block(op->kernels, &layer->gate_up);
+    if (up_is_apart(layer))
+        b->x_block = max_int(b->x_block, ktk_transposed_block(op->kernels, &layer->up));
     b->h_blocks = (int)((b->z_stride + b->h_block - 1) / b->h_block);
     b->y_columns = round_up(layer->gate_up.padded_in, b->x_block);
     const int64_t most = MAX_Y_BYTES / 4 / (pairs ? pairs : 1) / b->x_block * b->x_block;
