@@ -277,9 +277,13 @@ typedef struct {
     EACH(scales)                                                                                   \
     EACH(product_i16)                                                                              \
     EACH(largest)                                                                                  \
-    EACH(round_i16) EACH(product_nt) EACH(product_nn) EACH(activate_back) EACH(activate)           \
-        EACH(load) EACH(store) EACH(combine) EACH(add) EACH(attend) EACH(pack_panel) EACH(repack)  \
-            EACH(unpack)
+    EACH(round_i16)                                                                                \
+    EACH(product_nt)                                                                               \
+    EACH(product_nn)                                                                               \
+    EACH(activate_back)                                                                            \
+    EACH(activate)                                                                                 \
+    EACH(load)                                                                                     \
+    EACH(store) EACH(combine) EACH(add) EACH(attend) EACH(pack_panel) EACH(repack) EACH(unpack)
 
 /* Text of a macro's value: the names of levels. */
 #define KTK_TEXT_(x) #x
