@@ -93,38 +93,22 @@ def build_wheel(folder: Path) -> Path:
 
 
 def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -> Result:
-    """Make an environment in a folder, unless one is there, run the tests in it,
-    and say how it went.
+    """Make an environment in a folder, or bring the one that is there up to date, run the tests
+    in it, and say how it went.
     """
-    python = folder / "bin" / "python"
-    if not python.exists():
+    python, held = folder / "bin" / "python", folder / "constraints.txt"
+    was_there = python.exists()
+    if not was_there:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        held = folder / "constraints.txt"
-        held.write_text("\n".join(environment.constraints))
-        wanted = [
-            f"{wheel}[{','.join((*EXTRAS, 'plot', 'dev'))}]",
-            *environment.requirements,
-        ]
-        install = [str(python), "-m", "pip", "install", "-q", "-c", str(held), *wanted]
-    else:
-        install = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--force-reinstall",
-            str(wheel),
-        ]
-    installed = subprocess.run(
-        install, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if installed.returncode:
-        print(installed.stdout, file=sys.stderr)
+    held.write_text("\n".join(environment.constraints))
+    install = [str(python), "-m", "pip", "install", "-q", "-c", str(held)]
+    wanted = [f"{wheel}[{','.join((*EXTRAS, 'plot', 'dev'))}]", *environment.requirements]
+    error = pip_error([*install, *wanted])
+    if was_there and not error:  # another build of ktk has the same version
+        error = pip_error([*install, "--no-deps", "--force-reinstall", str(wheel)])
+    if error:
         shutil.rmtree(folder)  # or it would be taken for one that is ready
-        errors = [x for x in installed.stdout.splitlines() if x.startswith("ERROR")]
-        return Result(environment.name, {}, error=f"pip: {' '.join(errors[:1])}")
+        return Result(environment.name, {}, error=error)
     versions = installed_versions(python)
     report, work = folder / "report.xml", folder / "work"
     report.unlink(missing_ok=True)
@@ -148,6 +132,18 @@ def run(environment: Environment, wheel: Path, tests: list[str], folder: Path) -
     if tested.returncode not in (0, 1) or not report.is_file():
         return Result(environment.name, versions, error=f"pytest ended with {tested.returncode}")
     return counted(environment.name, versions, report)
+
+
+def pip_error(command: list[str]) -> str:
+    """What a pip command that failed said first, all of it printed; "" if it did not."""
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if not done.returncode:
+        return ""
+    print(done.stdout, file=sys.stderr)
+    errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    return f"pip: {' '.join(errors[:1])}"
 
 
 def counted(name: str, versions: dict[str, str], report: Path) -> Result:
@@ -191,7 +187,7 @@ def main() -> int:
     parser.add_argument(
         "--keep",
         type=Path,
-        help="leave the environments in this folder, and use those that are there",
+        help="leave the environments in this folder, and bring those that are there up to date",
     )
     parser.add_argument("--wheel", type=Path, help="of ktk, instead of one built of this tree")
     parser.add_argument(
