@@ -31,8 +31,8 @@ def command(
     quant_method: Annotated[
         str,
         typer.Option(
-            help="nl4, int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, "
-            "iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
+            help="nl4, nl3, nl2, int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, "
+            "q4_k, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
         ),
     ] = "int4",
     input_type: Annotated[
@@ -45,21 +45,21 @@ def command(
         int | None,
         typer.Option(
             help="Weights that share a scale or multiplier: 32, 64 or 128 for int4, 16 or 32 for "
-            "nl4, 0 = per channel; default: the format's."
+            "nl2 to nl4, 0 = per channel; default: the format's."
         ),
     ] = None,
     activation_group: Annotated[
         int | None,
         typer.Option(
             help="Activations that share a scale: 32, 64, 128 or 256; "
-            "default: 128 for int4, 256 for int8 and nl4."
+            "default: 128 for int4, 256 for int8 and nl2 to nl4."
         ),
     ] = None,
     rotation: Annotated[
         int | None,
         typer.Option(
             help="Columns of weights and activations that are turned together, so that outliers "
-            "spread: 64 or 256, 0 = none; default: 64 for int8 and nl4, else none."
+            "spread: 64 or 256, 0 = none; default: 64 for int8 and nl2 to nl4, else none."
         ),
     ] = None,
     calibrate: Annotated[

@@ -42,8 +42,8 @@ WeightFormat = Annotated[
     str,
     typer.Option(
         "--weight-format",
-        help="Of float experts: int8, nl4, int4, bf16, fp32; auto: int8 if it fits into memory, "
-        "else nl4.",
+        help="Of float experts: int8, nl4, nl3, int4, bf16, fp32; auto: int8 if it fits into "
+        "memory, else nl4.",
     ),
 ]
 Linear = Annotated[

@@ -33,7 +33,10 @@ def command(
         ),
     ] = None,
     quant_method: Annotated[
-        str, typer.Option(help="Of packed: int8, nl4, int4, fp8 or bf16, as ktk convert takes it.")
+        str,
+        typer.Option(
+            help="Of packed: int8, nl4, nl3, nl2, int4, fp8 or bf16, as ktk convert takes it."
+        ),
     ] = "int8",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
 ) -> None:

@@ -96,11 +96,12 @@ def convert(
     input_path : a Hugging Face directory, a .safetensors file, or a GGUF model (a file, a part of a
     split one, a directory), whose packed directory holds the experts only.
     output : a directory, new or empty, that loads alone; or a new .gguf file.
-    quant_method : nl4, int4 (or int4:64, a group size), int8, fp8 or bf16 for a directory; one of
-    GGUF_METHODS for an ``output`` that ends in .gguf. whole : a GGUF file holds the experts only,
-    unless this names the type of all other weights: then it is a model that GGUF programs load, of
-    the architectures of ``ktk.models.whole``. input_type : None reads it from the checkpoint; a
-    name of SOURCE_DTYPES must agree with it. group_size, activation_group, rotation : see MoESpec.
+    quant_method : nl4, nl3, nl2, int4 (or int4:64, a group size), int8, fp8 or bf16 for a
+    directory; one of GGUF_METHODS for an ``output`` that ends in .gguf. whole : a GGUF file holds
+    the experts only, unless this names the type of all other weights: then it is a model that GGUF
+    programs load, of the architectures of ``ktk.models.whole``. input_type : None reads it from the
+    checkpoint; a name of SOURCE_DTYPES must agree with it. group_size, activation_group, rotation :
+    see MoESpec.
     threads : experts packed at a time, default the physical cores. resume : go on where an
     interrupted run of the same job stopped; a GGUF file is written in one go. calibration : rounds
     with error feedback on the inputs that a text gives the experts, for int4, int8 and the GGUF

@@ -9,6 +9,12 @@ so that a kernel which needs the scales at once reads memory in one stream:
                                                          high = k+4..k+7
     nl4    fp32 [16], then multipliers [K/2 groups][16]  as of 4 bit
            bytes: low nibble = even group, high = odd
+    nl3    as of nl4                                     [K/32][3][16][4]: nibbles of rows hold
+                                                         k..k+23 in steps of 4; their top bits
+                                                         k+24..k+31: bit i in row i, low nibble
+                                                         = first four
+    nl2    as of nl4                                     [K/16][16][4]; two bits, from the lowest
+                                                         on = k..k+3, k+4..k+7, ...
     bf16   none                                          [K/2][16][2]
     fp32   none                                          [K][16]
 

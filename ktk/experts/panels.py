@@ -36,8 +36,8 @@ def lay_panels(
     rows = codes.reshape(p, PANEL, k // unit, unit).transpose(
         0, 2, 1, 3
     )  # (panels, K/unit, 16, unit)
-    if layout.format.bits == 4:
-        rows = rows[:, 0::2] | (rows[:, 1::2] << 4)  # (panels, K/8, 16, 4)
+    if layout.format.bits < 8:
+        rows = _squeezed(rows, layout.format.bits)
     out[:, layout.scale_bytes :] = np.ascontiguousarray(rows).reshape(p, -1).view(np.uint8)
     if layout.scales_of_group:
         by_group = scales.reshape(p, PANEL, -1).transpose(0, 2, 1)  # (panels, groups, 16)
@@ -53,6 +53,37 @@ def lay_panels(
             both = (each[:, :, 0::2] | each[:, :, 1::2] << 4).transpose(0, 2, 1).reshape(p, -1)
             out[:, raw.shape[1] : raw.shape[1] + both.shape[1]] = both
     return out
+
+
+def _squeezed(rows: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of 2, 3 or 4 bits, uint8 (panels, K/4, 16, 4), as panels hold them: uint8 (panels,
+    K/32 * bits, 16, 4).
+    """
+    if bits == 4:
+        return rows[:, 0::2] | (rows[:, 1::2] << 4)
+    if bits == 2:
+        return rows[:, 0::4] | (rows[:, 1::4] << 2) | (rows[:, 2::4] << 4) | (rows[:, 3::4] << 6)
+    each = rows.reshape(len(rows), -1, 8, PANEL, 4)  # a unit of 32 k
+    last = each[:, :, 6] | (each[:, :, 7] << 4)
+    out = np.empty((len(rows), each.shape[1], 3, PANEL, 4), np.uint8)
+    for i in range(3):
+        spare = (last << (3 - i)) & 0x88  # bit i of both codes, on top of two nibbles
+        out[:, :, i] = each[:, :, 2 * i] | (each[:, :, 2 * i + 1] << 4) | spare
+    return out.reshape(len(rows), -1, PANEL, 4)
+
+
+def _spread(raw: np.ndarray, bits: int) -> np.ndarray:
+    """What ``_squeezed`` had: uint8 (panels, K/4, 16, 4)."""
+    p = len(raw)
+    if bits != 3:
+        each = [(raw >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        return np.stack(each, axis=2).reshape(p, -1, PANEL, 4)
+    rows = raw.reshape(p, -1, 3, PANEL, 4)
+    last = np.zeros((p, rows.shape[1], PANEL, 4), np.uint8)
+    for i in range(3):
+        last |= (rows[:, :, i] & 0x88) >> (3 - i)
+    each = [(rows[:, :, i] >> shift) & 7 for i in range(3) for shift in (0, 4)]
+    return np.stack([*each, last & 7, last >> 4], axis=2).reshape(p, -1, PANEL, 4)
 
 
 def lay_float_panels(w: np.ndarray, layout: MatrixLayout) -> np.ndarray:
@@ -84,9 +115,8 @@ def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, n
     """
     p, k, unit = layout.num_panels, layout.padded_in, _unit(layout)
     raw, fmt = layout.codes(panels), layout.format
-    if fmt.bits == 4:
-        pairs = raw.reshape(p, k // 8, 1, PANEL, 4)
-        rows = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(p, k // 4, PANEL, 4)
+    if fmt.bits < 8:
+        rows = _spread(raw.reshape(p, -1, PANEL, 4), fmt.bits)
     else:
         rows = raw.view(f"u{fmt.bits // 8}").reshape(p, k // unit, PANEL, unit)
     codes = np.ascontiguousarray(rows.transpose(0, 2, 1, 3)).reshape(p * PANEL, k)

@@ -164,7 +164,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "blocks of a GGUF file": (
         {"weight_format": "gguf", "group_size": 0, "activation_group": 64},
-        "weight_format='gguf': must be one of nl4, int4",
+        "weight_format='gguf': must be one of nl2, nl3, nl4, int4",
     ),
     "rotation that widens": ({"hidden_size": 544, "rotation": [256, 0]}, "its spec needs"),
     "bias a text": ({"has_bias": "no"}, "has_bias"),

@@ -34,11 +34,15 @@ def test_every_command_has_help(name: str) -> None:
 
 def test_the_help_of_convert_tells_the_formats_own_groups() -> None:
     said = " ".join(ktk("convert", "--help").stdout.replace("│", " ").split())
-    groups = {name: PANELS[name].default_activation_group for name in ("int4", "int8", "nl4")}
-    assert groups["int8"] == groups["nl4"]
-    assert f"{groups['int4']} for int4, {groups['int8']} for int8 and nl4" in said
+    groups = {
+        name: PANELS[name].default_activation_group
+        for name in ("int4", "int8", "nl2", "nl3", "nl4")
+    }
+    assert groups["int8"] == groups["nl2"] == groups["nl3"] == groups["nl4"]
+    assert f"{groups['int4']} for int4, {groups['int8']} for int8 and nl2 to nl4" in said
     turned = [name for name, fmt in PANELS.items() if fmt.default_rotation]
-    assert f"{PANELS['int8'].default_rotation} for {' and '.join(sorted(turned))}" in said
+    assert sorted(turned) == ["int8", "nl2", "nl3", "nl4"]
+    assert f"{PANELS['int8'].default_rotation} for int8 and nl2 to nl4" in said
 
 
 def test_doctor_tells_each_backend_as_json_and_as_a_table() -> None:

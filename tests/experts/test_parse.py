@@ -47,7 +47,7 @@ def test_a_backend_alone_names_no_format() -> None:
         ("int4:-1", "int4 takes groups of"),
         ("int4:64:64", "nothing may stand behind '64'"),
         ("Q4_K:64", "only :repack or :ggml"),
-        ("AVX2:Q4_K", "format 'Q4_K': must be one of nl4"),
+        ("AVX2:Q4_K", "format 'Q4_K': must be one of nl2, nl3, nl4"),
         ("LLAMAFILE:int4", "format 'int4': must be one of IQ1_S"),
         ("gguf", "format 'gguf': must be one of"),
     ],

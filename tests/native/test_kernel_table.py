@@ -38,7 +38,7 @@ def test_a_level_takes_what_it_has_not_from_the_one_below(level: str) -> None:
     below = LEVELS[: LEVELS.index(level) + 1]
     for name in native.formats():
         own = {"avx2", "avx512", "avx512vnni"}
-        own |= {"amx"} if name in ("nl4", "int4", "int8") else set()
+        own |= {"amx"} if name in ("nl2", "nl3", "nl4", "int4", "int8") else set()
         own |= {"amxbf16"} if name == "bf16" else set()
         own |= {"avx512bf16"} if name == "BF16" else set()
         assert native.kernel_isa(level, name) == [isa for isa in below if isa in own][-1]

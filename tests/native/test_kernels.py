@@ -21,6 +21,7 @@ from ktk.experts.activation import Activation
 from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.layout import PANEL
+from ktk.experts.panels import lay_panels
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
@@ -167,22 +168,29 @@ def test_a_matrix_smaller_than_a_tile(implementation: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
 @pytest.mark.parametrize("group", PANELS["nl4"].group_sizes)
+@pytest.mark.parametrize("name", ["nl2", "nl3", "nl4"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_levels_of_the_largest_sums_are_exact(
-    implementation: tuple[str, str], group: int, sign: int
+    implementation: tuple[str, str], name: str, group: int, sign: int
 ) -> None:
     """Every weight the largest level times the largest multiplier, of either sign, every
     activation 127 or -127: where 16-bit sums would overflow if they could.
     """
-    fmt = PANELS["nl4"]
-    spec = MoESpec(2, 544, 16, "nl4", group, 256, has_gate=False, rotation=0)
+    fmt = PANELS[name]
+    spec = MoESpec(2, 544, 16, name, group, 256, has_gate=False, rotation=0)
     packed = pack_all(spec, random_experts(spec, 87))
     extremes = (int(np.argmin(fmt.levels)), int(np.argmax(fmt.levels)))
     largest = int(np.argmax(sign * np.array(fmt.multipliers)))
     layout = spec.layout.gate_up
     for e, level in enumerate(extremes):
         panels = spec.layout.panels(packed.data[e], "up")
-        panels[:, layout.scale_bytes :] = level * 17
+        codes = np.full((layout.num_panels * PANEL, layout.padded_in), level, np.uint8)
+        panels[:, layout.scale_bytes :] = lay_panels(
+            codes,
+            np.ones((len(codes), 1), np.float32),
+            layout,
+            np.zeros((len(codes), 34), np.uint8),
+        )[:, layout.scale_bytes :]
         panels[:, PANEL * 4 : layout.scale_bytes] = largest * 17
     x = np.repeat(np.array([[1], [-1], [1]], np.float32), 544, axis=1)
     x[2, ::2] = -1
@@ -259,7 +267,7 @@ def test_threads_do_not_change_a_bit(implementation: tuple[str, str], name: str)
         assert_exact(want, run(load(implementation, packed, threads), x, ids, weights))
 
 
-@pytest.mark.parametrize("name", ["nl4", "int4", "int8"])
+@pytest.mark.parametrize("name", ["nl2", "nl3", "nl4", "int4", "int8"])
 def test_amx_multiplies_on_tiles_where_rows_are_enough(name: str) -> None:
     if native_module() is None:
         pytest.skip("the compiled extension is not built")

@@ -42,6 +42,8 @@ PANELS: list[dict[str, Any]] = [
     {"weight_format": "int8", "rotation": 256},
     {"weight_format": "int4", "group_size": 32},
     {"weight_format": "int4", "group_size": 128, "rotation": 64},
+    {"weight_format": "nl2", "group_size": 32},
+    {"weight_format": "nl3", "group_size": 16},
     {"weight_format": "nl4", "group_size": 16},
     {"weight_format": "nl4", "group_size": 32, "rotation": 256},
     {"weight_format": "nl4", "group_size": 0},

@@ -1,5 +1,5 @@
-"""nl4's rounding: how near it comes, what it leaves alone, and that the kernels' numbers are the
-table's.
+"""Rounding to levels: how near it comes, what it leaves alone, and that the kernels' numbers are
+the table's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from ktk.experts.formats import PANELS
+from ktk.experts.formats import PANELS, Format
 from ktk.experts.layout import MatrixLayout, matrix_layout
 from ktk.experts.panels import dequantised, read_panels
 from ktk.experts.rotation import Rotation, rotate
@@ -23,6 +23,7 @@ from make.cases import pack_all, random_experts
 
 F = np.float32
 NL4 = PANELS["nl4"]
+LEVELLED = [fmt for fmt in PANELS.values() if fmt.levels]
 
 
 def nearest(values: np.ndarray, spans: tuple[Span, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -47,8 +48,8 @@ def oracle(w: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, ...]:
     """Codes, scales and multipliers of whole panels' rows: the kernels' operations in their
     order.
     """
-    grouped = layout.multiplier_group
-    numbers = numbers_of(NL4.levels, NL4.multipliers if grouped else ())
+    grouped, fmt = layout.multiplier_group, layout.format
+    numbers = numbers_of(fmt.levels, fmt.multipliers if grouped else ())
     turned = rotate(w, layout.rotation)
     exponent = np.frexp(np.abs(turned).max(axis=1))[1]
     x = np.ldexp(turned, -exponent[:, None])
@@ -94,25 +95,28 @@ def oracle(w: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, ...]:
 
 @pytest.mark.parametrize("rotation", [Rotation(), Rotation(64, 5), Rotation(256)])
 @pytest.mark.parametrize("group", [16, 32, 0])
-def test_codes_are_the_oracles_on_every_machine(group: int, rotation: Rotation) -> None:
+@pytest.mark.parametrize("fmt", LEVELLED, ids=lambda fmt: fmt.name)
+def test_codes_are_the_oracles_on_every_machine(
+    fmt: Format, group: int, rotation: Rotation
+) -> None:
     rng = np.random.default_rng(5)
     w = rng.standard_t(3, (80, 512)).astype(F)  # some channels want the ladder's tail
     w[::7] = rng.standard_normal(w[::7].shape) * rng.lognormal(0, 2, (len(w[::7]), 1))
     w[3] = 0
     w[4, 1:] = 0
-    layout = matrix_layout(NL4, 512, 80, group, 128, rotation)
+    layout = matrix_layout(fmt, 512, 80, group, 128, rotation)
     got = round_levels(w, layout)
     codes, scales, multipliers = oracle(w, layout)
     np.testing.assert_array_equal(codes, got.codes)
     np.testing.assert_array_equal(scales, got.scales)
     if group:
         np.testing.assert_array_equal(multipliers, got.multipliers)
-        assert len(np.unique(multipliers)) == len(NL4.multipliers)
+        assert len(np.unique(multipliers)) == len(fmt.multipliers)
 
 
 @pytest.mark.parametrize(
     "levels",
-    [NL4.levels, (-8, -5, -3, -1, 0, 2, 4, 7), (-9, -3, 0, 1, 2, 4), (0, 1, 4), (5, 6, 8), (3,)],
+    [*(fmt.levels for fmt in LEVELLED), (-9, -3, 0, 1, 2, 4), (0, 1, 4), (5, 6, 8), (3,)],
 )
 def test_spans_lead_to_the_nearest_level(levels: tuple[int, ...]) -> None:
     values = np.random.default_rng(6).uniform(-12, 12, 4000).astype(F)
@@ -121,8 +125,8 @@ def test_spans_lead_to_the_nearest_level(levels: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(np.array(levels)[distance.argmin(axis=1)], level)
 
 
-def relative_error(w: np.ndarray, group: int, rotation: Rotation) -> float:
-    layout = matrix_layout(NL4, w.shape[1], len(w), group, 128, rotation)
+def relative_error(w: np.ndarray, group: int, rotation: Rotation, fmt: Format = NL4) -> float:
+    layout = matrix_layout(fmt, w.shape[1], len(w), group, 128, rotation)
     got = dequantised(round_levels(w, layout).panels(layout), layout)
     return float(np.square(w - got).sum() / np.square(w).sum())
 
@@ -177,16 +181,21 @@ def test_feedback_lowers_the_loss_of_rotated_columns() -> None:
     assert loss(handed_on) < 0.6 * loss(plain)
 
 
-def test_the_kernels_have_the_tables_numbers() -> None:
+@pytest.mark.parametrize("fmt", LEVELLED, ids=lambda fmt: fmt.name)
+def test_the_kernels_have_the_tables_numbers(fmt: Format) -> None:
     text = (ROOT / "ktk/_cy/include/ktk_levels.h").read_text()
-    levels = tuple(int(n) for n in re.findall(r"KTK_LEVEL\((-?\d+)\)", text))
-    (listed,) = re.findall(r"ktk_multipliers\[16\][^{]*{([^}]*)}", text)
+    (row,) = re.findall(
+        rf"\[{fmt.bits}\] = {{{{(.*?)}},\n *KTK_MULTIPLIERS\((.*?)\)", text, re.DOTALL
+    )
+    levels = tuple(map(int, re.findall(r"-?\d+", row[0].replace("LEVELS_4", ""))))
+    half = tuple(map(int, re.findall(r"\d+", row[1])))
     (zero,) = re.findall(r"KTK_LEVEL_ZERO = (\d+)", text)
-    assert levels == NL4.levels == tuple(sorted(NL4.levels)) and 0 in levels
-    assert tuple(int(n) for n in re.findall(r"-?\d+", listed)) == NL4.multipliers
+    assert levels == fmt.levels * (16 >> fmt.bits) and 0 in levels
+    assert fmt.levels == tuple(sorted(fmt.levels))
+    assert (*half, *(-n for n in half)) == fmt.multipliers
     # What the kernels' sums of 16 bits, and products of 8, stand on.
     assert max(abs(n) for n in levels) <= int(zero)
-    assert max(abs(n) for n in levels) * max(NL4.multipliers) <= 127
+    assert max(abs(n) for n in levels) * max(fmt.multipliers) <= 127
 
 
 def test_gguf_experts_packed_as_nl4_are_rotated() -> None:

@@ -13,6 +13,8 @@ enum { KTK_PANEL = 16 }; /* output channels of a panel */
 /* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are
  * floats, codes of a correction or 0: as many as the smaller group has). */
 #define KTK_PANEL_FORMATS(ROW)                                                                     \
+    ROW(NL2, "nl2", KTK_LEVEL_ZERO, 0, 16)                                                         \
+    ROW(NL3, "nl3", KTK_LEVEL_ZERO, 0, 16)                                                         \
     ROW(NL4, "nl4", KTK_LEVEL_ZERO, 0, 16)                                                         \
     ROW(INT4, "int4", 8, 0, 0)                                                                     \
     ROW(INT8, "int8", 128, 0, 0)                                                                   \

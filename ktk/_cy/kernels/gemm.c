@@ -16,7 +16,9 @@
  *   ktk_gemm_int8_avx512 ktk_gemm_int8_avx512vnni ktk_gemm_bf16_avx2 ktk_gemm_bf16_avx512
  *   ktk_gemm_bf16_avx512vnni ktk_gemm_fp32_avx2 ktk_gemm_fp32_avx512 ktk_gemm_fp32_avx512vnni.
  * Of gemm_fp8.h: ktk_gemm_fp8_avx2 ktk_gemm_fp8_avx512 ktk_gemm_fp8_avx512vnni. Of gemm_levels.h:
- *   ktk_gemm_nl4_avx2 ktk_gemm_nl4_avx512 ktk_gemm_nl4_avx512vnni. */
+ *   ktk_gemm_nl2_avx2 ktk_gemm_nl2_avx512 ktk_gemm_nl2_avx512vnni ktk_gemm_nl3_avx2
+ *   ktk_gemm_nl3_avx512 ktk_gemm_nl3_avx512vnni ktk_gemm_nl4_avx2 ktk_gemm_nl4_avx512
+ *   ktk_gemm_nl4_avx512vnni. */
 #include <string.h>
 
 #include "interleave.h"
@@ -471,15 +473,14 @@ enum { INT8_CODES = KTK_CODES_I16 };
 #endif
 
 #define GEMM(NAME, CODES) {CAT(ktk_gemm_##NAME##_, KTK_ISA), KTK_TEXT(KTK_ISA), CODES, BLOCK_SIZES}
+#define LEVELS(NAME)                                                                               \
+    {CAT(ktk_gemm_##NAME##_, KTK_ISA), KTK_TEXT(KTK_ISA), KTK_CODES_I8, CALL_ROWS, CALL_ROWS, 0,   \
+     {4096 + CHUNK_BYTES, 64, 128}}
 const ktk_kernels CAT(ktk_panels_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
-    .gemm = {[KTK_NL4] = {CAT(ktk_gemm_nl4_, KTK_ISA),
-                          KTK_TEXT(KTK_ISA),
-                          KTK_CODES_I8,
-                          CALL_ROWS,
-                          CALL_ROWS,
-                          0,
-                          {4096 + CHUNK_BYTES, 64, 128}},
+    .gemm = {[KTK_NL2] = LEVELS(nl2),
+             [KTK_NL3] = LEVELS(nl3),
+             [KTK_NL4] = LEVELS(nl4),
              [KTK_INT4] = GEMM(int4, KTK_CODES_I8),
              [KTK_INT8] = GEMM(int8, INT8_CODES),
              [KTK_FP8] = GEMM(fp8, KTK_CODES_F32),

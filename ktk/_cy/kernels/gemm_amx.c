@@ -12,8 +12,8 @@
  * vector work is more. Order: panel pairs, steps along k, row pairs; the sums in the making (inner,
  * y) wait in memory between the steps of a row.
  *
- * B is a signed copy of the codes, of nl4 level times multiplier, made once for all rows, in one
- * of two rooms, so that every row pair makes a share of the next. With it TDPBSSD sums need no
+ * B is a signed copy of the codes, of nl2 to nl4 level times multiplier, made once for all rows, in
+ * one of two rooms, so that every row pair makes a share of the next. With it TDPBSSD sums need no
  * zero-point correction, which would be one more vector instruction per row and group (16 a tile,
  * against 8 per 32 k of a panel for the copy). Groups of 32 k use half of a tile's depth.
  *
@@ -25,6 +25,7 @@
 #include <string.h>
 
 #include "ktk_kernels.h"
+#include "level_codes.h"
 #include "tiles.h"
 #include "vec.h"
 
@@ -119,36 +120,38 @@ INLINE __m512 weight_scale(const ktk_matrix *w, const uint8_t *panel, int group)
 }
 
 /* Both 16-bit lanes of a channel's dword: its multiplier for the 16 k from k on. */
-INLINE VI multipliers_at(const ktk_matrix *w, const uint8_t *panel, int k) {
+INLINE VI multipliers_at(const int BITS, const ktk_matrix *w, const uint8_t *panel, int k) {
     if (!w->multiplier_group) return VI_SET16(1);
     const int group = w->multiplier_group == 16 ? k / 16 : k / 32;
     const __m128i pair = _mm_loadu_si128(
         (const __m128i *)(panel + KTK_PANEL * 4 + (int64_t)(group / 2) * KTK_PANEL));
     const __m128i index =
         _mm_and_si128(_mm_srl_epi16(pair, _mm_cvtsi32_si128(group % 2 * 4)), _mm_set1_epi8(15));
-    const __m128i table = _mm_load_si128((const __m128i *)ktk_multipliers);
+    const __m128i table = _mm_load_si128((const __m128i *)ktk_levels[BITS].multipliers);
     const VI words =
         _mm512_broadcast_i32x4(_mm_setr_epi32(0x01000100, 0x05040504, 0x09080908, 0x0d0c0d0c));
     return VI_SHUFFLE8(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(table, index)), words);
 }
 
-/* Level times multiplier as int8, k [begin, end) of an nl4 panel.
+/* Level times multiplier as int8, k [begin, end), multiples of 32, of a panel.
  *
  * A 16-bit lane holds u0 + 256 u1, two k of a channel, u = level + Z. Times m, minus m Z 257, it is
  * l0 m + 256 l1 m. 128 more: the low byte borrows nothing from the high one, and differs from l0 m
  * in its top bit alone. */
-INLINE void unpack_levels(const ktk_matrix *w, const uint8_t *panel, int begin, int end,
-                          uint8_t *to) {
-    const VI levels = VI_LOAD_TABLE(ktk_levels), mask = VI_SET8(15), top = VI_SET16(128);
-    const uint8_t *from = panel + w->code_offset + (int64_t)begin * KTK_PANEL / 2;
-    for (int k = begin; k < end; k += 16, from += 128, to += 256) {
-        const VI by = multipliers_at(w, panel, k);
+INLINE void unpack_levels(const int BITS, const ktk_matrix *w, const uint8_t *panel, int begin,
+                          int end, uint8_t *to) {
+    const VI levels = VI_LOAD_TABLE(ktk_levels[BITS].levels), top = VI_SET16(128);
+    const uint8_t *unit = panel + level_codes_at(w, BITS, begin);
+    for (int k = begin; k < end; k += 32, unit += LEVEL_UNIT_BYTES * BITS) UNROLL
+    for (int pair = 0; pair < 4; pair++, to += 128) {
+        const VI by = multipliers_at(BITS, w, panel, k + pair / 2 * 16);
         const VI zero =
             _mm512_sub_epi16(_mm512_mullo_epi16(by, VI_SET16(KTK_LEVEL_ZERO * 257)), top);
+        VI code[2];
+        level_pair(BITS, unit, pair, 0, &code[0], &code[1]);
         UNROLL
-        for (int i = 0; i < 4; i++) {
-            const VI codes = VI_LOAD(from + 64 * (i / 2));
-            const VI u = VI_SHUFFLE8(levels, VI_AND(i % 2 ? VI_SRL16(codes, 4) : codes, mask));
+        for (int i = 0; i < 2; i++) {
+            const VI u = VI_SHUFFLE8(levels, code[i]);
             const VI product = _mm512_sub_epi16(_mm512_mullo_epi16(u, by), zero);
             _mm512_store_si512(to + 64 * i, _mm512_xor_si512(product, top));
         }
@@ -159,8 +162,12 @@ INLINE void unpack_levels(const ktk_matrix *w, const uint8_t *panel, int begin, 
 static void unpack_codes(const ktk_matrix *w, const uint8_t *panel, int begin, int end,
                          uint8_t *to) {
     const uint8_t *from = panel + w->code_offset;
-    if (w->format == KTK_NL4) {
-        unpack_levels(w, panel, begin, end, to);
+    if (w->format == KTK_NL2) {
+        unpack_levels(2, w, panel, begin, end, to);
+    } else if (w->format == KTK_NL3) {
+        unpack_levels(3, w, panel, begin, end, to);
+    } else if (w->format == KTK_NL4) {
+        unpack_levels(4, w, panel, begin, end, to);
     } else if (w->format == KTK_INT8) {
         const VI sign = VI_SET8((char)128);
         from += (int64_t)begin * KTK_PANEL;
@@ -435,19 +442,16 @@ static void gemm_tiles(const ktk_gemm_args *args) {
  * 32; the whole tile of 8 rows stays in gemm.c, where the count is close and needs no model of a
  * CPU nobody measured. */
 enum { TILE_MIN_ROWS = 9 };
-ktk_gemm_fn ktk_gemm_nl4_avx512vnni, ktk_gemm_int4_avx512vnni, ktk_gemm_int8_avx512vnni;
-
-void ktk_gemm_nl4_amx(const ktk_gemm_args *args) {
-    (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_nl4_avx512vnni)(args);
-}
-
-void ktk_gemm_int4_amx(const ktk_gemm_args *args) {
-    (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_int4_avx512vnni)(args);
-}
-
-void ktk_gemm_int8_amx(const ktk_gemm_args *args) {
-    (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_int8_avx512vnni)(args);
-}
+#define TILES_FROM_9(NAME)                                                                         \
+    ktk_gemm_fn ktk_gemm_##NAME##_avx512vnni;                                                      \
+    void ktk_gemm_##NAME##_amx(const ktk_gemm_args *args) {                                        \
+        (args->num_rows >= TILE_MIN_ROWS ? gemm_tiles : ktk_gemm_##NAME##_avx512vnni)(args);       \
+    }
+TILES_FROM_9(nl2)
+TILES_FROM_9(nl3)
+TILES_FROM_9(nl4)
+TILES_FROM_9(int4)
+TILES_FROM_9(int8)
 
 #define GEMM(NAME)                                                                                 \
     {.run = NAME,                                                                                  \
@@ -458,7 +462,9 @@ void ktk_gemm_int8_amx(const ktk_gemm_args *args) {
      .work = {WORK_FIXED, 0, 128}}
 const ktk_kernels ktk_tiles_amx = {
     .name = "amx",
-    .gemm = {[KTK_NL4] = GEMM(ktk_gemm_nl4_amx),
+    .gemm = {[KTK_NL2] = GEMM(ktk_gemm_nl2_amx),
+             [KTK_NL3] = GEMM(ktk_gemm_nl3_amx),
+             [KTK_NL4] = GEMM(ktk_gemm_nl4_amx),
              [KTK_INT4] = GEMM(ktk_gemm_int4_amx),
              [KTK_INT8] = GEMM(ktk_gemm_int8_amx)},
 };

@@ -1,5 +1,5 @@
-/* nl4: 16 integer levels times an integer for each group of k, one fp32 scale a channel
- * (ktk/experts/layout.py). Included by gemm.c.
+/* nl2, nl3, nl4: 4, 8 or 16 integer levels times an integer for each group of k, one fp32 scale a
+ * channel (ktk/experts/layout.py). Included by gemm.c.
  *
  * Exact in int32 over an activation group, then int8's float steps: inner = fma(acc, activation
  * scale, inner), y = fma(inner, channel scale, 0); where one group covers the row the channel's
@@ -10,7 +10,7 @@
  * multiplier costs what widening 16-bit sums costs anyhow, and float work comes once in an
  * activation group.
  *
- * Up to DIRECT_ROWS rows take a panel's nibbles and multipliers where they lie. For more, each
+ * Up to DIRECT_ROWS rows take a panel's codes and multipliers where they lie. For more, each
  * activation group of the panel is unpacked once for all tiles. One factor of VPMADDUBSW is
  * unsigned. On the direct way (and for VPDPBUSD) it is the weight, level + KTK_LEVEL_ZERO, and
  * rows bring the correction, -KTK_LEVEL_ZERO * sum of 16 codes, in the low half of a dword: sums of
@@ -19,6 +19,8 @@
  * alone, comes once for all rows. That spares one of ten instructions of a row.
  *
  * Groups of 32 k are two of 16 with one multiplier; without groups all multipliers are 1. */
+#include "level_codes.h"
+
 enum {
     LEVEL_GROUP = 16, /* k of a sum */
     MOST_CHUNK = 256, /* the largest activation group */
@@ -45,21 +47,22 @@ typedef struct {
     uint8_t *codes, *multipliers, *correction;
 } level_chunk;
 
-/* k [k, k + 8) of 16 channels, as codes have them: levels of the first four k and of the last. */
-INLINE void levels_of(VI levels, const uint8_t *codes, VI low[PV], VI high[PV]) {
-    const VI mask = VI_SET8(15);
+/* Eight k of 16 channels, a pair of level_codes.h: levels of the first four and of the last. */
+INLINE void levels_of(const int BITS, VI levels, const uint8_t *unit, const int pair, VI low[PV],
+                      VI high[PV]) {
     UNROLL
     for (int v = 0; v < PV; v++) {
-        const VI c = VI_LOAD(codes + v * 32);
-        low[v] = VI_SHUFFLE8(levels, VI_AND(c, mask));
-        high[v] = VI_SHUFFLE8(levels, VI_AND(VI_SRL16(c, 4), mask));
+        VI first, second;
+        level_pair(BITS, unit, pair, v * 32, &first, &second);
+        low[v] = VI_SHUFFLE8(levels, first);
+        high[v] = VI_SHUFFLE8(levels, second);
     }
 }
 
 /* Indices of multipliers, a byte a channel, to dwords of two 16-bit lanes, times 1 <<
  * MULTIPLIER_SHIFT. */
-INLINE void widen_multipliers(__m128i index, VI to[PV]) {
-    const __m128i table = _mm_load_si128((const __m128i *)ktk_multipliers);
+INLINE void widen_multipliers(const int BITS, __m128i index, VI to[PV]) {
+    const __m128i table = _mm_load_si128((const __m128i *)ktk_levels[BITS].multipliers);
     const __m128i bytes = _mm_shuffle_epi8(table, _mm_and_si128(index, _mm_set1_epi8(15)));
 #ifdef __AVX512F__
     const VI wide = _mm512_cvtepi8_epi32(bytes);
@@ -83,18 +86,18 @@ INLINE void widen_multipliers(__m128i index, VI to[PV]) {
 }
 
 /* Multipliers of k [k, k + 16) and of the 16 behind. */
-INLINE void multipliers_of(const ktk_matrix *w, const uint8_t *panel, int k, VI first[PV],
-                           VI second[PV]) {
+INLINE void multipliers_of(const int BITS, const ktk_matrix *w, const uint8_t *panel, int k,
+                           VI first[PV], VI second[PV]) {
     panel += KTK_PANEL * 4; /* the channels' scales */
     if (w->multiplier_group == LEVEL_GROUP) {
         const __m128i both = _mm_loadu_si128((const __m128i *)(panel + k / 32 * KTK_PANEL));
-        widen_multipliers(both, first);
-        widen_multipliers(_mm_srli_epi16(both, 4), second);
+        widen_multipliers(BITS, both, first);
+        widen_multipliers(BITS, _mm_srli_epi16(both, 4), second);
         return;
     }
     if (w->multiplier_group) {
         const __m128i both = _mm_loadu_si128((const __m128i *)(panel + k / 64 * KTK_PANEL));
-        widen_multipliers(k & 32 ? _mm_srli_epi16(both, 4) : both, first);
+        widen_multipliers(BITS, k & 32 ? _mm_srli_epi16(both, 4) : both, first);
     } else {
         UNROLL
         for (int v = 0; v < PV; v++)
@@ -105,27 +108,26 @@ INLINE void multipliers_of(const ktk_matrix *w, const uint8_t *panel, int k, VI 
 }
 
 /* k [begin, begin + num_k) of a panel; both are multiples of 32. */
-INLINE void unpack_chunk(const ktk_matrix *w, const uint8_t *panel, int begin, int num_k,
-                         level_chunk to) {
-    const uint8_t *codes = panel + w->code_offset + (int64_t)begin * KTK_PANEL / 2;
-    const VI levels =
-        VI_SUB8(VI_LOAD_TABLE(ktk_levels), VI_SET8(ROWS_ARE_UNSIGNED ? KTK_LEVEL_ZERO : 0));
+INLINE void unpack_chunk(const int BITS, const ktk_matrix *w, const uint8_t *panel, int begin,
+                         int num_k, level_chunk to) {
+    const uint8_t *unit = panel + level_codes_at(w, BITS, begin);
+    const VI levels = VI_SUB8(VI_LOAD_TABLE(ktk_levels[BITS].levels),
+                              VI_SET8(ROWS_ARE_UNSIGNED ? KTK_LEVEL_ZERO : 0));
     VI correction[PV];
     UNROLL
     for (int v = 0; v < PV; v++) correction[v] = VI_ZERO();
-    for (int k = 0; k < num_k; k += 32) {
+    for (int k = 0; k < num_k; k += 32, unit += LEVEL_UNIT_BYTES * BITS) {
         uint8_t *codes_to = to.codes + k * KTK_PANEL;
         uint8_t *multipliers_to = to.multipliers + k / LEVEL_GROUP * KTK_PANEL * 4;
         VI by[2][PV];
-        multipliers_of(w, panel, begin + k, by[0], by[1]);
+        multipliers_of(BITS, w, panel, begin + k, by[0], by[1]);
         UNROLL
         for (int half = 0; half < 2; half++) {
             VI sum[PV];
             UNROLL
             for (int k8 = 0; k8 < LEVEL_GROUP; k8 += 8) {
                 VI low[PV], high[PV];
-                levels_of(levels, codes, low, high);
-                codes += 8 * KTK_PANEL / 2;
+                levels_of(BITS, levels, unit, half * 2 + k8 / 8, low, high);
                 UNROLL
                 for (int v = 0; v < PV; v++) {
                     VI_STORE(codes_to + v * 32, low[v]);
@@ -175,17 +177,16 @@ INLINE void dot_levels(const int MR, const int IS_UNSIGNED, const int IS_FIRST, 
     }
 }
 
-/* One chunk, one tile: from the panel itself (IS_DIRECT: rows so few that nothing is gained by
- * unpacking it for others) or from `chunk`. */
-INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
+/* One chunk, one tile: from the panel itself, of codes of BITS (rows so few that nothing is gained
+ * by unpacking it for others), or, BITS 0, from `chunk`. bits: the codes'. */
+INLINE void tile_levels(const int MR, const int BITS, int bits, const ktk_matrix *w,
                         const uint8_t *panel, int begin, const level_chunk *chunk, int num_k,
                         fetching fetch, const uint8_t *rows, const int32_t *sums,
                         const float *a_scale, chunk_end end, float *restrict out,
                         int64_t out_stride) {
-    const int64_t first = w->code_offset + (int64_t)begin * KTK_PANEL / 2;
-    const uint8_t *codes = IS_DIRECT ? panel + first : chunk->codes;
-    const uint8_t *multipliers = chunk->multipliers;
-    const int IS_UNSIGNED = !IS_DIRECT && ROWS_ARE_UNSIGNED;
+    const int IS_DIRECT = BITS != 0, IS_UNSIGNED = !IS_DIRECT && ROWS_ARE_UNSIGNED;
+    const int64_t first = level_codes_at(w, bits, begin);
+    const uint8_t *unit = panel + first, *codes = chunk->codes, *multipliers = chunk->multipliers;
     int until = fetch.turn;
     VI acc[MAX_ROWS][PV];
     UNROLL
@@ -196,9 +197,10 @@ INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
         VI by[2][PV];
         if ((!IS_DIRECT || MR > STREAMED_ROWS(KTK_INT4)) && fetch.ahead && until-- == 0) {
             until = fetch.turns - 1;
-            prefetch(fetch.ahead + first + k * KTK_PANEL / 2, 32 * KTK_PANEL / 2);
+            for (int i = 0; i < bits; i++)
+                prefetch(fetch.ahead + first + k / 32 * LEVEL_UNIT_BYTES * bits + 64 * i, 64);
         }
-        if (IS_DIRECT) multipliers_of(w, panel, begin + k, by[0], by[1]);
+        if (IS_DIRECT) multipliers_of(BITS, w, panel, begin + k, by[0], by[1]);
         UNROLL
         for (int half = 0; half < 2; half++) {
             VI sum[MAX_ROWS][PV];
@@ -210,8 +212,8 @@ INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
             for (int k8 = 0; k8 < LEVEL_GROUP; k8 += 8) {
                 VI low[PV], high[PV];
                 if (IS_DIRECT) {
-                    levels_of(VI_LOAD_TABLE(ktk_levels), codes, low, high);
-                    codes += 8 * KTK_PANEL / 2;
+                    levels_of(BITS, VI_LOAD_TABLE(ktk_levels[BITS].levels), unit, half * 2 + k8 / 8,
+                              low, high);
                 } else {
                     UNROLL
                     for (int v = 0; v < PV; v++) low[v] = VI_LOAD(codes + v * 32);
@@ -240,6 +242,7 @@ INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
 #endif
             }
         }
+        unit += LEVEL_UNIT_BYTES * BITS;
     }
     UNROLL
     for (int v = 0; v < PV; v++) {
@@ -256,62 +259,61 @@ INLINE void tile_levels(const int MR, const int IS_DIRECT, const ktk_matrix *w,
     }
 }
 
-/* Rows [0, num_rows) of a tile over the chunk at k. */
-INLINE void tile_levels_of(int num_rows, int is_direct, const ktk_matrix *w, const uint8_t *panel,
-                           int k, int num_k, const level_chunk *chunk, fetching fetch,
-                           const tile_rows *tile, chunk_end end, float *out, int64_t out_stride) {
-    const uint8_t *rows = tile->codes + (int64_t)k * num_rows;
-    const int32_t *sums = tile->correction + k / LEVEL_GROUP * num_rows;
-    const float *a_scale = tile->scales + k / w->activation_group * num_rows;
-#define TILE(MR, IS_DIRECT)                                                                        \
-    tile_levels(MR, IS_DIRECT, w, panel, k, chunk, num_k, fetch, rows, sums, a_scale, end, out,    \
-                out_stride)
-    switch (num_rows * (is_direct ? -1 : 1)) {
-    case -1:
-        TILE(1, 1);
-        break;
-    case -2:
-        TILE(2, 1);
-        break;
-    case -3:
-        TILE(3, 1);
-        break;
-    case -4:
-        TILE(4, 1);
-        break;
-#if DIRECT_ROWS > 4
-    case -5:
-        TILE(5, 1);
-        break;
-#endif
-    case 2:
-        TILE(2, 0);
-        break;
-    case 3:
-        TILE(3, 0);
-        break;
-#if MOST_LEVEL_ROWS > 3
-    case 4:
-        TILE(4, 0);
-        break;
-    case 5:
-        TILE(5, 0);
-        break;
-    case 6:
-        TILE(6, 0);
-        break;
-    case 7:
-        TILE(7, 0);
-        break;
-    case 8:
-        TILE(8, 0);
-        break;
-#endif
-    }
-#undef TILE
+/* A tile's rows, and where the chunk at k of them lies. */
+typedef struct {
+    const uint8_t *rows;
+    const int32_t *sums;
+    const float *a_scale;
+} tile_chunk;
+
+INLINE tile_chunk chunk_of(const ktk_matrix *w, const tile_rows *tile, int num_rows, int k) {
+    return (tile_chunk){tile->codes + (int64_t)k * num_rows,
+                        tile->correction + k / LEVEL_GROUP * num_rows,
+                        tile->scales + k / w->activation_group * num_rows};
 }
 
-void CAT(ktk_gemm_nl4_, KTK_ISA)(const ktk_gemm_args *g) {
+#define TILE(MR, BITS, SIZE)                                                                       \
+    case MR:                                                                                       \
+        tile_levels(MR, BITS, SIZE, w, panel, k, chunk, num_k, fetch, a.rows, a.sums, a.a_scale,   \
+                    end, out, out_stride);                                                         \
+        break;
+
+/* Rows of a tile over the chunk at k of a panel, direct. */
+INLINE void tile_direct(const int BITS, int num_rows, const ktk_matrix *w, const uint8_t *panel,
+                        int k, int num_k, const level_chunk *chunk, fetching fetch, tile_chunk a,
+                        chunk_end end, float *out, int64_t out_stride) {
+    switch (num_rows) {
+        TILE(1, BITS, BITS)
+        TILE(2, BITS, BITS)
+        TILE(3, BITS, BITS)
+        TILE(4, BITS, BITS)
+#if DIRECT_ROWS > 4
+        TILE(5, BITS, BITS)
+#endif
+    }
+}
+
+/* The same of what is unpacked, from codes of any size. */
+static __attribute__((noinline)) void tile_unpacked(int bits, int num_rows, const ktk_matrix *w,
+                                                    const uint8_t *panel, int k, int num_k,
+                                                    const level_chunk *chunk, fetching fetch,
+                                                    tile_chunk a, chunk_end end, float *out,
+                                                    int64_t out_stride) {
+    switch (num_rows) {
+        TILE(2, 0, bits)
+        TILE(3, 0, bits)
+#if MOST_LEVEL_ROWS > 3
+        TILE(4, 0, bits)
+        TILE(5, 0, bits)
+        TILE(6, 0, bits)
+        TILE(7, 0, bits)
+        TILE(8, 0, bits)
+#endif
+    }
+}
+#undef TILE
+
+INLINE void gemm_levels(const int BITS, const ktk_gemm_args *g) {
     const ktk_matrix *w = g->w;
     const int num_rows = g->num_rows, num_k = w->padded_in;
     const int is_direct = num_rows <= DIRECT_ROWS;
@@ -336,14 +338,26 @@ void CAT(ktk_gemm_nl4_, KTK_ISA)(const ktk_gemm_args *g) {
             const int many = num_k - k < w->activation_group ? num_k - k : w->activation_group;
             const int is_last = k + many == num_k;
             const chunk_end end = {is_last ? panel : NULL, !k, num_k <= w->activation_group};
-            if (!is_direct) unpack_chunk(w, panel, k, many, chunk);
+            if (!is_direct) unpack_chunk(BITS, w, panel, k, many, chunk);
             for (int t = 0; t < num_tiles; t++) {
                 const int first = t * num_rows / num_tiles;
                 const int rows = (t + 1) * num_rows / num_tiles - first;
-                tile_levels_of(rows, is_direct, w, panel, k, many, &chunk,
-                               (fetching){ahead, t, num_tiles}, &tile[t], end,
-                               g->out + first * g->out_stride + p * KTK_PANEL, g->out_stride);
+                const fetching fetch = {ahead, t, num_tiles};
+                const tile_chunk a = chunk_of(w, &tile[t], rows, k);
+                float *out = g->out + first * g->out_stride + p * KTK_PANEL;
+                if (is_direct)
+                    tile_direct(BITS, rows, w, panel, k, many, &chunk, fetch, a, end, out,
+                                g->out_stride);
+                else
+                    tile_unpacked(BITS, rows, w, panel, k, many, &chunk, fetch, a, end, out,
+                                  g->out_stride);
             }
         }
     }
 }
+
+#define GEMM_LEVELS(BITS)                                                                          \
+    void CAT(ktk_gemm_nl##BITS##_, KTK_ISA)(const ktk_gemm_args *g) { gemm_levels(BITS, g); }
+GEMM_LEVELS(2)
+GEMM_LEVELS(3)
+GEMM_LEVELS(4)

@@ -18,6 +18,7 @@
 
 #include "fp8.h"
 #include "ktk_kernels.h"
+#include "level_codes.h"
 #include "row.h"
 #include "vec.h"
 
@@ -225,35 +226,41 @@ static void decode_int4(const ktk_matrix *w, const uint8_t *panel, int first, in
 }
 
 /* The scale of a channel times the multiplier of 16 k. */
-INLINE VF level_scale(const ktk_matrix *w, const uint8_t *panel, int k, int v) {
+INLINE VF level_scale(const int BITS, const ktk_matrix *w, const uint8_t *panel, int k, int v) {
     const VF scale = VF_LOAD(panel + v * LANES * 4);
     if (!w->multiplier_group) return scale;
     const int group = k / w->multiplier_group;
     const uint8_t *both = panel + KTK_PANEL * 4 + group / 2 * KTK_PANEL + v * LANES;
     float by[LANES];
     for (int n = 0; n < LANES; n++)
-        by[n] = ktk_multipliers[group % 2 ? both[n] >> 4 : both[n] & 15];
+        by[n] = ktk_levels[BITS].multipliers[group % 2 ? both[n] >> 4 : both[n] & 15];
     return VF_MUL(scale, VF_LOAD(by));
 }
 
-static void decode_nl4(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
-                       float *out) {
-    const VI mask = VI_SET8(15), zero = VI_SET8(KTK_LEVEL_ZERO);
-    const VI levels = VI_SUB8(VI_LOAD_TABLE(ktk_levels), zero);
-    const uint8_t *codes = panel + w->code_offset + (int64_t)first * KTK_PANEL / 2;
-    for (int k = 0; k < num_k; k += 16, codes += 8 * KTK_PANEL) UNROLL
+INLINE void decode_levels(const int BITS, const ktk_matrix *w, const uint8_t *panel, int first,
+                          int num_k, float *out) {
+    const VI zero = VI_SET8(KTK_LEVEL_ZERO);
+    const VI levels = VI_SUB8(VI_LOAD_TABLE(ktk_levels[BITS].levels), zero);
+    const uint8_t *unit = panel + level_codes_at(w, BITS, first);
+    for (int k = 0; k < num_k; k += 32, unit += LEVEL_UNIT_BYTES * BITS) UNROLL
+    for (int pair = 0; pair < 4; pair++) UNROLL
     for (int v = 0; v < PV; v++) {
-        const VF scale = level_scale(w, panel, first + k, v);
-        float *at = out + k * KTK_PANEL + v * LANES;
-        UNROLL
-        for (int half = 0; half < 2; half++, at += 8 * KTK_PANEL) {
-            const VI both = VI_LOAD(codes + half * 4 * KTK_PANEL + v * 4 * LANES);
-            const VI low = VI_SHUFFLE8(levels, VI_AND(both, mask));
-            const VI high = VI_SHUFFLE8(levels, VI_AND(VI_SRL16(both, 4), mask));
-            put_8(low, high, scale, at);
-        }
+        const int at = k + 8 * pair;
+        VI low, high;
+        level_pair(BITS, unit, pair, v * 4 * LANES, &low, &high);
+        put_8(VI_SHUFFLE8(levels, low), VI_SHUFFLE8(levels, high),
+              level_scale(BITS, w, panel, first + at, v), out + at * KTK_PANEL + v * LANES);
     }
 }
+
+#define DECODE_LEVELS(BITS)                                                                        \
+    static void decode_nl##BITS(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,   \
+                                float *out) {                                                      \
+        decode_levels(BITS, w, panel, first, num_k, out);                                          \
+    }
+DECODE_LEVELS(2)
+DECODE_LEVELS(3)
+DECODE_LEVELS(4)
 
 static void decode_fp8(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
                        float *out) {
@@ -291,7 +298,9 @@ static void decode_fp32(const ktk_matrix *w, const uint8_t *panel, int first, in
 
 const ktk_kernels CAT(ktk_products_f32_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
-    .decode = {[KTK_NL4] = decode_nl4,
+    .decode = {[KTK_NL2] = decode_nl2,
+               [KTK_NL3] = decode_nl3,
+               [KTK_NL4] = decode_nl4,
                [KTK_INT4] = decode_int4,
                [KTK_INT8] = decode_int8,
                [KTK_FP8] = decode_fp8,

@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "ktk_kernels.h"
+#include "level_codes.h"
 #include "row.h"
 #include "vec.h"
 
@@ -169,43 +170,56 @@ static void codes_int8(const ktk_matrix *w, const uint8_t *panel, int first, int
     }
 }
 
-/* Nibbles of eight k, of which `of` makes signed bytes. */
-#define EACH_8(OF)                                                                                 \
-    const __m256i mask = _mm256_set1_epi8(15);                                                     \
-    const uint8_t *codes = panel + w->code_offset + (int64_t)first * KTK_PANEL / 2;                \
-    for (int k = 0; k < num_k; k += 8, codes += 64, out += 128) {                                  \
-        const __m256i low = load_bytes(codes), high = load_bytes(codes + 32);                      \
-        const __m256i low_4 = OF(_mm256_and_si256(low, mask), k, 0),                               \
-                      high_4 = OF(_mm256_and_si256(high, mask), k, 1),                             \
-                      low_8 = OF(_mm256_and_si256(_mm256_srli_epi16(low, 4), mask), k, 0),         \
-                      high_8 = OF(_mm256_and_si256(_mm256_srli_epi16(high, 4), mask), k, 1);       \
-        UNROLL                                                                                     \
-        for (int i = 0; i < 4; i++) {                                                              \
-            put_bytes(low_4, high_4, i, out + 16 * i);                                             \
-            put_bytes(low_8, high_8, i, out + 64 + 16 * i);                                        \
-        }                                                                                          \
-    }
-
 static void codes_int4(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
                        int16_t *out) {
-#define OF(NIBBLES, K, HALF) _mm256_sub_epi8(NIBBLES, _mm256_set1_epi8(8))
-    EACH_8(OF)
-#undef OF
+    const __m256i mask = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(8);
+    const uint8_t *codes = panel + w->code_offset + (int64_t)first * KTK_PANEL / 2;
+    for (int k = 0; k < num_k; k += 8, codes += 64) {
+        const __m256i low = load_bytes(codes), high = load_bytes(codes + 32);
+        UNROLL
+        for (int four = 0; four < 2; four++, out += 64) {
+            const __m256i a = four ? _mm256_srli_epi16(low, 4) : low,
+                          b = four ? _mm256_srli_epi16(high, 4) : high;
+            UNROLL
+            for (int i = 0; i < 4; i++)
+                put_bytes(_mm256_sub_epi8(_mm256_and_si256(a, mask), zero),
+                          _mm256_sub_epi8(_mm256_and_si256(b, mask), zero), i, out + 16 * i);
+        }
+    }
 }
 
+#ifdef __AVX512F__
+LEVEL_PAIR(level_pair_256, __m256i, load_bytes, _mm256_and_si256, _mm256_or_si256,
+           _mm256_srli_epi16, _mm256_set1_epi8)
+#else
+#define level_pair_256 level_pair
+#endif
+
 /* Words of eight channels' multipliers for 16 k: a word times each byte's dword neighbours. */
-static void codes_nl4(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
-                      int16_t *out) {
-    const __m256i levels =
-        _mm256_sub_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)ktk_levels)),
-                        _mm256_set1_epi8(KTK_LEVEL_ZERO));
-    int16_t *const begin = out;
-#define OF(NIBBLES, K, HALF) _mm256_shuffle_epi8(levels, NIBBLES)
-    EACH_8(OF)
-#undef OF
+INLINE void codes_of_levels(const int BITS, const ktk_matrix *w, const uint8_t *panel, int first,
+                            int num_k, int16_t *out) {
+    const ktk_level_numbers *numbers = &ktk_levels[BITS];
+    const __m256i levels = _mm256_sub_epi8(
+        _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)numbers->levels)),
+        _mm256_set1_epi8(KTK_LEVEL_ZERO));
+    const uint8_t *unit = panel + level_codes_at(w, BITS, first);
+    int16_t *to = out;
+    for (int k = 0; k < num_k; k += 32, unit += LEVEL_UNIT_BYTES * BITS) UNROLL
+    for (int pair = 0; pair < 4; pair++, to += 128) {
+        __m256i index[2][2]; /* [four k][channels 0 to 7, 8 to 15] */
+        UNROLL
+        for (int half = 0; half < 2; half++)
+            level_pair_256(BITS, unit, pair, 32 * half, &index[0][half], &index[1][half]);
+        UNROLL
+        for (int four = 0; four < 2; four++) {
+            const __m256i low = _mm256_shuffle_epi8(levels, index[four][0]),
+                          high = _mm256_shuffle_epi8(levels, index[four][1]);
+            UNROLL
+            for (int i = 0; i < 4; i++) put_bytes(low, high, i, to + 64 * four + 16 * i);
+        }
+    }
     if (!w->multiplier_group) return;
-    const __m128i table = _mm_load_si128((const __m128i *)ktk_multipliers);
-    out = begin;
+    const __m128i table = _mm_load_si128((const __m128i *)numbers->multipliers);
     for (int k = first; k < first + num_k; k += 16) {
         const int group = k / w->multiplier_group;
         __m128i both =
@@ -217,6 +231,15 @@ static void codes_nl4(const ktk_matrix *w, const uint8_t *panel, int first, int 
             _mm256_storeu_si256((__m256i *)out, _mm256_mullo_epi16(load(out), words));
     }
 }
+
+#define CODES_OF_LEVELS(BITS)                                                                      \
+    static void codes_nl##BITS(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,    \
+                               int16_t *out) {                                                     \
+        codes_of_levels(BITS, w, panel, first, num_k, out);                                        \
+    }
+CODES_OF_LEVELS(2)
+CODES_OF_LEVELS(3)
+CODES_OF_LEVELS(4)
 
 static void scales_of(const ktk_matrix *w, const uint8_t *panel, int k, float *out) {
     const int at = k / w->group_size * KTK_PANEL;
@@ -233,7 +256,11 @@ static void scales_of(const ktk_matrix *w, const uint8_t *panel, int k, float *o
 
 const ktk_kernels CAT(ktk_products_i16_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
-    .codes = {[KTK_NL4] = codes_nl4, [KTK_INT4] = codes_int4, [KTK_INT8] = codes_int8},
+    .codes = {[KTK_NL2] = codes_nl2,
+              [KTK_NL3] = codes_nl3,
+              [KTK_NL4] = codes_nl4,
+              [KTK_INT4] = codes_int4,
+              [KTK_INT8] = codes_int8},
     .scales = scales_of,
     .product_i16 = CAT(ktk_product_i16_, KTK_ISA),
     .largest = CAT(ktk_largest_, KTK_ISA),

@@ -7,20 +7,19 @@ from ktk.experts.formats.base import GROUP_SIZES, Format, Plane, Search, steps
 # Scales of a group are bf16, those of a whole channel f32 (``ktk.experts.layout``).
 _GROUP_SCALES = Plane("scales", "bf16", 0)
 
-# Steps between the levels grow with them, as IQ4_NL's do: rotated weights are nearly Gaussian.
-_LEVELS = (-10, -8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9)
-_MAGNITUDES = (5, 6, 7, 8, 9, 10, 11, 12)
 
-# Ordered by bits per weight, fewest first.
-PANELS = (
-    # 16 levels times an integer for each group, one scale a channel. The levels lean to one side:
-    # a multiplier's sign chooses which. Products are int8, and every sum of them is exact.
-    Format(
-        "nl4",
+def _levels(bits: int, levels: tuple[int, ...], magnitudes: tuple[int, ...]) -> Format:
+    """2 ** bits levels times an integer for each group, one scale a channel.
+
+    The levels lean to one side: a multiplier's sign chooses which. Products are int8, and every
+    sum of them is exact.
+    """
+    return Format(
+        f"nl{bits}",
         (
             Plane("scales", "f32", 0),
             Plane("multipliers", "u4", 0),
-            Plane("codes", "u4"),
+            Plane("codes", f"u{bits}"),
         ),
         "s8",
         zero_point=128,
@@ -30,8 +29,20 @@ PANELS = (
         default_group=16,
         default_activation_group=256,
         default_rotation=64,
-        levels=_LEVELS,
-        multipliers=(*_MAGNITUDES, *(-m for m in _MAGNITUDES)),
+        levels=levels,
+        multipliers=(*magnitudes, *(-m for m in magnitudes)),
+    )
+
+
+# Ordered by bits per weight, fewest first. Steps between levels grow with them, as IQ4_NL's do:
+# rotated weights are nearly Gaussian.
+PANELS = (
+    _levels(2, (-10, -4, 0, 6), (5, 6, 7, 8, 9, 10, 11, 12)),
+    _levels(3, (-8, -5, -3, -1, 0, 2, 4, 7), (6, 7, 8, 9, 10, 11, 12, 14)),
+    _levels(
+        4,
+        (-10, -8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9),
+        (5, 6, 7, 8, 9, 10, 11, 12),
     ),
     # Symmetric. A scale may be negative: -8 then stands for the group's largest value, whatever its
     # sign.
