@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import ktk
@@ -199,8 +200,10 @@ def test_every_sub_command_has_its_row() -> None:
 def test_every_metric_has_its_row() -> None:
     pytest.importorskip("prometheus_client")
     from ktk.generate.engine import Reuse
+    from ktk.kv.pool import PagePool
     from ktk.kv.prefix.kept import Saved
     from ktk.kv.prefix.store import Usage
+    from ktk.kv.swap import SwapSpace
     from ktk.placement.residency.report import Counters, ResidencyReport
     from ktk.server.metrics import Metrics
 
@@ -217,6 +220,7 @@ def test_every_metric_has_its_row() -> None:
         came_true=0,
         reuse=Reuse(),
         kept=kept,
+        swap=SwapSpace(PagePool(1, [], np.dtype(np.float32)), 0),
     )
     report = ResidencyReport("lru", True, 8, 4, 4096, 2, Counters())
     made = Metrics(engine, "model", lambda: report)  # type: ignore[arg-type]

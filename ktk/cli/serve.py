@@ -14,6 +14,7 @@ from ktk.kv.sizes import server_cache
 from ktk.machine import cpu
 
 RECORDER_MODES = ("stat", "stat_approx", "per_pass", "per_token")
+SWAP_PART = 4  # of the KV cache, for the swap space
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 EPILOG = """Examples:
 
@@ -60,6 +61,14 @@ def command(
             min=0.001,
             help="GiB of keys and values of all requests; default: 2, at most a quarter of what is "
             "free, but one whole context.",
+        ),
+    ] = None,
+    kv_swap: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GiB beside it for requests that must wait for its pages; what finds no room is "
+            "computed again. Default: a quarter of --kv-cache.",
         ),
     ] = None,
     max_requests: Annotated[
@@ -146,8 +155,8 @@ def command(
         model, method, weight_format, linear, dtype, force, context, memory, hybrid, adapter
     )
     found = opened.description
-    size = cache_bytes(kv_cache, found.kv_bytes, force)
-    limits = Limits(found.context, max_requests, 256, batch_tokens, size, prompt_lookup)
+    size, swap = cache_bytes(kv_cache, kv_swap, found.kv_bytes, force)
+    limits = Limits(found.context, max_requests, 256, batch_tokens, size, prompt_lookup, swap)
     engine = start_engine(opened, limits)
     if engine.why_alone is not None:
         typer.echo(f"ktk: warning: one request at a time: {engine.why_alone}", err=True)
@@ -181,18 +190,25 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def cache_bytes(wanted_gib: float | None, one_context: int, force: bool) -> int:
-    """Bytes for the KV cache, once the model is loaded; by default enough for one sequence of
-    one_context bytes, if they are free.
+def cache_bytes(
+    cache_gib: float | None, swap_gib: float | None, one_context: int, force: bool
+) -> tuple[int, int]:
+    """Bytes for the KV cache and for its swap space, once the model is loaded; by default enough
+    for one sequence of one_context bytes, if they are free, and a quarter more.
 
     Raises MemoryError if more is wanted than is free.
     """
     from ktk.generate.describe import size
 
     _, free = cpu.memory()
-    if wanted_gib is None:
-        return server_cache(one_context, free)
-    wanted = int(wanted_gib * 2**30)
-    if free and wanted > free and not force:
-        raise MemoryError(f"--kv-cache {wanted_gib:g} is {size(wanted)}, and {size(free)} are free")
-    return wanted
+    cache = server_cache(one_context, free) if cache_gib is None else int(cache_gib * 2**30)
+    swap = cache // SWAP_PART if swap_gib is None else int(swap_gib * 2**30)
+    asked = (0 if cache_gib is None else cache) + (0 if swap_gib is None else swap)
+    if free and asked > free and not force:
+        said = " ".join(
+            f"{name} {gib:g}"
+            for name, gib in (("--kv-cache", cache_gib), ("--kv-swap", swap_gib))
+            if gib is not None
+        )
+        raise MemoryError(f"{said} is {size(asked)}, and {size(free)} are free")
+    return cache, swap

@@ -28,6 +28,7 @@ from ktk.kv.pages import Pages
 from ktk.kv.prefix.kept import KeptPages
 from ktk.kv.prefix.store import PrefixStore
 from ktk.kv.sizes import SERVER_CACHE
+from ktk.kv.swap import SwapSpace
 
 SPEED_WINDOW = 10.0  # seconds over which tokens/s is taken
 
@@ -53,7 +54,8 @@ class Limits:
         : requests beyond.
 
     batch_tokens : of one forward pass. cache_bytes : of keys and values of all sequences together.
-    guesses : of an answer's next tokens in one pass (``lookup.py``), at most.
+    guesses : of an answer's next tokens in one pass (``lookup.py``), at most. swap_bytes : beside
+        the cache, for sequences that had to leave it for a while.
     """
 
     context: int
@@ -62,6 +64,7 @@ class Limits:
     batch_tokens: int = 512
     cache_bytes: int = SERVER_CACHE
     guesses: int = 0
+    swap_bytes: int = 0
 
 
 def pages_within(limits: Limits, token_bytes: int) -> Pages:
@@ -163,6 +166,7 @@ class Engine(ABC):
     why_not_native: str | None = None  # why torch runs the layers; None: ktk's own kernels do
     embeds = False  # whether it gives hidden states
     kept: KeptPages | None = None  # pages on the disk, if any are
+    swap: SwapSpace | None = None  # of sequences that the pages did not suffice for
     guessed = came_true = 0  # tokens of answers that were guessed; that were what was chosen
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:

@@ -52,7 +52,10 @@ class NativeEngine(Engine):
             raise
         self.cache_bytes = pages.num_bytes
         pool = PagePool(pages.count, self._native.shapes, self._native.dtype)
-        self._schedule: Schedule[Generation] = Schedule(pool, limits.running, limits.batch_tokens)
+        self._schedule: Schedule[Generation] = Schedule(
+            pool, limits.running, limits.batch_tokens, limits.swap_bytes
+        )
+        self.swap = self._schedule.swap
         self._largest_batch = 0
         self._lookups: dict[Sequence[Generation], Lookup] = {}
         self._costs = PassCosts()

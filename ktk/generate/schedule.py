@@ -5,8 +5,9 @@ prompts: half to the one that came first, so that each ends, the rest to the sho
 short question does not wait for a long text. While answers are made, prompts get a part of a pass
 only: an answer's next token waits for the whole pass.
 
-Where pages run out, the sequence that came last gives its own back and is computed again later. Its
-bits stay: they do not depend on how rows are joined to passes.
+Where pages run out, the sequence that came last gives its own back. It takes copies of them along
+where there is room for these (``ktk/kv/swap.py``); else it is computed again later. Its bits stay:
+they do not depend on how rows are joined to passes.
 
 Pages on the disk that a sequence begins with come while others are computed; a pass begins with
 putting into the pool what has come.
@@ -22,6 +23,7 @@ from typing import Generic, TypeVar
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import NOTHING, PagePool
 from ktk.kv.prefix.kept import Fetch, KeptPages
+from ktk.kv.swap import Swapped, SwapSpace
 from ktk.ops.decoder import PageTables
 
 PROMPT_SHARE = 4  # beside answers, prompts get one part in so many of a pass
@@ -34,7 +36,8 @@ Owner = TypeVar("Owner")
 class Sequence(Generic[Owner]):
     """A prompt and its answer. tokens : of both. computed : of them, whose keys and values are in
     the pages. shared : of them, that were there when it began; loaded : that came from the disk.
-    fetch : of those that are still to come; nothing is computed before.
+    fetch : of those that are still to come; nothing is computed before. swapped : while it waits,
+    what it took along.
     """
 
     owner: Owner
@@ -43,6 +46,7 @@ class Sequence(Generic[Owner]):
     shared: int = 0
     loaded: int = 0
     fetch: Fetch | None = None
+    swapped: Swapped | None = None
     pages: list[int] = field(default_factory=list)
     content: int = NOTHING  # of the last page that is full
     tables: PageTables = field(default_factory=PageTables)
@@ -70,18 +74,22 @@ class Piece(Generic[Owner]):
 
 class Schedule(Generic[Owner]):
     """pool : of its pages; a sequence alone must fit into it. running : sequences at once.
-    batch_tokens : of a pass. kept : where pages are that have left the pool, if anywhere. guess :
-    (sequence, rows of the pass without guesses) -> tokens that may follow, if anybody guesses.
+    batch_tokens : of a pass. swap_bytes : for pages of sequences that were put off. kept : where
+    pages are that have left the pool, if anywhere. guess : (sequence, rows of the pass without
+    guesses) -> tokens that may follow, if anybody guesses.
     """
 
     kept: KeptPages | None = None
     guess: Callable[[Sequence[Owner], int], list[int]] | None = None
 
-    def __init__(self, pool: PagePool, running: int, batch_tokens: int) -> None:
+    def __init__(
+        self, pool: PagePool, running: int, batch_tokens: int, swap_bytes: int = 0
+    ) -> None:
         self.pool, self.most_running, self.batch_tokens = pool, running, batch_tokens
+        self.swap = SwapSpace(pool, swap_bytes)
         self.running: list[Sequence[Owner]] = []  # in the order they came
         self.waiting: deque[Sequence[Owner]] = deque()
-        # Of sequences when their turn came, again after they were put off.
+        # Of sequences when their turn came, again after they were put off without their pages.
         self.tokens_begun = self.tokens_shared = 0
 
     def add(self, owner: Owner, tokens: list[int]) -> Sequence[Owner]:
@@ -97,6 +105,7 @@ class Schedule(Generic[Owner]):
             self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._forget_swapped(sequence)
 
     def next_pass(self) -> list[Piece[Owner]]:
         """What to compute next, each sequence's pages at hand; nothing if nobody waits."""
@@ -157,13 +166,29 @@ class Schedule(Generic[Owner]):
                 sequence.pages = []
                 return
             self.waiting.popleft()
-            sequence.computed = sequence.shared = len(sequence.pages) * PAGE
-            self.tokens_begun += len(sequence.tokens)
-            self.tokens_shared += sequence.shared
-            sequence.tables, sequence.loaded = PageTables(), 0
-            if self.kept is not None:
+            sequence.tables = PageTables()
+            if sequence.swapped is not None:
+                self._bring_back(sequence, sequence.swapped)
+            else:
+                sequence.computed = sequence.shared = len(sequence.pages) * PAGE
+                self.tokens_begun += len(sequence.tokens)
+                self.tokens_shared += sequence.shared
+                sequence.loaded = 0
+            if self.kept is not None and sequence.computed == len(sequence.pages) * PAGE:
                 sequence.fetch = self.kept.find(sequence.tokens, len(sequence.pages))
             self.running.append(sequence)
+
+    def _bring_back(self, sequence: Sequence[Owner], swapped: Swapped) -> None:
+        """Put what a sequence took along behind the pages that the pool still has of it."""
+        sequence.computed = max(swapped.computed, len(sequence.pages) * PAGE)
+        for index in range(len(sequence.pages), len(swapped.frames)):
+            page = self.pool.take()
+            assert page is not None  # it was admitted because there are as many
+            self.swap.bring(swapped, index, page)
+            sequence.pages.append(page)
+            if (index + 1) * PAGE <= swapped.computed:
+                self._keep(sequence, index)
+        self._forget_swapped(sequence)
 
     def _receive(self, sequence: Sequence[Owner]) -> None:
         """Put the pages into the pool that have come for a sequence."""
@@ -225,8 +250,14 @@ class Schedule(Generic[Owner]):
 
     def _put_off(self, sequence: Sequence[Owner]) -> None:
         self.running.remove(sequence)
+        sequence.swapped = self.swap.put(sequence.pages, sequence.computed)
         self._release(sequence)
         self.waiting.appendleft(sequence)
+
+    def _forget_swapped(self, sequence: Sequence[Owner]) -> None:
+        if sequence.swapped is not None:
+            self.swap.forget(sequence.swapped)
+            sequence.swapped = None
 
     def _release(self, sequence: Sequence[Owner]) -> None:
         if sequence.fetch is not None:

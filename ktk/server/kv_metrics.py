@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from ktk.generate.engine import Engine
 from ktk.kv.prefix.kept import KeptPages
+from ktk.kv.swap import SwapSpace
 
 BUCKETS = (1, 5, 10, 50, 100, 500, 1000, 5000, 10000)  # as kvc2 has them
 # Of PrefixStore.
@@ -25,7 +26,7 @@ HISTOGRAMS = {
 
 
 class KvCollector(Collector):
-    """The metrics ktk_kv_*; of an engine without pages on the disk only what was spared."""
+    """The metrics ktk_kv_*; of an engine without pages on the disk what was spared and swapped."""
 
     def __init__(self, engine: Engine, registry: CollectorRegistry) -> None:
         self._engine = engine
@@ -50,8 +51,32 @@ class KvCollector(Collector):
         reused.add_metric(["memory"], reuse.memory)
         reused.add_metric(["disk"], reuse.disk)
         yield reused
+        if self._engine.swap is not None:
+            yield from _of_swap(self._engine.swap)
         if self._engine.kept is not None:
             yield from _of(self._engine.kept)
+
+
+def _of_swap(swap: SwapSpace) -> Iterator[Metric]:
+    put_off = CounterMetricFamily(
+        "ktk_kv_preemptions",
+        "Requests that gave their pages to others, and what became of these.",
+        labels=["pages"],
+    )
+    put_off.add_metric(["swapped"], swap.swapped_out)
+    put_off.add_metric(["recomputed"], swap.recomputed)
+    yield put_off
+    moved = CounterMetricFamily(
+        "ktk_kv_swapped_pages", "Pages copied to the swap space and back.", labels=["to"]
+    )
+    moved.add_metric(["swap"], swap.pages_out)
+    moved.add_metric(["cache"], swap.pages_in)
+    yield moved
+    for name, what, value in (
+        ("swap_bytes", "Bytes of pages in the swap space.", swap.num_bytes),
+        ("swap_limit_bytes", "Bytes that it may have.", swap.limit),
+    ):
+        yield GaugeMetricFamily(f"ktk_kv_{name}", what, value=value)
 
 
 def _of(kept: KeptPages) -> Iterator[Metric]:

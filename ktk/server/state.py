@@ -58,6 +58,7 @@ class State:
             "kv_cache_bytes": engine.cache_bytes,
             "kv_cache_pages": pages,
             "kv_cache_pages_free": free,
+            "kv_swap": None if engine.swap is None else engine.swap.to_json(),
             "prefix_tokens": matched,
             "prefix_looked_up": looked_up,
             "kv_disk": None if engine.kept is None else engine.kept.to_json(),

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("prometheus_client")
 
 import torch
+from prometheus_client import CollectorRegistry
 from transformers import AutoModelForCausalLM
 
 from ktk.generate import trial
@@ -28,6 +30,7 @@ from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.decoder_layers import native_calls
 from ktk.integration.transformers.native_batch import NativeModel
 from ktk.kv.pages import PAGE
+from ktk.server.kv_metrics import KvCollector
 from make.fused_layers import FUSED, WINDOW, make, small_matrices_too
 from make.serving import make_model
 
@@ -174,6 +177,30 @@ def test_answers_put_off_for_want_of_pages_go_on_with_the_same_bits(
     finally:
         engine.stop()
     assert got == [alone(served, prompt, 100) for prompt in prompts]
+
+
+def test_sixteen_answers_in_a_pool_too_small_swap_their_pages(served: OpenModel) -> None:
+    """Sixteen of two and three pages in eleven; as many again have no room to swap to."""
+    prompts = prompts_of(*range(50, 66))
+    want = [alone(served, prompt, 70) for prompt in prompts]
+    for swap_pages in (40, 3):
+        engine = engine_of(served, 11)
+        swap = engine._schedule.swap
+        swap.limit = swap_pages * engine._schedule.pool.page_bytes
+        try:
+            assert asyncio.run(together(engine, prompts, 70)) == want
+            assert engine.cache_pages == (11, 11) and swap.num_bytes == 0
+            assert 0 < swap.pages_in <= swap.pages_out
+            registry = CollectorRegistry()
+            KvCollector(engine, registry)
+            counted = [
+                registry.get_sample_value("ktk_kv_preemptions_total", {"pages": became})
+                for became in ("swapped", "recomputed")
+            ]
+            assert counted == [swap.swapped_out, swap.recomputed]
+            assert (swap.swapped_out > 0, swap.recomputed > 0) == (True, swap_pages == 3)
+        finally:
+            engine.stop()
 
 
 def test_who_leaves_is_taken_out_at_once(engine: NativeEngine, served: OpenModel) -> None:

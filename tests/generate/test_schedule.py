@@ -9,15 +9,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktk.generate.schedule import LEAST_PROMPT, PROMPT_SHARE, Piece, Schedule
+from ktk.generate.schedule import LEAST_PROMPT, PROMPT_SHARE, Piece, Schedule, Sequence
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import PagePool
 
 SHAPES = [((1, 2), (1, 2))]
 
 
-def schedule_of(pages: int, running: int = 4, batch_tokens: int = 96) -> Schedule[str]:
-    return Schedule(PagePool(pages, SHAPES, np.dtype(np.float32)), running, batch_tokens)
+def schedule_of(
+    pages: int, running: int = 4, batch_tokens: int = 96, swap_pages: int = 0
+) -> Schedule[str]:
+    pool = PagePool(pages, SHAPES, np.dtype(np.float32))
+    return Schedule(pool, running, batch_tokens, swap_pages * pool.page_bytes)
+
+
+def write(schedule: Schedule[str], piece: Piece[str]) -> None:
+    """Where its keys are to lie, bytes that tell of the text up to each page's last row."""
+    for index in range(piece.first // PAGE, (piece.end - 1) // PAGE + 1):
+        frame = page_bytes(piece.sequence.tokens[: min(piece.end, (index + 1) * PAGE)])
+        schedule.pool.copy_in(piece.sequence.pages[index], frame)
+
+
+def page_bytes(tokens: list[int]) -> np.ndarray:
+    """Of one page: uint8 (page_bytes,)."""
+    size = sum(heads * width for heads, width in SHAPES[0]) * PAGE * 4
+    return np.full(size // 8, hash(tuple(tokens)), np.int64).view(np.uint8)
+
+
+def read(schedule: Schedule[str], sequence: Sequence[str]) -> None:
+    """What a sequence has computed lies in its pages."""
+    frame = page_bytes([])
+    for index in range(-(-sequence.computed // PAGE)):
+        schedule.pool.read(sequence.pages[index], frame)
+        want = page_bytes(sequence.tokens[: min(sequence.computed, (index + 1) * PAGE)])
+        np.testing.assert_array_equal(want, frame)
 
 
 def check(schedule: Schedule[str], pieces: list[Piece[str]]) -> None:
@@ -45,24 +70,33 @@ def check(schedule: Schedule[str], pieces: list[Piece[str]]) -> None:
     answer=st.integers(1, PAGE + 5),
     pages=st.integers(6, 14),
     words=st.integers(1, 3),
+    swap_pages=st.integers(0, 12),
 )
 def test_all_sequences_end_whatever_the_room(
-    lengths: list[int], answer: int, pages: int, words: int
+    lengths: list[int], answer: int, pages: int, words: int, swap_pages: int
 ) -> None:
     """pages : at least for the longest sequence alone. words : prompts that begin differently."""
-    schedule = schedule_of(pages)
+    schedule = schedule_of(pages, swap_pages=swap_pages)
     wanted = {}
     for number, length in enumerate(lengths):
         sequence = schedule.add(str(number), [number % words] * length)
         wanted[sequence] = length + answer
     for _ in range(10_000):
+        were_running = set(schedule.running)
         pieces = schedule.next_pass()
         if not pieces:
             break
         check(schedule, pieces)
+        swap = schedule.swap
+        of_waiting = sum(len(s.swapped.frames) for s in schedule.waiting if s.swapped)
+        assert swap.num_bytes == of_waiting * schedule.pool.page_bytes <= swap.limit
+        for sequence in set(schedule.running) - were_running:
+            assert sequence.swapped is None
+            read(schedule, sequence)
         answering = {s for s in schedule.running if s.pending == 1}
         assert answering <= {piece.sequence for piece in pieces}, "an answer waits"
         for piece in pieces:
+            write(schedule, piece)
             schedule.done(piece)
         for piece in pieces:
             if piece.is_last:
@@ -71,6 +105,7 @@ def test_all_sequences_end_whatever_the_room(
                     schedule.remove(piece.sequence)
     assert not schedule.running and not schedule.waiting
     assert schedule.pool.free == pages
+    assert schedule.swap.num_bytes == 0
 
 
 def rows(pieces: list[Piece[str]]) -> dict[str, int]:
@@ -117,6 +152,49 @@ def test_the_last_to_come_is_put_off_and_comes_back_first() -> None:
     assert (third.pages, third.computed) == ([], 0)
     schedule.remove(second)
     assert {piece.sequence for piece in schedule.next_pass()} == {first, third}
+
+
+def put_off_with(swap_pages: int) -> tuple[Schedule[str], Sequence[str], Sequence[str]]:
+    """Two sequences, the second put off after a page and a part of another had been computed."""
+    schedule = schedule_of(4, batch_tokens=512, swap_pages=swap_pages)
+    first = schedule.add("first", [1] * (PAGE + 1))
+    second = schedule.add("second", [2] * (PAGE // 2))
+    for _ in range(PAGE + 1):
+        for piece in schedule.next_pass():
+            write(schedule, piece)
+            schedule.done(piece)
+            piece.sequence.tokens.append(9)
+    assert list(schedule.waiting) == [second] and len(second.tokens) == PAGE // 2 + PAGE
+    return schedule, first, second
+
+
+def test_who_is_put_off_takes_pages_along_and_goes_on_from_there() -> None:
+    schedule, first, second = put_off_with(2)
+    swap = schedule.swap
+    assert (second.computed, second.swapped is not None) == (0, True)
+    assert (swap.swapped_out, swap.pages_out, swap.recomputed) == (1, 2, 0)
+    schedule.remove(first)
+    (piece,) = schedule.next_pass()
+    end = len(second.tokens)
+    assert (piece.sequence, piece.first, piece.end) == (second, end - 1, end)
+    read(schedule, second)
+    assert swap.num_bytes == 0 and 0 < swap.pages_in <= 2
+
+
+def test_without_room_for_its_pages_it_is_computed_again() -> None:
+    schedule, first, second = put_off_with(1)
+    assert second.swapped is None
+    assert (schedule.swap.swapped_out, schedule.swap.recomputed) == (0, 1)
+    schedule.remove(first)
+    (piece,) = schedule.next_pass()
+    assert piece.first <= PAGE < piece.end
+
+
+def test_who_leaves_while_it_waits_leaves_no_pages_behind() -> None:
+    schedule, _, second = put_off_with(2)
+    assert schedule.swap.num_bytes == 2 * schedule.pool.page_bytes
+    schedule.remove(second)
+    assert schedule.swap.num_bytes == 0
 
 
 @pytest.mark.parametrize("length", [2 * PAGE, 2 * PAGE + 1, 2 * PAGE + 30])

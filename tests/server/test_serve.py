@@ -587,12 +587,12 @@ def test_the_cache_holds_one_context_by_default(monkeypatch: pytest.MonkeyPatch)
     from ktk.machine import cpu
 
     monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, 40 << 30))
-    assert cache_bytes(None, 10 << 20, False) == SERVER_CACHE
-    assert cache_bytes(None, 16 << 30, False) == 20 << 30
-    assert cache_bytes(None, 60 << 30, True) == 40 << 30
-    assert cache_bytes(1.0, 16 << 30, False) == 1 << 30
+    assert cache_bytes(None, None, 10 << 20, False) == (SERVER_CACHE, SERVER_CACHE // 4)
+    assert cache_bytes(None, 0, 16 << 30, False) == (20 << 30, 0)
+    assert cache_bytes(None, 3, 60 << 30, True) == (40 << 30, 3 << 30)
+    assert cache_bytes(1.0, None, 16 << 30, False) == (1 << 30, 1 << 28)
     with pytest.raises(MemoryError, match="--kv-cache 41"):
-        cache_bytes(41, 16 << 30, False)
+        cache_bytes(41, None, 16 << 30, False)
 
 
 def test_bench_serve_measures_it(server: Server, tmp_path: Path) -> None:
