@@ -15,6 +15,7 @@ import numpy as np
 
 from ktk._cy import measure_module
 from ktk.errors import BackendError
+from ktk.experts.formats import PANELS
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
 
@@ -79,11 +80,12 @@ def peak_of(kernel: str, weight_format: str) -> str:
         return "amx bf16"
     # What these levels add is for bf16 alone.
     isa = {"avx512bf16": "avx512vnni", "amxbf16": "amx"}.get(isa, isa)
-    if weight_format not in ("int4", "int8"):
+    fmt = PANELS[weight_format]
+    if not fmt.is_integer:
         return "avx2 fp32" if isa == "avx2" else "avx512 fp32"  # products and sums are fp32
-    if isa in ("avx2", "avx512"):
-        return f"{isa} {weight_format}"
-    return f"{isa} int8"  # 4-bit codes are widened to bytes
+    if isa in ("avx2", "avx512") and fmt.bits < 8:
+        return f"{isa} int4"
+    return f"{isa} int8"  # smaller codes are widened to bytes
 
 
 def peak_of_blocks(isa: str, kind: str) -> str:

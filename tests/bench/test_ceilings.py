@@ -13,6 +13,7 @@ from ktk._cy import measure_module
 from ktk.bench import roofline as bench_roofline
 from ktk.bench.roofline import READ, Roofline, cpus_for, l3_bytes, peak_of, peaks
 from ktk.errors import BackendError
+from ktk.experts.formats import PANELS
 from ktk.machine import cpu
 
 needs_extension = pytest.mark.skipif(
@@ -90,6 +91,10 @@ def test_without_the_extension_the_error_says_what_to_do(monkeypatch: pytest.Mon
         ("avx512 int4 g128", "int4", "avx512 int4"),
         ("avx512 int8", "int8", "avx512 int8"),
         ("avx2 int4", "int4", "avx2 int4"),
+        ("avx2 nl4 g16", "nl4", "avx2 int4"),
+        ("avx512vnni nl2 g16", "nl2", "avx512vnni int8"),
+        ("amx nl3 g16", "nl3", "amx int8"),
+        ("avx2 fp8", "fp8", "avx2 fp32"),
         ("avx2 bf16", "bf16", "avx2 fp32"),
         ("avx512vnni bf16", "bf16", "avx512 fp32"),
         ("amx int4 g128", "int4", "amx int8"),
@@ -108,7 +113,7 @@ def test_every_peak_a_kernel_of_this_build_asks_for_exists() -> None:
     native = pytest.importorskip("ktk._cy.native")
     known = {p.name for p in peaks()}
     for isa in native.isa_rows():
-        assert {peak_of(f"{isa} x", f) for f in ("int4", "int8", "bf16", "fp32")} <= known
+        assert {peak_of(f"{isa} x", f) for f in PANELS} <= known
 
 
 def test_threads_take_each_core_once_before_any_twice(tmp_path: Path) -> None:
