@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ktk
@@ -25,14 +26,33 @@ from ktk.demo.run import Options
 from ktk.evaluate.variants import Variant
 from ktk.generate.describe import describe_model
 from ktk.generate.open import open_model
+from ktk.integration.kt_kernel.sglang_arguments import checked_arguments
 from ktk.integration.transformers import KtkConfig
 from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.gguf_tokenizer import load_gguf_tokenizer
 from ktk.integration.transformers.loading import load_model
+from ktk.integration.transformers.tokens import load_tokenizer
+from ktk.kv.prefix.config import StoreConfig
+from ktk.kv.prefix.store import PrefixStore
 from ktk.ops.gguf_model import load_gguf
 from ktk.paths import user_path
+from ktk.placement.masks.files import (
+    read_masks,
+    read_masks_or_statistics,
+    read_statistics,
+    recorder_directory,
+    write_masks,
+    write_statistics,
+)
+from ktk.placement.masks.grid import ExpertGrid
+from ktk.placement.masks.recorder import ExpertRecorder
+from ktk.placement.residency.synthetic import Synthetic, synthetic_trace
+from ktk.placement.residency.trace import read_trace
 from ktk.quantise.ggml_library import GgmlLibrary
 from ktk.quantise.texts import read_text
+from ktk.train import add_expert_lora, save_expert_lora
+from ktk.train.adapter import read_adapter
+from ktk.train.data import read_examples
 from make import whole_models, wrapper_cases
 
 
@@ -93,6 +113,55 @@ def chat_saves() -> None:
     assert (Path.home() / "messages.json").is_file()
 
 
+def masks_and_statistics() -> None:
+    masks = np.eye(2, dtype=np.bool_)
+    write_masks(Path("~/masks.pt"), masks)
+    assert (Path.home() / "masks.pt").is_file()
+    assert (read_masks(Path("~/masks.pt")) == masks).all()
+    assert (read_masks_or_statistics(Path("~/masks.pt")) == masks).all()
+    write_statistics(Path("~/counts.pt"), np.ones((1, 2, 2), np.int64))
+    assert (read_statistics(Path("~/counts.pt")) == 1).all()
+
+
+def recorder_dumps(directory: Path) -> None:
+    recorder = ExpertRecorder(ExpertGrid(1, 2, (0,)), 1)
+    recorder.start()
+    recorder.begin_pass()
+    recorder.note(0, np.array([[1]]))
+    recorder.end_pass()
+    assert recorder.dump(directory).parent == Path.home() / "recorded"
+
+
+def of_environment() -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR", "~/recorded")
+        return recorder_directory()
+
+
+def trace_is_kept() -> None:
+    made = synthetic_trace(Synthetic(num_layers=2, num_experts=4, top_k=1, num_tokens=3))
+    made.save(Path("~/trace"))
+    assert read_trace(Path("~/trace")).num_layers == 2
+
+
+def store_is_kept() -> None:
+    config = StoreConfig(path="~/pages", memory_pool_size=1 << 20)
+    PrefixStore(config).close()
+    assert (Path.home() / "pages").is_dir()
+
+
+def adapter_is_kept() -> None:
+    model = load_model("~/packed")
+    add_expert_lora(model, r=1)
+    save_expert_lora(model, "~/adapter")
+    assert read_adapter("~/adapter").path == Path.home() / "adapter"
+
+
+def examples_are_read() -> None:
+    (Path.home() / "data.jsonl").write_text('{"text": "experts"}\n')
+    assert read_examples("~/data.jsonl", load_tokenizer(Path.home() / "hf"), 64)
+
+
 def command(*arguments: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
@@ -127,6 +196,16 @@ DOORS: dict[str, Callable[[], object]] = {
         or 1 / 0
     ),
     "chat /save": chat_saves,
+    "masks and statistics": masks_and_statistics,
+    "recorder": lambda: recorder_dumps(Path("~/recorded")),
+    "recorder of the environment": lambda: recorder_dumps(of_environment()),
+    "trace": trace_is_kept,
+    "PrefixStore": store_is_kept,
+    "adapter": adapter_is_kept,
+    "examples": examples_are_read,
+    "ktk sglang": lambda: checked_arguments(
+        ["--kt-weight-path", "~/packed", "--kt-threadpool-count", "1"]
+    ),
     "ktk doctor": lambda: command("doctor", "~/hf"),
     "ktk run": lambda: command("run", "~/m.gguf", "hello", "-n", "1"),
     "ktk convert": lambda: command("convert", "--input-path=~/hf", "--output=~/cli-out"),

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ktk import backends
 from ktk.checkpoint import is_gguf
 from ktk.integration.kt_kernel.arguments import ktk_method
 from ktk.machine import threads as engine
+from ktk.paths import user_path
 
 # Decode steps of ktk's experts can be captured in a CUDA graph, which no GPU here has tried: so
 # SGLang is told to do without, except where ktk's own argument asks for graphs.
@@ -87,7 +87,7 @@ def _check_weights(given: Sequence[str], found: Any) -> None:
             + (f" and ignores {others}" if others else "")
             + "; name a packed directory (ktk convert), the model's own, or a GGUF file"
         )
-    path = Path(found.kt_weight_path)
+    path = user_path(found.kt_weight_path)
     if not path.exists():
         raise ValueError(f"--kt-weight-path {path}: no such file or directory")
     if not path.is_dir() and not is_gguf(path):

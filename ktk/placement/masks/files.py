@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ktk.errors import CheckpointError
+from ktk.paths import user_path
 from ktk.placement.masks.grid import check_frequency
 
 COUNTS, RECORDS, MASKS = "logical_count", "records", "gpu_expert_masks"
@@ -29,7 +30,7 @@ _MOST_RANK = 8  # dimensions: no layout has more than three
 
 def recorder_directory() -> Path:
     """Where recorders write: SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, else /tmp, as SGLang."""
-    return Path(os.environ.get(DIRECTORY, "").strip() or _DEFAULT_DIRECTORY)
+    return user_path(os.environ.get(DIRECTORY, "").strip() or _DEFAULT_DIRECTORY)
 
 
 def read_statistics(path: Path) -> np.ndarray:
@@ -38,6 +39,7 @@ def read_statistics(path: Path) -> np.ndarray:
 
     CheckpointError names the file and what is wrong.
     """
+    path = user_path(path)
     return _statistics(path, _load(path))
 
 
@@ -46,6 +48,7 @@ def read_masks_or_statistics(path: Path) -> np.ndarray:
 
     CheckpointError names the file and what is wrong.
     """
+    path = user_path(path)
     stored = _load(path)
     is_bare = isinstance(stored, torch.Tensor) and stored.dtype == torch.bool
     has_masks = is_bare or (isinstance(stored, dict) and MASKS in stored)
@@ -91,6 +94,7 @@ def write_records(path: Path, records: list[dict[str, Any]], shape: tuple[int, i
 
 def read_masks(path: Path) -> np.ndarray:
     """bool (num_layers, num_experts). CheckpointError names the file and what is wrong."""
+    path = user_path(path)
     return _masks(path, _load(path))
 
 
@@ -117,7 +121,7 @@ def recorder_path(directory: Path, kind: str = "recorder", rank: int | None = No
     """A new name as SGLang gives: expert_distribution_recorder_{time}.pt, for details _{rank} too;
     of masks kind is "gpu" and the name gpu_expert_distribution_{time}.pt.
     """
-    now = repr(time.time())
+    directory, now = user_path(directory), repr(time.time())
     if kind == "gpu":
         return directory / f"gpu_expert_distribution_{now}.pt"
     end = "" if rank is None else f"_{rank}"
@@ -125,6 +129,7 @@ def recorder_path(directory: Path, kind: str = "recorder", rank: int | None = No
 
 
 def _save(path: Path, stored: dict[str, Any]) -> None:
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk.errors import CheckpointError
+from ktk.paths import user_path
 
 VERSION = 1
 _ARRAYS = {
@@ -150,12 +151,13 @@ class Trace:
         stored: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         stored |= {name: np.int64(getattr(self, name)) for name in _NUMBERS if name != "version"}
         stored |= {"version": np.int64(VERSION), "source": np.str_(self.source)}
-        with path.open("wb") as file:  # given a path, NumPy would add to its name
+        with user_path(path).open("wb") as file:  # given a path, NumPy would add to its name
             np.savez_compressed(file, **stored)
 
 
 def read_trace(path: Path) -> Trace:
     """A trace's file, read as hostile. CheckpointError names the file and what is wrong."""
+    path = user_path(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return _trace_of({name: stored[name] for name in (*_ARRAYS, *_NUMBERS, "source")})
