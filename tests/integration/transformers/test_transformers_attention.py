@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ktk.generate.batching import BatchingEngine
 from ktk.generate.engine import Limits
@@ -21,6 +21,7 @@ from ktk.integration.transformers import attention, use_attention
 from ktk.integration.transformers.attention import one_row
 from ktk.integration.transformers.attention_names import decides_by_name
 from ktk.integration.transformers.batches import CannotBatch
+from ktk.integration.transformers.multimodal import auto_class, leave_out_towers
 from ktk.integration.transformers.paged_attention import NAME as SERVED
 from ktk.integration.transformers.paged_attention import paged_attention
 from make.families import NOT_BUILT, causal_families, small_config
@@ -29,6 +30,15 @@ from make.transformers_cases import SEED
 
 LONG, NEW = 40, 6  # tokens: longer than any window, index or chunk below
 SHORT = {"sliding_window": 16, "attention_chunk_size": 16, "index_topk": 8}
+EYES = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 # Of two layers one must cache keys.
 HYBRID = {
     kind: {"layer_types": ["linear_attention", "full_attention"]}
@@ -42,7 +52,10 @@ INDEXED = {
     "glm_moe_dsa",
     "hy_v4",
     "minimax_m3_vl_text",
+    "mistral_large4",
 }
+WRAPPED = "mistral_large4"  # no class of its language model alone makes text
+FAMILIES = [*causal_families(), WRAPPED]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "keys"), [(8, 2, 33), (4, 4, 1), (6, 1, 200)])
@@ -78,12 +91,15 @@ def test_generation_is_that_of_sdpa_with_padding_too(tmp_path) -> None:  # type:
 def make_family(kind: str) -> Any:
     if kind in NOT_BUILT:
         pytest.skip(NOT_BUILT[kind])
-    config = small_config(kind)
+    config = small_config(f"{kind}_text" if kind == WRAPPED else kind)
     for name, value in {**SHORT, **HYBRID.get(kind, {})}.items():
         if getattr(config, name, None) is not None:
             setattr(config, name, value)
+    if kind == WRAPPED:
+        config = CONFIG_MAPPING[kind](text_config=config.to_dict(), vision_config=EYES)
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    leave_out_towers(model)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -101,7 +117,7 @@ def long_logits(model: Any) -> torch.Tensor:
     return torch.cat(said.logits).float()
 
 
-@pytest.mark.parametrize("kind", causal_families())
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_computes_the_same_in_a_context_longer_than_its_windows_and_index(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,9 +134,10 @@ def test_a_family_computes_the_same_in_a_context_longer_than_its_windows_and_ind
     assert is_used or not rows
 
 
-def test_the_index_of_sparse_attention_is_seen_by_these_contexts() -> None:
+@pytest.mark.parametrize("kind", ["deepseek_v32", WRAPPED])
+def test_the_index_of_sparse_attention_is_seen_by_these_contexts(kind: str) -> None:
     """Else the test above would show nothing."""
-    model = make_family("deepseek_v32")
+    model = make_family(kind)
     sparse = long_logits(model)
     for module in model.modules():
         if hasattr(module, "index_topk"):
@@ -128,7 +145,7 @@ def test_the_index_of_sparse_attention_is_seen_by_these_contexts() -> None:
     assert (long_logits(model) - sparse).abs().max() > 1e-2 * sparse.abs().max()
 
 
-@pytest.mark.parametrize("kind", causal_families())
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_families_that_decide_by_the_name_are_told_from_the_others(kind: str) -> None:
     model = make_family(kind)
     own = model.config._attn_implementation
