@@ -240,9 +240,9 @@ def test_what_ended_an_answer_is_said(
     )
     done = ktk("chat", str(model), "-n", "9", given="Why?\n")
     assert "ended by --max-tokens" in done.stderr
-    asked: list[int | None] = []
+    asked: list[int] = []
 
-    def generate(self: Any, ids: Any, sampling: Any, max_tokens: int | None, *_: Any) -> Any:
+    def generate(self: Any, ids: Any, sampling: Any, max_tokens: int, *_: Any, **__: Any) -> Any:
         asked.append(max_tokens)
         return Generated("", 1, 1, 1, 1.0, 1.0, "stop")
 
@@ -251,6 +251,8 @@ def test_what_ended_an_answer_is_said(
     monkeypatch.setattr(Session, "generate", generate)
     done = ktk("run", str(short), "Why?")
     assert asked == [2048] and "ended" not in done.stderr and "full" not in done.stderr
+    ktk("chat", str(short), given="Why?\n")
+    assert asked == [2048, 2048]
 
 
 def test_run_options_reach_the_generation(model: Path, opened: Any) -> None:

@@ -133,6 +133,7 @@ def test_a_batch_gives_the_tokens_of_generate(family: str) -> None:
     try:
         assert engine.why_alone is None and isinstance(engine, BatchingEngine)
         assert asyncio.run(together(engine, PROMPTS)) == want
+        assert engine.largest_batch > 1, "requests share a pass"
     finally:
         engine.stop()
     assert alone(model, PROMPTS[2]) == want[2]  # the engine leaves the model as it was

@@ -300,6 +300,10 @@ def test_health_and_description(server: Server) -> None:
     found = server.info()
     assert found["model"] == "tiny-moe" and found["context"] == CONTEXT
     assert "int8" in found["kernel"] and found["expert_bytes"] > 0
+    paths = {path["name"]: path for path in found["fast_paths"]}
+    assert set(paths) == {"fused decode", "batching", "AMX", "repacked", "huge pages"}
+    assert all(path["taken"] == (path["reason"] is None) for path in paths.values())
+    assert paths["batching"]["taken"], paths["batching"]["reason"]
 
 
 # --- what is refused ------------------------------------------------------------------------------
