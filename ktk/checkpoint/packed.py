@@ -26,7 +26,7 @@ from ktk.checkpoint.safetensors import SafetensorsFile, read_json_object, strict
 from ktk.errors import CheckpointError
 from ktk.experts.formats import PANELS
 from ktk.experts.layout import EXPERT_ALIGN, LAYOUT_VERSION
-from ktk.experts.rotation import Rotation
+from ktk.experts.rotation import NO_ROTATION, Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts, order_of
 from ktk.machine.cpu import num_physical_cores
@@ -241,10 +241,16 @@ def read_config(directory: str | os.PathLike[str]) -> PackedConfig:
     )
 
 
-def coding_of(spec: MoESpec) -> dict[str, Any]:
-    """What quantization_config says of how a layer is coded; a rotation of none is not said."""
-    coding = {name: getattr(spec, name) for name in CODING}
-    return {**coding, "rotation": list(spec.turns)} if spec.turns.width else coding
+def coding_of(*specs: MoESpec) -> dict[str, Any]:
+    """What quantization_config says of how layers are coded: None where they differ; a rotation of
+    none is not said.
+    """
+    found = {name: {getattr(spec, name) for spec in specs} for name in CODING}
+    coding = {name: values.pop() if len(values) == 1 else None for name, values in found.items()}
+    turns = {spec.turns for spec in specs}
+    if turns == {NO_ROTATION}:
+        return coding
+    return {**coding, "rotation": list(*turns) if len(turns) == 1 else None}
 
 
 def _check_codings(directory: Path, specs: dict[int, MoESpec], said: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ COMMANDS = {
     "chat": "ktk.cli.chat",
     "serve": "ktk.cli.serve",
     "convert": "ktk.cli.convert",
+    "quant": "ktk.cli.convert",  # as users of KTransformers' kt know it
+    "imatrix": "ktk.cli.imatrix",
     "train": "ktk.cli.train",
     "demo": "ktk.cli.demo",
     "eval": "ktk.cli.eval",

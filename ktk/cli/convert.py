@@ -29,12 +29,33 @@ def command(
         ),
     ],
     quant_method: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="nl4, nl3, nl2, int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, "
-            "q4_k, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32."
+            "q4_k, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32. Default: int4, or "
+            "the recipe alone."
         ),
-    ] = "int4",
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of lines PATTERN = FORMAT, regular expressions over names like "
+            "blk.3.ffn_down_exps.weight, the first found counts; or auto: measured on the "
+            "calibration text."
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="For --recipe auto: bits per weight of the experts, at most."),
+    ] = None,
+    among: Annotated[
+        list[str] | None,
+        typer.Option(help="For --recipe auto: a format to choose from; again for more."),
+    ] = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(help="Write what --recipe auto chose as a file for --recipe."),
+    ] = None,
     input_type: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +90,13 @@ def command(
             "rounds with error feedback on what it gives the experts."
         ),
     ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a text an importance matrix of llama.cpp's or of ktk imatrix, .gguf "
+            "or .dat: rounds where inputs are large."
+        ),
+    ] = None,
     calibrate_tokens: Annotated[
         int, typer.Option(min=256, help="Tokens of that text, in windows of 256 spread over it.")
     ] = 8192,
@@ -95,6 +123,7 @@ def command(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
 
+    from ktk.cli.recipe import Asked, print_choice
     from ktk.convert.run import Progress as Report
     from ktk.convert.run import convert
     from ktk.quantise.texts import read_text
@@ -108,6 +137,8 @@ def command(
         from ktk.integration.transformers.calibration import Calibration
 
         calibration = Calibration(calibrate, calibrate_tokens)
+    asked = Asked(recipe, bits, among, save_recipe)
+    asked.check(calibration is not None, resume)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -122,6 +153,17 @@ def command(
     try:
         with bar:
             task = bar.add_task("reading headers", total=None)
+            rules, choice = asked.recipe(
+                input_path,
+                output,
+                calibration,
+                threads,
+                lambda done, total: bar.update(
+                    task, description="measuring formats", completed=done, total=total
+                ),
+            )
+            if choice is not None and not as_json:
+                print_choice(choice)
 
             def show(progress: Report) -> None:
                 # What an earlier run did is not this run's speed.
@@ -145,6 +187,8 @@ def command(
                 whole=whole,
                 progress=show,
                 calibration=calibration,
+                recipe=rules,
+                imatrix=imatrix,
             )
     except KeyboardInterrupt:
         is_file = output.name.lower().endswith(".gguf")
@@ -152,7 +196,8 @@ def command(
         errors.print(f"interrupted{again}")
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(summary.to_json(), indent=2))
+        chosen = {} if choice is None else {"recipe": choice.to_json()}
+        typer.echo(json.dumps({**summary.to_json(), **chosen}, indent=2))
     else:
         typer.echo(_report(summary))
 

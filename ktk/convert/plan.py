@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from ktk.checkpoint import is_gguf
+from ktk.convert.importance import ImportanceFile, layer_importance
+from ktk.convert.recipe import Coding, Recipe, experts_name, one_coding, projections_of
 from ktk.convert.sinks.base import Sink
 from ktk.convert.sinks.gguf import GgufSink
 from ktk.convert.sinks.gguf_whole import WholeGgufSink
 from ktk.convert.sinks.packed import PackedSink
 from ktk.convert.sources import Calibration, HuggingFaceSource, Source
-from ktk.experts.formats import GGUF, PANELS, written_types
+from ktk.experts.formats import BLOCKS, GGUF, PANELS, written_types
 from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.machine.cpu import num_physical_cores
 from ktk.models import SOURCE_DTYPES
+from ktk.quantise.importance import LayerImportance
 
 QUANT_METHODS = tuple(name for name in PANELS if name != "fp32")
 FLOAT_METHODS = tuple(
@@ -36,7 +39,7 @@ class Request:
 
     input_path: Path
     output: Path
-    quant_method: str
+    quant_method: str | None
     input_type: str | None = None
     group_size: int | None = None
     activation_group: int | None = None
@@ -45,6 +48,8 @@ class Request:
     resume: bool = False
     whole: str | None = None
     calibration: Calibration | None = None
+    recipe: Recipe | None = None
+    importance: ImportanceFile | None = None
 
     @property
     def writes_gguf(self) -> bool:
@@ -59,7 +64,12 @@ class Request:
             )
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise ValueError(f"threads={self.threads!r}: must be a positive int")
-        is_exact = self.quant_method in FLOAT_METHODS
+        is_exact = self.quant_method in FLOAT_METHODS and self.recipe is None
+        if self.importance is not None and (is_exact or self.calibration is not None):
+            other = "a calibration text says more" if self.calibration is not None else None
+            raise ValueError(
+                f"imatrix: {other or f'{self.quant_method} rounds nothing away'}; leave it out"
+            )
         if self.calibration is not None and (is_exact or is_gguf(self.input_path)):
             exact = f"{self.quant_method} rounds nothing away"
             raise ValueError(
@@ -73,27 +83,54 @@ class Request:
     def _check_method(self) -> None:
         """The method is known and the output is named for it."""
         method, output, whole = self.quant_method, self.output, self.whole
-        if method not in (*QUANT_METHODS, *GGUF_METHODS):
+        if method is not None and method not in (*QUANT_METHODS, *GGUF_METHODS):
             raise ValueError(
                 f"quant_method={method!r}: must be one of {', '.join(QUANT_METHODS)}, "
                 f"or for a GGUF file {', '.join(GGUF_METHODS)}"
             )
         if whole is not None and whole not in WHOLE_TYPES:
             raise ValueError(f"whole={whole!r}: must be one of {', '.join(WHOLE_TYPES)}")
-        if self.writes_gguf and method not in GGUF_METHODS:
-            raise ValueError(
-                f"output {output}: {method} writes a directory; give one, "
-                f"or one of {', '.join(GGUF_METHODS)}"
-            )
-        if not self.writes_gguf and method not in QUANT_METHODS:
-            raise ValueError(
-                f"output {output}: {method} writes a GGUF file; give a name that ends in .gguf"
-            )
+        named = [] if method is None else [(method, "")]
+        if self.recipe is not None:
+            where = f" ({self.recipe.path})"
+            named += [(coding.format.name.lower(), where) for _, coding in self.recipe.rules]
+        for method, where in named:
+            if self.writes_gguf and method not in GGUF_METHODS:
+                raise ValueError(
+                    f"output {output}: {method}{where} writes a directory; give one, "
+                    f"or one of {', '.join(GGUF_METHODS)}"
+                )
+            if not self.writes_gguf and method not in QUANT_METHODS:
+                raise ValueError(
+                    f"output {output}: {method}{where} writes a GGUF file; "
+                    "give a name that ends in .gguf"
+                )
         if whole is not None and not self.writes_gguf:
             raise ValueError(
                 f"whole={whole!r}: output {output} is a directory, which holds whole models "
                 "anyway; leave it out"
             )
+
+    def coding(self, layer: int, projection: str, default_group: int | None = None) -> Coding:
+        """Of a layer's gate, up or down: the recipe's, else quant_method's.
+
+        default_group : of int4 where nobody names a group. ValueError if nobody names a format.
+        """
+        name = experts_name(layer, projection)
+        found = None if self.recipe is None else self.recipe.coding(name)
+        if found is None:
+            if self.quant_method is None:
+                assert self.recipe is not None
+                raise ValueError(
+                    f"{self.recipe.path}: no pattern is in {name}: add one, or give a quant_method "
+                    "for the rest"
+                )
+            rows = BLOCKS if self.writes_gguf else PANELS
+            key = self.quant_method.upper() if self.writes_gguf else self.quant_method
+            found = Coding(rows[key], self.group_size)
+        if found.format.name == "int4" and found.group_size is None:
+            return Coding(found.format, default_group)
+        return found
 
     def _check_gguf(self) -> None:
         """What a GGUF file as output does not take."""
@@ -116,12 +153,14 @@ class Request:
 class Plan:
     """A conversion that can begin.
 
-    layer_bytes : bytes of the source by layer. fingerprint : the source's as it was planned.
+    importance : by layer, of an importance matrix; else empty. layer_bytes : bytes of the source by
+    layer. fingerprint : the source's as it was planned.
     """
 
     source: Source
     sink: Sink
     calibration: Calibration | None
+    importance: dict[int, LayerImportance]
     threads: int
     layer_bytes: dict[int, int]
     fingerprint: list[dict[str, Any]]
@@ -160,34 +199,56 @@ def make_plan(request: Request, source: Source) -> Plan:
 
     Raises CheckpointError, ValueError, FileExistsError for what cannot be converted so.
     """
+    if request.recipe is not None and request.whole is None:
+        request.recipe.check_used(_experts_names(source))
     calibration = request.calibration
-    provenance = None if calibration is None else calibration.provenance()
+    said = calibration or request.importance
+    provenance = None if said is None else said.provenance()
     fingerprint = source.fingerprint()
     sink: Sink
     if request.writes_gguf:
         sink = _gguf_sink(request, source, provenance)
     else:
-        group_size = request.group_size
-        if group_size is None and request.quant_method == "int4":
-            group_size = source.int4_group
-        specs = {
-            layer: MoESpec(
-                **source.spec_fields(layer),
-                weight_format=request.quant_method,
-                group_size=group_size,
-                activation_group=request.activation_group,
-                rotation=request.rotation,
-            )
-            for layer in source.layers
+        specs = {layer: _packed_spec(request, source, layer) for layer in source.layers}
+        recipe = None if request.recipe is None else str(request.recipe)
+        sink = PackedSink(source, request.output, specs, fingerprint, provenance, recipe)
+    importance = {}
+    if request.importance is not None:
+        path, imatrix = request.importance.path, request.importance.read()
+        importance = {
+            layer: layer_importance(imatrix, path, layer, spec)
+            for layer, spec in sink.specs.items()
         }
-        sink = PackedSink(source, request.output, specs, fingerprint, provenance)
     return Plan(
         source,
         sink,
         calibration,
+        importance,
         request.threads or num_physical_cores(),
         {layer: source.layer_bytes(layer) for layer in source.layers},
         fingerprint,
+    )
+
+
+def _experts_names(source: Source) -> Iterator[str]:
+    for layer in source.layers:
+        has_gate = source.spec_fields(layer).get("has_gate", True)
+        yield from (experts_name(layer, name) for name in projections_of(has_gate))
+
+
+def _packed_spec(request: Request, source: Source, layer: int) -> MoESpec:
+    """Of one layer; ValueError where a recipe gives its matrices several formats."""
+    fields = source.spec_fields(layer)
+    projections = projections_of(fields.get("has_gate", True))
+    coding = one_coding(
+        layer, {name: request.coding(layer, name, source.int4_group) for name in projections}
+    )
+    return MoESpec(
+        **fields,
+        weight_format=coding.format.name,
+        group_size=coding.group_size,
+        activation_group=request.activation_group,
+        rotation=request.rotation,
     )
 
 
@@ -201,7 +262,12 @@ def _gguf_sink(request: Request, source: Source, provenance: dict[str, Any] | No
         layer: MoESpec(**source.spec_fields(layer), weight_format=GGUF.name)
         for layer in source.layers
     }
-    kind = request.quant_method.upper()
+
+    def type_of(layer: int, projection: str) -> str:
+        return request.coding(layer, projection).format.name
+
     if request.whole is None:
-        return GgufSink(source, request.output, specs, kind, provenance)
-    return WholeGgufSink(source, request.output, specs, kind, provenance, request.whole.upper())
+        return GgufSink(source, request.output, specs, type_of, provenance)
+    return WholeGgufSink(
+        source, request.output, specs, type_of, provenance, request.whole.upper(), request.recipe
+    )

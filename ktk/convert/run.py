@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from ktk.convert.importance import ImportanceFile
 from ktk.convert.plan import Plan, Request, make_plan
+from ktk.convert.recipe import Recipe
 from ktk.convert.resume import check_unchanged
 from ktk.convert.sinks.base import Pieces
 from ktk.convert.sources import Calibration, open_source
@@ -29,6 +31,7 @@ from ktk.experts.stored import CodedExpert
 from ktk.ops.moe import MoE
 from ktk.paths import user_path
 from ktk.quantise.feedback import LayerCalibration, LayerInputs
+from ktk.quantise.importance import LayerImportance
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,16 @@ class Summary:
     input_bytes, expert_bytes, other_bytes : read, and written of both kinds. seconds : of this run.
     reused_layers : layers an earlier run had finished. mb_per_second : input bytes of this run's
     own work. notes : what a reader of the output should know, a sentence each. rotation : width and
-    seed, or None.
+    seed, or None. weight_format : several joined by +; group_size, activation_group : None where
+    layers differ.
     """
 
     output: str
     family: str
     source_dtype: str
     weight_format: str
-    group_size: int
-    activation_group: int
+    group_size: int | None
+    activation_group: int | None
     num_layers: int
     num_experts: int
     reused_layers: int
@@ -80,7 +84,7 @@ def convert(
     input_path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    quant_method: str = "int4",
+    quant_method: str | None = None,
     input_type: str | None = None,
     group_size: int | None = None,
     activation_group: int | None = None,
@@ -90,6 +94,8 @@ def convert(
     whole: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     calibration: Calibration | None = None,
+    recipe: Recipe | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
 ) -> Summary:
     """Convert a checkpoint's experts to ``quant_method``.
 
@@ -97,15 +103,18 @@ def convert(
     split one, a directory), whose packed directory holds the experts only.
     output : a directory, new or empty, that loads alone; or a new .gguf file.
     quant_method : nl4, nl3, nl2, int4 (or int4:64, a group size), int8, fp8 or bf16 for a
-    directory; one of GGUF_METHODS for an ``output`` that ends in .gguf. whole : a GGUF file holds
-    the experts only, unless this names the type of all other weights: then it is a model that GGUF
-    programs load, of the architectures of ``ktk.models.whole``. input_type : None reads it from the
-    checkpoint; a name of SOURCE_DTYPES must agree with it. group_size, activation_group, rotation :
-    see MoESpec.
+    directory, where None is int4; one of GGUF_METHODS for an ``output`` that ends in .gguf.
+    recipe : of each matrix; quant_method is that of matrices without a rule. Those of one layer may
+    differ in a GGUF file alone. whole : a GGUF file holds the experts only, unless this names the
+    type of all other weights: then it is a model that GGUF programs load, of the architectures of
+    ``ktk.models.whole``; the recipe's patterns count for those weights, too. input_type : None
+    reads it from the checkpoint; a name of SOURCE_DTYPES must agree with it. group_size (of
+    quant_method), activation_group, rotation : see MoESpec.
     threads : experts packed at a time, default the physical cores. resume : go on where an
     interrupted run of the same job stopped; a GGUF file is written in one go. calibration : rounds
     with error feedback on the inputs that a text gives the experts, for int4, int8 and the GGUF
-    methods of blocks; a ``ktk.integration.transformers.calibration.Calibration``.
+    methods of blocks; a ``ktk.integration.transformers.calibration.Calibration``. imatrix : instead
+    of it an importance matrix of llama.cpp's, for any source.
 
     Memory: a few experts for each thread, whatever the model's size.
     Raises CheckpointError for a bad input, ValueError for arguments that do not fit,
@@ -113,7 +122,10 @@ def convert(
     what is finished stays for ``resume``.
     """
     started = time.monotonic()
-    quant_method, group_size = _method(quant_method, group_size)
+    if quant_method is not None:
+        quant_method, group_size = _method(quant_method, group_size)
+    elif recipe is None:
+        quant_method = "int4"
     request = Request(
         user_path(input_path),
         user_path(output),
@@ -126,6 +138,8 @@ def convert(
         resume,
         whole,
         calibration,
+        recipe,
+        None if imatrix is None else ImportanceFile(user_path(imatrix)),
     )
     with open_source(request.input_path, input_type) as source:
         plan = make_plan(request, source)
@@ -168,7 +182,7 @@ def _write_layers(plan: Plan, meter: _Meter) -> None:
         return
     jobs = ((layer, expert) for layer in missing for expert in range(_num_experts(plan, layer)))
     with contextlib.closing(
-        in_order(lambda job: _round(plan, *job), jobs, plan.threads)
+        in_order(lambda job: _round(plan, *job, plan.importance.get(job[0])), jobs, plan.threads)
     ) as experts:  # across layers: threads do not wait at a layer's end
         for layer in missing:
             own = itertools.islice(experts, _num_experts(plan, layer))
@@ -202,7 +216,9 @@ class _Done(Exception):
     """The last layer is calibrated: the rest of the model need not run."""
 
 
-def _round(plan: Plan, layer: int, expert: int, rounding: LayerCalibration | None = None) -> Pieces:
+def _round(
+    plan: Plan, layer: int, expert: int, rounding: LayerCalibration | LayerImportance | None
+) -> Pieces:
     """One expert as the sink holds it, to the nearest or calibrated. Raises CheckpointError."""
     sink = plan.sink
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ktk.convert.recipe import Coding, one_coding, projections_of
 from ktk.evaluate.variants import Variant
 from ktk.experts.dequantise import dequantise
 from ktk.experts.formats import BLOCKS, GGUF, PANELS, activation_group_of
@@ -75,19 +76,29 @@ class Quantiser:
         self._activation_group, self._rotation = activation_group, rotation
         if variant.by == "ggml" and ggml is None:
             raise ValueError(f"{variant.label}: llama.cpp's quantisers need --ggml FOLDER")
-        self.is_packed = variant.format in PANELS
-        self._block = 1 if self.is_packed else BLOCKS[variant.format].block
+        self.is_packed = variant.is_packed
 
-    def spec(self, module: Any) -> tuple[MoESpec, MoESpec]:
-        """The module's own spec, and the one its experts are coded with: padded to whole blocks."""
+    def codings(self, layer: int, has_gate: bool) -> dict[str, Coding]:
+        """Of a layer's matrices, by projection."""
         v = self.variant
+        if v.recipe is not None:
+            return v.recipe.of_layer(layer, has_gate)
+        fmt = PANELS[v.format] if self.is_packed else BLOCKS[v.format]
+        return dict.fromkeys(projections_of(has_gate), Coding(fmt, v.group_size))
+
+    def spec(self, module: Any, layer: int) -> tuple[MoESpec, MoESpec]:
+        """The module's own spec, and the one its experts are coded with: padded to whole blocks."""
+        spec, activation = module_spec(module, None, None, None)
+        codings = self.codings(layer, spec.has_gate)
+        block = 1
         if self.is_packed:
-            coding = v.format, v.group_size, self._activation_group, self._rotation
-            spec, activation = module_spec(module, *coding)
+            coding = one_coding(layer, codings)
+            fields = coding.format.name, coding.group_size, self._activation_group, self._rotation
+            spec, activation = module_spec(module, *fields)
         else:
-            spec, activation = module_spec(module, None, None, None)
-            fmt = BLOCKS[v.format]
-            group = activation_group_of(fmt.bits_per_weight)
+            block = max(coding.format.block for coding in codings.values())
+            bits = max(coding.format.bits_per_weight for coding in codings.values())
+            group = activation_group_of(bits)
             spec = dataclasses.replace(
                 spec,
                 weight_format=GGUF.name,
@@ -98,28 +109,30 @@ class Quantiser:
             raise ValueError(
                 f"{type(module).__name__}: ktk eval takes experts whose activation ktk runs itself"
             )
-        sizes = (round_up(size, self._block) for size in (spec.hidden_size, spec.intermediate_size))
+        sizes = (round_up(size, block) for size in (spec.hidden_size, spec.intermediate_size))
         hidden, intermediate = sizes
         return spec, dataclasses.replace(spec, hidden_size=hidden, intermediate_size=intermediate)
 
-    def encode(self, name: str, w: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks of a GGUF type and their values; as ``ktk.quantise.feedback.Encode``."""
-        if self.variant.by == "ktk":
-            return calibrated(w, BLOCKS[self.variant.format], factor)
-        assert self._ggml is not None
-        # the diagonal of (I + U) D (I + U)^T: the mean squares an importance matrix holds
-        importance = factor.weight + np.square(factor.upper) @ factor.weight
-        blocks = self._ggml.quantise(self.variant.format, to_f32(w), importance)
-        return blocks, dequantise(
-            StoredMatrix.of_rows(self.variant.format, w.shape[1], blocks[None]), 0
-        )
+    def encoder(self, codings: dict[str, Coding]) -> Encode:
+        """To blocks of GGUF types, by projection."""
 
-    def moe(self, module: Any, inputs: LayerInputs | None) -> Any:
+        def encode(name: str, w: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
+            fmt = codings[name].format
+            if self.variant.by == "ktk":
+                return calibrated(w, fmt, factor)
+            assert self._ggml is not None
+            blocks = self._ggml.quantise(fmt.name, to_f32(w), factor.mean_squares)
+            return blocks, dequantise(StoredMatrix.of_rows(fmt.name, w.shape[1], blocks[None]), 0)
+
+        return encode
+
+    def moe(self, module: Any, layer: int, inputs: LayerInputs | None) -> Any:
         """The layer's experts, ready to run.
 
         inputs : those of the calibration text, if the variant is calibrated.
         """
-        own, spec = self.spec(module)
+        own, spec = self.spec(module, layer)
+        codings = self.codings(layer, spec.has_gate)
         calibration = None
         if inputs is not None:
             more = spec.hidden_size - own.hidden_size
@@ -128,21 +141,28 @@ class Quantiser:
         with ThreadPoolExecutor(cpu.default_threads()) as pool:
             made = list(
                 pool.map(
-                    lambda e: self._expert(module, e, spec, calibration), range(spec.num_experts)
+                    lambda e: self._expert(module, e, spec, codings, calibration),
+                    range(spec.num_experts),
                 )
             )
         moe = MoE(
-            self._assemble(spec, made), method=self._method if self.is_packed else "LLAMAFILE"
+            self._assemble(spec, codings, made),
+            method=self._method if self.is_packed else "LLAMAFILE",
         )
         return moe if spec == own else PaddedMoE(moe, own.hidden_size)
 
     def _expert(
-        self, module: Any, expert: int, spec: MoESpec, calibration: LayerCalibration | None
+        self,
+        module: Any,
+        expert: int,
+        spec: MoESpec,
+        codings: dict[str, Coding],
+        calibration: LayerCalibration | None,
     ) -> tuple[ExpertWeights, dict[str, np.ndarray]]:
         weights = _padded(float_expert(module, expert), spec)
         v = self.variant
         if calibration is not None:
-            encode: Encode = packed_encoder(spec) if self.is_packed else self.encode
+            encode = packed_encoder(spec) if self.is_packed else self.encoder(codings)
             return weights, calibration.expert(expert, weights, encode)
         if self.is_packed:
             span = np.empty(spec.layout.expert_bytes, np.uint8)
@@ -154,10 +174,13 @@ class Quantiser:
         if v.by == "ggml":
             assert self._ggml is not None
             return weights, {n: self._ggml.quantise(v.format, w) for n, w in named.items()}
-        return weights, {n: rows_alike(w, v.format) for n, w in named.items()}
+        return weights, {n: rows_alike(w, codings[n].format.name) for n, w in named.items()}
 
     def _assemble(
-        self, spec: MoESpec, made: list[tuple[ExpertWeights, dict[str, np.ndarray]]]
+        self,
+        spec: MoESpec,
+        codings: dict[str, Coding],
+        made: list[tuple[ExpertWeights, dict[str, np.ndarray]]],
     ) -> StoredExperts:
         if self.is_packed:
             data = aligned_buffer(spec.num_experts * spec.layout.expert_bytes)
@@ -173,7 +196,9 @@ class Quantiser:
             if name == "gate" and not spec.has_gate:
                 return None
             return StoredMatrix.of_rows(
-                self.variant.format, in_features, np.stack([stored[name] for _, stored in made])
+                codings[name].format.name,
+                in_features,
+                np.stack([stored[name] for _, stored in made]),
             )
 
         def bias(name: str) -> np.ndarray | None:
@@ -226,16 +251,19 @@ def quantise_model(
     made: dict[int, Any] = {}
 
     def on_layer(layer: int, inputs: LayerInputs) -> np.ndarray:
-        made[layer] = quantiser.moe(modules[layer], inputs)
-        out = made[layer].forward(*(torch.from_numpy(x) for x in dataclasses.astuple(inputs)))
+        made[layer] = quantiser.moe(modules[layer], layer, inputs)
+        given = inputs.hidden, inputs.topk_ids, inputs.topk_weights
+        out = made[layer].forward(*map(torch.from_numpy, given))
         return np.asarray(out)
 
     if calibration_ids is None:
-        made.update({layer: quantiser.moe(module, None) for layer, module in modules.items()})
+        made.update(
+            {layer: quantiser.moe(module, layer, None) for layer, module in modules.items()}
+        )
     else:
         run_layers(model, calibration_ids, on_layer)
     for layer, module in modules.items():
-        activation = quantiser.spec(module)[0].activation
+        activation = quantiser.spec(module, layer)[0].activation
         hang(module, ExpertsHandle(made[layer], activation, None))
         drop_weights(module)
     select_ktk(model, modules.values())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ktk import backends
+from ktk.checkpoint import is_gguf
+from ktk.convert.recipe import Recipe
 from ktk.experts.formats import BLOCKS, PANELS
 from ktk.paths import user_path
 
@@ -20,6 +22,7 @@ class Variant:
     format : a name of PANELS or of a GGUF type. group_size : of packed formats, None: the default.
     by : "ktk", "ggml" (llama.cpp's quantiser, GGUF types only), or a path, of a converted directory
         or a GGUF file.
+    recipe : of each layer and projection; format is then its file's path.
     is_calibrated : with error feedback (ktk) or an importance matrix (ggml), from a calibration
         text.
     """
@@ -28,6 +31,12 @@ class Variant:
     group_size: int | None = None
     by: str = "ktk"
     is_calibrated: bool = False
+    recipe: Recipe | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the experts lie in panels."""
+        return self.format in PANELS if self.recipe is None else self.recipe.is_packed
 
     @property
     def label(self) -> str:
@@ -46,14 +55,17 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """``int4:64``, ``int8``, ``Q4_K``, ``Q4_K:ggml``, or the path of a converted directory or
-        GGUF file.
+        """``int4:64``, ``int8``, ``Q4_K``, ``Q4_K:ggml``, or the path of a converted directory, a
+        GGUF file or a recipe.
 
         Raises ValueError that lists what there is.
         """
         if text.startswith("~"):
             text = str(user_path(text))
-        if Path(text).exists():
+        path = Path(text)
+        if path.is_file() and not is_gguf(path):
+            return cls(text, recipe=Recipe.read(path))
+        if path.exists():
             return cls(text, by=text)
         method = backends.parse_method(text)
         fmt = method.format
@@ -73,8 +85,8 @@ class Variant:
 
     def calibrated(self) -> Variant | None:
         """The same calibrated, if it can be."""
-        is_packed = self.format in PANELS
-        if self.by == "ktk" and (not is_packed or PANELS[self.format].is_integer):
+        is_exact = self.format in PANELS and not PANELS[self.format].is_integer
+        if self.by == "ktk" and not is_exact:
             return dataclasses.replace(self, is_calibrated=True)
         is_rounded = self.by == "ggml" and self.format not in ("F32", "F16", "BF16")
         return dataclasses.replace(self, is_calibrated=True) if is_rounded else None

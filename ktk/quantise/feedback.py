@@ -34,7 +34,7 @@ from ktk.experts.stored import ExpertWeights
 from ktk.quantise import block_bytes
 from ktk.quantise.blocks import BLOCK_TYPES, LARGEST, quantise_rows
 from ktk.quantise.levels import NO_NUMBA, round_levels
-from ktk.quantise.pack import NOT_FINITE, check_expert
+from ktk.quantise.pack import NOT_FINITE, check_expert, pack_matrix
 
 F = np.float32
 # Of H's mean diagonal, added to the diagonal: the text is a sample.
@@ -69,6 +69,12 @@ class Factor:
 
     upper: np.ndarray
     weight: np.ndarray
+
+    @property
+    def mean_squares(self) -> np.ndarray:
+        """The diagonal of H, float32 (K,): what an importance matrix holds."""
+        squares: np.ndarray = self.weight + np.square(self.upper) @ self.weight
+        return squares
 
 
 def factorise(hessian: np.ndarray, damping: float = DAMPING) -> Factor:
@@ -248,6 +254,10 @@ def calibrated(
         layout = matrix_layout(fmt, columns, rows, group_size, 0, rotation)
         wide = layout.num_groups * layout.group_size
         factor = padded(factor, wide)
+        if not fmt.is_integer:  # floats, or fp8 whose scales are no search's
+            panels = np.empty((layout.num_panels, layout.panel_bytes), np.uint8)
+            pack_matrix(w, layout, panels)
+            return panels, dequantised(panels, layout)
         if fmt.levels:
             panels = round_levels(given, layout, factor.upper, factor.weight).panels(layout)
             return panels, dequantised(panels, layout)
@@ -347,11 +357,14 @@ class LayerInputs:
     """What came to a layer's experts.
 
     hidden float32 (tokens, hidden_size); topk_ids int64, topk_weights float32 (tokens, top_k).
+    residual : float32 (tokens,), mean squares of what came to the layer and its output is added to;
+    None where nobody looked.
     """
 
     hidden: np.ndarray
     topk_ids: np.ndarray
     topk_weights: np.ndarray
+    residual: np.ndarray | None = None
 
 
 class LayerCalibration:
@@ -377,8 +390,8 @@ class LayerCalibration:
             raise ValueError(
                 "the inputs of the calibration hold NaN or inf: the model overflows on that text"
             )
-        turned = _turned(inputs.hidden, spec.turns)
-        self._pooled = _moments(turned, np.ones(len(turned), F))
+        x = turned(inputs.hidden, spec.turns)
+        self._pooled = _moments(x, np.ones(len(x), F))
         a = spec.activation
         is_bounded = np.isfinite(a.up_min) or np.isfinite(a.up_max)
         self._up_multiplies = (
@@ -395,9 +408,7 @@ class LayerCalibration:
         check_expert(self.spec, weights)
         token, slot = np.nonzero(self.inputs.topk_ids == expert)
         x, routing = self.inputs.hidden[token], self.inputs.topk_weights[token, slot]
-        turns = self.spec.turns
-        moments = _mix(_moments(_turned(x, turns), routing), routing, self._pooled)
-        factor = factorise(moments)
+        factor = self.input_factor(x, routing)
         stored: dict[str, np.ndarray] = {}
         first: dict[str, np.ndarray] = {}
         for name in ("gate", "up") if weights.gate is not None else ("up",):
@@ -407,8 +418,8 @@ class LayerCalibration:
             if bias is not None:
                 first[name] += bias
         h = self.spec.activation.apply(first.get("gate"), first["up"])
-        moments = _moments(_turned(h, turns), routing)
-        down = factorise(_mix(moments, routing, np.diag(np.diag(moments))))
+        moments = self.moments(h, routing)
+        down = self.down_factor(moments, routing)
         stored["down"], values = encode("down", weights.down, down)
         if not self._up_multiplies or not moments.any():
             return stored
@@ -420,8 +431,20 @@ class LayerCalibration:
             stored |= {"down": balanced, "up": encode("up", up, factor)[0]}
         return stored
 
+    def input_factor(self, x: np.ndarray, routing: np.ndarray) -> Factor:
+        """Of the inputs of gate and up, float32 (tokens, hidden_size), weighted by (tokens,)."""
+        return factorise(_mix(self.moments(x, routing), routing, self._pooled))
 
-def _turned(x: np.ndarray, rotation: Rotation) -> np.ndarray:
+    def down_factor(self, moments: np.ndarray, routing: np.ndarray) -> Factor:
+        """Of those of down, whose ``moments`` are given."""
+        return factorise(_mix(moments, routing, np.diag(np.diag(moments))))
+
+    def moments(self, x: np.ndarray, routing: np.ndarray) -> np.ndarray:
+        """Second moments float32 (K, K) of inputs (tokens, columns), rotated as the spec says."""
+        return _moments(turned(x, self.spec.turns), routing)
+
+
+def turned(x: np.ndarray, rotation: Rotation) -> np.ndarray:
     """float32 (rows, columns), rotated, then padded to whole blocks."""
     if not rotation.width:
         return x

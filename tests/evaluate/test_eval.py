@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from ktk import backends, load_gguf
 from ktk.checkpoint import packed
 from ktk.cli import main
+from ktk.convert.recipe import Recipe
 from ktk.convert.run import convert
 from ktk.errors import CheckpointError
 from ktk.evaluate.distance import StoredLogits, distance
@@ -141,6 +142,41 @@ def test_eval_reports_every_format(
     if RUNS_GGUF:  # Q6_K: rows padded to 256
         assert 0 < rows["Q8_0"]["kl"] < rows["Q6_K"]["kl"] < rows["int4 g32"]["kl"]
         assert rows["Q6_K"]["bits_per_weight"] == pytest.approx(6.5625)
+
+
+def test_eval_takes_recipes(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, mixed = tmp_path / "same.txt", tmp_path / "mixed.txt"
+    same.write_text("ffn_(gate|up|down) = int8")
+    mixed.write_text("blk.0 = int8\nblk = nl3")
+    formats = [option for name in ("int8", same, mixed) for option in ("-f", name)]
+    rows = run_json(capsys, "eval", source, "--text", text, *formats, "--tokens", 256)
+    assert rows[str(same)]["kl"] == rows["int8 channel"]["kl"] < rows[str(mixed)]["kl"]
+    assert rows[str(same)]["bits_per_weight"] > rows[str(mixed)]["bits_per_weight"] > 5
+
+
+def test_convert_chooses_a_recipe_for_bits(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["convert", "-i", source, "--calibrate", text, "--calibrate-tokens", 512, "--json"]
+    found = []
+    for bits in (3.6, 6.5):
+        output, saved = tmp_path / f"{bits}", tmp_path / f"{bits}.txt"
+        auto = ["-o", output, "--recipe", "auto", "--bits", bits, "--save-recipe", saved]
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, options), *map(str, auto)])
+        out = capsys.readouterr()
+        assert ended.value.code == 0, out.err
+        found.append(json.loads(out.out))
+        assert found[-1]["recipe"]["bits_per_weight"] <= bits
+        assert found[-1]["bits_per_weight"] == pytest.approx(
+            found[-1]["recipe"]["bits_per_weight"], rel=1e-6
+        )
+        recipe = Recipe.read(saved)
+        for layer, spec in packed.read_config(output).specs.items():
+            assert str(recipe.coding(f"blk.{layer}.ffn_up_exps")) == spec.weight_format
+    assert found[0]["recipe"]["loss"] > 2 * found[1]["recipe"]["loss"] > 0
 
 
 def test_eval_of_a_converted_directory_is_that_of_its_format(

@@ -128,7 +128,8 @@ def test_feedback_lowers_the_loss_of_packed_formats(name: str, group: int) -> No
     np.testing.assert_allclose(decoded, values, atol=1e-6)
     pack_matrix(w, layout, panels)
     plain = decoded_packed(panels, spec, rows, columns)
-    assert h_loss(w - decoded, h) < 0.4 * h_loss(w - plain, h)
+    share = 0.45 if fmt.bits == 2 else 0.4  # four levels leave less to hand on
+    assert h_loss(w - decoded, h) < share * h_loss(w - plain, h)
 
 
 def test_channels_that_never_fire_and_single_tokens_leave_finite_blocks() -> None:

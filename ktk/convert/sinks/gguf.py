@@ -14,7 +14,8 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -36,10 +37,11 @@ from ktk.convert.sinks.gguf_header import (
 )
 from ktk.convert.sinks.gguf_rows import FALLBACK, encode_rows, is_whole, row_bytes
 from ktk.convert.sources import HuggingFaceSource
+from ktk.experts.dequantise import dequantise
 from ktk.experts.formats import BLOCKS
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts, StoredMatrix
-from ktk.quantise.feedback import Encode, calibrated
+from ktk.quantise.feedback import Encode, Factor, calibrated
 
 EXPERTS_ONLY = (
     "holds the experts only: the other tensors and the tokenizer stay with the Hugging Face "
@@ -61,10 +63,10 @@ class ExpertsTensor(FileTensor):
 class GgufSink(Sink):
     """A file that ``ktk.load_gguf`` and ``KTMoEWrapper`` read.
 
-    type : of the experts, a name of ``written_types``. provenance : of a calibration, or None.
-    others : tensors that a subclass writes behind the experts'. metadata : more key-values, by key
-    after the architecture. keys : more of them, by whole key. Raises ValueError for rows that are
-    not whole blocks.
+    type_of : of a layer's projection, a name of ``written_types``. provenance : of a calibration,
+    or None. others : tensors that a subclass writes behind the experts'. metadata : more
+    key-values, by key after the architecture. keys : more of them, by whole key.
+    Raises ValueError for rows that are not whole blocks.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class GgufSink(Sink):
         source: HuggingFaceSource,
         output: Path,
         specs: dict[int, MoESpec],
-        type: str,
+        type_of: Callable[[int, str], str],
         provenance: dict[str, Any] | None,
         *,
         others: Sequence[FileTensor] = (),
@@ -81,7 +83,7 @@ class GgufSink(Sink):
         notes: Sequence[str] = (EXPERTS_ONLY,),
     ) -> None:
         self.output, self.folder, self.specs = output, output.parent, specs
-        self.type, self.missing = type, tuple(specs)
+        self.type_of, self.missing = type_of, tuple(specs)
         noted = list(notes)
         plans = {layer: self._plan(layer, spec, noted) for layer, spec in specs.items()}
         config = source.model_config
@@ -98,7 +100,7 @@ class GgufSink(Sink):
         self.header = header(
             architecture,
             source.place.resolve().name,
-            type,
+            _most(itertools.chain(*plans.values())),
             {
                 **{f"{architecture}.{key}": value for key, value in said.items()},
                 **keys,
@@ -114,7 +116,7 @@ class GgufSink(Sink):
         written = list(itertools.chain(*self.tensors.values()))
         self.expert_bytes = sum(t.num_bytes for t in written)
         types = {t.type for t in written if not t.projection.endswith("_bias")}
-        weight_format = "+".join(sorted(types, key=[type, FALLBACK].index))
+        weight_format = "+".join(sorted(types, key=list(BLOCKS).index))
         self.coding = {"weight_format": weight_format, "group_size": 0, "activation_group": 0}
         self._open_file = contextlib.ExitStack()
 
@@ -133,7 +135,15 @@ class GgufSink(Sink):
 
     def encoder(self, layer: int) -> Encode:
         types = {t.projection: t.type for t in self.tensors[layer]}
-        return lambda name, w, factor: calibrated(w, BLOCKS[types[name]], factor)
+
+        def encode(name: str, w: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
+            if BLOCKS[types[name]].block > 1:
+                return calibrated(w, BLOCKS[types[name]], factor)
+            rows = encode_rows(w, types[name])  # floats, which round nothing worth an error
+            stored = StoredMatrix.of_rows(types[name], w.shape[1], rows.view(np.uint8)[None])
+            return rows, dequantise(stored, 0)
+
+        return encode
 
     def encode(self, layer: int, weights: ExpertWeights | CodedExpert) -> Pieces:
         if isinstance(weights, CodedExpert):
@@ -188,7 +198,7 @@ class GgufSink(Sink):
         plan = []
         for projection in ("gate", "up", "down") if spec.has_gate else ("up", "down"):
             outs, ins = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
-            name, type = f"blk.{layer}.ffn_{projection}_exps", self.type
+            name, type = f"blk.{layer}.ffn_{projection}_exps", self.type_of(layer, projection)
             if not is_whole(type, ins) and is_whole(FALLBACK, ins):
                 note = (
                     f"{projection}: {FALLBACK}, as its rows of {ins} weights are not whole "
@@ -207,6 +217,15 @@ class GgufSink(Sink):
                 shape = (count, outs)
                 plan.append(ExpertsTensor(f"{name}.bias", "F32", shape, f"{projection}_bias"))
         return plan
+
+
+def _most(tensors: Iterable[ExpertsTensor]) -> str:
+    """The type of the most bytes of matrices."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        if not tensor.projection.endswith("_bias"):
+            sizes[tensor.type] += tensor.num_bytes
+    return max(sizes, key=lambda name: sizes[name])
 
 
 def _remove_leftovers(output: Path) -> None:

@@ -6,7 +6,7 @@ Of architectures that a row of ``ktk.models.whole`` describes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
+from ktk.convert.recipe import Recipe
 from ktk.convert.sinks.base import Report
 from ktk.convert.sinks.gguf import GgufSink
 from ktk.convert.sinks.gguf_header import FileTensor, architecture_of, placed
@@ -47,26 +48,30 @@ class OtherTensor(FileTensor):
 
 
 class WholeGgufSink(GgufSink):
-    """A file that GGUF programs load as a model. whole_type : of the other tensors."""
+    """A file that GGUF programs load as a model.
+
+    whole_type : of the other tensors that ``recipe`` says nothing of.
+    """
 
     def __init__(
         self,
         source: HuggingFaceSource,
         output: Path,
         specs: dict[int, MoESpec],
-        type: str,
+        type_of: Callable[[int, str], str],
         provenance: dict[str, Any] | None,
         whole_type: str,
+        recipe: Recipe | None = None,
     ) -> None:
         self.checkpoint, self.fields = source.checkpoint, source.checkpoint.config
         model = _described(self.checkpoint)
-        planned = list(_plan(self.checkpoint, model, source.expert_tensors, whole_type))
+        planned = list(_plan(self.checkpoint, model, source.expert_tensors, whole_type, recipe))
         vocab_size = int(self.fields["vocab_size"])
         super().__init__(
             source,
             output,
             specs,
-            type,
+            type_of,
             provenance,
             others=planned,
             metadata={**model.written(self.fields), "vocab_size": vocab_size},
@@ -128,7 +133,11 @@ def _described(checkpoint: Checkpoint) -> WholeModel:
 
 
 def _plan(
-    checkpoint: Checkpoint, model: WholeModel, expert_tensors: set[str], whole_type: str
+    checkpoint: Checkpoint,
+    model: WholeModel,
+    expert_tensors: set[str],
+    whole_type: str,
+    recipe: Recipe | None,
 ) -> Iterator[OtherTensor]:
     """The other tensors in the file's order. Raises CheckpointError for those without a place."""
     tensors, fields = checkpoint.tensors, checkpoint.config
@@ -153,8 +162,10 @@ def _plan(
             shapes = [a.shape for a in row.split(np.empty(info.shape, np.int8), fields)]
         for piece, (name, shape) in enumerate(zip(row.pieces, shapes, strict=True)):
             shape = tuple(s for s in shape if s > 1) or (1,)
-            type = _type(name, shape, whole_type)
-            yield OtherTensor(name.format(n=layer), type, shape, source, row, piece)
+            name = name.format(n=layer)
+            coding = None if recipe is None else recipe.coding(name)
+            type = _type(name, shape, whole_type if coding is None else coding.format.name)
+            yield OtherTensor(name, type, shape, source, row, piece)
     unused = [
         name
         for name in tensors

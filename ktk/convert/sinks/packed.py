@@ -26,6 +26,7 @@ from ktk.convert.resume import claimed
 from ktk.convert.sinks.base import Pieces, Report, Sink
 from ktk.convert.sources import CHUNK_BYTES, SIDE_DIRECTORIES, Source
 from ktk.errors import CheckpointError
+from ktk.experts.formats import PANELS
 from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts
@@ -40,7 +41,7 @@ SHARD_BYTES = 4 << 30  # of the tensors that are not experts'
 class PackedSink(Sink):
     """What ``ktk.MoE.load`` reads, and of a Hugging Face directory a model that loads alone.
 
-    fingerprint : the source's. provenance : of a calibration, or None.
+    fingerprint : the source's. provenance : of a calibration, recipe : its text; or None.
     """
 
     can_resume = True
@@ -52,15 +53,17 @@ class PackedSink(Sink):
         specs: dict[int, MoESpec],
         fingerprint: list[dict[str, Any]],
         provenance: dict[str, Any] | None,
+        recipe: str | None = None,
     ) -> None:
         self.source, self.specs = source, specs
         self.output = self.folder = _outside(source.place, output)
         self.notes = source.notes
-        first = next(iter(specs.values()))
-        self.coding = packed.coding_of(first)
-        self.state = _state(fingerprint, first, provenance)
+        coding = packed.coding_of(*specs.values())
+        names = dict.fromkeys(spec.weight_format for spec in specs.values())
+        self.coding = {**coding, "weight_format": "+".join(sorted(names, key=list(PANELS).index))}
+        self.state = _state(fingerprint, coding, provenance, recipe)
         self.config = source.config()
-        self.config["quantization_config"] = _described(source, specs, self.coding, provenance)
+        self.config["quantization_config"] = _described(source, specs, coding, provenance)
         plain = source.plain_tensors()
         self.shards = _cut(plain or [])
         self._loads_alone = plain is not None
@@ -183,15 +186,19 @@ def _outside(place: Path, output: Path) -> Path:
 
 
 def _state(
-    fingerprint: list[dict[str, Any]], spec: MoESpec, provenance: dict[str, Any] | None
+    fingerprint: list[dict[str, Any]],
+    coding: dict[str, Any],
+    provenance: dict[str, Any] | None,
+    recipe: str | None,
 ) -> dict[str, Any]:
     """What tells this job from another."""
-    coding = packed.coding_of(spec)
+    rest = {key: value for key, value in coding.items() if key != "weight_format"}
     return {
         "ktk_version": __version__,
         "layout_version": LAYOUT_VERSION,
-        "quant_method": coding.pop("weight_format"),
-        **coding,
+        "quant_method": coding["weight_format"],
+        **rest,
+        **({} if recipe is None else {"recipe": recipe}),
         "calibration": provenance,
         "source": fingerprint,
     }

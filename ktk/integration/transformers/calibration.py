@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ _LIVE_COPIES = 24
 OnLayer = Callable[[int, LayerInputs], np.ndarray]
 _NAME = "ktk_calibrate"
 _ATTRIBUTE = "_ktk_on_layer"
+_RESIDUAL = "_ktk_residual"
 
 
 def _experts_function(
@@ -50,6 +52,7 @@ def _experts_function(
         hidden_states.float().contiguous().numpy(),
         top_k_index.long().contiguous().numpy(),
         top_k_weights.float().contiguous().numpy(),
+        module.__dict__[_RESIDUAL].pop(),
     )
     output = torch.from_numpy(module.__dict__[_ATTRIBUTE](inputs))
     return output.to(hidden_states.dtype)
@@ -62,10 +65,12 @@ hf.ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_function)
 def run_layers(model: Any, token_ids: torch.Tensor, on_layer: OnLayer) -> None:
     """Call ``on_layer`` for each layer that has experts, in order.
 
-    token_ids : int64 (windows, length).
+    token_ids : int64 (windows, length). The residual of a layer's inputs is what came to the
+    decoder layer.
     """
     modules = list(find_experts(model))
     owners = {id(m.config): m.config for _, m in modules} | {id(model.config): model.config}
+    hooks = []
     before = {key: hf.experts_implementation(config) for key, config in owners.items()}
     try:
         for config in owners.values():
@@ -73,12 +78,30 @@ def run_layers(model: Any, token_ids: torch.Tensor, on_layer: OnLayer) -> None:
         for name, module in modules:
             layer = layer_of(name)
             module.__dict__[_ATTRIBUTE] = lambda inputs, layer=layer: on_layer(layer, inputs)
+            seen = module.__dict__[_RESIDUAL] = deque([None], maxlen=1)
+            decoder = model.get_submodule(name[: name.rindex(f".{layer}.")] + f".{layer}")
+            hooks.append(
+                decoder.register_forward_pre_hook(
+                    lambda _, args, given, seen=seen: seen.append(_mean_squares(args, given)),
+                    with_kwargs=True,
+                )
+            )
         model.base_model(token_ids, use_cache=False)
     finally:
         for key, config in owners.items():
             hf.set_experts_implementation(config, before[key])
+        for hook in hooks:
+            hook.remove()
         for _, module in modules:
             module.__dict__.pop(_ATTRIBUTE, None)
+            module.__dict__.pop(_RESIDUAL, None)
+
+
+def _mean_squares(args: tuple[Any, ...], given: dict[str, Any]) -> np.ndarray:
+    """Of each token's hidden states among a decoder layer's arguments, float32 (tokens,)."""
+    hidden = args[0] if args else given["hidden_states"]
+    squares: np.ndarray = hidden.float().square().mean(dim=-1).flatten().numpy()
+    return squares
 
 
 class _WithoutExpertsConfig(KtkConfig):
