@@ -25,11 +25,12 @@ from ktk import fork
 from ktk.errors import BackendError
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats.floats import to_f32
-from ktk.experts.stored import StoredExperts
+from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.machine import queue as fifo
 from ktk.ops.device_experts import DeviceExperts, Pairs
 from ktk.ops.inputs import Call, as_add, as_call, as_mask, is_tensor
 from ktk.ops.moe import MoE
+from ktk.ops.streamed import AnyMoE, StreamedMoE
 from ktk.placement.masks.updates import Update
 
 
@@ -52,9 +53,10 @@ class HybridMoE:
 
     Parameters
     ----------
-    experts : StoredExperts
+    experts : StoredExperts or StreamedMoE
         What the CPU runs. Those of the mask may be absent (``StoredExperts.order``); they are then
-        never swapped.
+        never swapped. Of streamed experts those of the device are read once, and again if they
+        come back to the CPU.
     mask : bool (num_experts,)
         True on the device.
     device : torch.device or str
@@ -79,7 +81,7 @@ class HybridMoE:
 
     def __init__(
         self,
-        experts: StoredExperts,
+        experts: StoredExperts | StreamedMoE,
         mask: Any,
         *,
         device: torch.device | str,
@@ -97,18 +99,26 @@ class HybridMoE:
         if update is not None:
             _check_present(experts, np.arange(self.spec.num_experts), "may be swapped and")
         self.update = update
-        self._blocks = None if experts.is_packed else experts  # repacked ones cannot be decoded
+        # Where swaps take experts from, None: from ``moe``, whose panels can be decoded; repacked
+        # blocks cannot.
+        is_panels = isinstance(experts, StoredExperts) and experts.is_packed
+        self._blocks = None if is_panels else experts
         self.device_experts = DeviceExperts(
             self.spec, int(on_device.sum()), torch.device(device), dtype
         )
         slots = np.full(self.spec.num_experts, -1, np.int64)
         for slot, expert in enumerate(np.flatnonzero(on_device).tolist()):
-            self.device_experts.write(slot, expert_weights(source, expert))
+            self.device_experts.write(slot, _weights(source, expert))
             slots[expert] = slot
         self.device_experts.synchronise()
-        self.moe = MoE(experts, method=method, num_threads=num_threads)
+        self.moe: AnyMoE = (
+            experts
+            if isinstance(experts, StreamedMoE)
+            else MoE(experts, method=method, num_threads=num_threads)
+        )
         self._residents = Residents(slots)
         self._renew()
+        self._publish(self._residents)
         _all.add(self)
 
     @property
@@ -216,7 +226,7 @@ class HybridMoE:
             if not len(leaving) + len(entering):
                 return
             device = self.device_experts
-            staged = [device.staged(expert_weights(stored, e)) for e in entering.tolist()]
+            staged = [device.staged(_weights(stored, e)) for e in entering.tolist()]
             slots = np.where(wanted, before.slots, -1)
             self._publish(Residents(slots.copy()))
             free = np.setdiff1d(np.arange(device.num_slots), slots)
@@ -261,6 +271,8 @@ class HybridMoE:
 
     def _publish(self, residents: Residents) -> None:
         """From now on calls take these; returns when none has those of before."""
+        if isinstance(self.moe, StreamedMoE):
+            self.moe.elsewhere = residents.mask
         with self._changed:
             before, self._residents = self._residents, residents
             self._changed.wait_for(lambda: not before.calls)
@@ -288,7 +300,15 @@ def _renew_all() -> None:
         hybrid._renew()
 
 
-def _check_present(experts: StoredExperts, wanted: np.ndarray, what: str) -> None:
+def _weights(experts: StoredExperts | StreamedMoE, expert: int) -> ExpertWeights:
+    if isinstance(experts, StreamedMoE):
+        return experts.weights(expert)
+    return expert_weights(experts, expert)
+
+
+def _check_present(experts: StoredExperts | StreamedMoE, wanted: np.ndarray, what: str) -> None:
+    if isinstance(experts, StreamedMoE):
+        return  # it reads those that are not
     absent = [e for e in wanted.tolist() if experts.place_or_none(e) is None]
     if absent:
         raise BackendError(

@@ -14,8 +14,10 @@ import numpy as np
 
 from ktk._cy import native_module
 from ktk.errors import AwaitedInVain, BackendError
+from ktk.experts.dequantise import expert_weights
 from ktk.experts.fma import fma
 from ktk.experts.formats.floats import f32_to_bf16, to_f32
+from ktk.experts.stored import ExpertWeights
 from ktk.ops.inputs import as_add, as_hidden, as_mask, as_routing, new_like
 from ktk.ops.moe import MoE
 from ktk.placement.residency.slots import Slots
@@ -53,6 +55,7 @@ class StreamedMoE:
 
     moe : over the layer's ExpertStore, the one ``slots`` has. layer : its number there. where : the
     directory or file that has them all, for messages.
+    elsewhere : bool (num_experts,) or None; experts that run on a device, which nobody reads ahead.
     """
 
     is_streamed = True
@@ -64,6 +67,7 @@ class StreamedMoE:
         self.runner = moe.runner
         self.following: StreamedMoE | None = None  # the next layer, over the same slots
         self.foresight = Foresight()
+        self.elsewhere: np.ndarray | None = None
 
     def forward(
         self,
@@ -118,7 +122,13 @@ class StreamedMoE:
     def come(self) -> None:
         """Begin to read all experts that are not there."""
         many = self.spec.num_experts
-        self.slots.prefetch(self.layer, range(many), most=many)
+        wanted = range(many) if self.elsewhere is None else np.flatnonzero(~self.elsewhere).tolist()
+        self.slots.prefetch(self.layer, wanted, most=many)
+
+    def weights(self, expert: int) -> ExpertWeights:
+        """One expert, dequantised to float32. CheckpointError if it cannot be read."""
+        with self.slots.using(self.layer, [expert]):
+            return expert_weights(self.slots.store(self.layer).alone(expert), expert)
 
     def _run_held(self, experts: list[int], scores: np.ndarray | None, *call: Any) -> None:
         """``MoE.run(*call)`` while they are read."""

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
+
 from ktk.experts.activation import Activation
 from ktk.ops.moe import MoE
 from ktk.ops.streamed import StreamedMoE
@@ -19,7 +21,8 @@ class StreamedLayers:
 
     reader : of them, of the layers with these numbers in this order. activations : by layer, in
     place of the specs' own. top_k : experts that one token uses in a layer. method, num_threads :
-    as in ``MoE``. where : what is read, for messages.
+    as in ``MoE``. where : what is read, for messages. elsewhere : by layer, bool (num_experts,),
+    experts of a device, which do not come into memory at the beginning.
     Raises ValueError if not even one token's experts fit, BackendError if nothing runs them.
     """
 
@@ -34,6 +37,7 @@ class StreamedLayers:
         method: str = "auto",
         num_threads: int | None = None,
         where: str | os.PathLike[str] = "the disk",
+        elsewhere: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         given = activations or {}
         stores = [reader.store(at, given.get(number)) for at, number in enumerate(numbers)]
@@ -53,7 +57,8 @@ class StreamedLayers:
 
         for number, following in pairwise(numbers):
             self._layers[number].following = self._layers[following]
-        self.slots.fill()
+        away = elsewhere or {}
+        self.slots.fill([away.get(number) for number in numbers])
 
     def __getitem__(self, number: int) -> StreamedMoE:
         return self._layers[number]

@@ -6,9 +6,11 @@ some are left out (``StoredExperts.order``). A store is for experts that move, g
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -140,6 +142,31 @@ class ExpertStore:
             raw = np.ascontiguousarray(getattr(self.part, table)[at]).view(np.uint8).reshape(-1)
             span[offset : offset + raw.size] = raw
         return span
+
+    def alone(self, expert: int) -> StoredExperts:
+        """A present expert where it lies now, the others absent; it must not move while that is
+        used. BackendError for one that is absent.
+        """
+        span = self._spans.get(expert)
+        if span is None:
+            self.experts.place(expert)
+            return self.experts
+        order = np.full(self.spec.num_experts, -1, np.int64)
+        order[expert] = 0
+        if self.spec.is_packed:
+            return StoredExperts.of_panels(self.spec, span.reshape(1, -1), order)
+
+        def lying(table: str, like: np.ndarray) -> np.ndarray:
+            raw = span[self.offsets[table] :][: like[0].nbytes]
+            return raw.view(like.dtype).reshape(1, *like.shape[1:])
+
+        found: dict[str, Any] = {
+            name: dataclasses.replace(matrix, data=lying(name, matrix.data))
+            for name, matrix in self.experts.matrices.items()
+        }
+        for name, bias in self.experts.biases.items():
+            found[f"{name}_bias"] = lying(f"{name}_bias", bias)
+        return dataclasses.replace(self.experts, order=order, **found)
 
     @contextmanager
     def pinned(self, topk_ids: np.ndarray, skip: np.ndarray | None) -> Iterator[None]:

@@ -12,6 +12,7 @@ import pytest
 
 from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError
+from ktk.experts.dequantise import expert_weights
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
@@ -62,6 +63,22 @@ def test_a_store_gives_the_bits_of_experts_in_one_place(experts: StoredExperts) 
         MoE(experts).linear("gate_up", routed()[0], np.arange(TOKENS) % EXPERTS),
         moe.linear("gate_up", routed()[0], np.arange(TOKENS) % EXPERTS),
     )
+
+
+def test_an_expert_alone_is_where_it_lies_now(experts: StoredExperts) -> None:
+    store = ExpertStore(experts)
+    want = [expert_weights(experts, e) for e in range(EXPERTS)]
+    for e in range(EXPERTS):
+        store.place(e, store.copy_of(e) if e else None)
+    for e in range(1, EXPERTS):
+        alone = store.alone(e)
+        assert alone.num_stored == 1
+        for name, value in want[e]._asdict().items():
+            got = getattr(expert_weights(alone, e), name)
+            assert (got is None) == (value is None)
+            if value is not None:
+                np.testing.assert_array_equal(got, value)
+    assert store.alone(1).place_or_none(2) is None
 
 
 @compiled

@@ -17,6 +17,7 @@ from ktk.experts.stored import StoredExperts
 from ktk.integration.transformers.model_grid import model_grid
 from ktk.ops.device_experts import accelerator, device_expert_bytes, why_not
 from ktk.ops.hybrid import HybridMoE
+from ktk.ops.streamed import StreamedMoE
 from ktk.paths import user_path
 from ktk.placement.masks.files import read_masks_or_statistics
 from ktk.placement.masks.grid import ExpertGrid, num_gpu_experts
@@ -181,14 +182,23 @@ class Placement:
         """The device's experts."""
         return np.flatnonzero(self._masks[layer]).tolist()
 
+    def mask(self, layer: int) -> np.ndarray:
+        """bool (num_experts,): True on the device."""
+        return self._masks[layer]
+
     def operator(
-        self, layer: int, experts: StoredExperts, gpu_experts: StoredExperts | None, method: str
+        self,
+        layer: int,
+        experts: StoredExperts | StreamedMoE,
+        gpu_experts: StoredExperts | None,
+        method: str,
     ) -> HybridMoE:
         """experts : all, or those of ``left_to_cpu``. gpu_experts : those of ``held``, if they are
         not among these. BackendError if the device has no memory.
         """
         mask = self._masks[layer]
-        if gpu_experts is None and not self.asked.is_on_cpu_too:
+        is_alone = gpu_experts is None and not self.asked.is_on_cpu_too
+        if isinstance(experts, StoredExperts) and is_alone:
             experts, gpu_experts = experts.without(mask), experts
         return HybridMoE(
             experts,

@@ -319,8 +319,6 @@ class KtkHfQuantizer(hf.HfQuantizer):
         """Everything that keeps experts from a device, before any is read."""
         if not modules:
             raise ValueError(f"{type(model).__name__} has no experts for gpu_experts")
-        if self.quantization_config.request.expert_memory is not None:
-            raise ValueError("expert_memory and experts on a device: give one of them")
         for name, module in modules.items():
             if recognise(module) is None:
                 raise ValueError(
@@ -356,7 +354,7 @@ class KtkHfQuantizer(hf.HfQuantizer):
         config = self.quantization_config
         modules = dict(find_experts(model))
         if (memory := config.request.expert_memory) is not None and self.source is not None:
-            stream(model, modules, self.source, memory, self._method)
+            stream(model, modules, self.source, memory, self._method, placement=self.placement)
             modules.clear()
         for name, module in modules.items():
             if self.source is not None:

@@ -10,6 +10,7 @@ from ktk.errors import BackendError, CheckpointError
 from ktk.experts.activation import Activation
 from ktk.integration.transformers.activations import recognise
 from ktk.integration.transformers.experts import ExpertsHandle, find_experts, handle_of, hang
+from ktk.integration.transformers.gpu_experts import Placement
 from ktk.integration.transformers.sources import ExpertsSource, layer_of
 from ktk.log import logger
 from ktk.machine import cpu
@@ -27,11 +28,13 @@ def stream(
     memory: ExpertMemory,
     method: str = "auto",
     num_threads: int | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Hang experts that come and go on modules without weights.
 
-    modules : by name. source : has a reader. Raises ValueError if not even one token's experts fit,
-    BackendError if nothing runs them so, CheckpointError for files that cannot be read.
+    modules : by name. source : has a reader. placement : which experts a device has. Raises
+    ValueError if not even one token's experts fit, BackendError if nothing runs them so,
+    CheckpointError for files that cannot be read.
     """
     assert source.open_reader is not None
     by_layer = {layer_of(name): module for name, module in modules.items()}
@@ -53,6 +56,7 @@ def stream(
         method=method,
         num_threads=num_threads,
         where=source.where,
+        elsewhere=None if placement is None else {n: placement.mask(n) for n in numbers},
     )
     _, free = cpu.memory()
     if free and layers.room.num_bytes > free:
@@ -62,7 +66,10 @@ def stream(
             free / 1e9,
         )
     for number, module in by_layer.items():
-        hang(module, ExpertsHandle(layers[number], known[number], None))
+        moe, hybrid = layers[number], None
+        if placement is not None:
+            hybrid = placement.operator(number, moe, None, method)
+        hang(module, ExpertsHandle(moe, known[number], None, hybrid=hybrid))
 
 
 def expert_slots(model: torch.nn.Module) -> Slots | None:

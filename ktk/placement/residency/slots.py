@@ -102,6 +102,10 @@ class Slots(Residents):
                 dataclasses.replace(self._counters),
             )
 
+    def store(self, layer: int) -> ExpertStore:
+        """A layer's."""
+        return self._stores[layer]
+
     def state(self, layer: int, expert: int) -> ExpertState:
         return self._experts[self._key(layer, expert)]
 
@@ -215,9 +219,11 @@ class Slots(Residents):
         self._begin(claims, is_wanted=False)
         return len(claims)
 
-    def fill(self) -> None:
+    def fill(self, elsewhere: Sequence[np.ndarray | None] | None = None) -> None:
         """Begins to read experts into the slots that are empty, of each layer as many, in the order
         of the file. A call's reads go before.
+
+        elsewhere : of each layer bool (num_experts,), experts that nobody will ask for, or None.
 
         Where all fit, none is read twice; and memory is slow when it is first written to.
         """
@@ -227,6 +233,9 @@ class Slots(Residents):
                 for layer, count in enumerate(self._counts):
                     key = layer * self.num_experts + number
                     is_cold = number < count and self._experts[key] is ExpertState.COLD
+                    away = None if elsewhere is None else elsewhere[layer]
+                    if away is not None and number < count and away[number]:
+                        continue
                     if is_cold and self._free and self._pools.has_empty(layer):
                         claims += self._claim([key], {key})
         self._begin(sorted(claims), is_wanted=False)

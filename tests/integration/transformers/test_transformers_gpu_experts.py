@@ -24,6 +24,7 @@ from ktk.integration.transformers.experts import handle_of
 from ktk.integration.transformers.loading import packed_modules
 from ktk.ops.device_experts import DeviceExperts, accelerator
 from ktk.ops.hybrid import HybridMoE
+from ktk.ops.streamed import StreamedMoE
 from ktk.placement.masks.files import write_masks, write_statistics
 from make.transformers_cases import FAMILIES, experts_of, make_model, prompt, run
 
@@ -210,10 +211,26 @@ def test_who_is_on_the_device_goes_with_the_text(update: str, saved: Path) -> No
     assert np.array_equal(before.sum(axis=1), after.sum(axis=1))
 
 
-def test_experts_that_come_and_go_are_on_no_device(saved: Path, tmp_path: Path) -> None:
-    convert(saved, tmp_path / "packed", quant_method="int8")
-    with pytest.raises(ValueError, match="expert_memory and experts on a device: give one"):
-        load_model(tmp_path / "packed", quantization_config=asked(), expert_memory=8)
+@pytest.mark.parametrize("update", [None, "online", "prefill:8"])
+def test_a_device_has_some_of_the_experts_that_come_and_go(
+    update: str | None, saved: Path, tmp_path: Path
+) -> None:
+    convert(saved, tmp_path / "packed", quant_method="bf16")
+    want_logits, want_tokens = run(load_model(tmp_path / "packed"))
+    config = asked(gpu_update=update, placement="random")
+    model = load_model(tmp_path / "packed", quantization_config=config, expert_memory=6)
+    model.generation_config.eos_token_id = None
+    before = masks_of(model)
+    logits, tokens = run(model)
+    assert (logits - want_logits).abs().max() <= 1e-5 * want_logits.abs().max()
+    assert torch.equal(tokens, want_tokens)
+    masks = masks_of(model)
+    assert before.sum() == masks.sum() == LAYERS * EXPERTS // 2
+    assert np.array_equal(before, masks) == (update is None)
+    for module, mask in zip(experts_of(model), masks, strict=True):
+        streamed = handle_of(module).moe
+        assert isinstance(streamed, StreamedMoE)
+        assert np.array_equal(streamed.elsewhere, mask)
 
 
 @pytest.mark.parametrize(

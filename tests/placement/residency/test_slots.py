@@ -362,6 +362,16 @@ def test_fill_takes_the_empty_slots_and_gives_way_to_calls(
         assert slots.counters().evictions == 0
 
 
+def test_fill_reads_no_expert_of_a_device() -> None:
+    away = np.arange(EXPERTS) < 2
+    with slots_of(LAYERS * EXPERTS) as (slots, reader):
+        slots.fill([away, *[None] * (LAYERS - 1)])
+        end = time.monotonic() + 20
+        while slots._in_flight and time.monotonic() < end:
+            time.sleep(0.0005)
+        assert sorted(reader.reads) == list(range(2, LAYERS * EXPERTS))
+
+
 def test_slots_are_closed_before_all_that_was_to_be_read_ahead() -> None:
     with slots_of(18) as (slots, reader):
         reader.held.clear()
