@@ -4,7 +4,10 @@ the tools behind `make lock` and `make test-versions` read both right.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import lock
@@ -32,6 +35,24 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
     for requirement in all_required():
         name, bound = name_of(requirement), requirement.partition(">=")[2]
         assert numbers(pins[name]) >= numbers(bound), requirement
+
+
+def test_make_installs_nothing_that_is_not_pinned() -> None:
+    """Of `make demo`, `make test` and `make wheel`, and what builds are given too."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    said = subprocess.run(
+        ["make", "-n", "-B", "demo", "test", "wheel"],
+        cwd=requirements.ROOT,
+        env={k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pip = [line for line in said.stdout.splitlines() if "-m pip " in line]
+    assert sum(" install " in line for line in pip) >= 4, said.stdout
+    held = "PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt "
+    assert [line for line in pip if not line.startswith(held)] == []
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -23,6 +23,22 @@ NUM_CASES = 100  # of test_tiles.py, at least
 WITHOUT_TILES = {"KTK_TILE": "emulated", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 
 
+SMALL_STACK = """
+import ctypes
+
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+memory = ctypes.create_string_buffer(2048)
+given = Stack(ctypes.addressof(memory), 0, len(memory))
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(given), None) == 0
+
+from ktk.machine import cpu
+
+print(cpu.why_not("amx", cpu.detect()))
+"""
+
+
 def has_tiles() -> bool:
     features = cpu.detect()
     return "amx_tile" in features and not features.emulated
@@ -70,6 +86,15 @@ def test_emulated_kernels_on_a_cpu_with_tiles_are_the_exact_model() -> None:
     if not has_tiles():
         pytest.skip("the CPU has no tiles: test_kernels.py emulates them in its own process")
     assert run_cases(WITHOUT_TILES, f"{TESTS}/native/test_kernels.py", "-k", "amx") >= 50
+
+
+def test_a_small_signal_stack_that_keeps_tiles_away_is_said() -> None:
+    """The kernel gives no permission where a signal's frame would not hold the tiles."""
+    if not has_tiles():
+        pytest.skip("the CPU has no tiles: test_cpu.py gives the reader the kernel's answer")
+    done = child(["-c", SMALL_STACK], {}, 60)
+    assert done.returncode == 0, done.stderr
+    assert "an alternate signal stack is too small" in done.stdout
 
 
 @pytest.mark.parametrize("what", ["signals", "forks", "threads"])
