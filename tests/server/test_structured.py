@@ -100,6 +100,8 @@ def test_any_tokens_make_json_of_the_schema_and_seeds_repeat(client: TestClient)
         ({"structured_outputs": {"choice": ["Zwölf", 'a "b"']}}, 'Zwölf|a "b"'),
         ({"structured_outputs": {"json": {"enum": [1, "two"]}}}, '1|"two"'),
         ({"guided_json": json.dumps({"const": None})}, "null"),
+        ({"guided_choice": ["left", "right"]}, "left|right"),
+        ({"guided_grammar": 'root ::= "a" | "bc"'}, "a|bc"),
         ({"json_schema": {"type": "boolean"}}, "true|false"),
         ({"grammar": 'root ::= "x" [0-9]+ "," | "y"'}, "x[0-9]+,|y"),
         ({"ebnf": 'start: "p" | "q" start?'}, "q*p?"),
