@@ -30,7 +30,7 @@ from pathlib import Path
 
 from requirements import ROOT, lowest, name_of, pinned, required
 
-EXTRAS = ("transformers", "serve")
+EXTRAS = ("transformers", "serve", "train")
 SHOWN = ("transformers", "torch", "numpy", "numba", "llvmlite")
 # What stands on these packages; the kernels and formats beneath do not.
 TESTS = (
@@ -44,6 +44,7 @@ TESTS = (
     "evaluate/test_eval.py",
     "quantise/test_*.py",
     "ops/test_moe.py",
+    "train/test_*.py",
 )
 LINES = {"transformers 5.23": "transformers==5.23.0"}  # 5.24 renamed the cache
 
