@@ -84,17 +84,32 @@ class Grammars:
         self._kept: OrderedDict[Form, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
+    def special(self) -> dict[str, int]:
+        """Text -> id of the tokens that are text to no grammar, which must name them. More than the
+        tokenizer calls special: Qwen's <tool_call> is one. Raises ValueError as ``compile``.
+        """
+        with self._lock:
+            tokenizer = self._opened()
+            added = self._own.added_tokens_decoder
+            return {
+                str(one): index for index, one in added.items() if tokenizer.is_special_token(index)
+            }
+
     def compile(self, form: Form) -> Grammar:
         """Raises ValueError, with the reason, for a form that cannot be enforced."""
         with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = self._wrapped()  # some tenths of a second
+            tokenizer = self._opened()
             if form not in self._kept:
-                self._kept[form] = Grammar(self._compiled(form, self._tokenizer))
+                self._kept[form] = Grammar(self._compiled(form, tokenizer))
             self._kept.move_to_end(form)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
             return self._kept[form]
+
+    def _opened(self) -> LLTokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = self._wrapped()  # some tenths of a second
+        return self._tokenizer
 
     def _wrapped(self) -> LLTokenizer:
         if not self._ends:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ class Call:
 
     name: str
     arguments: str
-    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+    id: str
 
     def to_json(self) -> dict[str, Any]:
         """As OpenAI's API has it."""
@@ -36,10 +35,14 @@ class Said:
 
 
 class Reader:
-    """parser : of transformers; None: all is content. most_calls : those beyond are left out."""
+    """parser : of transformers; None: all is content. new_id : of calls that are written without
+    one. most_calls : those beyond are left out.
+    """
 
-    def __init__(self, parser: Any | None, most_calls: int | None = None) -> None:
-        self._parser, self._most = parser, most_calls
+    def __init__(
+        self, parser: Any | None, new_id: Callable[[], str], most_calls: int | None = None
+    ) -> None:
+        self._parser, self._new_id, self._most = parser, new_id, most_calls
         self._held = ""  # what was not given out yet
         self._strips = False  # space between reasoning and content is neither's
         self.num_calls = 0
@@ -101,7 +104,8 @@ class Reader:
         arguments = own.get("arguments", {})
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        said.calls.append(Call(str(own["name"]), arguments))
+        own_id = value.get("id") or self._new_id()
+        said.calls.append(Call(str(own["name"]), arguments, str(own_id)))
         self.num_calls += 1
         self._strips = True
 

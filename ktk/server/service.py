@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ktk.generate.engine import Engine, RequestError
-from ktk.generate.grammar import Grammar, Grammars
+from ktk.generate.grammar import Form, Grammar, Grammars
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampling
 from ktk.generate.text import stop_tokens
@@ -27,6 +27,9 @@ from ktk.server.answer import Answer, Answers, Stop
 from ktk.server.message import Reader
 from ktk.server.metrics import Metrics
 from ktk.server.protocol import ChatRequest, CompletionRequest
+from ktk.server.tools import Tools
+
+_LAST = 16  # tokens of a prompt that tell whether it began the model's reasoning
 
 
 def as_chat(fields: dict[str, Any]) -> ChatRequest:
@@ -78,7 +81,7 @@ class Service:
         prompts = await asyncio.to_thread(self.encode, request)
         stop = self._stop(request)
         own = frozenset() if request.ignore_eos else frozenset(self.engine.eos)
-        grammar = await asyncio.to_thread(self._grammar, request)
+        grammar = await asyncio.to_thread(self._grammar, request, prompts[0])
         sampling = request.sampling(self.engine.model.generation_config, own | stop.tokens, grammar)
         self.check_tokens("logit_bias", [token for token, _ in sampling.logit_bias])
         by_prompt = [self._to_prompt(request, ids, sampling, stop) for ids in prompts]
@@ -108,12 +111,13 @@ class Service:
             made.append(Answer(self.engine, self.metrics, ids, one, limit, stop))
         return made
 
-    def _grammar(self, request: ChatRequest | CompletionRequest) -> Grammar | None:
+    def _grammar(self, request: ChatRequest | CompletionRequest, ids: list[int]) -> Grammar | None:
+        """ids : the first prompt."""
         asked = request.form()
         tools = request.callable if isinstance(request, ChatRequest) else None
         if tools is not None and asked is not None:
             raise RequestError(f"{asked[0]}: not beside tools; leave one out", asked[0])
-        if tools is not None and (form := tools.form(self._style)) is not None:
+        if tools is not None and (form := self._form_of_calls(tools, ids)) is not None:
             asked = "tools", form
         if asked is None:
             return None
@@ -126,6 +130,16 @@ class Service:
             return self._grammars.compile(form)
         except ValueError as error:
             raise RequestError(f"{name}: this cannot be enforced: {error}", name) from error
+
+    def _form_of_calls(self, tools: Tools, ids: list[int]) -> Form | None:
+        try:
+            special = self._grammars.special()
+        except ValueError as error:
+            if tools.choice == "required":
+                raise RequestError(f"tool_choice: {error}", "tool_choice") from error
+            return None  # then calls are read where they parse
+        end = decode(self.tokenizer, ids[-_LAST:], True)
+        return tools.form(self._style, special, self._style.is_open(end))
 
     def _stop(self, request: ChatRequest | CompletionRequest) -> Stop:
         asked = request.stop_token_ids or []
@@ -143,7 +157,7 @@ class Service:
         tools, (ids,) = request.callable, answers.prompts
         is_parallel = tools is None or tools.is_parallel
         return [
-            Reader(self._parser(request, ids), None if is_parallel else 1)
+            Reader(self._parser(request, ids), self._style.new_id, None if is_parallel else 1)
             for _ in range(answers.num_given)
         ]
 
@@ -152,12 +166,10 @@ class Service:
         if not isinstance(request, ChatRequest) or request.form() is not None:
             return None
         tools = request.callable
+        prompt = decode(self.tokenizer, ids, True)
         if tools is None:
-            return self._style.parser(decode(self.tokenizer, ids, True), [], False)
-        # A call that is forced comes first, whatever the prompt began.
-        own = [] if tools.choice == "required" else ids
-        prompt = decode(self.tokenizer, own, True)
-        return self._style.parser(prompt, tools.for_template(), True)
+            return self._style.parser(prompt, [], False)
+        return self._style.parser(prompt, tools.for_parser(), True)
 
     def check_tokens(self, name: str, tokens: list[int]) -> None:
         """RequestError that names the field, unless all are the model's."""

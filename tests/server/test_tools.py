@@ -22,7 +22,7 @@ from ktk.generate.grammar import Grammars
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Token
 from ktk.generate.trial import start_engine
-from ktk.integration.transformers.replies import FORMATS, ReplyStyle
+from ktk.integration.transformers.replies import ReplyStyle
 from ktk.server.app import Access, build_app
 from ktk.server.message import Reader
 from ktk.server.tools import Tool, Tools
@@ -220,37 +220,10 @@ def style_of(template: str) -> ReplyStyle:
     return ReplyStyle(SimpleNamespace(chat_template=template, added_tokens_decoder={}))
 
 
-WRITTEN = {
-    "hermes": CALL,
-    "xml": "<tool_call>\n<function=weather>\n<parameter=city>\nBonn\n</parameter>\n</function>\n"
-    "</tool_call>",
-    "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Bonn"}}]',
-    "mistral with [ARGS]": '[TOOL_CALLS]weather[ARGS]{"city": "Bonn"}',
-    "llama": '{"name": "weather", "parameters": {"city": "Bonn"}}',
-    "harmony": "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary "
-    'to=functions.weather <|constrain|>json<|message|>{"city": "Bonn"}',
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_read_as_it_comes(name: str) -> None:
-    style = style_of(f"tools {FORMATS[name].mark} {'' if name == 'harmony' else '<think>'}")
-    assert style.name == name
-    thought = "" if name == "harmony" else "<think>\nHm.\n</think>\n\n"
-    text = thought + WRITTEN[name]
-    for size in (1, 4, 1000):
-        reader = Reader(style.parser("", [WEATHER], True))
-        parts = [reader.add(text[place : place + size]) for place in range(0, len(text), size)]
-        parts.append(reader.finish())
-        found = [(call.name, json.loads(call.arguments)) for part in parts for call in part.calls]
-        assert found == [BONN]
-        assert "".join(part.reasoning for part in parts).strip() == "Hm."
-        assert "".join(part.content for part in parts) == ""
-
-
 def test_reasoning_that_the_prompt_began_is_told_from_the_answer() -> None:
     style = style_of("<think>")
-    reader = Reader(style.parser("<|im_start|>assistant\n<think>\n", [], False))
+    parser = style.parser("<|im_start|>assistant\n<think>\n", [], False)
+    reader = Reader(parser, style.new_id)
     parts = [reader.add(letter) for letter in "So.\n</think>\n\nYes <tool_call>"]
     parts.append(reader.finish())
     assert "".join(part.reasoning for part in parts) == "So.\n"
@@ -263,7 +236,7 @@ def test_text_beside_calls_is_free_and_calls_in_it_are_not() -> None:
     grammars = Grammars(make_tokenizer(), 384, {2})
 
     def takes(text: str, choice: str, is_parallel: bool = True) -> bool:
-        form = Tools(tools, choice, is_parallel).form(style)
+        form = Tools(tools, choice, is_parallel).form(style, {}, False)
         assert form is not None
         matcher = grammars.compile(form).start()._matcher
         ids = make_tokenizer()(text)["input_ids"]
@@ -275,6 +248,3 @@ def test_text_beside_calls_is_free_and_calls_in_it_are_not() -> None:
     assert takes("Hm. " + CALL, "auto", False) and takes(CALL, "required", False)
     for wrong in ("<tool_call>\nx", CALL.replace("weather", "other"), CALL.replace("city", "c")):
         assert not takes(wrong, "auto") and not takes(wrong, "required")
-    mistral = Tools(tools, "required", True).form(style_of("tools [TOOL_CALLS]"))
-    assert mistral is not None
-    assert Tools(tools, "auto", True).form(style_of("tools [TOOL_CALLS]")) is None

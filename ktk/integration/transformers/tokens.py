@@ -55,14 +55,33 @@ def encode_chat(
 
     for message in messages:
         _check_unicode(message["content"])
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), tools=tools, add_generation_prompt=is_asked
+
+    def encoded(given: Sequence[dict[str, Any]]) -> list[int]:
+        made = tokenizer.apply_chat_template(
+            list(given), tools=tools, add_generation_prompt=is_asked
         )
-    except TemplateError as error:
+        ids: list[int] = made["input_ids"]
+        return ids
+
+    try:
+        try:
+            return encoded(messages)
+        except TypeError:  # DeepSeek's put calls' arguments between texts as they are
+            return encoded([_with_texts(message) for message in messages])
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
-    ids: list[int] = encoded["input_ids"]
-    return ids
+
+
+def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as JSON."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        own = call["function"]
+        arguments = json.dumps(own["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**own, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _check_unicode(text: str) -> None:
