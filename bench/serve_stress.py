@@ -22,6 +22,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 66, 90, 127, 128, 129, 150, 191, 192, 193, 257, 320, 321, 449)
@@ -116,7 +117,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("options", nargs="*", help="of ktk serve, after --")
     given = parser.parse_args()
-    command = [sys.executable, "-m", "ktk", "serve", given.model, "--port", "0", *given.options]
+    with served(given.model, given.options) as port:
+        return run(Client(port), given)
+
+
+@contextlib.contextmanager
+def served(model: str, options: Sequence[str]) -> Iterator[int]:
+    """The port of a `ktk serve` that has started, and ends with the block."""
+    command = [sys.executable, "-m", "ktk", "serve", model, "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
@@ -127,14 +135,14 @@ def main() -> int:
                 raise SystemExit(f"ktk serve ended with {process.wait()}")
             print(line, end="", flush=True)
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        client = Client(int(line.rsplit(":", 1)[1].split("/")[0]))
+        port = int(line.rsplit(":", 1)[1].split("/")[0])
         end = time.monotonic() + 60
         while time.monotonic() < end:
             with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", client.port)).close()
+                socket.create_connection(("127.0.0.1", port)).close()
                 break
             time.sleep(0.1)
-        return run(client, given)
+        yield port
     finally:
         process.terminate()
         process.wait()

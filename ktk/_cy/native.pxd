@@ -14,7 +14,7 @@ cdef extern from "ktk.h" nogil:
     enum: KTK_DONE, KTK_ABSENT, KTK_NOT_BROUGHT, KTK_AWAITED_IN_VAIN
     enum: KTK_HERE, KTK_COMING, KTK_LOST
     enum: KTK_NUM_FORMATS
-    enum: KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16
+    enum: KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16, KTK_DTYPE_I8
     enum: KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2
     enum: KTK_MAX_PARTS
 
@@ -187,6 +187,7 @@ cdef extern from "ktk_decoder.h" nogil:
         ktk_paged keys
         ktk_paged values
         int64_t page_tokens
+        int32_t dtype
 
     ctypedef int ktk_bring(void *caller, void *owner, int64_t num_ids, const int64_t *ids,
                            const float *weights, int64_t num_foretold, const int64_t *foretold)

@@ -57,6 +57,7 @@ def command(
     placement: opening.Placement = None,
     device: opening.Device = None,
     max_deferred_experts: opening.Deferred = 0,
+    kv_dtype: opening.KvDtype = None,
     kv_disk: opening.KvDisk = None,
     kv_disk_limit: opening.KvDiskLimit = None,
 ) -> None:
@@ -74,6 +75,7 @@ def command(
         memory=memory,
         hybrid=hybrid,
         adapter=adapter,
+        kv_dtype=kv_dtype,
     )
     if not opened.tokenizer.chat_template:
         raise ValueError(
@@ -82,7 +84,7 @@ def command(
         )
     from ktk.generate.session import Session
 
-    session = Session.fastest(opened.model, opened.tokenizer)
+    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype)
     opening.keep(session, store, opened, linear)
     chat = Chat(opened, session, system)
     chat.options = {

@@ -115,6 +115,7 @@ def command(
     ] = False,
     expert_memory: opening.ExpertLimit = None,
     residency_policy: opening.Policy = None,
+    kv_dtype: opening.KvDtype = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -128,12 +129,12 @@ def command(
     not.
     """
     if plan:
-        print_plan(model, context, method, linear, dtype, as_json)
+        print_plan(model, context, method, linear, dtype, kv_dtype, as_json)
         return
     if model is not None:
         options = (model, method, weight_format, linear, dtype)
         memory = opening.expert_memory(expert_memory, residency_policy)
-        _diagnose_model(options, context, memory, headers, as_json)
+        _diagnose_model(options, context, memory, kv_dtype, headers, as_json)
         return
     found = diagnosis()
     if as_json:
@@ -207,6 +208,7 @@ def _diagnose_model(
     options: Options,
     context: int | None,
     memory: ExpertMemory | None,
+    kv_dtype: str | None,
     headers: bool,
     as_json: bool,
 ) -> None:
@@ -220,7 +222,7 @@ def _diagnose_model(
     from ktk.generate.describe import describe_model
 
     path, method, weight_format, linear, dtype = options
-    found = describe_model(path, method, weight_format, dtype, context, linear, memory)
+    found = describe_model(path, method, weight_format, dtype, context, linear, memory, kv_dtype)
     runs = not found.reason and found.fits
     console = Console(highlight=False)
     if not as_json:
@@ -228,7 +230,7 @@ def _diagnose_model(
     told = None if memory is None or not runs else _forecast(found, memory)
     if told is not None and not as_json:
         console.print(f"[bold]predicted[/bold]      {escape(told.line())}")
-    paths = [] if headers or not runs else _fast_paths(options, memory)
+    paths = [] if headers or not runs else _fast_paths(options, memory, kv_dtype)
     if as_json:
         tried = [path.to_json() for path in paths] if paths else None
         predicted = None if told is None else told.to_json()
@@ -245,7 +247,7 @@ def _diagnose_model(
         raise typer.Exit(1)
 
 
-def _fast_paths(options: Options, memory: ExpertMemory | None) -> list[Any]:
+def _fast_paths(options: Options, memory: ExpertMemory | None, kv_dtype: str | None) -> list[Any]:
     """Loads the model, continues a short text with it as ``ktk run`` and as ``ktk serve`` do,
     and tells what was fast.
     """
@@ -255,7 +257,7 @@ def _fast_paths(options: Options, memory: ExpertMemory | None) -> list[Any]:
 
     opened = opening.load(*options, force=False, memory=memory)
     context = min(TRIED_CONTEXT, opened.description.max_context or TRIED_CONTEXT)
-    limits = Limits(context, 2, 2, context, 1 << 62)
+    limits = Limits(context, 2, 2, context, 1 << 62, kv_dtype=kv_dtype)
     engine = start_engine(opened, limits)
     engine.stop()
     return [

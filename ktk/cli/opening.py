@@ -133,6 +133,13 @@ Adapter = Annotated[
         "native decoder layers.",
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        help="Of keys and values: bf16, fp16, int8 (half of that), fp32; default: --dtype.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Load it even if memory is too small.")]
 MaxTokens = Annotated[
     int,
@@ -216,6 +223,7 @@ def load(
     memory: ExpertMemory | None = None,
     hybrid: HybridRequest | None = None,
     adapter: Path | None = None,
+    kv_dtype: str | None = None,
 ) -> OpenModel:
     """The model of a command line; its warning, if any, goes to stderr,
     and how many of its experts are in memory, if not all.
@@ -224,7 +232,9 @@ def load(
     from ktk.generate.describe import describe_model
     from ktk.generate.open import open_model
 
-    description = describe_model(path, method, weight_format, dtype, context, linear, memory)
+    description = describe_model(
+        path, method, weight_format, dtype, context, linear, memory, kv_dtype
+    )
     if description.warning:
         typer.echo(f"ktk: warning: {description.warning}", err=True)
     with loading(description):
@@ -239,6 +249,7 @@ def load(
             expert_memory=memory,
             hybrid=hybrid,
             adapter=adapter,
+            kv_dtype=kv_dtype,
         )
     if adapter is not None:
         from ktk.train.attach import NOT_NATIVE
@@ -338,8 +349,9 @@ def description_table(found: ModelDescription) -> Table:
         "other weights": f"{size(found.rest_bytes - found.linear_bytes)} in {found.dtype}"
         + (f", {size(found.linear_bytes)} as the file has them" if found.linear_bytes else ""),
         "KV cache": (
-            f"{size(found.kv_bytes)} for {found.context} tokens (the model's longest: "
-            f"{found.max_context or 'unknown'})"
+            f"{size(found.kv_bytes)} for {found.context} tokens"
+            + (f" in {found.kv_dtype}" if found.kv_dtype else "")
+            + f" (the model's longest: {found.max_context or 'unknown'})"
         ),
         "working memory": size(OVERHEAD),
         "needed": size(found.needed_bytes),

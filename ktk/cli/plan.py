@@ -17,6 +17,7 @@ def print_plan(
     method: str,
     linear: str,
     dtype: str | None,
+    kv_dtype: str | None,
     as_json: bool,
 ) -> None:
     """Prints the ways to serve it, and the command of the best; exit code 1 if there is none.
@@ -29,7 +30,7 @@ def print_plan(
     from ktk.generate.plan import best, ways
 
     rate = Roofline().sample([READ])[READ]
-    found = ways(model, rate, context, method, linear, dtype)
+    found = ways(model, rate, context, method, linear, dtype, kv_dtype)
     chosen = best(found)
     if as_json:
         report = {

@@ -49,6 +49,7 @@ def command(
     placement: opening.Placement = None,
     device: opening.Device = None,
     max_deferred_experts: opening.Deferred = 0,
+    kv_dtype: opening.KvDtype = None,
     kv_disk: opening.KvDisk = None,
     kv_disk_limit: opening.KvDiskLimit = None,
     as_json: Annotated[
@@ -75,10 +76,11 @@ def command(
         memory=memory,
         hybrid=hybrid,
         adapter=adapter,
+        kv_dtype=kv_dtype,
     )
     from ktk.generate.session import Session
 
-    session = Session.fastest(opened.model, opened.tokenizer)
+    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype)
     opening.keep(session, store, opened, linear)
     if raw or not opened.tokenizer.chat_template:
         if system is not None:

@@ -106,6 +106,7 @@ def command(
     placement: opening.Placement = None,
     device: opening.Device = None,
     max_deferred_experts: opening.Deferred = 0,
+    kv_dtype: opening.KvDtype = None,
     kv_disk: opening.KvDisk = None,
     kv_disk_limit: opening.KvDiskLimit = None,
 ) -> None:
@@ -152,11 +153,23 @@ def command(
     hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
     store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
     opened = opening.load(
-        model, method, weight_format, linear, dtype, force, context, memory, hybrid, adapter
+        model,
+        method,
+        weight_format,
+        linear,
+        dtype,
+        force,
+        context,
+        memory,
+        hybrid,
+        adapter,
+        kv_dtype,
     )
     found = opened.description
     size, swap = cache_bytes(kv_cache, kv_swap, found.kv_bytes, force)
-    limits = Limits(found.context, max_requests, 256, batch_tokens, size, prompt_lookup, swap)
+    limits = Limits(
+        found.context, max_requests, 256, batch_tokens, size, prompt_lookup, swap, kv_dtype
+    )
     engine = start_engine(opened, limits)
     if engine.why_alone is not None:
         typer.echo(f"ktk: warning: one request at a time: {engine.why_alone}", err=True)

@@ -19,6 +19,7 @@ from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError, KtkError
 from ktk.experts.spec import MoESpec
 from ktk.integration.choices import check_linear
+from ktk.kv.dtypes import KV_DTYPES, check_kv_dtype
 from ktk.kv.sizes import TokenShape, context_tokens, gguf_number
 from ktk.machine import cpu
 from ktk.models import find_experts, find_num_layers
@@ -28,6 +29,7 @@ from ktk.models.find import find_gguf_experts
 from ktk.models.gguf.experts import GgufExperts
 from ktk.models.prediction import gguf_predicts, predicts
 from ktk.models.whole.source import Source
+from ktk.ops.decoder import row_width
 from ktk.paths import user_path
 from ktk.placement.residency.expert_memory import ExpertMemory
 
@@ -50,7 +52,8 @@ class ModelDescription:
     run as a GGUF file's blocks, which every token reads. kv_bytes : of a KV cache of ``context``
     tokens. moe_layers : indices of the layers with experts. reason : why it cannot run, or None.
     warning : what will be slow, or None. resident_experts : that have room in memory, of all
-    layers, and resident_bytes of it; 0: all are loaded.
+    layers, and resident_bytes of it; 0: all are loaded. kv_dtype : of the KV cache, where that is
+    not ``dtype``.
     """
 
     path: str
@@ -78,6 +81,7 @@ class ModelDescription:
     warning: str | None = None
     resident_experts: int = 0
     resident_bytes: int = 0
+    kv_dtype: str | None = None
 
     @property
     def needed_bytes(self) -> int:
@@ -118,6 +122,20 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
+@dataclass(frozen=True)
+class _Cache:
+    """What is asked of the KV cache; None: the default."""
+
+    context: int | None
+    dtype: str | None
+
+    def num_bytes(self, shape: TokenShape, dtype: str, tokens: int) -> int:
+        if self.dtype is None:
+            return shape.num_bytes(DTYPE_BYTES[dtype], tokens)
+        kept = KV_DTYPES[self.dtype]
+        return shape.num_bytes(kept.itemsize, tokens, row_width(0, kept))
+
+
 def describe_model(
     path: str | os.PathLike[str],
     method: str = "auto",
@@ -126,6 +144,7 @@ def describe_model(
     context: int | None = None,
     linear: str = "file",
     expert_memory: ExpertMemory | None = None,
+    kv_dtype: str | None = None,
 ) -> ModelDescription:
     """What a model is and needs, from its headers alone.
 
@@ -135,10 +154,12 @@ def describe_model(
     int8 if it fits into memory, else int4. dtype : "bfloat16", "float16" or "float32" for
     everything but the experts; None keeps the checkpoint's.
     context : tokens of KV cache; None: the model's longest, at most 8192. linear, expert_memory :
-    as in ``open_model``.
+    as in ``open_model``. kv_dtype : of the KV cache, a row of ``KV_DTYPES``; None: ``dtype``.
     Raises CheckpointError, ValueError.
     """
+    check_kv_dtype(kv_dtype)
     check_linear(linear)
+    cache = _Cache(context, kv_dtype)
     backends.check_method(method)
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
@@ -158,7 +179,7 @@ def describe_model(
                 f"file has; leave it out, or convert: ktk convert --input-path {path} --output "
                 f"DIR --quant-method {weight_format}"
             )
-        return _describe_gguf(where, method, dtype or "bfloat16", context, linear, expert_memory)
+        return _describe_gguf(where, method, dtype or "bfloat16", cache, linear, expert_memory)
     if not where.is_dir():
         raise CheckpointError(f"{path}: must be a directory with a config.json, or a .gguf file")
     if not (where / "config.json").exists():
@@ -173,7 +194,7 @@ def describe_model(
                 f"weight_format={weight_format!r}: the experts of {path} are packed already; "
                 "leave it out"
             )
-        return _describe_packed(where, config, method, dtype, context, expert_memory)
+        return _describe_packed(where, config, method, dtype, cache, expert_memory)
     if expert_memory is not None:
         raise ValueError(
             f"expert memory {expert_memory.limit}: the experts of {path} are packed while they are "
@@ -182,11 +203,11 @@ def describe_model(
         )
     kind = "quantised" if quantised else "float"
     if weight_format is not None:
-        return _describe_float(where, kind, config, method, weight_format, dtype, context)
+        return _describe_float(where, kind, config, method, weight_format, dtype, cache)
     from_method = backends.method_format(method)
     formats = (from_method,) if from_method else AUTO_FORMATS
     for name in formats:
-        found = _describe_float(where, kind, config, method, name, dtype, context)
+        found = _describe_float(where, kind, config, method, name, dtype, cache)
         if found.fits:
             break
     return found
@@ -197,14 +218,14 @@ def _describe_packed(
     config: dict[str, Any],
     method: str,
     dtype: str | None,
-    context: int | None,
+    cache: _Cache,
     expert_memory: ExpertMemory | None,
 ) -> ModelDescription:
     specs = read_config(path).specs
     num_bytes = sum(layer_path(path, layer).stat().st_size for layer in specs)
     with Checkpoint.open(path) as checkpoint:
         rest = _rest_bytes(checkpoint, set(), _dtype(config, dtype))
-    found = _describe(path, "packed", config, specs, method, num_bytes, rest, dtype, context)
+    found = _describe(path, "packed", config, specs, method, num_bytes, rest, dtype, cache)
     sizes = [spec.layout.expert_bytes for spec in specs.values()]
     return _limited(found, expert_memory, sizes, [spec.num_experts for spec in specs.values()])
 
@@ -231,7 +252,7 @@ def _describe_float(
     method: str,
     weight_format: str,
     dtype: str | None,
-    context: int | None,
+    cache: _Cache,
 ) -> ModelDescription:
     with Checkpoint.open(path) as checkpoint:
         experts = find_experts(checkpoint)
@@ -242,7 +263,7 @@ def _describe_float(
         taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
         rest = _rest_bytes(checkpoint, taken, _dtype(config, dtype))
     num_bytes = sum(spec.num_experts * spec.layout.expert_bytes for spec in specs.values())
-    return _describe(path, kind, config, specs, method, num_bytes, rest, dtype, context)
+    return _describe(path, kind, config, specs, method, num_bytes, rest, dtype, cache)
 
 
 def _rest_bytes(checkpoint: Checkpoint, taken: set[str], dtype: str) -> int:
@@ -266,7 +287,7 @@ def _describe(
     expert_bytes: int,
     rest_bytes: int,
     dtype: str | None,
-    context: int | None,
+    cache: _Cache,
 ) -> ModelDescription:
     from ktk.integration.transformers.multimodal import run_on_text
 
@@ -275,7 +296,7 @@ def _describe(
     spec = next(iter(specs.values()))
     total, available = cpu.memory()
     longest = int(text.get("max_position_embeddings") or 0)
-    tokens = context_tokens(longest, context)
+    tokens = context_tokens(longest, cache.context)
     bits = 8 * expert_bytes / sum(s.num_weights * s.num_experts for s in specs.values())
     backend, kernel, reason = _selected(method, spec)
     unknown, left_out = run_on_text(path, config)
@@ -299,7 +320,8 @@ def _describe(
         context=tokens,
         expert_bytes=expert_bytes,
         rest_bytes=rest_bytes,
-        kv_bytes=TokenShape.of_config(text).num_bytes(DTYPE_BYTES[dtype], tokens),
+        kv_bytes=cache.num_bytes(TokenShape.of_config(text), dtype, tokens),
+        kv_dtype=cache.dtype,
         available_bytes=available,
         total_bytes=total,
         moe_layers=tuple(sorted(specs)),
@@ -311,7 +333,7 @@ def _describe_gguf(
     path: Path,
     method: str,
     dtype: str,
-    context: int | None,
+    cache: _Cache,
     linear: str,
     expert_memory: ExpertMemory | None,
 ) -> ModelDescription:
@@ -331,7 +353,7 @@ def _describe_gguf(
         WHOLE_MODELS[architecture].fields(Source(experts))  # CheckpointError for what it cannot be
 
     longest = gguf_number(metadata, "context_length")
-    tokens, layers = context_tokens(longest, context), experts.num_layers or 0
+    tokens, layers = context_tokens(longest, cache.context), experts.num_layers or 0
     shape = TokenShape.of_gguf(metadata, layers)
     spec = experts.spec(experts.layers[0])
     backend, kernel, reason = _selected(method, spec)
@@ -360,7 +382,8 @@ def _describe_gguf(
         expert_bytes=expert_bytes,
         rest_bytes=rest * DTYPE_BYTES[dtype] + linear_bytes,
         linear_bytes=linear_bytes,
-        kv_bytes=shape.num_bytes(DTYPE_BYTES[dtype], tokens),
+        kv_bytes=cache.num_bytes(shape, dtype, tokens),
+        kv_dtype=cache.dtype,
         available_bytes=available,
         total_bytes=total,
         moe_layers=tuple(experts.layers),

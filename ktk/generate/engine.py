@@ -55,7 +55,8 @@ class Limits:
 
     batch_tokens : of one forward pass. cache_bytes : of keys and values of all sequences together.
     guesses : of an answer's next tokens in one pass (``lookup.py``), at most. swap_bytes : beside
-        the cache, for sequences that had to leave it for a while.
+        the cache, for sequences that had to leave it for a while. kv_dtype : of the cache, a row of
+        ``KV_DTYPES``; None: the model's.
     """
 
     context: int
@@ -65,6 +66,7 @@ class Limits:
     cache_bytes: int = SERVER_CACHE
     guesses: int = 0
     swap_bytes: int = 0
+    kv_dtype: str | None = None
 
 
 def pages_within(limits: Limits, token_bytes: int) -> Pages:

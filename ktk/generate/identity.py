@@ -17,7 +17,12 @@ from ktk.kv.sizes import TokenShape
 LAYOUT = 1  # of a page in a frame, and of what ktk's kernels compute; another one: other pages
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file of weights
 _TOLD = (".json", ".jinja", ".txt", ".md", ".model")  # tokens and templates, not weights
-_KV_DTYPES = {np.float32: "float32", np.float16: "float16", np.uint16: "bfloat16"}
+_KV_DTYPES = {
+    np.float32: "float32",
+    np.float16: "float16",
+    np.uint16: "bfloat16",
+    np.int8: "int8",
+}
 
 
 def cache_info(opened: OpenModel, native: NativeModel, linear: str) -> CacheInfo:
@@ -26,11 +31,11 @@ def cache_info(opened: OpenModel, native: NativeModel, linear: str) -> CacheInfo
     A page is one key of all layers' numbers: its order is that of ``PagePool.copy_out``.
     """
     found = opened.description
-    numbers = native.token_bytes // native.dtype.itemsize
+    numbers = native.token_bytes // native.kv_dtype.itemsize  # of int8, scales too
     return CacheInfo(
         f"{opened.name} {fingerprint(found.path)}",
         f"{found.weight_format}, {found.kernel}, linear {linear}, layout {LAYOUT} of {PAGE} tokens",
-        _KV_DTYPES[native.dtype.type],
+        _KV_DTYPES[native.kv_dtype.type],
         TokenShape(1, 1, numbers, 0),
     )
 

@@ -44,14 +44,14 @@ class NativeEngine(Engine):
 
     def __init__(self, opened: OpenModel, limits: Limits) -> None:
         super().__init__(opened, limits)
-        self._native = NativeModel(self.model)
+        self._native = NativeModel(self.model, kv_dtype=limits.kv_dtype)
         try:
             pages = pages_within(limits, self._native.token_bytes)
         except BaseException:
             self._native.close()
             raise
         self.cache_bytes = pages.num_bytes
-        pool = PagePool(pages.count, self._native.shapes, self._native.dtype)
+        pool = PagePool(pages.count, self._native.shapes, self._native.kv_dtype)
         self._schedule: Schedule[Generation] = Schedule(
             pool, limits.running, limits.batch_tokens, limits.swap_bytes
         )

@@ -64,12 +64,14 @@ def open_model(
     expert_memory: ExpertMemory | None = None,
     hybrid: HybridRequest | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    kv_dtype: str | None = None,
 ) -> OpenModel:
     """Load a model and its tokenizer, unless memory says that it cannot work.
 
-    path, method, weight_format, dtype, context : as in ``describe_model``. linear : of the dense
-    linear layers, as in ``ktk.integration.choices``: "int8" or "int4" packs them; "file" runs them
-    as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to torch.
+    path, method, weight_format, dtype, context, kv_dtype : as in ``describe_model``. linear : of
+    the dense linear layers, as in ``ktk.integration.choices``: "int8" or "int4" packs them; "file"
+    runs them as they are, a GGUF file's blocks or bf16 and fp16 weights; "none" leaves them to
+    torch.
     force : load it even if it does not fit. expert_memory : of a packed directory or a
     GGUF file: experts are read when tokens need them, and no more than fit into this are in memory;
     None: all are loaded, or mapped. hybrid : experts of a directory that a device runs, and those
@@ -78,7 +80,9 @@ def open_model(
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not
     fit.
     """
-    description = describe_model(path, method, weight_format, dtype, context, linear, expert_memory)
+    description = describe_model(
+        path, method, weight_format, dtype, context, linear, expert_memory, kv_dtype
+    )
     path = user_path(path)
     if hybrid is not None and description.kind == "gguf":
         raise ValueError(

@@ -67,6 +67,8 @@ class Way:
             words.append(f"--weight-format {self.weight_format}")
         if self.expert_memory:
             words.append(f"--expert-memory {self.expert_memory >> 20}MiB")
+        if self.description.kv_dtype:
+            words.append(f"--kv-dtype {self.description.kv_dtype}")
         words.append(f"--context {self.context} --max-requests {self.requests}")
         words.append(f"--kv-cache {max(1, math.floor(self.kv_bytes / 2**30 * 1000)) / 1000:g}")
         return " ".join(words)
@@ -79,13 +81,19 @@ def ways(
     method: str = "auto",
     linear: str = "file",
     dtype: str | None = None,
+    kv_dtype: str | None = None,
 ) -> list[Way]:
     """How a model can be served, the most exact way first.
 
     read_rate : of memory, bytes/s. context : tokens of a request; None: as there is room. method,
-    linear, dtype : as in ``describe_model``. Raises CheckpointError, ValueError.
+    linear, dtype, kv_dtype : as in ``describe_model``. Raises CheckpointError, ValueError.
     """
-    options: dict[str, Any] = {"method": method, "dtype": dtype, "linear": linear}
+    options: dict[str, Any] = {
+        "method": method,
+        "dtype": dtype,
+        "linear": linear,
+        "kv_dtype": kv_dtype,
+    }
     first = describe_model(path, context=context, **options)
     if first.kind not in ("float", "quantised"):
         return [_way(first, None, read_rate, context)]

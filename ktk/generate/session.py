@@ -64,9 +64,11 @@ class Session:
         self._sequence = CachedSequence(model) if sequence is None else sequence
 
     @classmethod
-    def fastest(cls, model: Any, tokenizer: Any) -> Session:
-        """Over the fastest sequence that the model can have, which is tried."""
-        return cls(model, tokenizer, open_sequence(model))
+    def fastest(cls, model: Any, tokenizer: Any, kv_dtype: str | None = None) -> Session:
+        """Over the fastest sequence that the model can have, which is tried. kv_dtype : as of
+        ``open_sequence``.
+        """
+        return cls(model, tokenizer, open_sequence(model, kv_dtype))
 
     @property
     def max_context(self) -> int | None:

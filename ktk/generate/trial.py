@@ -20,6 +20,7 @@ from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.sequential import SequentialEngine
 from ktk.generate.session import Session
 from ktk.integration.transformers.batches import CannotBatch
+from ktk.integration.transformers.native_sequence import check_own_dtype
 from ktk.integration.transformers.tokens import encode
 
 # In the order in which they are tried.
@@ -42,8 +43,8 @@ TOLERANCE = 0.25
 def start_engine(opened: OpenModel, limits: Limits) -> Engine:
     """A started engine; its ``why_alone`` says why it takes one request at a time, if it does.
 
-    Raises RequestError if the KV cache is too small, RuntimeError if the model does not generate at
-    all.
+    Raises RequestError if the KV cache is too small, ValueError for a kv_dtype other than the
+    model's where its layers do not run natively, RuntimeError if it does not generate at all.
     """
     ids = _prompt(opened, max(1, min(PROMPT_TOKENS, limits.context - STEPS)))
     expected = _continue_alone(opened, ids)
@@ -54,6 +55,7 @@ def start_engine(opened: OpenModel, limits: Limits) -> Engine:
             engine.why_not_native = reasons.get(NATIVE)
             return engine
         reasons[name] = reason
+        check_own_dtype(opened.model, limits.kv_dtype, reason)
     sequential = SequentialEngine(opened, limits)
     sequential.start()
     sequential.why_not_native = reasons[NATIVE]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ktk.kv.pages import PAGE
 from ktk.machine.memory import aligned_buffer
-from ktk.ops.decoder import Pages, PageTables, Shapes
+from ktk.ops.decoder import Pages, PageTables, Shapes, row_width
 
 NOTHING = 0  # the content before a sequence's first page
 SLAB = 16  # pages of which memory is taken at once, for all layers, when the first is
@@ -34,7 +34,8 @@ class FullPage:
 class PagePool:
     """count pages of PAGE tokens for every layer.
 
-    shapes : of each layer, ((heads, width) of keys, (heads, width) of values). dtype : of all.
+    shapes : of each layer, ((heads, width) of keys, (heads, width) of values). dtype : of all, as
+    ``ktk.ops.decoder.Pages`` takes them.
     Not for several threads at once, except ``copy_out``.
     """
 
@@ -42,7 +43,8 @@ class PagePool:
         self.count, self._shapes, self._dtype = count, shapes, dtype
         # A slab: of each layer SLAB pages of keys, then SLAB of values.
         self._page_bytes = [
-            [heads * width * PAGE * dtype.itemsize for heads, width in both] for both in shapes
+            [heads * row_width(width, dtype) * PAGE * dtype.itemsize for heads, width in both]
+            for both in shapes
         ]
         self._slabs: dict[int, np.ndarray] = {}
         self._bases = np.zeros(-(-count // SLAB), np.uintp)  # addresses of slabs

@@ -28,9 +28,9 @@ class TokenShape:
     key_width: int
     value_width: int
 
-    def num_bytes(self, element_bytes: int, tokens: int = 1) -> int:
-        """Of so many tokens."""
-        widths = self.key_width + self.value_width
+    def num_bytes(self, element_bytes: int, tokens: int = 1, more: int = 0) -> int:
+        """Of so many tokens. more : elements that a key takes beside its numbers, and a value."""
+        widths = sum(width + more for width in (self.key_width, self.value_width) if width)
         return tokens * self.num_layers * self.num_heads * widths * element_bytes
 
     @classmethod

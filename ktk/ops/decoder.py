@@ -24,7 +24,18 @@ from ktk.placement.residency.residents import TooManyExperts
 MAX_COMPONENTS = 3  # of a branch
 Shapes = tuple[tuple[int, int], tuple[int, int]]  # (heads, width) of keys and of values
 
+CACHED_DTYPES = ("f", "e", "H", "b")  # of keys and values, by NumPy's dtype.char
 PAGE_STEP = 16  # tokens of a page are a multiple of it, where there are several
+ROW_SCALE = 4  # bytes of an int8 row behind its codes: a float32, KTK_ROW_SCALE in ktk_kernels.h
+
+
+def row_width(width: int, dtype: np.dtype[Any]) -> int:
+    """Elements that a key or value of so many numbers takes in the cache.
+
+    Of int8 a row is its codes, then its scale: amax / 127 of the row, codes half to even, as of
+    activations (``reference/linear.py``).
+    """
+    return width + ROW_SCALE if dtype == np.int8 else width
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +116,9 @@ class DecoderSpec:
 class Pages:
     """Where the keys and values of one sequence lie in a layer, in pages of equally many tokens.
 
-    keys, values : a page each, arrays (heads, page_tokens, width) of one dtype and of the same
-    strides, each row contiguous; page_tokens a multiple of 16 where there is more than one. Raises
-    ValueError. The arrays must outlive this.
+    keys, values : a page each, arrays (heads, page_tokens, ``row_width``) of one dtype and of the
+    same strides, each row contiguous; page_tokens a multiple of 16 where there is more than one.
+    float32, float16, bf16 bits as uint16, or int8. Raises ValueError. The arrays must outlive this.
     """
 
     def __init__(self, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> None:
@@ -121,8 +132,13 @@ class Pages:
                 f"pages of {self.page_tokens} tokens: must be a multiple of {PAGE_STEP}"
             )
         self.dtype, self.num_tokens = keys[0].dtype, self.page_tokens * len(keys)
+        more = row_width(0, self.dtype)
         first_of = keys[0].shape, values[0].shape
-        self.shapes: Shapes = tuple((shape[0], shape[2]) for shape in first_of)  # type: ignore[assignment]
+        self.shapes: Shapes = tuple((shape[0], shape[2] - more) for shape in first_of)  # type: ignore[assignment]
+        if self.dtype.char not in CACHED_DTYPES:
+            raise ValueError(
+                f"keys and values of {self.dtype}: must be float32, float16, uint16 (bf16) or int8"
+            )
         row: list[Any] = []
         self._tables = []
         for name, pages in (("keys", keys), ("values", values)):
@@ -145,7 +161,8 @@ class Pages:
             self._tables.append(table)
             strides = (stride // first.itemsize for stride in first.strides[:2])
             row += [table.ctypes.data, *strides]
-        self.native = (*row, self.page_tokens)  # as native.DecoderLayer.forward takes it
+        # As native.DecoderLayer.forward takes it.
+        self.native = (*row, self.page_tokens, self.dtype.char)
 
     @classmethod
     def at(
@@ -156,9 +173,10 @@ class Pages:
         page_tokens: int,
         dtype: np.dtype,
     ) -> Pages:
-        """Pages by their addresses, uintp, each contiguous (heads, page_tokens, width).
+        """Pages by their addresses, uintp, each contiguous (heads, page_tokens, ``row_width``).
 
-        shapes : (heads, width) of keys and of values. page_tokens : a multiple of 16.
+        shapes : (heads, width) of keys and of values. page_tokens : a multiple of 16. dtype : as of
+        arrays.
         """
         self = cls.__new__(cls)
         self.page_tokens, self.dtype, self.shapes = page_tokens, dtype, shapes
@@ -166,8 +184,9 @@ class Pages:
         self._tables = [np.ascontiguousarray(keys), np.ascontiguousarray(values)]
         row: list[Any] = []
         for table, (_, width) in zip(self._tables, shapes, strict=True):
-            row += [table.ctypes.data, page_tokens * width, width]
-        self.native = (*row, page_tokens)
+            stride = row_width(width, dtype)
+            row += [table.ctypes.data, page_tokens * stride, stride]
+        self.native = (*row, page_tokens, dtype.char)
         return self
 
 
@@ -224,12 +243,12 @@ class DecoderLayer:
         """Write each row's key and value at its position in its sequence, and attend to those up to
         it.
 
-        hidden : (rows, hidden_size), float32, float16 or bf16 bits as uint16, as are keys and
-        values. cosines, sines : float32 (rows, rotary.dim / 2). pages : of each sequence. sequence,
-        position : of each row, an index of pages and a place among its tokens, no two rows the
-        same. chosen : contiguous int64 (rows, top_k), where the experts of each are left. Returns
-        (rows, hidden_size) in hidden's dtype. A row has the same bits whatever other rows, pages
-        and threads there are. Raises ValueError for what does not fit.
+        hidden : (rows, hidden_size), float32, float16 or bf16 bits as uint16. cosines, sines :
+        float32 (rows, rotary.dim / 2). pages : of each sequence. sequence, position : of each row,
+        an index of pages and a place among its tokens, no two rows the same. chosen : contiguous
+        int64 (rows, top_k), where the experts of each are left. Returns (rows, hidden_size) in
+        hidden's dtype. A row has the same bits whatever other rows, pages and threads there are.
+        Raises ValueError for what does not fit.
         """
         attention, rows = self.spec.attention, len(hidden)
         wanted: dict[str, tuple[np.ndarray, tuple[int, ...], Any]] = {
@@ -243,10 +262,10 @@ class DecoderLayer:
                     f"{name} is {array.dtype} {array.shape}: must be {np.dtype(dtype)} {shape}"
                 )
         for table in pages:
-            if table.shapes != attention.cached_shapes or table.dtype != hidden.dtype:
+            if table.shapes != attention.cached_shapes:
                 raise ValueError(
-                    f"keys and values are {table.dtype} (heads, width) {table.shapes}: "
-                    f"must be {hidden.dtype} {attention.cached_shapes}"
+                    f"keys and values are (heads, width) {table.shapes}: must be "
+                    f"{attention.cached_shapes}"
                 )
         places = set(zip(sequence, position, strict=True))
         if not rows == len(sequence) == len(places):

@@ -54,11 +54,13 @@ def store_at(path: Path, **changes: Any) -> PrefixStore:
     return PrefixStore(StoreConfig(path, num_token_per_page=PAGE, memory_pool_size=0, **changes))
 
 
-def engine_of(opened: OpenModel, store: PrefixStore | None, pages: int = 64) -> NativeEngine:
-    model = NativeModel(opened.model)
+def engine_of(
+    opened: OpenModel, store: PrefixStore | None, pages: int = 64, kv_dtype: str | None = None
+) -> NativeEngine:
+    model = NativeModel(opened.model, kv_dtype=kv_dtype)
     page = PAGE * model.token_bytes
     model.close()
-    engine = NativeEngine(opened, Limits(640, 16, 256, 96, pages * page))
+    engine = NativeEngine(opened, Limits(640, 16, 256, 96, pages * page, kv_dtype=kv_dtype))
     if store is not None:
         assert engine.keep(store, opened, "file")
     engine.start()
@@ -73,10 +75,14 @@ async def answer(engine: Engine, prompt: list[int]) -> tuple[list[Token], Reuse]
 
 
 def answered(
-    opened: OpenModel, store: PrefixStore | None, *prompts: list[int], pages: int = 64
+    opened: OpenModel,
+    store: PrefixStore | None,
+    *prompts: list[int],
+    pages: int = 64,
+    kv_dtype: str | None = None,
 ) -> list[tuple[list[Token], Reuse]]:
     """By a new engine, all at once; what it kept is on the disk when it returns."""
-    engine = engine_of(opened, store, pages)
+    engine = engine_of(opened, store, pages, kv_dtype)
 
     async def all_of_them() -> list[tuple[list[Token], Reuse]]:
         return list(await asyncio.gather(*(answer(engine, prompt) for prompt in prompts)))
@@ -114,6 +120,20 @@ def test_pages_come_back_after_a_restart_with_the_same_bits(
         got = answered(served, store, PROMPT, other)
     assert got[0] == (alone, Reuse(disk=4 * PAGE))
     assert got[1] == (answered(served, None, other)[0][0], Reuse(disk=2 * PAGE))
+
+
+def test_pages_of_another_dtype_are_not_taken(
+    served: OpenModel, alone: list[Token], tmp_path: Path
+) -> None:
+    with store_at(tmp_path) as store:
+        ((made, reuse),) = answered(served, store, PROMPT, kv_dtype="int8")
+    assert reuse == Reuse() and made != alone
+    with store_at(tmp_path) as store:
+        assert answered(served, store, PROMPT) == [(alone, Reuse())]
+        assert answered(served, store, PROMPT, kv_dtype="fp16")[0][1] == Reuse()
+    with store_at(tmp_path) as store:
+        assert answered(served, store, PROMPT, kv_dtype="int8") == [(made, Reuse(disk=4 * PAGE))]
+        assert answered(served, store, PROMPT) == [(alone, Reuse(disk=4 * PAGE))]
 
 
 def test_a_conversation_comes_back_with_its_answer(served: OpenModel, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from ktk.generate import trial
 from ktk.generate.batching import BatchingEngine
+from ktk.generate.describe import describe_model
 from ktk.generate.engine import Engine, Limits, ServerBusy
 from ktk.generate.native import NativeEngine
 from ktk.generate.open import OpenModel, open_model
@@ -29,6 +31,8 @@ from ktk.integration.transformers import fuse_decoder_layers
 from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.decoder_layers import native_calls
 from ktk.integration.transformers.native_batch import NativeModel
+from ktk.integration.transformers.native_sequence import open_sequence
+from ktk.integration.transformers.sequence import CachedSequence
 from ktk.kv.pages import PAGE
 from ktk.server.kv_metrics import KvCollector
 from make.fused_layers import FUSED, WINDOW, make, small_matrices_too
@@ -107,7 +111,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
 
 
 def engine_of(opened: OpenModel, pages: int = 64, **limits: Any) -> NativeEngine:
-    model = NativeModel(opened.model)
+    model = NativeModel(opened.model, kv_dtype=limits.get("kv_dtype"))
     page = PAGE * model.token_bytes
     model.close()
     given = {"context": 640, "running": 16, "batch_tokens": 96, "cache_bytes": pages * page}
@@ -124,9 +128,9 @@ def engine(served: OpenModel) -> Iterator[NativeEngine]:
     engine.stop()
 
 
-def alone(opened: OpenModel, prompt: list[int], count: int) -> list[Token]:
+def alone(opened: OpenModel, prompt: list[int], count: int, **limits: Any) -> list[Token]:
     """In an engine that has never seen another."""
-    engine = engine_of(opened)
+    engine = engine_of(opened, **limits)
     try:
         return asyncio.run(answer(engine, prompt, count))
     finally:
@@ -201,6 +205,39 @@ def test_sixteen_answers_in_a_pool_too_small_swap_their_pages(served: OpenModel)
             assert (swap.swapped_out > 0, swap.recomputed > 0) == (True, swap_pages == 3)
         finally:
             engine.stop()
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp32"])
+def test_in_every_dtype_of_keys_an_answer_has_the_bits_it_has_alone(
+    served: OpenModel, kv_dtype: str
+) -> None:
+    """In a pool that is too small, so that pages go and come back."""
+    prompts = prompts_of(60, 61, 62, 63)
+    engine = engine_of(served, 6, kv_dtype=kv_dtype, swap_bytes=64 << 20, context=320)
+    try:
+        got = asyncio.run(together(engine, prompts, 12))
+        assert engine.swap is not None and engine.swap.pages_in > 0
+    finally:
+        engine.stop()
+    assert got == [alone(served, prompt, 12, kv_dtype=kv_dtype) for prompt in prompts]
+    own = [alone(served, prompt, 12) for prompt in prompts]
+    assert got != own
+    found = describe_model(served.description.path, context=640, kv_dtype=kv_dtype)
+    model = NativeModel(served.model, kv_dtype=kv_dtype)
+    model.close()
+    assert found.kv_bytes == 640 * model.token_bytes
+
+
+def test_another_dtype_is_refused_where_torch_runs_the_layers() -> None:
+    opened = tiny("qwen3_moe", packs_linears=False)
+    with pytest.raises(ValueError, match="--kv-dtype int8 is for .*q_proj is a Linear that torch"):
+        trial.start_engine(opened, replace(LIMITS, kv_dtype="int8"))
+    with pytest.raises(ValueError, match="--kv-dtype int8 is for"):
+        open_sequence(opened.model, "int8")
+    own = {torch.float32: "fp32", torch.bfloat16: "bf16"}[opened.model.dtype]
+    assert isinstance(open_sequence(opened.model, own), CachedSequence)
+    with pytest.raises(ValueError, match="kv_dtype='int4': must be one of bf16, fp16, int8, fp32"):
+        describe_model("no/such/model", kv_dtype="int4")
 
 
 def test_who_leaves_is_taken_out_at_once(engine: NativeEngine, served: OpenModel) -> None:

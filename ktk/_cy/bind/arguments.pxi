@@ -10,6 +10,7 @@ _FORMATS = {ktk_formats[i].name.decode(): i for i in range(KTK_NUM_FORMATS)}
 _ACTIVATIONS = {"sigmoid_glu": KTK_SIGMOID_GLU, "gelu_tanh": KTK_GELU_TANH, "relu2": KTK_RELU2}
 # By NumPy's dtype.char; bf16 comes as uint16.
 _DTYPES = {"f": KTK_DTYPE_F32, "e": KTK_DTYPE_F16, "H": KTK_DTYPE_BF16}
+_CACHED_DTYPES = {**_DTYPES, "b": KTK_DTYPE_I8}  # of keys and values
 
 
 cdef void *_address(array) except? NULL:

@@ -217,9 +217,9 @@ cdef class DecoderLayer(_OnPool):
                 uintptr_t sines, pages, sequence,
                 position, uintptr_t out, chosen=None):
         """See ktk_decoder.h. dtype : "f", "e" or "H" (bf16). pages : for each sequence (address of
-        the keys' table, head and row stride, of the values' likewise, page_tokens). sequence,
-        position : num_rows of each. chosen : int64 (num_rows, top_k), where the rows' experts are
-        left, or None. The rest: addresses.
+        the keys' table, head and row stride, of the values' likewise, page_tokens, their dtype: as
+        above, or "b"). sequence, position : num_rows of each. chosen : int64 (num_rows, top_k),
+        where the rows' experts are left, or None. The rest: addresses.
         """
         cdef ktk_decoder_rows rows
         cdef int i
@@ -261,7 +261,7 @@ cdef class DecoderLayer(_OnPool):
         sequence.keys.pages, sequence.values.pages = &page_of_keys, &page_of_values
         sequence.keys.head_stride, sequence.keys.row_stride = key_head, key_row
         sequence.values.head_stride, sequence.values.row_stride = value_head, value_row
-        sequence.page_tokens = position + 1
+        sequence.page_tokens, sequence.dtype = position + 1, _DTYPES[dtype]
         rows.num_rows, rows.sequences = 1, &sequence
         rows.sequence, rows.position = &index, &position
         rows.cosines, rows.sines = <const float *>cosines, <const float *>sines
@@ -308,7 +308,8 @@ cdef int _check_status(int status, const ktk_decoder_rows *rows) except -1:
 
 cdef void _fill_sequence(ktk_sequence *s, given) except *:
     keys, s.keys.head_stride, s.keys.row_stride = given[:3]
-    values, s.values.head_stride, s.values.row_stride, s.page_tokens = given[3:]
+    values, s.values.head_stride, s.values.row_stride, s.page_tokens, dtype = given[3:]
+    s.dtype = _CACHED_DTYPES[dtype]
     s.keys.pages, s.values.pages = <void **><uintptr_t>keys, <void **><uintptr_t>values
 
 

@@ -5,8 +5,8 @@
 #include "ktk.h"
 
 /* Keys and values of one sequence in one layer: token t of head h is at
- * pages[t / page_tokens] + h * head_stride + t % page_tokens * row_stride, in elements of the
- * model's dtype. page_tokens: a multiple of KTK_ATTEND_TILE, or no fewer than there are tokens. */
+ * pages[t / page_tokens] + h * head_stride + t % page_tokens * row_stride, in elements of dtype.
+ * page_tokens: a multiple of KTK_ATTEND_TILE, or no fewer than there are tokens. */
 typedef struct {
     void *const *pages;
     int64_t head_stride, row_stride;
@@ -15,6 +15,7 @@ typedef struct {
 typedef struct {
     ktk_paged keys, values; /* of latent attention: latents, and the keys' rotated part */
     int64_t page_tokens;
+    int32_t dtype;
 } ktk_sequence;
 
 /* Puts experts that rows were routed to where the layer's tables say, until the call is over.
@@ -141,7 +142,7 @@ typedef struct {
     const ktk_branch *branches;
 } ktk_decoder_layer;
 
-/* hidden, out (num_rows, hidden_size) of dtype, as are keys and values. A row has the same bits
+/* hidden, out (num_rows, hidden_size) of dtype. A row has the same bits
  * whatever other rows, pages and threads there are. A ktk_status. */
 int ktk_decoder_layer_forward(const ktk_decoder_layer *layer, const ktk_kernels *kernels,
                               ktk_pool *pool, int dtype, const void *hidden,

@@ -43,7 +43,9 @@ typedef struct {
 } ktk_format_row;
 extern const ktk_format_row ktk_formats[KTK_NUM_FORMATS];
 
-enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16 };
+enum ktk_dtype { KTK_DTYPE_F32, KTK_DTYPE_F16, KTK_DTYPE_BF16, KTK_DTYPE_I8 };
+/* KTK_DTYPE_I8 is of cached keys and values alone: a row is its codes, then its scale, an fp32. */
+enum { KTK_ROW_SCALE = 4 };
 enum ktk_activation_kind { KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2 };
 
 /* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with
@@ -216,7 +218,7 @@ typedef struct {
     ktk_decode_fn *decode[KTK_NUM_FORMATS];
     ktk_codes_fn *codes[KTK_NUM_FORMATS]; /* of integer panels */
     ktk_task_sizes tasks;
-    /* x float[n] (n a multiple of 32) to codes, one scale per group, one correction per fine group.
+    /* x float[n] (n a multiple of 16) to codes, one scale per group, one correction per fine group.
      */
     void (*quantise)(const float *x, int n, int group, int fine, int zero_point, int codes_kind,
                      uint8_t *codes, float *scales, int32_t *correction);

@@ -7,10 +7,19 @@
  *
  * Symbols: ktk_attend_avx2 ktk_attend_avx512 ktk_attend_avx512vnni. */
 #include <math.h>
+#include <string.h>
 
 #include "exp.h"
 #include "ktk_kernels.h"
 #include "row.h"
+
+/* A row of codes, its scale behind it. */
+INLINE void widen_codes(const uint8_t *row, int dim, float *out) {
+    float scale;
+    memcpy(&scale, row + dim, KTK_ROW_SCALE);
+    for (int i = 0; i < dim; i += LANES)
+        VF_STORE(out + i, VF_MUL(VF_CVT(VI_I8(row + i)), VF_SET(scale)));
+}
 
 /* The first n rows of the tile that begins at token `first`, as fp32; *stride: floats from one to
  * the next. */
@@ -19,6 +28,12 @@ INLINE const float *rows_of(int dtype, const ktk_tiles *t, int first, int n, flo
     const void *tile = t->tiles[first / KTK_ATTEND_TILE];
     *stride = dtype == KTK_DTYPE_F32 ? t->row_stride : t->dim;
     if (dtype == KTK_DTYPE_F32) return tile;
+    if (dtype == KTK_DTYPE_I8) {
+        for (int k = 0; k < n; k++)
+            widen_codes((const uint8_t *)tile + k * t->row_stride, t->dim,
+                        buffer + (int64_t)k * t->dim);
+        return buffer;
+    }
     const uint16_t *rows = tile;
     const int step = t->row_stride == t->dim ? n : 1; /* rows that lie together */
     for (int k = 0; k < n; k += step)

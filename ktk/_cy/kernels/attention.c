@@ -79,14 +79,24 @@ void ktk_lay_out_queries(queries *q, step *s, arena *a) {
 }
 
 static void *place_of(const step *s, const ktk_paged *pages, int64_t row, int head, int64_t token) {
-    const int64_t page_tokens = s->rows->sequences[s->rows->sequence[row]].page_tokens;
+    const ktk_sequence *sequence = &s->rows->sequences[s->rows->sequence[row]];
+    const int64_t page_tokens = sequence->page_tokens;
     const int64_t at = head * pages->head_stride + token % page_tokens * pages->row_stride;
-    return (uint8_t *)pages->pages[token / page_tokens] + at * dtype_bytes(s->dtype);
+    return (uint8_t *)pages->pages[token / page_tokens] + at * dtype_bytes(sequence->dtype);
 }
 
 void ktk_cache_row(const step *s, const ktk_paged *pages, int64_t row, int head, const float *x,
                    int n) {
-    s->crew.kernels->store(s->dtype, x, n, place_of(s, pages, row, head, s->rows->position[row]));
+    const int dtype = s->rows->sequences[s->rows->sequence[row]].dtype;
+    uint8_t *place = place_of(s, pages, row, head, s->rows->position[row]);
+    if (dtype != KTK_DTYPE_I8) {
+        s->crew.kernels->store(dtype, x, n, place);
+        return;
+    }
+    float scale;
+    int32_t unused;
+    s->crew.kernels->quantise(x, n, n, n, 0, KTK_CODES_I8, place, &scale, &unused);
+    memcpy(place + n, &scale, KTK_ROW_SCALE);
 }
 
 static ktk_tiles tiles_of(const queries *q, const ktk_paged *pages, int dim, int64_t row, int head,
@@ -153,12 +163,12 @@ static void attend_task(void *context, int64_t index, int thread) {
     const row_block *b = block_of(q, index);
     const int64_t piece = index - b->first_task, of_head = piece / b->num_chunks;
     const int64_t part = of_head % blocks_of(q), kv_head = of_head / blocks_of(q);
-    ktk_attend a = {.dtype = s->dtype};
+    const ktk_sequence *sequence = &s->rows->sequences[s->rows->sequence[b->first]];
+    ktk_attend a = {.dtype = sequence->dtype};
     int64_t end;
     const int64_t base =
         take_queries(q, b, kv_head, part, b->first_chunk + piece % b->num_chunks, &a, &end);
     const int num_tiles = (int)((end - base + KTK_ATTEND_TILE - 1) / KTK_ATTEND_TILE);
-    const ktk_sequence *sequence = &s->rows->sequences[s->rows->sequence[b->first]];
     const void *keys[KTK_ATTEND_KEYS / KTK_ATTEND_TILE], *values[KTK_ATTEND_KEYS / KTK_ATTEND_TILE];
     const int head = (int)kv_head;
     a.keys = tiles_of(q, &sequence->keys, q->key_dim, b->first, head, base, num_tiles, keys);

@@ -82,7 +82,7 @@ void ktk_rms_norm(const ktk_norm *norm, const float *x, float *out);
 /* x and out may be the same, unless the order changes. */
 void ktk_rotate(const ktk_rotary *r, const ktk_decoder_rows *rows, int64_t row, const float *x,
                 float *out);
-/* A row of fp32 to its place in the pages of its sequence. */
+/* A row of n fp32, a multiple of 16, to its place in the pages of its sequence. */
 void ktk_cache_row(const step *s, const ktk_paged *pages, int64_t row, int head, const float *x,
                    int n);
 

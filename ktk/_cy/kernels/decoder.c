@@ -8,7 +8,7 @@
  * residual itself
  *
  * With one row the caller works alone between runs: some microseconds. All in fp32; only what is
- * cached and given back has the model's dtype. */
+ * cached and given back has other dtypes. */
 #include <math.h>
 
 #include "component.h"

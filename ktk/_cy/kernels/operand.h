@@ -15,7 +15,9 @@ static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int is_float(const ktk_matrix *w) {
     return w->codes_kind == KTK_CODES_F32 || w->codes_kind == KTK_CODES_BF16;
 }
-static inline int64_t dtype_bytes(int dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
+static inline int64_t dtype_bytes(int dtype) {
+    return dtype == KTK_DTYPE_F32 ? 4 : dtype == KTK_DTYPE_I8 ? 1 : 2;
+}
 
 /* Bump allocation; with base NULL it only counts. */
 typedef struct {

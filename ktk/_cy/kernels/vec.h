@@ -75,6 +75,7 @@ typedef __m512 VF;
     _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, VF_ZERO(), _CMP_EQ_OQ), yes)
 #define VI_SRL32 _mm512_srli_epi32
 #define VI_BF16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
+#define VI_I8(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define VI_XOR _mm512_xor_si512
 #define VI_SUB32 _mm512_sub_epi32
 #define VI_MAX_U32 _mm512_max_epu32
@@ -144,6 +145,7 @@ INLINE __m256i VI_WHERE_BIT(__m256i x, __m256i mask, __m256i yes, __m256i no) {
 #define VF_WHERE_0(a, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, VF_ZERO(), _CMP_EQ_OQ))
 #define VI_SRL32 _mm256_srli_epi32
 #define VI_BF16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define VI_I8(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
 #define VI_XOR _mm256_xor_si256
 #define VI_SUB32 _mm256_sub_epi32
 #define VI_MAX_U32 _mm256_max_epu32

@@ -28,6 +28,7 @@ from ktk.integration.transformers.invariance import InvariantModel
 from ktk.integration.transformers.model_config import rope_types
 from ktk.integration.transformers.native_call import DTYPES
 from ktk.integration.transformers.plain_pass import PlainPass
+from ktk.kv.dtypes import KV_DTYPES, row_bytes
 from ktk.ops.components import Attention
 from ktk.ops.decoder import DecoderLayer, PageTables, Shapes
 
@@ -40,10 +41,11 @@ class NativeModel:
 
     To be made once a token was decoded: what a layer computes is tried then. fused : its layers'
     forwards. layers : what runs each one. is_invariant : until ``close`` the model's products and
-    functions outside its decoder layers are batch invariant, too.
+    functions outside its decoder layers are batch invariant, too. kv_dtype : a row of ``KV_DTYPES``
+    that keys and values are kept in; None: the model's dtype.
     """
 
-    def __init__(self, model: Any, is_invariant: bool = True) -> None:
+    def __init__(self, model: Any, is_invariant: bool = True, kv_dtype: str | None = None) -> None:
         self.model = model
         layers = [module for _, module in decoder_layers(model)]
         self.fused = [_fused(module) for module in layers]
@@ -57,6 +59,7 @@ class NativeModel:
         if model.dtype not in DTYPES:
             raise CannotBatch(f"its dtype is {model.dtype}")
         self.dtype = DTYPES[model.dtype]
+        self.kv_dtype = self.dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
         self.layers = list(map(_with_window, self.fused, _windows(model)))
         inside = {part for module in layers for part in module.modules()}
         self._invariant = InvariantModel(model, inside) if is_invariant else None
@@ -83,8 +86,8 @@ class NativeModel:
     @property
     def token_bytes(self) -> int:
         """Of the keys and values of one token."""
-        widths = sum(heads * width for both in self.shapes for heads, width in both)
-        return widths * self.dtype.itemsize
+        of_heads = [each for both in self.shapes for each in both]
+        return sum(heads * row_bytes(width, self.kv_dtype) for heads, width in of_heads)
 
     @torch.inference_mode()
     def forward(

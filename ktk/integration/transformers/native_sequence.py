@@ -14,12 +14,14 @@ import torch
 from ktk.errors import CheckpointError
 from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.native_batch import NativeModel
+from ktk.integration.transformers.native_call import DTYPES
 from ktk.integration.transformers.sequence import (
     PREFILL_CHUNK,
     CachedSequence,
     common_length,
     longest_context,
 )
+from ktk.kv.dtypes import KV_DTYPES
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import PagePool
 from ktk.kv.prefix.config import CacheInfo
@@ -36,17 +38,18 @@ LIKELY, TOLERANCE = 20, 0.25  # log probabilities that are compared, and nats be
 
 
 class NativeSequence:
-    """``CachedSequence`` for such a model: same arguments, same meaning.
+    """``CachedSequence`` for such a model: same arguments, same meaning. kv_dtype : as of
+    ``NativeModel``.
 
     Raises CannotBatch where ``NativeModel`` does.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kv_dtype: str | None = None) -> None:
         self.model = model
-        self.native = NativeModel(model, is_invariant=False)
+        self.native = NativeModel(model, is_invariant=False, kv_dtype=kv_dtype)
         self.longest = longest_context(model)
         pages = (self.longest or LONGEST) // PAGE + 1
-        self._pool = PagePool(pages, self.native.shapes, self.native.dtype)
+        self._pool = PagePool(pages, self.native.shapes, self.native.kv_dtype)
         self.cached: list[int] = []
         self._pages: list[int] = []
         self._tables = PageTables()
@@ -143,8 +146,12 @@ class NativeSequence:
         self._tables = self._pool.tables(self._pages)
 
 
-def open_sequence(model: Any) -> NativeSequence | CachedSequence:
-    """The fastest that gives what the model's own forward passes give, which is tried."""
+def open_sequence(model: Any, kv_dtype: str | None = None) -> NativeSequence | CachedSequence:
+    """The fastest that gives what the model's own forward passes give, which is tried.
+
+    kv_dtype : as of ``NativeModel``. Raises ValueError for another one than the model's where its
+    layers do not run natively.
+    """
     text = model.config.get_text_config()
     probe = [token % text.vocab_size for token in PROBE]
     expected: list[torch.Tensor] = []
@@ -155,10 +162,25 @@ def open_sequence(model: Any) -> NativeSequence | CachedSequence:
 
     CachedSequence(model).generate(probe, 2, keep, lambda _: False, lambda: False)
     try:
-        sequence = NativeSequence(model)
-    except CannotBatch:
+        sequence = NativeSequence(model, kv_dtype)
+    except CannotBatch as error:
+        check_own_dtype(model, kv_dtype, str(error))
         return CachedSequence(model)
     found = sequence.logits(probe).log_softmax(-1)
     sequence.reset()
     most, ids = expected[0].topk(min(LIKELY, len(expected[0])))
-    return sequence if bool((found[ids] - most).abs().max() <= TOLERANCE) else CachedSequence(model)
+    if bool((found[ids] - most).abs().max() <= TOLERANCE):
+        return sequence
+    check_own_dtype(model, kv_dtype, "on a short text they differ from the model's own")
+    return CachedSequence(model)
+
+
+def check_own_dtype(model: Any, kv_dtype: str | None, reason: str) -> None:
+    """Raises ValueError if keys and values of a model whose layers torch runs, for a reason, are to
+    be kept in another dtype than its own.
+    """
+    if kv_dtype is not None and DTYPES.get(model.dtype) != KV_DTYPES[kv_dtype]:
+        raise ValueError(
+            f"--kv-dtype {kv_dtype} is for models whose layers ktk runs, and torch runs this one's "
+            f"({reason}): leave it out"
+        )
