@@ -10,7 +10,7 @@ import numpy as np
 
 from ktk.backends.base import Backend, Runner, describe, refuse_blocks
 from ktk.experts.activation import ACTIVATION_KINDS
-from ktk.experts.formats.floats import bf16_to_f32, to_f32
+from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL
 from ktk.experts.panels import decoded_codes, read_panels
 from ktk.experts.rows import poison_rows, quantise_activations, store_rows
@@ -58,8 +58,7 @@ class NumbaRunner(Runner):
             starts = np.arange(0, matrix.padded_in, matrix.fine_group)
             sums = np.add.reduceat(act.codes.astype(np.int32), starts, axis=1)
             correction = (-fmt.zero_point * sums).astype(np.int32)
-            stored = matrix.scales(panels)
-            scales = bf16_to_f32(stored) if matrix.scales_are_bf16 else stored
+            scales = matrix.scale_values(panels)
             codes, bits = panels[:, matrix.scale_bytes :], fmt.bits
             if fmt.levels:
                 codes, bits = decoded_codes(panels, matrix), 8

@@ -39,6 +39,13 @@ STATE_FILE = "ktk-convert.json"
 CODING = ("weight_format", "group_size", "activation_group")
 TEMPORARY_PREFIX = ".ktk-tmp-"
 TENSOR = "experts"
+_NOT_FINITE = {
+    "f32": np.uint32(0x7F800000),
+    "f16": np.uint16(0x7C00),
+    "bf16": np.uint16(0x7F80),
+    "e8m0": np.uint8(0xFF),
+    "e4m3": np.uint8(0x7F),
+}
 _LAYER_FILE = re.compile(r"ktk-experts-(\d{5})\.safetensors")
 
 
@@ -366,10 +373,13 @@ def _not_finite(spec: MoESpec, span: np.ndarray) -> str | None:
     for name in layout.projections:
         matrix = layout.matrix(name)
         if matrix.scale_bytes:
-            scales = matrix.scales(layout.panels(span, name))
-            # Exponent bits all set mean NaN or infinity.
-            exponent = np.uint16(0x7F80) if matrix.scales_are_bf16 else np.uint32(0x7F800000)
-            if ((scales.view(exponent.dtype) & exponent) == exponent).any():
+            panels = layout.panels(span, name)
+            # Exponent bits all set mean NaN or infinity, of e4m3 all bits but the sign.
+            bits = _NOT_FINITE[matrix.scale_dtype]
+            if ((matrix.scales(panels).view(bits.dtype) & bits) == bits).any():
+                return f"{name} projection: a scale is"
+            is_tensors = matrix.format.has_tensor_scale
+            if is_tensors and not np.isfinite(matrix.tensor_scales(panels)).all():
                 return f"{name} projection: a scale is"
         bias = layout.bias(span, name)
         if bias is not None and not np.isfinite(bias.view(np.float32)).all():

@@ -15,6 +15,12 @@ so that a kernel which needs the scales at once reads memory in one stream:
                                                          = first four
     nl2    as of nl4                                     [K/16][16][4]; two bits, from the lowest
                                                          on = k..k+3, k+4..k+7, ...
+    fp8    fp32 [groups], of all channels, or [16];      [K][16] bytes
+           mxfp8: e8m0 [groups][16]
+    mxfp4  e8m0 [groups][16]                             as of 4 bit
+    nvfp4  e4m3 [groups][16], then the matrix's, fp32    as of 4 bit
+    int4_asym  fp16 [groups][16], then zero points       as of 4 bit
+           [groups/2][16], as nl4's multipliers
     bf16   none                                          [K/2][16][2]
     fp32   none                                          [K][16]
 
@@ -35,12 +41,21 @@ from functools import lru_cache
 import numpy as np
 
 from ktk.experts.formats import Format
+from ktk.experts.formats.floats import as_values
 from ktk.experts.rotation import NO_ROTATION, Rotation
 
 PANEL = 16  # output channels in a panel
 K_ALIGN = 32  # in_features padding: the smallest group, and eight nibble rows' worth of k
 EXPERT_ALIGN = 4096  # one O_DIRECT read
 LAYOUT_VERSION = 2  # 1 had scales behind the codes
+# How the bits of a scale are looked at.
+_STORED = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.uint16),
+    "bf16": np.dtype(np.uint16),
+    "e8m0": np.dtype(np.uint8),
+    "e4m3": np.dtype(np.uint8),
+}
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -61,33 +76,59 @@ class MatrixLayout:
     activation_group: int
     code_bytes: int  # of one panel
     scale_bytes: int  # of one panel, multipliers included, padded to 64
-    scales_are_bf16: bool
+    scale_dtype: str = ""  # f32, f16, bf16, e8m0 or e4m3; empty without scales
     scales_of_group: int = 0  # of one panel: 16, or 1 where all its channels share it
-    multiplier_group: int = 0  # k that share a multiplier; 0: there are none
+    multiplier_group: int = 0  # k that share a multiplier or zero point; 0: there are none
     rotation: Rotation = NO_ROTATION
 
     @property
     def panel_bytes(self) -> int:
         return self.code_bytes + self.scale_bytes
 
+    @property
+    def scales_are_bf16(self) -> bool:
+        return self.scale_dtype == "bf16"
+
+    @property
+    def scales_end(self) -> int:
+        """Bytes of a panel's scales, without what follows them."""
+        if not self.scale_dtype:
+            return 0
+        return self.num_groups * self.scales_of_group * _STORED[self.scale_dtype].itemsize
+
     def scales(self, panels: np.ndarray) -> np.ndarray:
-        """The stored scales of uint8 (panels, panel_bytes):
-        uint16 bf16 bits or float32 (panels, groups, scales_of_group); a copy.
+        """The stored scales of uint8 (panels, panel_bytes): float32 or bit patterns, uint16 or
+        uint8 (panels, groups, scales_of_group); a copy.
         """
-        width = self.num_groups * self.scales_of_group * (2 if self.scales_are_bf16 else 4)
-        raw = np.ascontiguousarray(panels[:, :width])
-        stored = raw.view(np.uint16 if self.scales_are_bf16 else np.float32)
+        raw = np.ascontiguousarray(panels[:, : self.scales_end])
+        stored = raw.view(_STORED[self.scale_dtype])
         return stored.reshape(len(panels), self.num_groups, self.scales_of_group)
 
-    def multipliers(self, panels: np.ndarray) -> np.ndarray:
-        """Indices of the stored multipliers of uint8 (panels, panel_bytes): uint8 (panels, groups,
-        16).
+    def scale_values(self, panels: np.ndarray) -> np.ndarray:
+        """What weights are multiplied by, float32 (panels, groups, scales_of_group): the stored
+        scales, times the matrix's where it has one.
         """
-        pairs = -(-self.padded_in // (2 * self.multiplier_group))
-        start = 4 * self.num_groups * self.scales_of_group
+        stored = self.scales(panels)
+        values = as_values(stored.reshape(len(panels), -1), self.scale_dtype).reshape(stored.shape)
+        if self.format.has_tensor_scale:
+            values = values * self.tensor_scales(panels)[:, None, None]
+        return values
+
+    def tensor_scales(self, panels: np.ndarray) -> np.ndarray:
+        """The matrix's scale as each panel has it, float32 (panels,)."""
+        raw = panels[:, self.scales_end : self.scales_end + 4]
+        return np.ascontiguousarray(raw).view(np.float32)[:, 0]
+
+    def multipliers(self, panels: np.ndarray) -> np.ndarray:
+        """Indices of the stored multipliers, or zero points, of uint8 (panels, panel_bytes): uint8
+        (panels, groups, 16).
+        """
+        groups = self.padded_in // self.multiplier_group
+        groups += self.padded_in % self.multiplier_group > 0
+        pairs, start = -(-groups // 2), self.scales_end
         both = panels[:, start : start + pairs * PANEL].reshape(len(panels), pairs, 1, PANEL)
         each = np.concatenate([both & 15, both >> 4], axis=2).reshape(len(panels), -1, PANEL)
-        return each[:, : self.padded_in // self.multiplier_group]
+        return each[:, :groups]
 
     def codes(self, panels: np.ndarray) -> np.ndarray:
         """The stored codes of uint8 (panels, panel_bytes): uint8 (panels, code_bytes); a copy."""
@@ -171,14 +212,19 @@ def matrix_layout(
     padded_in = round_up(in_features, max(K_ALIGN, rotation.width))
     multiplier_group = group_size if fmt.multipliers else 0
     group = padded_in if fmt.multipliers else min(group_size or padded_in, padded_in)
+    if fmt.has_zero_points:
+        multiplier_group = group
     num_groups = -(-padded_in // group)
-    are_bf16 = fmt.scales is not None and fmt.scales.dtype == "bf16" and group_size != 0
-    scales_of_group = 0
+    scale_dtype, scales_of_group = "", 0
     if fmt.scales is not None:
+        is_of_channel = fmt.scales.dtype == "bf16" and not group_size
+        scale_dtype = "f32" if is_of_channel else fmt.scales.dtype
         scales_of_group = PANEL if fmt.scales.rows < PANEL else 1
-    head = num_groups * scales_of_group * (2 if are_bf16 else 4)
+    head = num_groups * scales_of_group * _STORED[scale_dtype].itemsize if scale_dtype else 0
     if multiplier_group:
         head += -(-padded_in // (2 * multiplier_group)) * PANEL
+    if fmt.has_tensor_scale:
+        head += 4
     return MatrixLayout(
         format=fmt,
         in_features=in_features,
@@ -190,7 +236,7 @@ def matrix_layout(
         activation_group=activation_group or padded_in,
         code_bytes=padded_in * PANEL * fmt.bits // 8,
         scale_bytes=round_up(head, 64),
-        scales_are_bf16=are_bf16,
+        scale_dtype=scale_dtype,
         scales_of_group=scales_of_group,
         multiplier_group=multiplier_group,
         rotation=rotation,

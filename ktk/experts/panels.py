@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.experts.formats.floats import as_values, bf16_to_f32, f32_to_bf16
+from ktk.experts.formats.floats import as_bits, as_values, bf16_to_f32, f32_to_bf16
 from ktk.experts.layout import PANEL, MatrixLayout
 from ktk.experts.rotation import rotate_back
 
@@ -15,7 +15,9 @@ F = np.float32
 
 def _unit(layout: MatrixLayout) -> int:
     """k of a channel that lie together."""
-    return 4 if layout.format.is_integer else 2 if layout.format.bits == 16 else 1
+    if layout.format.is_integer or layout.format.bits == 4:
+        return 4
+    return 2 if layout.format.bits == 16 else 1
 
 
 def lay_panels(
@@ -23,13 +25,15 @@ def lay_panels(
     scales: np.ndarray,
     layout: MatrixLayout,
     multipliers: np.ndarray | None = None,
+    tensor_scale: float = 1.0,
 ) -> np.ndarray:
     """Codes (padded_out, padded_in), scales float32 (padded_out, num_groups) to uint8 (num_panels,
     panel_bytes).
 
     codes : uint8, bf16 bits or float32, as the format has them. Scales are not looked at where the
-    format has none; of a panel that has one a group, its first row's count. multipliers : uint8
-    (padded_out, groups), indices, where the layout has them.
+    format has none; of a panel that has one a group, its first row's count; they are rounded to
+    what the layout stores. multipliers : uint8 (padded_out, groups), indices or zero points, where
+    the layout has them. tensor_scale : of formats that have one.
     """
     p, k, unit = layout.num_panels, layout.padded_in, _unit(layout)
     out = np.zeros((p, layout.panel_bytes), np.uint8)
@@ -42,9 +46,10 @@ def lay_panels(
     if layout.scales_of_group:
         by_group = scales.reshape(p, PANEL, -1).transpose(0, 2, 1)  # (panels, groups, 16)
         by_group = np.ascontiguousarray(by_group[:, :, : layout.scales_of_group])
-        stored = f32_to_bf16(by_group) if layout.scales_are_bf16 else by_group
-        raw = stored.reshape(p, -1).view(np.uint8)
+        raw = as_bits(by_group, layout.scale_dtype).reshape(p, -1).view(np.uint8)
         out[:, : raw.shape[1]] = raw
+        if layout.format.has_tensor_scale:
+            out[:, raw.shape[1] : raw.shape[1] + 4] = np.array([tensor_scale], F).view(np.uint8)
         if layout.multiplier_group:
             assert multipliers is not None
             even = multipliers.shape[1] + multipliers.shape[1] % 2
@@ -122,12 +127,14 @@ def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, n
     codes = np.ascontiguousarray(rows.transpose(0, 2, 1, 3)).reshape(p * PANEL, k)
     if not fmt.is_integer:
         codes = as_values(codes, fmt.codes.dtype)
+    if fmt.has_zero_points:
+        zeros = layout.multipliers(panels).transpose(0, 2, 1).reshape(p * PANEL, -1)
+        codes -= np.repeat(zeros.astype(F), layout.group_size, axis=1)[:, :k]
     if fmt.levels:
         codes = _products(codes, panels, layout)
     if not layout.scales_of_group:
         return codes, np.empty(0, F)
-    stored = layout.scales(panels)
-    scales = bf16_to_f32(stored) if layout.scales_are_bf16 else stored
+    scales = layout.scale_values(panels)
     scales = np.repeat(scales, PANEL // layout.scales_of_group, axis=2)  # (panels, groups, 16)
     scales = scales.transpose(0, 2, 1)
     return codes, np.ascontiguousarray(scales).reshape(p * PANEL, layout.num_groups)

@@ -284,15 +284,18 @@ class CodedMatrix:
     """One matrix as a checkpoint codes it; panels of the same format take codes and fitting scales
     as they are.
 
-    codes : (out_features, in_features), of int4 int8 -8 to 7, of float codes their bits. scales :
-    float32 (blocks of rows, groups), each for ``block`` rows and columns. format : the panels' that
-    hold such codes.
+    codes : (out_features, in_features), of int4 int8 -8 to 7, of others their bits, one in a byte.
+    scales : float32 (blocks of rows, groups), each for ``block`` rows and columns. format : the
+    panels' that hold such codes. tensor_scale : times all scales. zero_points : uint8
+    (out_features, groups), of formats that have them.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     format: Format
     block: tuple[int, int]
+    tensor_scale: float = 1.0
+    zero_points: np.ndarray | None = None
 
     @property
     def group_size(self) -> int:
@@ -309,7 +312,11 @@ class CodedMatrix:
         if self.format.is_integer:
             return self.codes.astype(np.float32) * np.repeat(self.spread_scales(), group, axis=1)
         values = as_values(self.codes, self.format.codes.dtype)
-        for row, scales in enumerate(self.scales):  # in place: a matrix may be large
+        if self.zero_points is not None:
+            zeros = self.zero_points.astype(np.float32)
+            values -= np.repeat(zeros, group, axis=1)[:, : values.shape[1]]
+        each = self.scales * np.float32(self.tensor_scale)
+        for row, scales in enumerate(each):  # in place: a matrix may be large
             band = values[row * self.block[0] : (row + 1) * self.block[0]]
             band *= np.repeat(scales, group)[: values.shape[1]]
         return values

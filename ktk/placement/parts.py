@@ -60,7 +60,6 @@ def layout_of(matrix: StoredMatrix, activation_group: int) -> MatrixLayout:
         activation_group=activation_group,
         code_bytes=PANEL * matrix.data.shape[2],
         scale_bytes=0,
-        scales_are_bf16=False,
     )
 
 

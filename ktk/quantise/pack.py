@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ktk._cy import native_module
-from ktk.experts.formats.floats import as_values, to_f32
+from ktk.experts.formats import Format
+from ktk.experts.formats.floats import as_bits, as_values, to_f32
 from ktk.experts.layout import PANEL, MatrixLayout
 from ktk.experts.panels import lay_float_panels, lay_panels, padded
 from ktk.experts.rotation import rotate
@@ -21,7 +22,7 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert, CodedMatrix, ExpertWeights, StoredExperts, order_of
 from ktk.machine import cpu
 from ktk.machine.memory import aligned_buffer
-from ktk.quantise.fp8 import quantise_blocks
+from ktk.quantise.coded import quantise_coded
 from ktk.quantise.levels import round_levels
 
 F = np.float32
@@ -110,8 +111,7 @@ def pack_matrix(w: np.ndarray, layout: MatrixLayout, panels: np.ndarray) -> None
         elif scales is None:
             panels[:] = lay_float_panels(w, layout)
         else:
-            block = scales.rows, scales.weights
-            lay_codes(CodedMatrix(*quantise_blocks(w, block), layout.format, block), layout, panels)
+            lay_codes(quantise_coded(to_f32(w), layout), layout, panels)
         return
     if layout.rotation.width:
         whole = np.zeros((len(w), layout.padded_in), F)
@@ -132,16 +132,18 @@ def _as_rotated(layout: MatrixLayout) -> MatrixLayout:
 def keeps_codes(spec: MoESpec, coded: CodedExpert) -> bool:
     """Whether panels of this spec take the codes of an expert as they are.
 
-    Smaller groups than the codes have get the same scale again. Scales of groups are rounded to
-    bf16 where the format has bf16: bf16 values do not change, others by 2**-8 of themselves at
-    most. Other scales stay float32.
+    Smaller groups than the codes have get the same scale again. Scales of int4's groups are rounded
+    to bf16: bf16 values do not change, others by 2**-8 of themselves at most. All other scales
+    must be what the format stores, bit for bit.
     """
     return all(_keeps(spec, m) for m in (coded.gate, coded.up, coded.down) if m is not None)
 
 
 def _keeps(spec: MoESpec, coded: CodedMatrix) -> bool:
-    plane = spec.format.scales
+    coded, plane = _as_format(coded, spec.format), spec.format.scales
     if coded.format is not spec.format or plane is None or spec.turns.width:
+        return False
+    if plane.dtype != "bf16" and not _is_exact(coded.scales, plane.dtype):
         return False
     rows, columns = coded.codes.shape
     if plane.weights:  # blocks of their own
@@ -151,6 +153,21 @@ def _keeps(spec: MoESpec, coded: CodedMatrix) -> bool:
     return coded.group_size % spec.group_size == 0
 
 
+def _as_format(coded: CodedMatrix, fmt: Format) -> CodedMatrix:
+    """The same codes as another format has them, where it does: int4's with zero points of 8."""
+    if not fmt.has_zero_points or coded.format.name != "int4":
+        return coded
+    zero = coded.format.zero_point
+    codes = (coded.codes + np.int8(zero)).astype(np.uint8)
+    zeros = np.full(coded.scales.shape, zero, np.uint8)
+    return dataclasses.replace(coded, codes=codes, zero_points=zeros, format=fmt)
+
+
+def _is_exact(scales: np.ndarray, dtype: str) -> bool:
+    """Whether that dtype holds float32 scales as they are."""
+    return dtype == "f32" or np.array_equal(as_values(as_bits(scales, dtype), dtype), scales)
+
+
 def lay_codes(coded: CodedMatrix, layout: MatrixLayout, panels: np.ndarray) -> None:
     """Codes as they are into ``panels``, uint8 (num_panels, panel_bytes), a view.
 
@@ -158,19 +175,28 @@ def lay_codes(coded: CodedMatrix, layout: MatrixLayout, panels: np.ndarray) -> N
     """
     if not np.isfinite(coded.scales).all():
         raise ValueError("scales hold NaN or inf: mend the checkpoint")
-    fmt, rows = layout.format, coded.codes.shape[0]
+    fmt = layout.format
+    coded = _as_format(coded, fmt)
     codes = coded.codes
     if fmt.is_integer:
         codes = (codes + np.int8(fmt.zero_point)).astype(np.uint8)
     elif not np.isfinite(as_values(codes, fmt.codes.dtype)).all():
         raise ValueError(NOT_FINITE)
-    scales = np.zeros((layout.num_panels * PANEL, layout.num_groups), F)
-    repeated = coded.spread_scales()
+    whole = padded(codes, layout, fmt.zero_point)
+    scales = _by_group(coded.spread_scales(), coded, layout)
+    zeros = coded.zero_points
+    more = None if zeros is None else _by_group(zeros, coded, layout)
+    panels[:] = lay_panels(whole, scales, layout, more, coded.tensor_scale)
+
+
+def _by_group(values: np.ndarray, coded: CodedMatrix, layout: MatrixLayout) -> np.ndarray:
+    """(out_features, the codes' groups) to (padded_out, the layout's), zeros beyond."""
     if coded.group_size > layout.group_size:
-        repeated = np.repeat(repeated, coded.group_size // layout.group_size, axis=1)
-    width = min(layout.num_groups, repeated.shape[1])
-    scales[:rows, :width] = repeated[:, :width]
-    panels[:] = lay_panels(padded(codes, layout, fmt.zero_point), scales, layout)
+        values = np.repeat(values, coded.group_size // layout.group_size, axis=1)
+    whole = np.zeros((layout.num_panels * PANEL, layout.num_groups), values.dtype)
+    width = min(layout.num_groups, values.shape[1])
+    whole[: len(values), :width] = values[:, :width]
+    return whole
 
 
 def pack_expert(spec: MoESpec, weights: ExpertWeights | CodedExpert, out: np.ndarray) -> None:

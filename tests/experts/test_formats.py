@@ -103,6 +103,8 @@ def test_bits_per_weight_stay_in_budget(name: str, group: int) -> None:
     budget = {("int4", 32): 4.6, ("int4", 64): 4.35, ("int4", 128): 4.2, ("int4", 0): 4.1}
     for n in (2, 3, 4):
         budget |= {(f"nl{n}", 16): n + 0.3, (f"nl{n}", 32): n + 0.17, (f"nl{n}", 0): n + 0.04}
+    budget |= {("mxfp4", 32): 4.27, ("nvfp4", 16): 4.53, ("mxfp8", 32): 8.27}
+    budget |= {("int4_asym", 32): 4.65, ("int4_asym", 64): 4.35, ("int4_asym", 128): 4.18}
     spec = MoESpec(128, 2048, 768, name, group)
     bits = spec.layout.expert_bytes * 8 / spec.num_weights
     assert PANELS[name].bits <= bits <= budget.get((name, group), PANELS[name].bits * 1.01)
@@ -180,7 +182,7 @@ def test_wrong_shapes_and_dtypes_are_named() -> None:
         ({"num_experts": 0}, "num_experts=0"),
         ({"hidden_size": -1}, "hidden_size=-1"),
         ({"intermediate_size": 2.5}, "intermediate_size=2.5"),
-        ({"weight_format": "int5"}, "int4, int8, fp8, bf16, fp32"),
+        ({"weight_format": "int5"}, "int8, fp8, fp8_channel, fp8_e5m2, mxfp8, bf16, fp32"),
         ({"group_size": 48}, "group_size=48"),
         ({"activation_group": 7}, "activation_group=7"),
         ({"group_size": 32.0}, "group_size=32.0"),

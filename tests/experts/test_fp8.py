@@ -14,12 +14,12 @@ from ktk.checkpoint.packed import read_layer
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.convert import convert
 from ktk.experts.dequantise import expert_weights
-from ktk.experts.formats.floats import e4m3_table
+from ktk.experts.formats.floats import e4m3_table, nearest_codes
 from ktk.experts.panels import read_panels
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import CodedExpert
 from ktk.models import find_experts
-from ktk.quantise.fp8 import quantise_blocks, to_e4m3
+from ktk.quantise.coded import quantise_coded
 from make.cases import assert_exact, pack_all, random_experts
 from make.checkpoints import write_safetensors
 
@@ -98,15 +98,16 @@ def test_floats_become_the_nearest_code() -> None:
     x = np.random.default_rng(0).standard_normal(20000).astype(F) * F(30)
     x[:4] = 0, 1e-4, 447.9, 500
     nearest = positive[np.abs(np.abs(x)[:, None].clip(0, 448) - positive).argmin(axis=1)]
-    assert_exact(np.copysign(nearest, x), table[to_e4m3(x)])
+    assert_exact(np.copysign(nearest, x), table[nearest_codes(x, "e4m3")])
     middle = (positive[1:] + positive[:-1]) / 2  # ties go to the even code
-    assert (to_e4m3(middle) % 2 == 0).all()
+    assert (nearest_codes(middle, "e4m3") % 2 == 0).all()
 
 
 def test_blocks_of_zeros_and_of_tiny_weights_stay_finite() -> None:
     w = np.zeros((130, 300), F)
     w[129, 299], w[0, 0] = 1e-40, 3
-    codes, scales = quantise_blocks(w, (128, 128))
+    coded = quantise_coded(w, MoESpec(1, 300, 130, "fp8").layout.gate_up)
+    codes, scales = coded.codes, coded.scales
     assert codes.shape == w.shape and scales.shape == (2, 3)
     assert codes[0, 0] == 126 and not codes[128:].any()
     assert scales[0, 0] == F(3) / F(448) and not scales.ravel()[1:].any()

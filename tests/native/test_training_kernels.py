@@ -37,6 +37,8 @@ PANELS: list[dict[str, Any]] = [
     {"weight_format": "fp32"},
     {"weight_format": "bf16"},
     {"weight_format": "fp8"},
+    {"weight_format": "nvfp4"},
+    {"weight_format": "int4_asym", "group_size": 64},
     {"weight_format": "int8", "rotation": 0},
     {"weight_format": "int8", "rotation": 64},
     {"weight_format": "int8", "rotation": 256},

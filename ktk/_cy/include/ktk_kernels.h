@@ -12,13 +12,28 @@ enum { KTK_PANEL = 16 }; /* output channels of a panel */
 
 /* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are
  * floats, codes of a correction or 0: as many as the smaller group has). */
+/* Codes of checkpoints as they are, few bits each, and a scale a block: coded.h. */
+#define KTK_CODED_FORMATS(ROW)                                                                     \
+    ROW(MXFP4, mxfp4)                                                                              \
+    ROW(NVFP4, nvfp4)                                                                              \
+    ROW(INT4_ASYM, int4_asym)                                                                      \
+    ROW(FP8, fp8)                                                                                  \
+    ROW(FP8_CHANNEL, fp8_channel)                                                                  \
+    ROW(FP8_E5M2, fp8_e5m2)                                                                        \
+    ROW(MXFP8, mxfp8)
 #define KTK_PANEL_FORMATS(ROW)                                                                     \
     ROW(NL2, "nl2", KTK_LEVEL_ZERO, 0, 16)                                                         \
     ROW(NL3, "nl3", KTK_LEVEL_ZERO, 0, 16)                                                         \
     ROW(NL4, "nl4", KTK_LEVEL_ZERO, 0, 16)                                                         \
     ROW(INT4, "int4", 8, 0, 0)                                                                     \
     ROW(INT8, "int8", 128, 0, 0)                                                                   \
+    ROW(MXFP4, "mxfp4", 0, 1, 0)                                                                   \
+    ROW(NVFP4, "nvfp4", 0, 1, 0)                                                                   \
+    ROW(INT4_ASYM, "int4_asym", 0, 1, 0)                                                           \
     ROW(FP8, "fp8", 0, 1, 0)                                                                       \
+    ROW(FP8_CHANNEL, "fp8_channel", 0, 1, 0)                                                       \
+    ROW(FP8_E5M2, "fp8_e5m2", 0, 1, 0)                                                             \
+    ROW(MXFP8, "mxfp8", 0, 1, 0)                                                                   \
     ROW(BF16, "bf16", 0, 1, 0)                                                                     \
     ROW(FP32, "fp32", 0, 1, 0)
 
@@ -65,7 +80,7 @@ typedef struct {
     int32_t group_size;       /* k per weight scale; padded_in = per channel; of packed formats */
     int32_t activation_group; /* k per activation scale */
     int32_t scales_are_bf16;
-    int32_t multiplier_group; /* k per multiplier, 16 or 32; 0: none */
+    int32_t multiplier_group; /* k per multiplier, 16 or 32, or per zero point; 0: none */
     int32_t is_repacked;
     int32_t rotation; /* columns of a block that turn together (rows.c), 64 or 256; 0: none */
     uint32_t rotation_seed;

@@ -16,7 +16,7 @@
  *   ktk_product_nn_avx512 ktk_product_nn_avx512vnni. */
 #include <string.h>
 
-#include "fp8.h"
+#include "coded.h"
 #include "ktk_kernels.h"
 #include "level_codes.h"
 #include "row.h"
@@ -262,20 +262,26 @@ DECODE_LEVELS(2)
 DECODE_LEVELS(3)
 DECODE_LEVELS(4)
 
-static void decode_fp8(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
-                       float *out) {
-    const uint8_t *codes = panel + w->code_offset + (int64_t)first * KTK_PANEL;
-    for (int k = 0; k < num_k; k += 32) {
-        const VF scale = VF_SET(((const float *)panel)[(first + k) / w->group_size]);
-        for (int q = k; q < k + 32; q++, codes += KTK_PANEL) {
-            VF value[PV];
-            fp8_weights(codes, value);
-            UNROLL
-            for (int v = 0; v < PV; v++)
-                VF_STORE(out + q * KTK_PANEL + v * LANES, VF_MUL(value[v], scale));
+INLINE void decode_coded(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, int first,
+                         int num_k, float *out) {
+    coded_values(FORMAT, w, panel, first, num_k, out);
+    for (int k = 0; k < num_k; k += 8) { /* no group is smaller */
+        VF scale[PV];
+        coded_scales(FORMAT, w, panel, (first + k) / w->group_size, scale);
+        for (int q = k; q < k + 8; q++) UNROLL
+        for (int v = 0; v < PV; v++) {
+            float *at = out + q * KTK_PANEL + v * LANES;
+            VF_STORE(at, VF_MUL(VF_LOAD(at), scale[v]));
         }
     }
 }
+
+#define DECODE_CODED(ENUM, NAME)                                                                   \
+    static void decode_##NAME(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,     \
+                              float *out) {                                                        \
+        decode_coded(KTK_##ENUM, w, panel, first, num_k, out);                                     \
+    }
+KTK_CODED_FORMATS(DECODE_CODED)
 
 /* [K/2][16][2] */
 static void decode_bf16(const ktk_matrix *w, const uint8_t *panel, int first, int num_k,
@@ -296,6 +302,7 @@ static void decode_fp32(const ktk_matrix *w, const uint8_t *panel, int first, in
            (size_t)num_k * KTK_PANEL * 4);
 }
 
+#define DECODE_ROW(ENUM, NAME) [KTK_##ENUM] = decode_##NAME,
 const ktk_kernels CAT(ktk_products_f32_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
     .decode = {[KTK_NL2] = decode_nl2,
@@ -303,8 +310,7 @@ const ktk_kernels CAT(ktk_products_f32_, KTK_ISA) = {
                [KTK_NL4] = decode_nl4,
                [KTK_INT4] = decode_int4,
                [KTK_INT8] = decode_int8,
-               [KTK_FP8] = decode_fp8,
-               [KTK_BF16] = decode_bf16,
+               KTK_CODED_FORMATS(DECODE_ROW)[KTK_BF16] = decode_bf16,
                [KTK_FP32] = decode_fp32},
     .product_nt = CAT(ktk_product_nt_, KTK_ISA),
     .product_nn = CAT(ktk_product_nn_, KTK_ISA),

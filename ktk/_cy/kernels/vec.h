@@ -21,6 +21,8 @@ typedef __m512 VF;
 #define VI_AND _mm512_and_si512
 #define VI_ANDNOT _mm512_andnot_si512 /* ~a & b */
 #define VI_OR _mm512_or_si512
+#define VI_UNPACK_LOW8 _mm512_unpacklo_epi8
+#define VI_UNPACK_HIGH8 _mm512_unpackhi_epi8
 #define VI_UNPACK_LOW32 _mm512_unpacklo_epi32
 #define VI_UNPACK_HIGH32 _mm512_unpackhi_epi32
 #define VI_UNPACK_LOW64 _mm512_unpacklo_epi64
@@ -34,6 +36,8 @@ typedef __m512 VF;
 #define VI_U8(x) _mm512_cvtepu8_epi32(x)
 /* fp16 to fp32: LANES halves; the low halves of dwords. */
 #define VF_HALF(x) _mm512_cvtph_ps(x)
+#define VF_LOAD_HALF(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define VI_LOAD_U8(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define VF_LOW_HALF(x) _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x))
 #define VI_SET8(x) _mm512_set1_epi8(x)
 #define VI_SET16(x) _mm512_set1_epi16(x)
@@ -93,6 +97,8 @@ typedef __m256 VF;
 #define VI_AND _mm256_and_si256
 #define VI_ANDNOT _mm256_andnot_si256 /* ~a & b */
 #define VI_OR _mm256_or_si256
+#define VI_UNPACK_LOW8 _mm256_unpacklo_epi8
+#define VI_UNPACK_HIGH8 _mm256_unpackhi_epi8
 #define VI_UNPACK_LOW32 _mm256_unpacklo_epi32
 #define VI_UNPACK_HIGH32 _mm256_unpackhi_epi32
 #define VI_UNPACK_LOW64 _mm256_unpacklo_epi64
@@ -104,6 +110,8 @@ typedef __m256 VF;
 #define VI_SRA32 _mm256_srai_epi32
 #define VI_U8(x) _mm256_cvtepu8_epi32(x)
 #define VF_HALF(x) _mm256_cvtph_ps(x)
+#define VF_LOAD_HALF(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define VI_LOAD_U8(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
 INLINE __m256 VF_LOW_HALF(__m256i x) {
     x = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
     return _mm256_cvtph_ps(

@@ -13,14 +13,14 @@ GROUP_SIZES = (32, 64, 128)
 ACTIVATION_GROUPS = (*GROUP_SIZES, 256)
 TINY_PEAK = 1e-30  # a group whose weights are all smaller is stored as zeros
 # Bits of the dtypes that do not end in them.
-_BITS = {"e8m0": 8, "e4m3": 8}
+_BITS = {"e8m0": 8, "e4m3": 8, "e5m2": 8, "e2m1": 4}
 
 
 class Plane(NamedTuple):
     """One kind of number a format stores.
 
-    name : codes; scales; minima; multipliers (integers: a group's scale or minimum by that of its
-        block); signs.
+    name : codes; scales; tensor_scale (of a matrix, times its scales); zero_points (codes that mean
+        0); minima; multipliers (integers: a group's scale or minimum by that of its block); signs.
     dtype : u4, s8, f16, bf16, f32, e8m0 (a power of two), ...
     weights : along in_features that share a value; 0: those of the matrix's group.
     rows : of a matrix that share a value.
@@ -147,6 +147,16 @@ class Format:
     def scales(self) -> Plane | None:
         """The plane of scales, if there is one."""
         return next((plane for plane in self.planes if plane.name == "scales"), None)
+
+    @cached_property
+    def has_zero_points(self) -> bool:
+        """Whether each group has its own code that means 0."""
+        return any(plane.name == "zero_points" for plane in self.planes)
+
+    @cached_property
+    def has_tensor_scale(self) -> bool:
+        """Whether a matrix has a scale that multiplies its scales."""
+        return any(plane.name == "tensor_scale" for plane in self.planes)
 
     @property
     def bits(self) -> int:

@@ -8,6 +8,13 @@ from ktk.experts.formats.base import GROUP_SIZES, Format, Plane, Search, steps
 _GROUP_SCALES = Plane("scales", "bf16", 0)
 
 
+def _coded(name: str, codes: str, *planes: Plane, groups: tuple[int, ...] = (0,)) -> Format:
+    """A checkpoint's codes of few bits, as they are; activations and sums stay fp32."""
+    return Format(
+        name, (*planes, Plane("codes", codes)), "f32", group_sizes=groups, default_group=groups[0]
+    )
+
+
 def _levels(bits: int, levels: tuple[int, ...], magnitudes: tuple[int, ...]) -> Format:
     """2 ** bits levels times an integer for each group, one scale a channel.
 
@@ -58,6 +65,18 @@ PANELS = (
         default_activation_group=128,
         search=Search(steps(5.6, 9.6, 0.25, True), 2, channel_ladder=steps(6.5, 18, 0.5, True)),
     ),
+    # Of checkpoints: e2m1 codes with a power of two for 32 (gpt-oss, OCP MX), or with an e4m3 scale
+    # for 16 and an fp32 one for the matrix (NVFP4).
+    _coded("mxfp4", "e2m1", Plane("scales", "e8m0", 32), groups=(32,)),
+    _coded(
+        *("nvfp4", "e2m1", Plane("scales", "e4m3", 16), Plane("tensor_scale", "f32", 0)),
+        groups=(16,),
+    ),
+    # AWQ, GPTQ, compressed-tensors with zero points: (code - zero point) * scale.
+    _coded(
+        *("int4_asym", "u4", Plane("scales", "f16", 0), Plane("zero_points", "u4", 0)),
+        groups=(*GROUP_SIZES, 0),
+    ),
     # Symmetric, one scale per output channel. Tried: absmax, then clipping ever more, for outliers
     # of a long channel.
     Format(
@@ -81,6 +100,11 @@ PANELS = (
         group_sizes=(128,),
         default_group=128,
     ),
+    # The same with a scale a channel (compressed-tensors, ModelOpt, FBGEMM), of either kind of fp8;
+    # and with a power of two for 32 of a row (OCP MX).
+    _coded("fp8_channel", "e4m3", Plane("scales", "f32", 0)),
+    _coded("fp8_e5m2", "e5m2", Plane("scales", "f32", 0)),
+    _coded("mxfp8", "e4m3", Plane("scales", "e8m0", 32), groups=(32,)),
     # The checkpoint's weights as they are; activations and sums stay fp32.
     Format("bf16", (Plane("codes", "bf16"),), "f32"),
     # The exact twin for fp32 and fp16 checkpoints, and for tests.
