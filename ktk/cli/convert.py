@@ -31,9 +31,9 @@ def command(
     quant_method: Annotated[
         str | None,
         typer.Option(
-            help="nl4, nl3, nl2, int4, int8, fp8 or bf16; for a .gguf output q8_0, q6_k, q5_k, "
-            "q4_k, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, q2_k, bf16, f16 or f32. Default: int4, or "
-            "the recipe alone."
+            help="nl4, nl3, nl2, int4, int8, fp8, fp8_channel, fp8_e5m2, mxfp8, mxfp4, nvfp4, "
+            "int4_asym or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, iq4_xs, "
+            "mxfp4, q3_k, q2_k, bf16, f16 or f32. Default: int4, or the recipe alone."
         ),
     ] = None,
     recipe: Annotated[
@@ -59,14 +59,15 @@ def command(
     input_type: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, bf16, fp8, mxfp8, mxfp4 or int4; default: read from the input."
+            help="fp32, fp16, bf16, fp8, fp8_e5m2, mxfp8, mxfp4, nvfp4 or int4; default: read "
+            "from the input."
         ),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale or multiplier: 32, 64 or 128 for int4, 16 or 32 for "
-            "nl2 to nl4, 0 = per channel; default: the format's."
+            help="Weights that share a scale or multiplier: 32, 64 or 128 for int4 and int4_asym, "
+            "16 or 32 for nl2 to nl4, 0 = per channel; default: the format's."
         ),
     ] = None,
     activation_group: Annotated[

@@ -23,12 +23,10 @@ from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.machine.cpu import num_physical_cores
 from ktk.models import SOURCE_DTYPES
+from ktk.models.experts import own_group
 from ktk.quantise.importance import LayerImportance
 
 QUANT_METHODS = tuple(name for name in PANELS if name != "fp32")
-FLOAT_METHODS = tuple(
-    row.name.lower() for row in (*PANELS.values(), *written_types()) if not row.is_integer
-)
 GGUF_METHODS = tuple(row.name.lower() for row in written_types())
 WHOLE_TYPES = tuple(row.name.lower() for row in written_types() if row.search or row.block == 1)
 
@@ -64,7 +62,10 @@ class Request:
             )
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise ValueError(f"threads={self.threads!r}: must be a positive int")
-        is_exact = self.quant_method in FLOAT_METHODS and self.recipe is None
+        rows = BLOCKS if self.writes_gguf else PANELS
+        name = self.quant_method or ""
+        row = rows.get(name.upper() if self.writes_gguf else name)
+        is_exact = row is not None and not row.is_integer and self.recipe is None
         if self.importance is not None and (is_exact or self.calibration is not None):
             other = "a calibration text says more" if self.calibration is not None else None
             raise ValueError(
@@ -111,10 +112,11 @@ class Request:
                 "anyway; leave it out"
             )
 
-    def coding(self, layer: int, projection: str, default_group: int | None = None) -> Coding:
+    def coding(self, layer: int, projection: str, kept: tuple[str, int] | None = None) -> Coding:
         """Of a layer's gate, up or down: the recipe's, else quant_method's.
 
-        default_group : of int4 where nobody names a group. ValueError if nobody names a format.
+        kept : ``Source.panel_format``, whose group counts where nobody names one. ValueError if
+        nobody names a format.
         """
         name = experts_name(layer, projection)
         found = None if self.recipe is None else self.recipe.coding(name)
@@ -128,8 +130,8 @@ class Request:
             rows = BLOCKS if self.writes_gguf else PANELS
             key = self.quant_method.upper() if self.writes_gguf else self.quant_method
             found = Coding(rows[key], self.group_size)
-        if found.format.name == "int4" and found.group_size is None:
-            return Coding(found.format, default_group)
+        if found.group_size is None:
+            return Coding(found.format, own_group(found.format.name, kept))
         return found
 
     def _check_gguf(self) -> None:
@@ -241,7 +243,7 @@ def _packed_spec(request: Request, source: Source, layer: int) -> MoESpec:
     fields = source.spec_fields(layer)
     projections = projections_of(fields.get("has_gate", True))
     coding = one_coding(
-        layer, {name: request.coding(layer, name, source.int4_group) for name in projections}
+        layer, {name: request.coding(layer, name, source.panel_format) for name in projections}
     )
     return MoESpec(
         **fields,

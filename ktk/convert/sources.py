@@ -72,8 +72,7 @@ class Source(ABC):
     """The experts of one checkpoint, and whatever else of it an output may want.
 
     path : as the caller named it, for messages. place : what no output directory may lie in.
-    layers : indices of the MoE layers, ascending. int4_group : the group size of int4 panels that
-    keep the source's own 4-bit codes, or None. notes : what a reader of the output should know.
+    layers : indices of the MoE layers, ascending. notes : what a reader of the output should know.
     """
 
     path: Path
@@ -81,8 +80,12 @@ class Source(ABC):
     family: str
     source_dtype: str
     layers: tuple[int, ...]
-    int4_group: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def panel_format(self) -> tuple[str, int] | None:
+        """The format of panels, and the group size, that keep the source's own codes, or None."""
+        return None
 
     @abstractmethod
     def spec_fields(self, layer: int) -> dict[str, Any]:
@@ -155,8 +158,12 @@ class HuggingFaceSource(Source):
         self.checkpoint, self.experts = checkpoint, find_experts(checkpoint)
         self.path, self.place = checkpoint.path, checkpoint.directory
         self.family, self.source_dtype = self.experts.family, self.experts.source_dtype
-        self.layers, self.int4_group = self.experts.layers, self.experts.int4_group
+        self.layers = self.experts.layers
         self.model_config = Config.of(checkpoint)
+
+    @property
+    def panel_format(self) -> tuple[str, int] | None:
+        return self.experts.panel_format
 
     @property
     def expert_tensors(self) -> set[str]:

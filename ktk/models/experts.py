@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,17 @@ from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts, Stored
 from ktk.models.config import TOP_K_KEYS, Config
 from ktk.models.families import Family
 from ktk.models.layers import Layer
+
+
+def own_group(weight_format: str | None, found: tuple[str, int] | None) -> int | None:
+    """The group size of ``Experts.panel_format`` if that is of this format; else None.
+
+    Those of 4-bit integers hold for one another.
+    """
+    if found is None or weight_format is None:
+        return None
+    is_own = found[0] == weight_format or {found[0], weight_format} <= {"int4", "int4_asym"}
+    return found[1] if is_own else None
 
 
 class Experts:
@@ -78,18 +90,24 @@ class Experts:
         found = self._checked(layer, expert)
         return found.read_coded(expert) or found.read(expert)
 
-    @property
-    def int4_group(self) -> int | None:
-        """The group size of int4 panels that keep the experts' 4-bit codes and least bytes;
-        None if there is none.
+    @cached_property
+    def panel_format(self) -> tuple[str, int] | None:
+        """The format of panels, and the group size, that keep all experts' codes, by the first
+        expert of each layer; None if there is none.
+
+        Of symmetric and asymmetric 4-bit codes that are mixed int4_asym keeps both. Raises
+        CheckpointError.
         """
-        groups: set[int] = set().union(*(layer.int4_groups for layer in self._layers.values()))
-        if not groups or self.source_dtype != "int4":
+        found: set[tuple[str, int] | None] = set()
+        for layer in self._layers.values():
+            found |= layer.panel_formats()
+        kept = {each for each in found if each is not None}
+        names = {name for name, _ in kept}
+        if len(kept) < len(found) or not (len(names) == 1 or names == {"int4", "int4_asym"}):
             return None
-        if groups == {0}:
-            return 0
-        sizes = [group for group in groups if group]
-        return next((g for g in (128, 64, 32) if all(size % g == 0 for size in sizes)), None)
+        # Smaller groups repeat the scale of a larger one, or of a channel.
+        groups = {group for _, group in kept}
+        return max(names, key=len), min(groups - {0}, default=0)
 
     def mxfp4_experts(self, layer: int) -> StoredExperts | None:
         """A layer's MXFP4 experts in the blocks of GGUF, the same numbers;

@@ -6,6 +6,7 @@ A family (``ktk.models.families``) has sorted the tensors by what they are befor
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from abc import ABC, abstractmethod
@@ -16,19 +17,16 @@ from ktk.checkpoint.safetensors import Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import bf16_to_f32
 from ktk.experts.stored import CodedExpert, ExpertWeights
-from ktk.models.codings import FOREIGN_SUFFIXES, INT4_CODINGS, infer_coding
+from ktk.models.codings import FOREIGN_SUFFIXES, infer_coding, module_coding
 from ktk.models.codings.fp8 import fp8_block
-from ktk.models.codings.int4 import Int4Matrix, Int4Settings
+from ktk.models.codings.module import ModuleMatrix, QuantSettings
 from ktk.models.codings.scaled import SCALE_SUFFIXES
 from ktk.models.codings.stored import Stored
 from ktk.models.config import HIDDEN_KEYS, INTERMEDIATE_KEYS, NUM_EXPERTS_KEYS, Config
 
 
 class Layer(ABC):
-    """One layer's experts: their ids, tensors and shapes.
-
-    int4_groups : group sizes of those that are 4-bit codes.
-    """
+    """One layer's experts: their ids, tensors and shapes."""
 
     names: set[str]  # every tensor that packing replaces
     num_experts: int
@@ -37,7 +35,6 @@ class Layer(ABC):
     has_gate: bool
     has_bias: bool
     source_dtypes: set[str]
-    int4_groups: frozenset[int] = frozenset()
 
     @property
     def is_mxfp4(self) -> bool:
@@ -51,6 +48,12 @@ class Layer(ABC):
     def read_coded(self, expert: int) -> CodedExpert | None:
         """One expert's codes that panels may take as they are; None if it has others, or none."""
         return None
+
+    def panel_formats(self) -> set[tuple[str, int] | None]:
+        """Formats of panels, and group sizes, that keep the codes of the first expert's matrices;
+        None among them for one that none keeps.
+        """
+        return {None}
 
     def read_mxfp4(self, expert: int) -> dict[str, np.ndarray]:
         """One expert's MXFP4 blocks by projection, if ``is_mxfp4``."""
@@ -83,18 +86,12 @@ class PerExpertLayer(Layer):
         where = f"{checkpoint.path}: layer {layer}"
         self.num_experts = expected_experts(config, layer, set(by_expert), where)
         self.has_gate = parts["gate"] is not None
-        self._stored: list[dict[str, Stored | Int4Matrix]] = []
+        self._stored: list[dict[str, Stored | ModuleMatrix]] = []
         self._biases: list[dict[str, str]] = []
         for expert in range(self.num_experts):
             stored, biases = self._expert(by_expert[expert], config, f"{where} expert {expert}")
             self._stored.append(stored)
             self._biases.append(biases)
-        self.int4_groups = frozenset(
-            matrix.group_size if matrix.num_groups > 1 else 0
-            for stored in self._stored
-            for matrix in stored.values()
-            if isinstance(matrix, Int4Matrix)
-        )
         self.has_bias = bool(self._biases[0])
         self.intermediate_size, self.hidden_size = self._stored[0]["up"].shape
         self.source_dtypes = {matrix.dtype for stored in self._stored for matrix in stored.values()}
@@ -103,9 +100,10 @@ class PerExpertLayer(Layer):
 
     def _expert(
         self, tensors: dict[tuple[str, str], str], config: Config, where: str
-    ) -> tuple[dict[str, Stored | Int4Matrix], dict[str, str]]:
-        stored: dict[str, Stored | Int4Matrix] = {}
+    ) -> tuple[dict[str, Stored | ModuleMatrix], dict[str, str]]:
+        stored: dict[str, Stored | ModuleMatrix] = {}
         biases: dict[str, str] = {}
+        settings = QuantSettings.of(config)
         for role, part in self.parts.items():
             if part is None:
                 continue
@@ -117,22 +115,22 @@ class PerExpertLayer(Layer):
                         f"{where}: {found[suffix]!r}: {foreign} is not read; convert from bf16 or "
                         "fp8"
                     )
-            int4 = next((c for c in INT4_CODINGS if c.weight in found), None)
-            if "weight" not in found and int4 is None:
+            row = module_coding(found, settings)
+            if "weight" not in found and row is None:
                 raise CheckpointError(
                     f"{where}: tensor {part}.weight is missing; has {sorted(found) or 'nothing'}"
                 )
             known = {"weight", "bias", "input_scale", "activation_scale", *SCALE_SUFFIXES}
-            if int4 is not None:
-                known = {"bias", *int4.suffixes}
-                parts = {suffix: found[suffix] for suffix in found if suffix in int4.suffixes}
-                stored[role] = int4.open(self.checkpoint, parts, Int4Settings.of(config))
+            if row is not None:
+                known = {"bias", *row.suffixes}
+                parts = {suffix: found[suffix] for suffix in found if suffix in row.suffixes}
+                stored[role] = row.open(self.checkpoint, parts, settings)
             if set(found) - known:
                 unknown = found[sorted(set(found) - known)[0]]
                 raise CheckpointError(f"{where}: {unknown!r}: ktk does not know what this is")
             if "bias" in found:
                 biases[role] = found["bias"]
-            if int4 is not None:
+            if row is not None:
                 continue
             scale = next((found[s] for s in SCALE_SUFFIXES if s in found), None)
             info = self.checkpoint.tensors
@@ -195,6 +193,9 @@ class PerExpertLayer(Layer):
             biases.get("up"),
             biases.get("down"),
         )
+
+    def panel_formats(self) -> set[tuple[str, int] | None]:
+        return {stored.panel_format(self.checkpoint) for stored in self._stored[0].values()}
 
     def read_mxfp4(self, expert: int) -> dict[str, np.ndarray]:
         stored = self._stored[expert]
@@ -294,6 +295,34 @@ class StackedLayer(Layer):
             gate, up, down, biases.get("gate"), biases.get("up"), biases.get("down")
         )
 
+    def read_coded(self, expert: int) -> CodedExpert | None:
+        if not self._has_halves:
+            return None
+        gate_up = self._gate_up.read_coded_expert(self.checkpoint, expert)
+        down = self._down.read_coded_expert(self.checkpoint, expert)
+        if gate_up is None or down is None:
+            return None
+        high = min(gate_up.block[0], self.intermediate_size)
+        halves = zip(self._halves(gate_up.codes), self._halves(gate_up.scales, high), strict=True)
+        gate, up = (
+            dataclasses.replace(gate_up, codes=codes, scales=scales, block=(high, gate_up.block[1]))
+            for codes, scales in halves
+        )
+        biases = self.read_biases(expert)
+        return CodedExpert(gate, up, down, biases.get("gate"), biases.get("up"), biases.get("down"))
+
+    @property
+    def _has_halves(self) -> bool:
+        """Whether no scale is of rows of both gate and up, nor of columns."""
+        high = self._gate_up.coding.block[0]
+        is_apart = self.intermediate_size % max(high, 1) == 0 and not self.is_interleaved
+        return not self.is_transposed and (high == 1 or is_apart)
+
+    def panel_formats(self) -> set[tuple[str, int] | None]:
+        if not self._has_halves:
+            return {None}
+        return {m.panel_format(self.checkpoint) for m in (self._gate_up, self._down)}
+
     @property
     def is_mxfp4(self) -> bool:
         return super().is_mxfp4 and not self.is_transposed  # blocks would lie across rows
@@ -308,9 +337,9 @@ class StackedLayer(Layer):
         gate, up = self._halves(self._bias("gate_up_bias", expert))
         return {"gate": gate, "up": up, "down": self._bias("down_bias", expert)}
 
-    def _halves(self, both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gate and up, each contiguous, out of rows that hold both."""
-        i = self.intermediate_size
+    def _halves(self, both: np.ndarray, high: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Gate and up, each contiguous, out of rows that hold both. high : rows that one is of."""
+        i = self.intermediate_size // high
         gate, up = (both[0::2], both[1::2]) if self.is_interleaved else (both[:i], both[i:])
         return np.ascontiguousarray(gate), np.ascontiguousarray(up)
 

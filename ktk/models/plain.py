@@ -12,9 +12,15 @@ import numpy as np
 from ktk.checkpoint.safetensors import DTYPES, Checkpoint, TensorInfo
 from ktk.errors import CheckpointError
 from ktk.experts.formats.floats import f32_to_bf16
-from ktk.models.codings import FOREIGN_SUFFIXES, INT4_CODINGS, infer_coding
+from ktk.models.codings import (
+    FOREIGN_SUFFIXES,
+    FP8_DTYPES,
+    MODULE_CODINGS,
+    infer_coding,
+    module_coding,
+)
 from ktk.models.codings.fp8 import fp8_block
-from ktk.models.codings.int4 import Int4Matrix, Int4Settings
+from ktk.models.codings.module import ModuleMatrix, QuantSettings
 from ktk.models.codings.scaled import SCALE_SUFFIXES
 from ktk.models.codings.stored import Stored
 from ktk.models.config import Config
@@ -35,10 +41,10 @@ class PlainTensor:
     shape: tuple[int, ...]
     nbytes: int
     itemsize: int
-    coded: Stored | Int4Matrix | None = None
+    coded: Stored | ModuleMatrix | None = None
 
     @classmethod
-    def decoded(cls, name: str, coded: Stored | Int4Matrix) -> PlainTensor:
+    def decoded(cls, name: str, coded: Stored | ModuleMatrix) -> PlainTensor:
         """A quantised matrix as bf16."""
         rows, columns = coded.shape
         return cls(name, "BF16", coded.shape, rows * columns * 2, 2, coded)
@@ -71,6 +77,8 @@ def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> li
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in taken}
     decoded: dict[str, PlainTensor] = {}
     dropped: set[str] = set()
+    weights = {row.weight for row in MODULE_CODINGS}
+    suffixes = frozenset().union(*(row.suffixes for row in MODULE_CODINGS))
     for name, info in tensors.items():
         foreign = FOREIGN_SUFFIXES.get(name.rsplit(".", 1)[-1])
         if foreign:
@@ -79,16 +87,20 @@ def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> li
                 "checkpoint"
             )
         stem, _, suffix = name.rpartition(".")
-        int4 = next((c for c in INT4_CODINGS if c.weight == suffix), None)
-        if int4 is not None:
-            parts = {s: f"{stem}.{s}" for s in int4.suffixes if f"{stem}.{s}" in tensors}
-            matrix = int4.open(checkpoint, parts, Int4Settings.of(config))
+        if suffix in weights and stem:
+            beside = {s for s in suffixes if f"{stem}.{s}" in tensors}
+            row = module_coding(beside, QuantSettings.of(config))
+        else:
+            row = None
+        if row is not None and row.weight == suffix:
+            parts = {s: f"{stem}.{s}" for s in row.suffixes & beside}
+            matrix = row.open(checkpoint, parts, QuantSettings.of(config))
             decoded[name] = PlainTensor.decoded(f"{stem}.weight", matrix)
             dropped.update(set(parts.values()) - {name})
             continue
         stem = name.removesuffix(".weight")
         scale = _scale_of(name, info, stem, tensors)
-        if info.dtype == "F8_E4M3" or scale is not None:
+        if info.dtype in FP8_DTYPES or scale is not None:
             coding = infer_coding(
                 name, info, scale, None if scale is None else tensors[scale], fp8_block(config)
             )
@@ -108,7 +120,7 @@ def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> li
 
 def _scale_of(name: str, info: TensorInfo, stem: str, tensors: dict[str, TensorInfo]) -> str | None:
     """The scale of an fp8 or mxfp4 weight, or None."""
-    if info.dtype not in ("F8_E4M3", "I8", "U8"):
+    if info.dtype not in (*FP8_DTYPES, "I8", "U8"):
         return None
     names = [f"{stem}.{suffix}" for suffix in SCALE_SUFFIXES] if stem != name else []
     return next((n for n in (*names, f"{name}_scale_inv", f"{name}_scale") if n in tensors), None)

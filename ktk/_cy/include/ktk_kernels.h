@@ -10,8 +10,6 @@
 
 enum { KTK_PANEL = 16 }; /* output channels of a panel */
 
-/* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are
- * floats, codes of a correction or 0: as many as the smaller group has). */
 /* Codes of checkpoints as they are, few bits each, and a scale a block: coded.h. */
 #define KTK_CODED_FORMATS(ROW)                                                                     \
     ROW(MXFP4, mxfp4)                                                                              \
@@ -21,6 +19,8 @@ enum { KTK_PANEL = 16 }; /* output channels of a panel */
     ROW(FP8_CHANNEL, fp8_channel)                                                                  \
     ROW(FP8_E5M2, fp8_e5m2)                                                                        \
     ROW(MXFP8, mxfp8)
+/* Panels of ktk/experts/layout.py: ROW(ENUM, "name", zero point of the codes, whether they are
+ * floats, codes of a correction or 0: as many as the smaller group has). */
 #define KTK_PANEL_FORMATS(ROW)                                                                     \
     ROW(NL2, "nl2", KTK_LEVEL_ZERO, 0, 16)                                                         \
     ROW(NL3, "nl3", KTK_LEVEL_ZERO, 0, 16)                                                         \

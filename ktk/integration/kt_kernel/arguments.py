@@ -10,10 +10,16 @@ import numpy as np
 from ktk.experts.activation import Activation
 from ktk.ops.inputs import is_bf16, on_host, to_numpy
 
-# KT-Kernel's methods that go by another name here: packed as int4 or int8, by whatever runs it.
-METHODS = {"RAWINT4": "INT4", "GPTQ_INT4": "INT4", "MOE_INT4": "INT4", "MOE_INT8": "INT8"}
-# Its methods for codes that no kernel here multiplies as they are.
-_NOT_HERE = ("FP8_PERCHANNEL", "MXFP4", "MXFP8", "SYCL_GPTQ_INT4")
+# KT-Kernel's methods that go by another name here.
+METHODS = {
+    "RAWINT4": "INT4",
+    "GPTQ_INT4": "INT4",
+    "MOE_INT4": "INT4",
+    "MOE_INT8": "INT8",
+    "FP8_PERCHANNEL": "FP8_CHANNEL",
+}
+# Its methods for devices that ktk does not run on.
+_NOT_HERE = ("SYCL_GPTQ_INT4",)
 
 SFT_ONLY = (
     "lora_rank",
@@ -41,8 +47,7 @@ def ktk_method(method: Any) -> Any:
     key = method.upper() if isinstance(method, str) else method
     if key in _NOT_HERE:
         raise ValueError(
-            f"method={method!r}: ktk has no kernels for these codes; INT4, NL4 or INT8 quantises "
-            "the checkpoint's experts anew as they are loaded, LLAMAFILE runs a GGUF file's blocks"
+            f"method={method!r}: ktk runs experts on CPUs alone; GPTQ_INT4 takes the same files"
         )
     return METHODS.get(key, method)
 

@@ -24,6 +24,7 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.integration.kt_kernel.arguments import checked_int
 from ktk.models import find_experts
+from ktk.models.experts import own_group
 from ktk.ops.gguf_model import open_experts
 from ktk.ops.inputs import as_weights, is_bf16, to_numpy
 from ktk.ops.moe import MoE, expert_reader
@@ -331,7 +332,7 @@ class LayerWeights:
                 ) from error
             fields = experts.spec_fields(layer)
             self._check_shapes(fields, f"{path}, layer {layer},")
-            spec = self.spec(
+            spec = self._as_coded(experts.panel_format).spec(
                 has_gate=fields["has_gate"],
                 has_bias=fields["has_bias"],
                 activation=self.agreed_activation(fields["activation"], str(path)),
@@ -340,6 +341,14 @@ class LayerWeights:
             packed = pack_experts(spec, partial(experts.read_stored, layer), num_threads, wanted)
         self._save(packed)
         return packed
+
+    def _as_coded(self, found: tuple[str, int] | None) -> LayerWeights:
+        """With the format and the group size of a checkpoint's codes, where none is asked for."""
+        if found is None:
+            return self
+        weight_format = self.weight_format or found[0]
+        group = own_group(weight_format, found) if self.group_size is None else self.group_size
+        return dataclasses.replace(self, weight_format=weight_format, group_size=group)
 
     def _save(self, packed: StoredExperts) -> None:
         if self.cpu_save and self.weight_path is not None:

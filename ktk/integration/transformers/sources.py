@@ -22,6 +22,7 @@ from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.models import Config, find_experts
+from ktk.models.experts import own_group
 from ktk.models.gguf.experts import GgufExperts
 from ktk.models.plain import PlainTensor, plain_tensors
 from ktk.placement.residency.gguf_reader import GgufReader
@@ -108,18 +109,21 @@ def quantised_checkpoint(
 ) -> Iterator[tuple[ExpertsSource, Mapping[str, LazyTensor]]]:
     """The experts of a checkpoint that other tools quantised, and its other tensors, decoded.
 
-    weight_format None keeps what can be kept: 4-bit codes as int4, MXFP4 as GGUF blocks if a kernel
-    runs them for ``method``; the rest becomes int8. group_size None: that of the codes. Both are
-    valid inside the ``with`` only.
+    weight_format None keeps the codes, in whatever format of panels has them, MXFP4 as GGUF blocks
+    if a kernel runs them for ``method``; what no format has becomes int8. group_size None: that of
+    the codes. Both are valid inside the ``with`` only.
     Raises CheckpointError, BackendError, ValueError.
     """
     with Checkpoint.open(path) as checkpoint:
         experts = find_experts(checkpoint)
         keeps_blocks = weight_format is None and experts.source_dtype == "mxfp4"
+        found = experts.panel_format
         if weight_format is None:
-            weight_format = "int4" if experts.int4_group is not None else "int8"
-        if group_size is None and weight_format == "int4":
-            group_size = experts.int4_group
+            weight_format = backends.method_format(method) or (
+                "int8" if found is None else found[0]
+            )
+        if group_size is None:
+            group_size = own_group(weight_format, found)
         specs: dict[int, MoESpec] = {}
         for layer in experts.layers:
             fields = experts.spec_fields(layer)

@@ -1,18 +1,22 @@
 """How checkpoints code their matrices: plain floats, fp8 and MX with scales beside them,
-4-bit integers of other tools. One file a coding.
+NVFP4 and 4-bit integers of other tools. One file a coding.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
 from ktk.checkpoint.safetensors import TensorInfo
 from ktk.errors import CheckpointError
+from ktk.models.codings.awq import AWQ
 from ktk.models.codings.compressed_tensors import COMPRESSED_TENSORS
-from ktk.models.codings.fp8 import FP8, MXFP8
+from ktk.models.codings.fp8 import FP8, FP8_E5M2, MXFP8
 from ktk.models.codings.gptq import GPTQ
-from ktk.models.codings.int4 import Int4Coding
+from ktk.models.codings.module import ModuleCoding, QuantSettings
 from ktk.models.codings.mxfp4 import MXFP4
+from ktk.models.codings.nvfp4 import NVFP4_MODELOPT, NVFP4_PACKED
 from ktk.models.codings.scaled import (
     E8M0_DTYPES,
     SCALE_DTYPES,
@@ -23,18 +27,34 @@ from ktk.models.codings.scaled import (
 )
 
 PLAIN = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # by safetensors' dtype
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 # The first that fits: e8m0 scales of small matrices can have the shape that blocks of fp8 have,
 # too.
-SCALED: tuple[ScaledCoding, ...] = (MXFP8, FP8, MXFP4)
-# The first whose weight suffix a module has.
-INT4_CODINGS: tuple[Int4Coding, ...] = (GPTQ, COMPRESSED_TENSORS)
-SOURCE_DTYPES = (*PLAIN.values(), "fp8", "mxfp8", "mxfp4", "int4")
+SCALED: tuple[ScaledCoding, ...] = (MXFP8, FP8, FP8_E5M2, MXFP4)
+# The first that a module's tensors and the config's quant_method fit.
+MODULE_CODINGS: tuple[ModuleCoding, ...] = (
+    NVFP4_PACKED,
+    NVFP4_MODELOPT,
+    GPTQ,
+    AWQ,
+    COMPRESSED_TENSORS,
+)
+SOURCE_DTYPES = (*PLAIN.values(), "fp8", "fp8_e5m2", "mxfp8", "mxfp4", "nvfp4", "int4")
 # Suffixes that only codings ktk does not read use; the text says which.
 FOREIGN_SUFFIXES = {
-    "weight_scale_2": "NVFP4",
     "absmax": "bitsandbytes",
     "quant_state": "bitsandbytes",
 }
+
+
+def module_coding(suffixes: Collection[str], settings: QuantSettings) -> ModuleCoding | None:
+    """The row of MODULE_CODINGS of a module with these tensors, None if it is none's.
+
+    Where only its names fit, a row's ``open`` says what does not.
+    """
+    named = [row for row in MODULE_CODINGS if row.is_named(suffixes)]
+    fitting = [row for row in named if settings.quant_method in row.quant_methods]
+    return next(iter((*fitting, *named)), None)
 
 
 def infer_coding(
@@ -62,7 +82,7 @@ def infer_coding(
             return Coding(PLAIN[weight.dtype], stored)
         hint = (
             "its scale tensor is missing"
-            if weight.dtype == "F8_E4M3"
+            if weight.dtype in FP8_DTYPES
             else "not a weight format ktk reads"
         )
         raise CheckpointError(
@@ -82,7 +102,8 @@ def infer_coding(
             return coding
     if not rows:
         raise CheckpointError(
-            f"{what}: only F8_E4M3 and mxfp4 take a scale; ktk reads {', '.join(SOURCE_DTYPES)}"
+            f"{what}: only {', '.join(FP8_DTYPES)} and mxfp4 take a scale; ktk reads "
+            f"{', '.join(SOURCE_DTYPES)}"
         )
     wanted = [row.wanted(shapes) for row in reversed(rows)]
     raise CheckpointError(f"{what}: {', or '.join(wanted)}")

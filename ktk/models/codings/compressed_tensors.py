@@ -14,15 +14,8 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.codings.int4 import (
-    PER_WORD,
-    Int4Coding,
-    Int4Matrix,
-    Int4Settings,
-    check,
-    read_floats,
-    unpack,
-)
+from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, unpack
+from ktk.models.codings.module import ModuleMatrix, QuantSettings, check, read_floats
 
 
 class _PackedMatrix(Int4Matrix):
@@ -43,20 +36,20 @@ class _PackedMatrix(Int4Matrix):
 
 class _CompressedTensors(Int4Coding):
     name = "compressed-tensors int4"
-    quant_method = "compressed-tensors"
+    quant_methods = ("compressed-tensors",)
     weight = "weight_packed"
+    marks = frozenset({"weight_packed"})
     suffixes = frozenset(
         {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
     )
 
     def matrix(
-        self, checkpoint: Checkpoint, tensors: dict[str, str], settings: Int4Settings
-    ) -> Int4Matrix:
+        self, checkpoint: Checkpoint, tensors: dict[str, str], settings: QuantSettings
+    ) -> ModuleMatrix:
         name = tensors["weight_packed"]
         info = checkpoint.info(name)
         for suffix in ("weight_scale", "weight_shape"):
-            if suffix not in tensors:
-                raise CheckpointError(f"{info.file}: tensor {name!r} has no {suffix} beside it")
+            self.missing(checkpoint, tensors, suffix)
         if "weight_g_idx" in tensors:
             raise CheckpointError(
                 f"{info.file}: tensor {tensors['weight_g_idx']!r}: reordered columns are not "

@@ -1,5 +1,5 @@
-"""fp8: e4m3 codes, and a scale for the whole matrix, each channel, or each block; MXFP8: one e8m0
-scale for 32 of a row.
+"""fp8: e4m3 or e5m2 codes, and a scale for the whole matrix, each channel, or each block; MXFP8:
+e4m3 codes, and one e8m0 scale for 32 of a row.
 
     fp8 block     weight e4m3 (N, K)    scale (ceil(N/block rows), ceil(K/block columns))
     fp8 channel   weight e4m3 (N, K)    scale (N,) or (N, 1)
@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ktk.errors import CheckpointError
-from ktk.experts.formats.floats import e4m3_to_f32
+from ktk.experts.formats.floats import as_values
 from ktk.models.codings.scaled import MX_GROUP, Coding, ScaledCoding, Shapes
 from ktk.models.config import Config
 
@@ -38,15 +38,13 @@ def fp8_block(config: Config) -> tuple[int, int]:
     return block[0], block[1]
 
 
-class _E4m3(ScaledCoding):
-    weight_dtypes = ("F8_E4M3",)
+class _Fp8(ScaledCoding):
+    def __init__(self, name: str, codes: str) -> None:
+        self.name, self.codes = name, codes
+        self.weight_dtypes = (f"F8_{codes.upper()}",)
 
     def values(self, raw: np.ndarray) -> np.ndarray:
-        return e4m3_to_f32(raw)
-
-
-class _Fp8(_E4m3):
-    name = "fp8"
+        return as_values(raw, self.codes)
 
     def fit(self, found: Shapes) -> Coding | None:
         (rows, columns), block = found.stored, found.block
@@ -65,9 +63,7 @@ class _Fp8(_E4m3):
         )
 
 
-class _Mxfp8(_E4m3):
-    name = "mxfp8"
-
+class _Mxfp8(_Fp8):
     def fit(self, found: Shapes) -> Coding | None:
         if found.is_e8m0 and found.scales == found.blocks(1, MX_GROUP):
             return Coding(self.name, found.stored, (1, MX_GROUP))
@@ -77,4 +73,4 @@ class _Mxfp8(_E4m3):
         return f"e8m0 {found.blocks(1, MX_GROUP)}"
 
 
-FP8, MXFP8 = _Fp8(), _Mxfp8()
+FP8, FP8_E5M2, MXFP8 = _Fp8("fp8", "e4m3"), _Fp8("fp8_e5m2", "e5m2"), _Mxfp8("mxfp8", "e4m3")

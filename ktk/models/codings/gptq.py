@@ -14,15 +14,8 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.codings.int4 import (
-    PER_WORD,
-    Int4Coding,
-    Int4Matrix,
-    Int4Settings,
-    check,
-    read_floats,
-    unpack,
-)
+from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, unpack
+from ktk.models.codings.module import ModuleMatrix, QuantSettings, check, read_floats
 
 
 class _GptqMatrix(Int4Matrix):
@@ -55,19 +48,17 @@ class _GptqMatrix(Int4Matrix):
 
 class _Gptq(Int4Coding):
     name = "GPTQ"
-    quant_method = "gptq"
+    quant_methods = ("gptq",)
     weight = "qweight"
+    marks = frozenset({"qweight"})
     suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
     def matrix(
-        self, checkpoint: Checkpoint, tensors: dict[str, str], settings: Int4Settings
-    ) -> Int4Matrix:
+        self, checkpoint: Checkpoint, tensors: dict[str, str], settings: QuantSettings
+    ) -> ModuleMatrix:
         info = checkpoint.info(tensors["qweight"])
         for suffix in ("qzeros", "scales"):
-            if suffix not in tensors:
-                raise CheckpointError(
-                    f"{info.file}: tensor {tensors['qweight']!r} has no {suffix} beside it"
-                )
+            self.missing(checkpoint, tensors, suffix)
         inputs, outputs = info.shape[0] * PER_WORD, info.shape[1]
         scales = checkpoint.info(tensors["scales"])
         groups = scales.shape[0] if scales.shape else 0

@@ -38,6 +38,12 @@ class _Mxfp4(ScaledCoding):
         return look_up(_e2m1_pairs(), raw.view(np.uint8)).view(np.float32)
 
 
+def nibbles(pairs: np.ndarray) -> np.ndarray:
+    """8-bit integers (rows, n) to their codes of 4 bits, uint8 (rows, 2 n), low nibble first."""
+    raw = pairs.view(np.uint8)
+    return np.stack([raw & 15, raw >> 4], axis=2).reshape(len(raw), -1)
+
+
 @cache
 def _e2m1_pairs() -> np.ndarray:
     """The two values of each byte of e2m1 codes, low nibble first, as their 8 bytes:

@@ -14,7 +14,7 @@ from ktk.errors import CheckpointError
 from ktk.experts.formats import PANELS
 from ktk.experts.stored import CodedMatrix
 from ktk.models.codings import decode
-from ktk.models.codings.mxfp4 import mxfp4_blocks
+from ktk.models.codings.mxfp4 import mxfp4_blocks, nibbles
 from ktk.models.codings.scaled import Coding, read_scale, scale_matrix
 
 
@@ -52,13 +52,42 @@ class Stored:
         # mxfp4 of gpt-oss: (rows, blocks, 16 bytes)
         return self._decode(checkpoint, raw.reshape(raw.shape[0], -1), scale)
 
+    def panel_format(self, checkpoint: Checkpoint) -> tuple[str, int] | None:
+        """The format of panels that keeps its codes, and the group size; None if there is none."""
+        if self.scale is None:
+            return None
+        name, (high, wide) = self.dtype, self.coding.block
+        if name in ("mxfp4", "mxfp8"):
+            return name, wide
+        if wide == self.shape[1] and high in (1, self.shape[0]):
+            return "fp8_channel" if name == "fp8" else name, 0
+        return (name, 128) if name == "fp8" and (high, wide) == self._fp8_block() else None
+
+    def _fp8_block(self) -> tuple[int, int]:
+        return min(128, self.shape[0]), min(128, self.shape[1])
+
     def read_coded(self, checkpoint: Checkpoint) -> CodedMatrix | None:
-        """Codes that panels may take as they are: fp8 ones with a scale a block."""
-        fmt, (high, wide) = PANELS["fp8"], self.coding.block
-        if self.dtype != "fp8" or self.scale is None or high == 1:
-            return None  # none, or one a channel
-        scale = read_scale(checkpoint.read(self.scale), checkpoint.info(self.scale), self.scale)
-        return CodedMatrix(checkpoint.read(self.name), scale_matrix(scale), fmt, (high, wide))
+        """Codes that panels take as they are; None where none do."""
+        scale = None if self.scale is None else checkpoint.read(self.scale)
+        return self._coded(checkpoint, checkpoint.read(self.name), scale)
+
+    def read_coded_expert(self, checkpoint: Checkpoint, expert: int) -> CodedMatrix | None:
+        """The same of one expert of a stacked matrix."""
+        rows = (expert, expert + 1)
+        scale = None if self.scale is None else checkpoint.read(self.scale, rows)[0]
+        raw = checkpoint.read(self.name, rows)[0]
+        return self._coded(checkpoint, raw.reshape(raw.shape[0], -1), scale)
+
+    def _coded(
+        self, checkpoint: Checkpoint, raw: np.ndarray, scale: np.ndarray | None
+    ) -> CodedMatrix | None:
+        found = self.panel_format(checkpoint)
+        if found is None or self.scale is None or scale is None:
+            return None
+        values = read_scale(np.asarray(scale), checkpoint.info(self.scale), self.scale)
+        codes = nibbles(raw) if self.dtype == "mxfp4" else raw
+        scales = scale_matrix(values)
+        return CodedMatrix(codes, scales, PANELS[found[0]], self.coding.block)
 
     def bands(self, checkpoint: Checkpoint, weights: int) -> Iterator[np.ndarray]:
         """An unstacked matrix, decoded, about ``weights`` at a time: whole blocks of rows."""

@@ -163,7 +163,7 @@ def test_sglangs_arguments_are_passed_on(tmp_path: Path) -> None:
         (["--model-path", "m"], "--kt-weight-path is missing"),
         (["--kt-weight-path", "no/such"], "no/such: no such file"),
         (["--kt-weight-path", __file__], "must be a directory or a .gguf file"),
-        (["--kt-method", "MXFP4"], "method='MXFP4': ktk has no kernels.*INT4, NL4 or INT8"),
+        (["--kt-method", "SYCL_GPTQ_INT4"], "method='SYCL_GPTQ_INT4': ktk runs.*CPUs alone"),
         (["--kt-method", "AMXINT2"], "(?s)method='AMXINT2' is unknown.*AMXINT4"),
         (["--kt-num-gpu-experts", "-1"], "--kt-num-gpu-experts -1: must be at least 0"),
         (["--kt-num-gpu-experts", "x"], "--kt-num-gpu-experts: invalid int value: 'x'"),

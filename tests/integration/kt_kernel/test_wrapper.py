@@ -106,7 +106,7 @@ def test_mask_and_count_must_agree():
         ({"chunked_prefill_size": 0}, ValueError, "chunked_prefill_size=0"),
         ({"max_deferred_experts_per_token": -1}, ValueError, "max_deferred_experts_per_token=-1"),
         ({"method": "AMXINT2"}, ValueError, "(?s)AMXINT2.*AMXINT4.*NUMPY: runs"),
-        ({"method": "MXFP4"}, ValueError, "MXFP4.*INT4, NL4 or INT8"),
+        ({"method": "SYCL_GPTQ_INT4"}, ValueError, "SYCL_GPTQ_INT4.*CPUs alone; GPTQ_INT4"),
         ({"method": "RAWINT4"}, ValueError, "INT4.*runs int4 weights, these are int8"),
         ({"method": None}, ValueError, "method=None is unknown"),
         ({"method": "AMXINT4"}, ValueError, "AMXINT4.*int4.*int8"),
