@@ -79,6 +79,7 @@ def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> li
     dropped: set[str] = set()
     weights = {row.weight for row in MODULE_CODINGS}
     suffixes = frozenset().union(*(row.suffixes for row in MODULE_CODINGS))
+    settings = QuantSettings.of(config)
     for name, info in tensors.items():
         foreign = FOREIGN_SUFFIXES.get(name.rsplit(".", 1)[-1])
         if foreign:
@@ -87,18 +88,19 @@ def plain_tensors(checkpoint: Checkpoint, taken: set[str], config: Config) -> li
                 "checkpoint"
             )
         stem, _, suffix = name.rpartition(".")
-        if suffix in weights and stem:
-            beside = {s for s in suffixes if f"{stem}.{s}" in tensors}
-            row = module_coding(beside, QuantSettings.of(config))
-        else:
-            row = None
+        if suffix not in weights:
+            continue
+        beside = {s for s in suffixes if f"{stem}.{s}" in tensors}
+        row = module_coding(beside, settings)
         if row is not None and row.weight == suffix:
             parts = {s: f"{stem}.{s}" for s in row.suffixes & beside}
-            matrix = row.open(checkpoint, parts, QuantSettings.of(config))
+            matrix = row.open(checkpoint, parts, settings)
             decoded[name] = PlainTensor.decoded(f"{stem}.weight", matrix)
             dropped.update(set(parts.values()) - {name})
-            continue
-        stem = name.removesuffix(".weight")
+    for name in tensors:
+        if name in decoded or name in dropped:
+            continue  # a module's scale may be fp8 itself
+        info, stem = tensors[name], name.removesuffix(".weight")
         scale = _scale_of(name, info, stem, tensors)
         if info.dtype in FP8_DTYPES or scale is not None:
             coding = infer_coding(

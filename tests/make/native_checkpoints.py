@@ -13,6 +13,7 @@ from ktk.experts.formats.floats import f32_to_bf16
 from make.checkpoints import base_config, write_directory
 
 HIDDEN, INTERMEDIATE, EXPERTS = 128, 256, 2
+ATTENTION = "model.layers.0.self_attn.q_proj"
 F = np.float32
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F)
 Made = tuple[dict[str, Any], np.ndarray]  # a module's tensors by suffix, and its weights
@@ -200,6 +201,8 @@ def directory(path: Path, kind: str, **said: Any) -> dict[str, np.ndarray]:
         stem = f"model.layers.0.mlp.experts.{expert}.{part}_proj"
         found, weights[stem] = make(rng, rows, columns)
         tensors.update({f"{stem}.{suffix}": tensor for suffix, tensor in found.items()})
+    found, weights[ATTENTION] = make(rng, HIDDEN, HIDDEN)
+    tensors.update({f"{ATTENTION}.{suffix}": tensor for suffix, tensor in found.items()})
     config = {
         **base_config("deepseek"),
         "num_hidden_layers": 1,

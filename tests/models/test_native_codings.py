@@ -13,9 +13,10 @@ from ktk.checkpoint import Checkpoint, read_layer
 from ktk.convert import convert
 from ktk.errors import CheckpointError
 from ktk.experts.dequantise import expert_weights
+from ktk.experts.formats.floats import f32_to_bf16
 from ktk.models import find_experts
 from make.cases import assert_exact
-from make.native_checkpoints import EXPERTS, KINDS, directory
+from make.native_checkpoints import ATTENTION, EXPERTS, KINDS, directory
 
 F = np.float32
 
@@ -38,6 +39,9 @@ def test_panels_hold_what_the_file_says(kind: str, tmp_path: Path) -> None:
             assert_exact(want, getattr(got, part))
             if expert == 1:
                 assert_exact(want, np.ascontiguousarray(getattr(read, part)))
+    with Checkpoint.open(tmp_path / "out") as out:  # other modules become bf16
+        assert_exact(f32_to_bf16(weights[ATTENTION]), out.read(f"{ATTENTION}.weight"))
+        assert not [n for n in out.tensors if n.startswith(ATTENTION) and not n.endswith("weight")]
 
 
 SCALES = {
