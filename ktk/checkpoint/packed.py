@@ -39,7 +39,7 @@ STATE_FILE = "ktk-convert.json"
 CODING = ("weight_format", "group_size", "activation_group")
 TEMPORARY_PREFIX = ".ktk-tmp-"
 TENSOR = "experts"
-_NOT_FINITE = {
+_NOT_FINITE: dict[str, np.unsignedinteger[Any]] = {
     "f32": np.uint32(0x7F800000),
     "f16": np.uint16(0x7C00),
     "bf16": np.uint16(0x7F80),

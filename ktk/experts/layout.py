@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ K_ALIGN = 32  # in_features padding: the smallest group, and eight nibble rows' 
 EXPERT_ALIGN = 4096  # one O_DIRECT read
 LAYOUT_VERSION = 2  # 1 had scales behind the codes
 # How the bits of a scale are looked at.
-_STORED = {
+_STORED: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.uint16),
     "bf16": np.dtype(np.uint16),

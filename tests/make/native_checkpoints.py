@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,27 +157,27 @@ def mxfp4(rng: np.random.Generator, rows: int, columns: int) -> Made:
 # What it is called -> how a module is made, its quantization_config, and the panels that keep it.
 KINDS: dict[str, tuple[Callable[..., Made], dict[str, Any], tuple[str, int]]] = {
     "nvfp4 packed": (
-        lambda *a: nvfp4(*a, True),
+        partial(nvfp4, is_packed=True),
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
         ("nvfp4", 16),
     ),
     "nvfp4 modelopt": (
-        lambda *a: nvfp4(*a, False),
+        partial(nvfp4, is_packed=False),
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         ("nvfp4", 16),
     ),
     "awq": (
-        lambda *a: int4_asym(*a, "awq"),
+        partial(int4_asym, kind="awq"),
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"},
         ("int4_asym", 64),
     ),
     "gptq": (
-        lambda *a: int4_asym(*a, "gptq", 32),
+        partial(int4_asym, kind="gptq", group=32),
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False},
         ("int4_asym", 32),
     ),
     "compressed": (
-        lambda *a: int4_asym(*a, "compressed", 128),
+        partial(int4_asym, kind="compressed", group=128),
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         ("int4_asym", 128),
     ),

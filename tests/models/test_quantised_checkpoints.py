@@ -355,7 +355,8 @@ def test_mxfp4_runs_as_blocks_of_the_same_numbers(tmp_path: Path) -> None:
     ("change", "match"),
     [
         ({"bits": 8}, "GPTQ of 8 bits is not read: must be 4"),
-        ({"quant_method": "awq"}, "quant_method is 'awq': must be 'gptq'"),
+        ({"quant_method": "awq"}, r"scales.*must be F16 or BF16 or F32 \(4, 2048\)"),
+        ({"quant_method": "bnb"}, "quant_method is 'bnb': must be 'gptq'"),
         ({"bits": "4"}, "bits='4': must be an int"),
     ],
 )

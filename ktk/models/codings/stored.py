@@ -59,12 +59,12 @@ class Stored:
         name, (high, wide) = self.dtype, self.coding.block
         if name in ("mxfp4", "mxfp8"):
             return name, wide
-        if wide == self.shape[1] and high in (1, self.shape[0]):
+        rows, columns = self.shape
+        if name == "fp8" and (high, wide) == (min(128, rows), min(128, columns)):
+            return name, 128
+        if wide == columns and high in (1, rows):
             return "fp8_channel" if name == "fp8" else name, 0
-        return (name, 128) if name == "fp8" and (high, wide) == self._fp8_block() else None
-
-    def _fp8_block(self) -> tuple[int, int]:
-        return min(128, self.shape[0]), min(128, self.shape[1])
+        return None
 
     def read_coded(self, checkpoint: Checkpoint) -> CodedMatrix | None:
         """Codes that panels take as they are; None where none do."""
