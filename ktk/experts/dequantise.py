@@ -1,11 +1,12 @@
 """Experts as they are stored, back to floats: panels by their layout,
-GGUF blocks by the gguf package.
+GGUF blocks by their types.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ktk.experts.formats.decode import decode_rows
 from ktk.experts.layout import matrix_layout
 from ktk.experts.panels import dequantised
 from ktk.experts.stored import ExpertWeights, StoredExperts, StoredMatrix
@@ -32,11 +33,7 @@ def dequantise(matrix: StoredMatrix, expert: int) -> np.ndarray:
             f"{name} blocks are repacked for the kernels: cannot be decoded; take them from the "
             "file again"
         )
-    import gguf
-
-    with np.errstate(all="ignore"):  # a stranger's scales may be inf or NaN
-        values = gguf.dequantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType[name])
-    rows = values.reshape(len(data), -1)[: matrix.out_features, : matrix.in_features]
+    rows = decode_rows(name, data)[: matrix.out_features, : matrix.in_features]
     return np.ascontiguousarray(rows, np.float32)
 
 

@@ -77,7 +77,7 @@ def test_types_that_cannot_be_dequantised_are_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", "llama", some_tensors())
     checkpoint = GgufCheckpoint.open(path)
     for kind in set(Type) - set(DEQUANTISED):
-        with pytest.raises(CheckpointError, match=f"'t.{kind.name}' is {kind.name}, which gguf"):
+        with pytest.raises(CheckpointError, match=f"'t.{kind.name}': .* decodes {kind.name}"):
             checkpoint.read(f"t.{kind.name}")
 
 
@@ -161,7 +161,7 @@ def test_alignment_is_honoured(tmp_path: Path, alignment: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(31, "removed type Q4_0_4_4"), (4, "re-quantise"), (77, "type 77")]
+    ("number", "text"), [(31, "Q4_0_4_4: llama.cpp removed"), (4, "re-quantise"), (77, "type 77")]
 )
 def test_a_tensor_of_an_unknown_type_is_refused_when_used(
     tmp_path: Path, number: int, text: str

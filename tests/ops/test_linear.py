@@ -149,7 +149,7 @@ def test_wrong_blocks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Linear.of_blocks(matrix, activation_group=48)
     with pytest.raises(ValueError, match=r"bias has shape \(3,\): must be \(32,\)"):
         Linear.of_blocks(matrix, random(3))
-    with pytest.raises(ValueError, match="does not decode Q9_X"):
+    with pytest.raises(ValueError, match="decodes Q9_X"):
         StoredMatrix.of_rows("Q9_X", 64, matrix.data)
     monkeypatch.setattr(linear, "why_not", lambda: "no compiler")
     with pytest.raises(BackendError, match="no compiler"):

@@ -271,5 +271,5 @@ def test_experts_that_cannot_be_decoded() -> None:
     with pytest.raises(ValueError, match="expert 3: must be 0 to 2"):
         expert_weights(experts, 3)
     for name in ("Q8_1", "Q9_X"):
-        with pytest.raises(ValueError, match=f"the gguf package does not decode {name}"):
+        with pytest.raises(ValueError, match=f"the gguf package decodes {name}"):
             StoredMatrix.of_rows(name, 256, experts.down.data)

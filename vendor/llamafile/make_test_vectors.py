@@ -87,8 +87,8 @@ def blocks(name: str, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
-def lines(words: list[str]) -> str:
-    per_line = (COLUMNS - 4) // (len(words[0]) + 2)
+def lines(words: list[str], columns: int = COLUMNS) -> str:
+    per_line = (columns - 4) // (len(words[0]) + 2)
     return "".join(
         "    " + " ".join(word + "," for word in words[i : i + per_line]) + "\n"
         for i in range(0, len(words), per_line)

@@ -1,7 +1,4 @@
-"""A GGUF model, of one file or split: tensors by name, views of the mapped files.
-
-Dequantisers are the gguf package's.
-"""
+"""A GGUF model, of one file or split: tensors by name, views of the mapped files."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import gguf
 import numpy as np
-from gguf import quants
 
-from ktk.checkpoint.gguf.header import REMOVED_TYPES, GgufTensor, Header, Metadata
+from ktk.checkpoint.gguf.header import GgufTensor, Header, Metadata
 from ktk.checkpoint.gguf.parts import directory_parts, file_parts
+from ktk.checkpoint.gguf.types import why_refused
 from ktk.checkpoint.safetensors import shown
 from ktk.errors import CheckpointError
+from ktk.experts.formats.decode import decode_rows
 from ktk.paths import user_path
 
 
@@ -90,15 +87,9 @@ class GgufCheckpoint:
         except KeyError:
             raise CheckpointError(f"{self.path}: no tensor {shown(name)}") from None
         if not tensor.is_known:
-            removed = tensor.type in REMOVED_TYPES.values()
             raise CheckpointError(
-                f"{tensor.file}: tensor {shown(name)} (byte {tensor.begin}) is of "
-                f"{'the removed type ' if removed else ''}{tensor.type}: "
-                + (
-                    "re-quantise the model from its original weights"
-                    if removed
-                    else f"not known to gguf {_gguf_version()}; a newer gguf package may know it"
-                )
+                f"{tensor.file}: tensor {shown(name)} (byte {tensor.begin}) is {tensor.type}: "
+                f"{why_refused(tensor.type)}"
             )
         return tensor
 
@@ -115,8 +106,7 @@ class GgufCheckpoint:
         return self._mapped[file].data
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """A tensor, or its ``rows`` start to stop along dimension 0, dequantised by the gguf
-        package.
+        """A tensor, or its ``rows`` start to stop along dimension 0, dequantised.
 
         Returns float32, an array of the caller's own. Raises CheckpointError if the type is no
         weight format, ValueError if rows lie outside the tensor.
@@ -130,15 +120,10 @@ class GgufCheckpoint:
             blocks = blocks[start:stop]
         if not blocks.size:
             return np.empty((*blocks.shape[:-1], tensor.shape[-1]), np.float32)
-        kind = gguf.GGMLQuantizationType[tensor.type]
         try:
-            with np.errstate(all="ignore"):  # a stranger's scales may be inf or NaN
-                values = quants.dequantize(blocks, kind)
-        except NotImplementedError:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {shown(name)} is {tensor.type}, which gguf "
-                f"{_gguf_version()} does not dequantise"
-            ) from None
+            values = decode_rows(tensor.type, blocks)
+        except ValueError as error:
+            raise CheckpointError(f"{tensor.file}: tensor {shown(name)}: {error}") from None
         return np.array(values, np.float32)
 
     def will_need(self, name: str) -> None:
@@ -150,9 +135,3 @@ class GgufCheckpoint:
         """Whether samples of a tensor's pages are in memory; True where the OS does not tell."""
         tensor = self.info(name)
         return self._mapped[tensor.file].is_resident(tensor.begin, tensor.num_bytes)
-
-
-def _gguf_version() -> str:
-    from importlib.metadata import version
-
-    return version("gguf")

@@ -2,8 +2,7 @@
 
 It is parsed here: ``gguf.GGUFReader`` makes NumPy objects of every token string and believes the
 counts it reads. A file with the tokenizer of Qwen3 (152,000 tokens, as many merges): 6.7 s there,
-0.03 s here, where arrays are stepped over and read when asked for. Type names and block sizes are
-the gguf package's.
+0.03 s here, where arrays are stepped over and read when asked for. Types: types.py.
 Source: the GGUF format description (magic, version, counts, key-values, tensor infos, aligned
 data), versions 1 to 3.
 """
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from ktk.checkpoint.gguf.cursor import U64, Cursor, Malformed
+from ktk.checkpoint.gguf.types import TYPES, type_name
 from ktk.checkpoint.mapping import MappedFile
 from ktk.checkpoint.safetensors import shown
 from ktk.errors import CheckpointError
@@ -49,17 +48,6 @@ SCALARS: dict[int, np.dtype[Any]] = {
     12: np.dtype("<f8"),
 }
 UINT32, STRING, ARRAY = 4, 8, 9
-# Types that llama.cpp dropped: a number nothing reads any more -> its name.
-REMOVED_TYPES = {
-    4: "Q4_2",
-    5: "Q4_3",
-    31: "Q4_0_4_4",
-    32: "Q4_0_4_8",
-    33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8",
-    38: "IQ4_NL_8_8",
-}
 # What other files begin with -> what to do about it.
 FOREIGN_MAGIC = {
     b"lmgg": "a GGML file from before GGUF; convert it again from the original model",
@@ -74,8 +62,8 @@ FOREIGN_MAGIC = {
 class GgufTensor:
     """One tensor: bytes ``begin`` to ``begin + num_bytes`` of ``file``.
 
-    type : the ggml type's name, e.g. "Q4_K"; "type 77" where the gguf package does not know it, and
-        num_bytes is 0.
+    type : the ggml type's name, e.g. "Q4_K"; "type 77" where nothing here knows it, and num_bytes
+        is 0.
     shape : row-major, the ggml dimensions reversed.
     """
 
@@ -88,13 +76,12 @@ class GgufTensor:
 
     @property
     def is_known(self) -> bool:
-        return self.type in gguf.GGMLQuantizationType.__members__
+        return self.type in TYPES
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of blocks."""
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
-        return self.shape[-1] // block * size
+        return TYPES[self.type].row_bytes(self.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,26 +340,22 @@ class Header:
             raise Malformed(
                 f"{where}: offset {offset} is not a multiple of the alignment, {alignment}"
             )
-        try:
-            kind = gguf.GGMLQuantizationType(number)
-        except ValueError:
-            type_name = REMOVED_TYPES.get(number, f"type {number}")
-        else:
-            type_name = kind.name
-            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        kind = type_name(number)
+        if kind in TYPES:
+            block = TYPES[kind].weights
             if shape[-1] % block:
                 raise Malformed(
-                    f"{where}: rows of {shape[-1]} weights: {type_name} has blocks of {block}"
+                    f"{where}: rows of {shape[-1]} weights: {kind} has blocks of {block}"
                 )
-            size = block_bytes
-            for factor in (*shape[:-1], shape[-1] // block):
+            size = TYPES[kind].row_bytes(shape[-1])
+            for factor in shape[:-1]:
                 size *= factor
         if begin + size > self.file.size or begin >= self.file.size:
             raise Malformed(
                 f"{where}: bytes {begin} to {begin + size}, the file ends at {self.file.size}: "
                 "truncated or corrupt"
             )
-        return GgufTensor(name, type_name, shape, self.path, begin, size)
+        return GgufTensor(name, kind, shape, self.path, begin, size)
 
     def _check_overlap(self) -> None:
         end, before = 0, ""

@@ -34,7 +34,7 @@ def block_format(name: str) -> Format:
     """The format of a type of GGUF files; ValueError for one that nothing here decodes."""
     found = BLOCKS.get(name) or decoded_only().get(name)
     if found is None:
-        raise ValueError(f"the gguf package does not decode {name}")
+        raise ValueError(f"neither ktk nor the gguf package decodes {name}")
     return found
 
 

@@ -14,13 +14,15 @@ ACTIVATION_GROUPS = (*GROUP_SIZES, 256)
 TINY_PEAK = 1e-30  # a group whose weights are all smaller is stored as zeros
 # Bits of the dtypes that do not end in them.
 _BITS = {"e8m0": 8, "e4m3": 8, "e5m2": 8, "e2m1": 4}
+NUMPY_FLOATS = {"f16": "<f2", "f32": "<f4"}
 
 
 class Plane(NamedTuple):
     """One kind of number a format stores.
 
     name : codes; scales; tensor_scale (of a matrix, times its scales); zero_points (codes that mean
-        0); minima; multipliers (integers: a group's scale or minimum by that of its block); signs.
+        0); minima; multipliers (integers: a group's scale or minimum by that of its block or row);
+        signs; shifts (bits: whether a group's values are the larger ones).
     dtype : u4, s8, f16, bf16, f32, e8m0 (a power of two), ...
     weights : along in_features that share a value; 0: those of the matrix's group.
     rows : of a matrix that share a value.
@@ -97,7 +99,8 @@ class Format:
 
     planes : in the order of the bytes. block : weights of a row that form a block of a GGUF file;
     0: the format lies in panels (``ktk.experts.layout``). number : of the type in GGUF files, None
-    of panels. file_type : the name GGUF files of mostly this type state.
+    of panels. file_type : the name GGUF files of mostly this type state. row_scale : dtype of a
+    scale that stands before a row's blocks; "" : there is none.
     activations : "s8", rounded to int8 in groups of ``activation_group``, or "f32", as they are.
     zero_point : the code that means 0. code_min, code_max : range of (code - zero_point) the
         quantiser of panels uses.
@@ -116,6 +119,7 @@ class Format:
     block: int = 0
     number: int | None = None
     file_type: str = ""
+    row_scale: str = ""
     zero_point: int = 0
     code_min: int = 0
     code_max: int = 0
@@ -169,6 +173,11 @@ class Format:
         return sum(plane.num_bytes(self.block) for plane in self.planes)
 
     @property
+    def row_head(self) -> int:
+        """Bytes of a row before its blocks."""
+        return np.dtype(NUMPY_FLOATS[self.row_scale]).itemsize if self.row_scale else 0
+
+    @property
     def bits_per_weight(self) -> float:
         """Of a block of a GGUF file."""
         return self.block_bytes * 8 / self.block
@@ -179,7 +188,7 @@ class Format:
             raise ValueError(
                 f"in_features={in_features}: {self.name} needs a multiple of {self.block}"
             )
-        return in_features // self.block * self.block_bytes
+        return self.row_head + in_features // self.block * self.block_bytes
 
     def check_groups(self, group_size: object, activation_group: object) -> None:
         """ValueError if MoESpec's fields of these names do not fit this format."""
