@@ -68,6 +68,7 @@ BASE_SOURCES = (
             "combine",
             "row_major",
             "addresses",
+            "arrivals",
             "linear",
             "decoder",
             "attention",

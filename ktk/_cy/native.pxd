@@ -172,6 +172,47 @@ cdef extern from "ktk.h" nogil:
                            const void *x, void *y)
 
 
+cdef extern from "ktk_arrivals.h" nogil:
+    enum: KTK_COLD, KTK_READY, KTK_OURS, KTK_OTHERS
+    enum: KTK_BROUGHT, KTK_RELEASED, KTK_CAME, KTK_FAILED
+    enum: KTK_CLAIMED, KTK_FORETOLD, KTK_SAVED, KTK_CANCELLED
+    enum: KTK_MAX_TABLES
+
+    ctypedef struct ktk_streamed_layer:
+        ktk_layer *layer
+        const void **entries
+        int32_t num_tables
+        int32_t fd
+        int64_t *offsets
+        int64_t first
+        int64_t num_bytes
+
+    ctypedef struct ktk_arrivals:
+        pass
+    ktk_arrivals *ktk_arrivals_new(int num_layers, int num_experts, uint8_t *memory,
+                                   int64_t slot_bytes, uint8_t *standing, const uint8_t *checked,
+                                   int num_readers)
+    void ktk_arrivals_free(ktk_arrivals *a)
+    int ktk_arrivals_start(ktk_arrivals *a)
+    void ktk_arrivals_stop(ktk_arrivals *a)
+    void ktk_arrivals_lock(ktk_arrivals *a)
+    void ktk_arrivals_unlock(ktk_arrivals *a)
+    int ktk_arrivals_wait(ktk_arrivals *a)
+    void ktk_arrivals_set_layer(ktk_arrivals *a, int layer, const ktk_streamed_layer *given)
+    void ktk_arrivals_turn(ktk_arrivals *a, int is_on)
+    void ktk_arrivals_ask(ktk_arrivals *a, int change)
+    int ktk_arrivals_offer(ktk_arrivals *a, int32_t key, int32_t slot)
+    int ktk_arrivals_take(ktk_arrivals *a, int32_t *key, int32_t *slot)
+    int ktk_arrivals_keep(ktk_arrivals *a, int32_t key)
+    int ktk_arrivals_num_offered(const ktk_arrivals *a)
+    void ktk_arrivals_hurry(ktk_arrivals *a, int32_t key)
+    const int32_t *ktk_arrivals_events(ktk_arrivals *a, int64_t *num)
+
+    ctypedef struct ktk_held:
+        ktk_arrivals *arrivals
+    void ktk_arrivals_release(ktk_held *held)
+
+
 cdef extern from "ktk_decoder.h" nogil:
     enum: KTK_SOFTMAX, KTK_SIGMOID
     enum: KTK_ROTARY_HALVES, KTK_ROTARY_PAIRS, KTK_ROTARY_PAIRS_TO_HALVES
@@ -202,6 +243,7 @@ cdef extern from "ktk_decoder.h" nogil:
         int64_t *chosen
         ktk_bring *bring
         void *caller
+        ktk_held *held
 
     ctypedef struct ktk_norm:
         const float *weight
@@ -272,6 +314,8 @@ cdef extern from "ktk_decoder.h" nogil:
         ktk_router router
         const ktk_layer *experts
         void *owner
+        ktk_arrivals *arrivals
+        int32_t number
         const ktk_foresight *foresight
 
     ctypedef struct ktk_component:

@@ -12,8 +12,8 @@ from ktk.experts.activation import Activation
 from ktk.ops.moe import MoE
 from ktk.ops.streamed import StreamedMoE
 from ktk.placement.residency.expert_memory import ExpertMemory
+from ktk.placement.residency.native_slots import NativeSlots
 from ktk.placement.residency.reader import FilesReader
-from ktk.placement.residency.slots import Slots
 
 
 class StreamedLayers:
@@ -48,7 +48,7 @@ class StreamedLayers:
         )
         moes = [MoE(store, method=method, num_threads=num_threads) for store in stores]
         self.memory, self.room = memory, room
-        self.slots = Slots(stores, reader, memory.options(room.capacity), top_k)
+        self.slots = NativeSlots(stores, reader, memory.options(room.capacity), top_k)
         named = os.fspath(where)
         self._layers = {
             number: StreamedMoE(moe, self.slots, at, named)
@@ -57,6 +57,8 @@ class StreamedLayers:
 
         for number, following in pairwise(numbers):
             self._layers[number].following = self._layers[following]
+        self.slots.on_looks_ahead += [moe.foresight.turn for moe in self._layers.values()]
+        self.slots.bring_natively([getattr(moe.runner, "experts", None) for moe in moes])
         away = elsewhere or {}
         self.slots.fill([away.get(number) for number in numbers])
 

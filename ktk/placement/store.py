@@ -73,6 +73,11 @@ class ExpertStore:
         return cls(StoredExperts.of_panels(spec, unused, order))
 
     @property
+    def num_listeners(self) -> int:
+        """Operators that are told where experts are."""
+        return len(self._listeners)
+
+    @property
     def present(self) -> np.ndarray:
         """bool (num_experts,): which experts are in memory now."""
         return np.array([address is not None for address in self._addresses])
@@ -121,6 +126,11 @@ class ExpertStore:
             finally:
                 self._leaving[expert] -= 1
                 self._changed.notify_all()
+
+    def follow(self, expert: int, span: np.ndarray | None) -> None:
+        """The expert has been placed so by who told the listeners itself. It must be unused."""
+        with self._changed:
+            self._set(expert, span)
 
     def arrive(self, expert: int, is_lost: bool = False) -> None:
         """The bytes of an expert that was coming are there, or, lost, will not be: calls that use
@@ -201,7 +211,6 @@ class ExpertStore:
         return {table: int(getattr(self.part, table)[at].ctypes.data) for table in self.offsets}
 
     def _put(self, expert: int, span: np.ndarray | None, is_unused: bool = False) -> None:
-        addresses = None
         if span is not None:
             if span.dtype != np.uint8 or span.shape != (self.span_bytes,):
                 raise ValueError(
@@ -209,15 +218,21 @@ class ExpertStore:
                 )
             if not span.flags.c_contiguous or span.ctypes.data % 64:
                 raise ValueError("span must be C-contiguous and 64-byte aligned")
-            begin = int(span.ctypes.data)
-            addresses = {table: begin + offset for table, offset in self.offsets.items()}
-        before = self._spans.pop(expert, None)  # lives until no table names it
-        self._addresses[expert] = addresses
-        if span is not None:
-            self._spans[expert] = span
+        before = self._spans.get(expert)  # lives until no table names it
+        self._set(expert, span)
+        addresses = self._addresses[expert]
         for listener in self._listeners:
             listener(expert, addresses, is_unused)
         del before
+
+    def _set(self, expert: int, span: np.ndarray | None) -> None:
+        if span is None:
+            self._addresses[expert] = None
+            self._spans.pop(expert, None)
+            return
+        begin = int(span.ctypes.data)
+        self._addresses[expert] = {table: begin + at for table, at in self.offsets.items()}
+        self._spans[expert] = span
 
 
 def _offsets(experts: StoredExperts, part: Part) -> tuple[dict[str, int], int]:

@@ -211,6 +211,9 @@ cdef class DecoderLayer(_OnPool):
         c.owner = <void *>r.experts if r.experts.is_streamed else NULL
         if r.experts.is_streamed:
             c.foresight = &(<Foresight>r.experts.foresight.native).router
+            if r.experts.slots.arrivals is not None:
+                c.arrivals = (<Arrivals>r.experts.slots.arrivals).of
+                c.number = r.experts.layer
         return c
 
     def forward(self, str dtype, int num_rows, uintptr_t hidden, uintptr_t cosines,
@@ -272,13 +275,22 @@ cdef class DecoderLayer(_OnPool):
     cdef int _run(self, int dtype, const void *hidden, ktk_decoder_rows *rows,
                   void *out) except -1:
         cdef int status
+        cdef ktk_held held
+        rows.held = NULL
         if self.new_visit is None:
             status = self._call(dtype, hidden, rows, out)
         else:
             visit = self.new_visit()
             rows.bring, rows.caller = _bring, <void *>visit
+            held.arrivals, rows.held = NULL, &held
             try:
                 status = self._call(dtype, hidden, rows, out)
+                rows.held = NULL
+                if held.arrivals != NULL:
+                    with nogil:  # who has the lock may wait for the GIL
+                        ktk_arrivals_release(&held)
+                    if status == KTK_AWAITED_IN_VAIN:  # once more, by Python
+                        status = self._call(dtype, hidden, rows, out)
                 while status == KTK_NOT_BROUGHT or status == KTK_AWAITED_IN_VAIN:
                     visit.wait()
                     status = self._call(dtype, hidden, rows, out)

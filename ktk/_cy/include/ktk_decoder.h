@@ -2,7 +2,7 @@
 #ifndef KTK_DECODER_H
 #define KTK_DECODER_H
 
-#include "ktk.h"
+#include "ktk_arrivals.h"
 
 /* Keys and values of one sequence in one layer: token t of head h is at
  * pages[t / page_tokens] + h * head_stride + t % page_tokens * row_stride, in elements of dtype.
@@ -35,6 +35,7 @@ typedef struct {
     int64_t *chosen;  /* (num_rows, top_k), where routed rows leave their ids, or NULL */
     ktk_bring *bring; /* for experts with an owner; it runs while the pool is locked */
     void *caller;
+    ktk_held *held; /* what ktk_arrivals_bring brought, which is tried first; NULL: it is not */
 } ktk_decoder_rows;
 
 /* x / sqrt(mean(x^2) + epsilon) * weight. weight NULL: there is no norm. */
@@ -116,7 +117,9 @@ typedef struct {
     ktk_dense logits;
     ktk_router router;
     const ktk_layer *experts;
-    void *owner;                    /* of experts that come and go, NULL: they stay */
+    void *owner;            /* of experts that come and go, NULL: they stay */
+    ktk_arrivals *arrivals; /* with an owner, or NULL; number: of the layer there */
+    int32_t number;
     const ktk_foresight *foresight; /* with an owner; or NULL */
 } ktk_routed;
 

@@ -123,15 +123,26 @@ static int64_t foretell(component *c) {
     return found;
 }
 
+static int bring(component *c) {
+    const ktk_routed *l = c->part;
+    const ktk_decoder_rows *rows = c->s->rows;
+    const int64_t num_ids = c->s->crew.num_rows * l->router.top_k;
+    const int64_t num_foretold = c->foretold ? foretell(c) : 0;
+    if (l->arrivals && rows->held &&
+        ktk_arrivals_bring(l->arrivals, l->number, num_ids, c->ids, num_foretold, c->foretold,
+                           rows->held))
+        return KTK_DONE;
+    return rows->bring(rows->caller, l->owner, num_ids, c->ids, c->weights, num_foretold,
+                       c->foretold);
+}
+
 static void run_routed(component *c, float *out) {
     const ktk_routed *l = c->part;
     const crew *crew = &c->s->crew;
     ktk_each_row(&c->s->crew, 0, crew->num_rows, route_row, c);
     const ktk_decoder_rows *rows = c->s->rows;
     if (rows->chosen) memcpy(rows->chosen, c->ids, 8 * (size_t)(crew->num_rows * l->router.top_k));
-    if (l->owner)
-        c->s->status = rows->bring(rows->caller, l->owner, crew->num_rows * l->router.top_k, c->ids,
-                                   c->weights, c->foretold ? foretell(c) : 0, c->foretold);
+    if (l->owner) c->s->status = bring(c);
     if (c->s->status) return;
     c->s->status =
         ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows, l->router.top_k,

@@ -82,6 +82,11 @@ class Pools:
         self._of_layer = [0] * num_layers  # how many are in memory
         self._total = 0
 
+    @property
+    def is_one(self) -> bool:
+        """One pool of all layers."""
+        return not self.options.is_per_layer
+
     def room(self, layer: int) -> int:
         """The most experts of the layer that can be in memory at once."""
         if self.options.is_per_layer:
@@ -151,9 +156,27 @@ class Pools:
             least = 0 if policy.is_offline else self.options.min_per_layer
             victim = policy.evict(lambda other: self._must_stay(other, layer, least, is_used))
             self._count(victim, -1)
-        policy.insert(key)
-        self._count(key, 1)
+        self.enter(key)
         return victim
+
+    def enter(self, key: int) -> None:
+        """An expert comes into memory, where there is room."""
+        self._policy(key // self.num_experts).insert(key)
+        self._count(key, 1)
+
+    def retire(self, is_used: Callable[[int], bool]) -> int:
+        """Who leaves next of the one pool, as nobody has come for it yet. is_used and LookupError
+        as in ``admit``.
+        """
+        least = self.options.min_per_layer
+        victim = self._policies[0].evict(lambda key: self._must_stay(key, -1, least, is_used))
+        self._count(victim, -1)
+        return victim
+
+    def resize(self, change: int) -> None:
+        """Room for more experts of the one pool, or, negative, for fewer; it must be empty."""
+        self.capacity += change
+        self._sizes[0] += change
 
     def has_empty(self, layer: int) -> bool:
         """Whether one of the layer may come without another leaving."""

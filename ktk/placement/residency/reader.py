@@ -46,6 +46,13 @@ class ExpertReader(ABC):
         holds anything.
         """
 
+    def files(self) -> list[tuple[int, int]] | None:
+        """Of each layer the descriptor and byte from which its experts lie one behind the other, to
+        be read by others as ``read`` does; None where ``read`` does more. They stay open until
+        ``close``.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """No read runs or comes any more."""
@@ -118,6 +125,11 @@ class PackedReader(FilesReader):
             named = f"{path}: layer {self._layers[layer]} expert {expert}"
             check_finite(self.specs[layer], span, named, begin)
             self._is_checked[layer][expert] = True
+
+    def files(self) -> list[tuple[int, int]] | None:
+        if not self.is_direct or self._preadv is not os.preadv:
+            return None
+        return [(fd, first) for _, fd, first in self._files]
 
     def close(self) -> None:
         self._finalizer()

@@ -11,7 +11,13 @@ from ktk.errors import BackendError
 from ktk.placement.residency.ahead import Ahead
 from ktk.placement.residency.pools import PoolOptions, Pools
 from ktk.placement.residency.report import Counters
-from ktk.placement.residency.states import EXPERT_STEPS, SLOT_STEPS, ExpertState, SlotState
+from ktk.placement.residency.states import (
+    EXPERT_STEPS,
+    NATIVE_STANDING,
+    SLOT_STEPS,
+    ExpertState,
+    SlotState,
+)
 
 
 class TooManyExperts(BackendError):
@@ -42,6 +48,8 @@ class Residents:
         num_keys = len(counts) * self.num_experts
         self._experts = [ExpertState.COLD] * num_keys
         self._is_ready = [False] * num_keys  # resident or pinned
+        self._standing = bytearray(num_keys)  # as native calls know it
+        self._offered: set[int] = set()  # resident; they leave when a native call needs room
         self._readers = [0] * num_keys  # calls that use each expert, or wait for it
         self._slot_of: dict[int, int] = {}
         self._idle = [0] * len(counts)  # of each layer: resident, not pinned, without readers
@@ -84,7 +92,7 @@ class Residents:
         if any(self._experts[key] is ExpertState.DEMOTING or key in self._lost for key in keys):
             return False
         cold = sum(self._experts[key] is ExpertState.COLD for key in keys)
-        own_idle = sum(self._is_idle(key) for key in keys)
+        own_idle = sum(self._is_idle(key) or key in self._offered for key in keys)
         return cold <= self._pools.space(layer, self._idle) - own_idle
 
     def _claim(self, cold: list[int], wanted: set[int]) -> list[Claim]:
@@ -94,6 +102,8 @@ class Residents:
             victim = self._pools.admit(
                 key, lambda other: other in wanted or not self._is_idle(other)
             )
+            if victim is None and not self._free:
+                victim = self._take_back()
             if victim is None:
                 slot = self._free.pop()
             else:
@@ -108,6 +118,15 @@ class Residents:
             self._unplaced.add(key)
         self._in_flight += len(claims)
         return claims
+
+    def _take_back(self) -> int | None:
+        """Where there is room, but no slot is free: who was offered and leaves now; None: a slot is
+        free now.
+        """
+        raise AssertionError("there is room without a slot")
+
+    def _keep(self, keys: Iterable[int]) -> None:
+        """A call uses them: who is offered is so no more."""
 
     def _arrived(self, key: int, num_bytes: int) -> None:
         """Its slot has its bytes."""
@@ -149,7 +168,8 @@ class Residents:
         return sum(self._experts[key] is ExpertState.PREFETCHING for key in self._foretold)
 
     def _is_idle(self, key: int) -> bool:
-        return self._experts[key] is ExpertState.RESIDENT and not self._readers[key]
+        is_unused = self._experts[key] is ExpertState.RESIDENT and not self._readers[key]
+        return is_unused and key not in self._offered
 
     def _is_on_its_way(self, key: int) -> bool:
         return self._experts[key] is ExpertState.PREFETCHING and key not in self._lost
@@ -160,13 +180,15 @@ class Residents:
             many = self._readers[key]
             self._readers[key] = many + change
             turns = not many or not many + change  # it was or becomes unused
-            if turns and self._experts[key] is ExpertState.RESIDENT:
+            is_here = self._experts[key] is ExpertState.RESIDENT and key not in self._offered
+            if turns and is_here:
                 self._idle[key // self.num_experts] -= change
 
     def _step(self, key: int, state: ExpertState) -> None:
         assert state in EXPERT_STEPS[self._experts[key]], (self._experts[key], state)
         before = self._is_idle(key)
         self._experts[key] = state
+        self._standing[key] = NATIVE_STANDING[state]
         self._is_ready[key] = state in (ExpertState.RESIDENT, ExpertState.PINNED)
         self._idle[key // self.num_experts] += self._is_idle(key) - before
 

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +48,11 @@ class Slots(Residents):
     top_k : experts that one token uses in a layer.
     num_readers : reads at a time.
 
-    wants_scores : whether the policy looks at a router's scores.
+    wants_scores : whether the policy looks at a router's scores. arrivals : what native calls bring
+        experts with, None: they ask Python.
     """
+
+    arrivals: Any = None
 
     def __init__(
         self,
@@ -107,7 +111,8 @@ class Slots(Residents):
         return self._stores[layer]
 
     def state(self, layer: int, expert: int) -> ExpertState:
-        return self._experts[self._key(layer, expert)]
+        with self._changed:
+            return self._experts[self._key(layer, expert)]
 
     def fits(self, layer: int, experts: Iterable[int]) -> bool:
         """Whether a call that uses these would not have to wait for others to end."""
@@ -158,8 +163,7 @@ class Slots(Residents):
             if is_held is None:
                 return None
             is_first = False  # a read of another, on which it waited, has failed: read it again
-        while self._useless:
-            self._forget(self._useless.pop())
+        self._forget_useless()
         return keys
 
     def release(self, held: list[int]) -> None:
@@ -209,6 +213,7 @@ class Slots(Residents):
                 return 0
             wanted, ahead = set(keys), self._num_ahead()
             here = [key for key in keys if self._is_ready[key]]  # foretold, too: they stay
+            self._keep(here)
             for key in keys:
                 if ahead + len(claims) >= most:
                     break
@@ -313,6 +318,7 @@ class Slots(Residents):
         with self._changed:
             if self._is_paused:
                 self._changed.wait_for(lambda: not self._is_paused)
+            self._keep(keys)
             if is_first and all(map(self._is_ready.__getitem__, keys)):  # mostly so: be quick
                 self._count(layer, keys, 0, 0)
                 if not self._is_whole:
@@ -323,6 +329,7 @@ class Slots(Residents):
             if not waits and not self._has_room(layer, keys):
                 return None
             self._wait_for_room(layer, keys)
+            self._keep(keys)
             cold = [key for key in keys if self._experts[key] is ExpertState.COLD]
             coming = [key for key in keys if self._experts[key] is ExpertState.PREFETCHING]
             if is_first:
@@ -333,7 +340,7 @@ class Slots(Residents):
             claims = self._claim(cold, wanted)
             self._add_readers(keys, 1)
         for key in coming:
-            self._reads.hurry(key)
+            self._hurry(key)
         self._begin(claims, is_wanted=True)
         with self._changed:
             if reads_on:
@@ -406,6 +413,18 @@ class Slots(Residents):
         with self._changed:
             self._arrived(key, len(span))
             self._changed.notify_all()
+
+    def _hurry(self, key: int) -> None:
+        """A call waits for it now."""
+        self._reads.hurry(key)
+
+    def _forget_useless(self) -> None:
+        if not self._useless:
+            return
+        with self._changed:
+            useless, self._useless = self._useless, []
+        for key in useless:
+            self._forget(key)
 
     def _forget(self, key: int) -> None:
         """A prefetch that was of no use: it is not read any more, unless that has begun."""

@@ -19,7 +19,7 @@ class ExpertState(Enum):
 
 class SlotState(Enum):
     """empty -> loading -> ready -> loading, when another expert takes it; from loading back to
-    empty on failure.
+    empty on failure, from ready where memory goes back to the system.
     """
 
     EMPTY = "empty"
@@ -37,5 +37,13 @@ EXPERT_STEPS = {
 SLOT_STEPS = {
     SlotState.EMPTY: {SlotState.LOADING},
     SlotState.LOADING: {SlotState.READY, SlotState.EMPTY},
-    SlotState.READY: {SlotState.LOADING},
+    SlotState.READY: {SlotState.LOADING, SlotState.EMPTY},
+}
+# As ktk_standing of ktk_arrivals.h has them; its third, OURS, Python never sets itself.
+NATIVE_STANDING = {
+    ExpertState.COLD: 0,
+    ExpertState.RESIDENT: 1,
+    ExpertState.PINNED: 1,
+    ExpertState.PREFETCHING: 3,
+    ExpertState.DEMOTING: 3,
 }
