@@ -306,6 +306,19 @@ def memory(root: Path | str = "/") -> tuple[int, int]:
     return total, available
 
 
+def memory_stall(root: Path | str = "/") -> float:
+    """Per cent of the last ten seconds that something waited for memory, as the kernel counts it
+    (PSI): in this process's own cgroup, or, where cgroups do not tell (v1), in the whole system. 0
+    if unknown.
+    """
+    base = Path(root)
+    files = [folder / "memory.pressure" for folder in _cgroup_folders(base, ("unified",))]
+    for file in (*files, base / "proc/pressure/memory"):
+        if found := re.search(r"^some avg10=([\d.]+)", _read(file), re.MULTILINE):
+            return float(found[1])
+    return 0.0
+
+
 def huge_pages(root: Path | str = "/") -> dict[str, str]:
     """Transparent huge pages: mode and defrag as the kernel names them ("" if unknown);
     reserved pages.

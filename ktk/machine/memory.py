@@ -83,6 +83,22 @@ def give_back_freed() -> bool:
     return bool(mallopt(_M_TRIM_THRESHOLD, 128 << 10) and mallopt(_M_MMAP_THRESHOLD, 128 << 10))
 
 
+def release_pages(array: np.ndarray) -> bool:
+    """Give the whole pages within a C-contiguous array of ``aligned_buffer`` back to the system;
+    they are zeros when they are looked at next. Whether it took them.
+    """
+    begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    if advice is None or end <= begin:
+        return False
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return False
+    return not madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+
 def peak_memory() -> int:
     """The most memory this process has had so far, bytes; 0 where Linux's /proc is not."""
     with contextlib.suppress(OSError):

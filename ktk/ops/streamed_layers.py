@@ -12,8 +12,8 @@ from ktk.experts.activation import Activation
 from ktk.ops.moe import MoE
 from ktk.ops.streamed import StreamedMoE
 from ktk.placement.residency.expert_memory import ExpertMemory
-from ktk.placement.residency.native_slots import NativeSlots
 from ktk.placement.residency.reader import FilesReader
+from ktk.placement.residency.shrinking_slots import ShrinkingSlots
 
 
 class StreamedLayers:
@@ -48,7 +48,7 @@ class StreamedLayers:
         )
         moes = [MoE(store, method=method, num_threads=num_threads) for store in stores]
         self.memory, self.room = memory, room
-        self.slots = NativeSlots(stores, reader, memory.options(room.capacity), top_k)
+        self.slots = ShrinkingSlots(stores, reader, memory.options(room.capacity), top_k)
         named = os.fspath(where)
         self._layers = {
             number: StreamedMoE(moe, self.slots, at, named)
@@ -61,6 +61,7 @@ class StreamedLayers:
         self.slots.bring_natively([getattr(moe.runner, "experts", None) for moe in moes])
         away = elsewhere or {}
         self.slots.fill([away.get(number) for number in numbers])
+        self.slots.watch()
 
     def __getitem__(self, number: int) -> StreamedMoE:
         return self._layers[number]
