@@ -22,7 +22,8 @@ from ktk.experts.formats import GGUF, get_format
 from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
-from ktk.integration.kt_kernel.arguments import checked_int
+from ktk.integration.kt_kernel.residency import Residency
+from ktk.log import logger
 from ktk.models import find_experts
 from ktk.models.experts import own_group
 from ktk.ops.gguf_model import open_experts
@@ -31,30 +32,12 @@ from ktk.ops.moe import MoE, expert_reader
 from ktk.ops.requantise import packed_format
 from ktk.ops.streamed import AnyMoE, StreamedMoE
 from ktk.ops.streamed_layers import StreamedLayers
-from ktk.placement.residency.expert_memory import ExpertMemory
 from ktk.placement.residency.gguf_reader import GgufReader
 from ktk.placement.residency.reader import FilesReader, PackedReader
 from ktk.quantise.pack import pack_experts
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _BIASES = ("gate_bias", "up_bias", "down_bias")
-
-
-@dataclass(frozen=True)
-class Residency:
-    """A wrapper that keeps only some experts in memory: room for ``most``, of which a token uses
-    top_k.
-    """
-
-    most: int
-    top_k: int
-
-    @classmethod
-    def asked(cls, max_resident_experts: int | None, top_k: int) -> Residency | None:
-        """None if all are loaded. Raises ValueError, TypeError."""
-        if max_resident_experts is None:
-            return None
-        return cls(checked_int("max_resident_experts", max_resident_experts, top_k), top_k)
 
 
 @dataclass(frozen=True)
@@ -103,12 +86,11 @@ class LayerWeights:
                 "load_weights_from_tensors()"
             )
         if self.residency is not None:
-            if order is not None:
-                raise ValueError(
-                    "physical_to_logical_map puts experts elsewhere: with max_resident_experts "
-                    "they are read where they lie; leave one of them out"
-                )
-            return self._streamed(path, self.residency, num_threads)
+            if (reason := self._why_not_streamed(path, order)) is None:
+                return self._streamed(path, self.residency, num_threads)
+            if self.residency.is_asked:
+                raise ValueError(f"max_resident_experts={self.residency.most}: {reason}")
+            logger.warning("layer %d: all experts are loaded: %s", self.layer_idx, reason)
         if is_gguf(path):
             return self._from_gguf(path, order, num_threads, keep)
         if layer_path(path, self.layer_idx).exists():
@@ -119,6 +101,19 @@ class LayerWeights:
             packed = self._quantise_checkpoint(path, num_threads, _wanted(order, keep))
         return _arranged(packed, order, keep)
 
+    def _why_not_streamed(self, path: Path, order: np.ndarray | None) -> str | None:
+        if order is not None:
+            return (
+                "physical_to_logical_map puts experts elsewhere, and they are read where they lie; "
+                "leave one of them out"
+            )
+        if not is_gguf(path) and not layer_path(path, self.layer_idx).exists():
+            return (
+                f"{path} holds no packed layer {self.layer_idx}: run `ktk convert` on it first, or "
+                "leave it out"
+            )
+        return None
+
     def _streamed(self, path: Path, residency: Residency, num_threads: int) -> StreamedMoE:
         """The layer, none of its experts in memory yet."""
         numbers = (self.layer_idx,)
@@ -128,19 +123,14 @@ class LayerWeights:
             spec = experts.spec(self.layer_idx)
             self._check_shapes(dataclasses.asdict(spec), f"{path}, layer {self.layer_idx},")
             reader = GgufReader(experts, numbers)
-        elif layer_path(path, self.layer_idx).exists():
+        else:
             reader = PackedReader(path, numbers)
             spec = self._check_packed(reader.specs[0], path)
-        else:
-            raise ValueError(
-                f"max_resident_experts={residency.most}: {path} holds no packed layer "
-                f"{self.layer_idx}: run `ktk convert` on it first, or leave it out"
-            )
         source = f"{path}, layer {self.layer_idx},"
         layers = StreamedLayers(
             reader,
             numbers,
-            ExpertMemory(str(residency.most)),
+            residency.memory(),
             residency.top_k,
             activations={self.layer_idx: self.agreed_activation(spec.activation, source)},
             method=self.method,
@@ -158,7 +148,7 @@ class LayerWeights:
     ) -> StoredExperts:
         """Packed experts. given : gate_proj, up_proj, down_proj and the biases, in this order."""
         self.order(physical_to_logical_map)
-        if self.residency is not None:
+        if self.residency is not None and self.residency.is_asked:
             raise ValueError(
                 "max_resident_experts: experts from tensors are all in memory: leave it out, or "
                 "name a packed directory or a GGUF file as weight_path"

@@ -34,11 +34,12 @@ from ktk.integration.kt_kernel.arguments import (
     swiglu_activation,
 )
 from ktk.integration.kt_kernel.gpu_buffers import WeightWriter
+from ktk.integration.kt_kernel.residency import Residency
 from ktk.integration.kt_kernel.selection import select_deferred_experts
 from ktk.integration.kt_kernel.staging import Buffers
 from ktk.integration.kt_kernel.stream_side import Sizes, StreamSide, forget_deferred
 from ktk.integration.kt_kernel.stream_side import pool as stream_buffers
-from ktk.integration.kt_kernel.weights import LayerWeights, Residency
+from ktk.integration.kt_kernel.weights import LayerWeights
 from ktk.machine import queue as fifo
 from ktk.machine import threads as engine
 from ktk.ops.deferral import Deferred, sequence, split
@@ -104,7 +105,8 @@ class KTMoEWrapper(WeightWriter):
         which writes whole layers.
     max_resident_experts : int or None
         ktk's own: so many of a packed layer or of a GGUF file are in memory, the others are read
-        when a call needs them, with the same results. None: all are loaded.
+        when a call needs them, with the same results. None: as KT_MAX_RESIDENT_EXPERTS says, whose
+        policy KT_RESIDENCY_POLICY names; without it all are loaded.
     group_size, weight_format, activation_group, rotation : int, str, int, Rotation or int, or None
         ktk's own: see ``MoESpec``. None: as the method, then the packed file, then the default has
         it.

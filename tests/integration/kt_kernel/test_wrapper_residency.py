@@ -93,3 +93,56 @@ def test_buffers_of_a_gpu_want_all_experts_in_memory(directory: Path) -> None:
     whole.submit_write_weight_scale_to_buffer(1, 0, at, [0], at, [0])
     whole.sync_write_weight_scale_to_buffer()
     assert room.any()
+
+
+def test_ktransformers_variables_say_the_same(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_MAX_TIER0_EXPERTS", "4")
+    assert opened(directory, None).moe.slots.capacity == 4
+    monkeypatch.setenv("KT_MAX_RESIDENT_EXPERTS", "3")  # goes before
+    monkeypatch.setenv("KT_RESIDENCY_POLICY", " W-TinyLFU ")
+    monkeypatch.setenv("KT_RESIDENCY_POLICY_CONFIG", '{"window_share": 0.5}')
+    some = opened(directory, None)
+    assert (some.moe.slots.capacity, some.moe.slots.report().policy) == (3, "w_tinylfu")
+    assert opened(directory, 5).moe.slots.capacity == 5  # the argument goes before
+    call = routed(7, seed=7)
+    some_result = some.forward(*call)
+    monkeypatch.setenv("KT_MAX_RESIDENT_EXPERTS", "1")  # less than one token uses: as many as that
+    assert opened(directory, None).moe.slots.capacity == K
+    for name in ("KT_MAX_RESIDENT_EXPERTS", "KT_MAX_TIER0_EXPERTS"):
+        monkeypatch.setenv(name, "auto")
+    whole = opened(directory, None)
+    assert not isinstance(whole.moe, StreamedMoE)
+    assert_same_bits(whole.forward(*call), some_result)
+
+
+def test_ktransformers_variables_leave_whole_what_cannot_come_and_go(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_MAX_RESIDENT_EXPERTS", str(K))
+    turned = make(weight_path=directory, method="auto")
+    turned.load_weights(np.arange(E)[::-1].copy())
+    assert not isinstance(turned.moe, StreamedMoE)
+    tensors = make()
+    tensors.load_weights_from_tensors(*random_weights())
+    assert not isinstance(tensors.moe, StreamedMoE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("KT_MAX_RESIDENT_EXPERTS", "many", "must be a number of experts"),
+        ("KT_RESIDENCY_POLICY", "best", "must be one of lru"),
+        ("KT_RESIDENCY_POLICY", "belady", "knows the future"),
+        ("KT_RESIDENCY_POLICY_CONFIG", "[1]", "must be a JSON object"),
+        ("KT_RESIDENCY_POLICY_CONFIG", "{", "must be a JSON object"),
+    ],
+)
+def test_variables_that_say_nothing_of_use_are_refused(
+    name: str, value: str, says: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_MAX_RESIDENT_EXPERTS", str(K))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}.*{says}"):
+        make(weight_path=directory)
