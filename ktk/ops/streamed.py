@@ -23,7 +23,7 @@ from ktk.ops.moe import MoE
 from ktk.placement.residency.slots import Slots
 from ktk.placement.residency.states import ExpertState
 
-WAVE_BYTES = 64 << 20  # of the rows that wait for their sum: more tokens are cut
+WAVE_BYTES = 128 << 20  # of the rows that wait for their sum: more tokens are cut
 
 
 class Foresight:

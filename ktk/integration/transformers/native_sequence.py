@@ -16,10 +16,10 @@ from ktk.integration.transformers.batches import CannotBatch
 from ktk.integration.transformers.native_batch import NativeModel
 from ktk.integration.transformers.native_call import DTYPES
 from ktk.integration.transformers.sequence import (
-    PREFILL_CHUNK,
     CachedSequence,
     common_length,
     longest_context,
+    prefill_chunk,
 )
 from ktk.kv.dtypes import KV_DTYPES
 from ktk.kv.pages import PAGE
@@ -115,9 +115,9 @@ class NativeSequence:
         del self.cached[common_length(self.cached, ids[:-1]) :]
         self._load(ids)
         prefilled = len(ids) - len(self.cached)
-        tokens = list(ids)
+        tokens, many = list(ids), prefill_chunk(self.model)
         while len(tokens) < len(ids) + max_tokens and not is_stopped():
-            chunk = tokens[len(self.cached) :][:PREFILL_CHUNK]
+            chunk = tokens[len(self.cached) :][:many]
             logits = self.logits(chunk)
             if len(self.cached) == len(tokens):
                 tokens.append(choose(logits))

@@ -12,8 +12,11 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from ktk.integration.transformers import names as hf
 from ktk.integration.transformers.cache import growing_layer
+from ktk.integration.transformers.streaming import expert_slots
 
-PREFILL_CHUNK = 512  # tokens of a prompt run at once: a stop is noticed between chunks
+# Tokens of a prompt run at once: a stop is noticed between chunks. Where experts come and go nearly
+# all of them are read for each chunk.
+PREFILL_CHUNK, STREAMED_CHUNK = 512, 2048
 
 
 class _Stop(Exception):
@@ -51,6 +54,11 @@ def longest_context(model: Any) -> int | None:
     """The longest sequence in tokens that a model's config allows, or None."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(longest) if longest else None
+
+
+def prefill_chunk(model: Any) -> int:
+    """Tokens of a prompt that run at once."""
+    return PREFILL_CHUNK if expert_slots(model) is None else STREAMED_CHUNK
 
 
 def common_length(one: list[int], other: list[int]) -> int:
@@ -136,8 +144,9 @@ class CachedSequence:
         """
         if self._cache is None:
             return
-        for start in range(len(self.cached), len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
-            chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]])
+        many = prefill_chunk(self.model)
+        for start in range(len(self.cached), len(ids) - many, many):
+            chunk = torch.tensor([ids[start : start + many]])
             named = {**hf.last_logits(self.model), hf.CACHE: self._cache}
             self.model(input_ids=chunk, use_cache=True, **named)
 

@@ -177,3 +177,15 @@ def test_a_file_cut_short_ends_calls_with_its_name_until_it_is_whole_again(
             there.write(content)
     assert decoded(model) == tokens
     check(slots_of(model))
+
+
+def test_a_prompt_of_2048_tokens_reads_each_expert_once(directory: Path) -> None:
+    """In chunks of 512 it would read them four times: there is room for half of a layer's."""
+    model = opened(directory, "8")
+    slots = slots_of(model)
+    with slots._changed:
+        slots._changed.wait_for(lambda: not slots._in_flight, 20)
+    before = slots.counters().reads
+    ids = [3 + i % 200 for i in range(2048)]
+    CachedSequence(model).generate(ids, 1, lambda _: 5, lambda _: False, lambda: False)
+    assert slots.counters().reads - before <= 2 * EXPERTS
