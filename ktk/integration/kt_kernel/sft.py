@@ -18,6 +18,7 @@ from ktk.experts.formats.floats import bf16_to_f32, f32_to_bf16
 from ktk.experts.lora import MAX_RANK, ExpertLora
 from ktk.integration.kt_kernel.arguments import checked_int
 from ktk.integration.kt_kernel.checkpoint_output import CheckpointOutput
+from ktk.integration.kt_kernel.optimizer_grads import OptimizerGrad, OptimizerGrads
 from ktk.integration.kt_kernel.sft_arguments import (
     SftMethod,
     checked_number,
@@ -25,10 +26,10 @@ from ktk.integration.kt_kernel.sft_arguments import (
     refuse_inference_only,
     registered,
 )
+from ktk.integration.kt_kernel.sft_weights import SftWeights
 from ktk.machine import queue as fifo
 from ktk.ops import training
 from ktk.ops.inputs import as_hidden, as_routing, on_host, on_stream
-from ktk.ops.moe import MoE
 
 
 def sft_wrapper(layer_type: type[Any], *args: Any, **arguments: Any) -> SftWrapper:
@@ -65,7 +66,7 @@ class _Pending(NamedTuple):
     is_saved: bool = False
 
 
-class SftWrapper:
+class SftWrapper(SftWeights):
     """One MoE layer's CPU experts with adapters: what KTMoEWrapper(mode="sft") gives.
 
     layer : a KTMoEWrapper for inference.
@@ -86,7 +87,7 @@ class SftWrapper:
         lora_dropout: float = 0.0,
         max_cache_depth: int = 1,
     ) -> None:
-        self._layer = layer
+        super().__init__(layer)
         self.method = method.name
         self.lora_rank = checked_int("lora_rank", lora_rank)
         if self.lora_rank > MAX_RANK:
@@ -97,17 +98,11 @@ class SftWrapper:
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout={lora_dropout}: must be below 1")
         self.max_cache_depth = checked_int("max_cache_depth", max_cache_depth)
-        self.layer_idx = layer.layer_idx
-        self.num_experts = layer.num_experts
-        self.num_experts_per_tok = layer.num_experts_per_tok
-        self.hidden_size = layer.hidden_size
-        self.moe_intermediate_size = layer.moe_intermediate_size
-        # KT-Kernel's: whether its layers share a second copy of the weights. There is none here.
-        self.share_backward_bb = False
         self.checkpoint = CheckpointOutput()
         self._has_adapters = not method.is_without_lora
         self._lora: dict[str, np.ndarray] = {}  # bf16 bits: the caller's memory
         self._gradients: dict[str, np.ndarray] = {}
+        self._optimizer_grads = OptimizerGrads(())
         self._is_accumulating = False
         self._saved: list[training.Saved] = []
         self._num_saved = 0
@@ -115,26 +110,6 @@ class SftWrapper:
         self._backward: _Pending | None = None
 
     # -- what it holds -------------------------------------------------------------------------
-
-    @property
-    def gpu_experts_mask(self) -> Any:
-        """As the wrapper for inference has it: change it in place, or assign."""
-        return self._layer.gpu_experts_mask
-
-    @gpu_experts_mask.setter
-    def gpu_experts_mask(self, mask: Any) -> None:
-        self._layer.gpu_experts_mask = mask
-
-    @property
-    def num_gpu_experts(self) -> int:
-        return self._layer.num_gpu_experts
-
-    @property
-    def moe(self) -> MoE:
-        """The operator. RuntimeError before the weights are loaded."""
-        moe = self._layer.moe
-        assert isinstance(moe, MoE)
-        return moe
 
     @property
     def cache_depth(self) -> int:
@@ -161,26 +136,6 @@ class SftWrapper:
         )
 
     # -- weights -------------------------------------------------------------------------------
-
-    def load_weights(
-        self, physical_to_logical_map: Any = None, *, physical_to_logical_map_cpu: Any = None
-    ) -> None:
-        """As KTMoEWrapper.load_weights."""
-        self._layer.load_weights(
-            physical_to_logical_map, physical_to_logical_map_cpu=physical_to_logical_map_cpu
-        )
-
-    def load_weights_from_tensors(
-        self,
-        gate_proj: Any,
-        up_proj: Any,
-        down_proj: Any,
-        physical_to_logical_map_cpu: Any = None,
-    ) -> None:
-        """As KTMoEWrapper.load_weights_from_tensors."""
-        self._layer.load_weights_from_tensors(
-            gate_proj, up_proj, down_proj, physical_to_logical_map_cpu
-        )
 
     def init_lora_weights(
         self,
@@ -221,30 +176,49 @@ class SftWrapper:
         if len({array.ctypes.data for array in every}) < len(every):
             raise ValueError("two of the twelve tensors are the same memory")
         self._lora, self._gradients, self._is_accumulating = lora, buffers, False
+        self._optimizer_grads = OptimizerGrads(gradients)
+        for name, weight, view in zip(lora, weights, gradients, strict=True):
+            if isinstance(weight, torch.nn.Parameter):
+                self._optimizer_grads.register(name, weight, view)
+
+    def register_authoritative_optimizer_grad(
+        self, name: str, parameter: torch.nn.Parameter, grad_view: torch.Tensor
+    ) -> None:
+        """After each backward have a parameter's ``grad`` be a gradient's buffer, or a part of one.
+
+        init_lora_weights does it for adapters that are nn.Parameter. With registered parameters
+        backward adds where they have their ``grad``, and overwrites where all are None.
+        Raises as ``OptimizerGrads.register``, and changes nothing then.
+        """
+        self._optimizer_grads.register(name, parameter, grad_view)
+
+    @property
+    def authoritative_optimizer_grads(self) -> tuple[OptimizerGrad, ...]:
+        """What is registered."""
+        return self._optimizer_grads.entries
+
+    def validate_authoritative_optimizer_grad_state(self) -> str:
+        """As ``OptimizerGrads.state``."""
+        return self._optimizer_grads.state()
 
     def update_lora_weights(self) -> None:
         """After an optimiser's step: the next backward overwrites the gradients.
 
-        The adapters themselves are read anew in each pass. Raises RuntimeError without weights or
-        adapters.
+        The adapters themselves are read anew in each pass. Of registered parameters their ``grad``
+        decides instead. Raises RuntimeError without weights or adapters.
         """
         self._check_ready()
         self._is_accumulating = False
 
     def release_authoritative_optimizer_grads(self) -> None:
-        """The next backward overwrites the gradients instead of adding to them."""
-        self._is_accumulating = False
-
-    def update_base_weights(self) -> None:
-        """Nothing changes: the experts' own weights are frozen. RuntimeError before they are
-        loaded.
+        """The next backward overwrites the gradients instead of adding to them; registered
+        parameters have no ``grad`` until then. RuntimeError while a backward is under way.
         """
-        _ = self.moe
-
-    def submit_backward_repack(self) -> None:
-        """Nothing to do: backward reads the panels that forward reads."""
-
-    wait_backward_repack = submit_backward_repack
+        if self._backward is not None:
+            raise RuntimeError("a backward is under way: call sync_backward first")
+        self._optimizer_grads.state()
+        self._optimizer_grads.release()
+        self._is_accumulating = False
 
     # -- running -------------------------------------------------------------------------------
 
@@ -376,11 +350,13 @@ class SftWrapper:
                 f"grad_output has shape {bits.shape}: must be that of the last saved pass, "
                 f"{saved.hidden.shape}"
             )
+        state = self._optimizer_grads.state()
+        is_added = self._is_accumulating if state == "empty" else state == "open"
         copied = bits.copy()
         grad = torch.from_numpy(copied)
         grad = grad.view(torch.bfloat16) if copied.dtype == np.uint16 else grad
         self._saved.pop()
-        moe, buffers, is_added = self.moe, self._gradients, self._is_accumulating
+        moe, buffers = self.moe, self._gradients
 
         def task() -> tuple[torch.Tensor, torch.Tensor]:
             found = training.backward(moe, saved, grad)
@@ -408,8 +384,10 @@ class SftWrapper:
             d_hidden, d_weights = pending.ticket.take()
         except BaseException:
             self._is_accumulating = False
+            self._optimizer_grads.release()
             self.checkpoint.poison()
             raise
+        self._optimizer_grads.publish()
         if pending.device is None:
             return d_hidden, d_weights
         return d_hidden.to(pending.device), d_weights.to(pending.device)

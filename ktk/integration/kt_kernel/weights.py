@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats import GGUF, get_format
 from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import StoredExperts
+from ktk.experts.stored import CodedExpert, ExpertWeights, StoredExperts
 from ktk.integration.kt_kernel.residency import Residency
 from ktk.log import logger
 from ktk.models import find_experts
@@ -168,7 +169,29 @@ class LayerWeights:
 
         spec = self.spec(has_bias=bool(biases))
         backends.select(self.method, spec)
-        packed = pack_experts(spec, expert_reader(given), num_threads, _wanted(None, keep))
+        return self._packed(spec, expert_reader(given), num_threads, keep)
+
+    def from_reader(
+        self,
+        read: Callable[[int], CodedExpert],
+        physical_to_logical_map: Any,
+        num_threads: int,
+        keep: np.ndarray | None,
+    ) -> StoredExperts:
+        """Packed experts, those of the checkpoint's own codes as they are where the format fits."""
+        self.order(physical_to_logical_map)
+        spec = self.spec()
+        backends.select(self.method, spec)
+        return self._packed(spec, read, num_threads, keep)
+
+    def _packed(
+        self,
+        spec: MoESpec,
+        read: Callable[[int], ExpertWeights | CodedExpert],
+        num_threads: int,
+        keep: np.ndarray | None,
+    ) -> StoredExperts:
+        packed = pack_experts(spec, read, num_threads, _wanted(None, keep))
         self._save(packed)
         return packed
 

@@ -270,7 +270,7 @@ class KTMoEWrapper(WeightWriter):
         """
         if physical_to_logical_map is None:
             physical_to_logical_map = physical_to_logical_map_cpu
-        self._use(self.weights.load(physical_to_logical_map, self.cpuinfer_threads, self._kept()))
+        self.use(self.weights.load(physical_to_logical_map, self.cpuinfer_threads, self.kept()))
 
     def load_weights_from_tensors(
         self,
@@ -295,11 +295,11 @@ class KTMoEWrapper(WeightWriter):
         values = (gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias)
         given = dict(zip((*_PROJECTIONS, *_BIASES), values, strict=True))
         packed = self.weights.from_tensors(
-            given, physical_to_logical_map_cpu, self.cpuinfer_threads, self._kept()
+            given, physical_to_logical_map_cpu, self.cpuinfer_threads, self.kept()
         )
-        self._use(packed)
+        self.use(packed)
 
-    def _kept(self) -> np.ndarray | None:
+    def kept(self) -> np.ndarray | None:
         """bool (num_experts,): slots to load; None: all."""
         if self.load_gpu_experts or not self._mask.any():
             return None
@@ -308,7 +308,8 @@ class KTMoEWrapper(WeightWriter):
             kept[0] = True  # the shapes must come from somewhere
         return kept
 
-    def _use(self, experts: StoredExperts | StreamedMoE) -> None:
+    def use(self, experts: StoredExperts | StreamedMoE) -> None:
+        """Run these from now on."""
         self._moe = self.weights.operator(experts, self.cpuinfer_threads, self._repack)
 
     # -- running -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ktk
-from ktk.errors import CheckpointError
+from ktk.errors import BackendError, CheckpointError
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.lora import ExpertLora
 from ktk.integration.kt_kernel.checkpoint_output import CheckpointOutput, CheckpointState
@@ -307,3 +307,139 @@ def test_a_fused_file_comes_back_and_bad_ones_change_nothing(tmp_path):
     assert (changed == 3).all()
     with pytest.raises(ValueError, match="twice"):
         save_fused_expert_lora([wrappers[0], wrappers[0]], tmp_path)
+
+
+def registered_parameters() -> tuple[Any, list[torch.nn.Parameter], list[torch.Tensor]]:
+    """A wrapper whose adapters are parameters: registered as they are given."""
+    wrapper = make_sft()
+    lora, buffers = twelve()
+    parameters = [torch.nn.Parameter(matrix) for matrix in lora]
+    wrapper.init_lora_weights(*parameters, *buffers)
+    return wrapper, parameters, buffers
+
+
+def test_a_registered_parameters_grad_is_the_buffer_until_it_is_released():
+    wrapper, parameters, buffers = registered_parameters()
+    given, grad = call(), call(1)[0]
+    assert wrapper.validate_authoritative_optimizer_grad_state() == "closed"
+    wrapper.forward(*given)
+    wrapper.backward(grad)
+    assert all(p.grad is b for p, b in zip(parameters, buffers, strict=True))
+    first = [buffer.clone() for buffer in buffers]
+    wrapper.forward(*given)
+    wrapper.backward(grad)
+    for once, twice in zip(first, buffers, strict=True):
+        assert torch.equal(2 * once, twice)
+    torch.optim.SGD(parameters, lr=0.0).step()
+    wrapper.release_authoritative_optimizer_grads()
+    assert all(p.grad is None for p in parameters)
+    wrapper.forward(*given)
+    wrapper.submit_backward_async(grad)
+    with pytest.raises(RuntimeError, match="under way"):
+        wrapper.release_authoritative_optimizer_grads()
+    wrapper.sync_backward()
+    for once, again in zip(first, buffers, strict=True):
+        assert torch.equal(once, again)
+    torch.optim.SGD(parameters, lr=0.0).zero_grad()  # to None: backward overwrites
+    wrapper.forward(*given)
+    wrapper.backward(grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, buffers, strict=True))
+
+
+def test_parts_of_a_buffer_are_registered_for_each_expert():
+    wrapper, lora, buffers = ready()
+    parameters = [torch.nn.Parameter(lora[0][expert]) for expert in range(E)]
+    for expert, parameter in enumerate(parameters):
+        wrapper.register_authoritative_optimizer_grad(f"{expert}", parameter, buffers[0][expert])
+    assert [entry.name for entry in wrapper.authoritative_optimizer_grads] == list("01234567")[:E]
+    wrapper.forward(*call())
+    wrapper.backward(call(1)[0])
+    assert parameters[1].grad is wrapper.authoritative_optimizer_grads[1].grad_view
+
+
+def test_grads_that_do_not_fit_are_named():
+    wrapper, lora, buffers = ready()
+    register = wrapper.register_authoritative_optimizer_grad
+    parameter = torch.nn.Parameter(lora[0])
+    for given, error, match in (
+        ((lora[0], buffers[0]), TypeError, "nn.Parameter"),
+        ((parameter, None), TypeError, "must be a tensor"),
+        ((parameter, buffers[1]), ValueError, "shape"),
+        ((parameter, torch.zeros_like(lora[0])), ValueError, "init_lora_weights"),
+    ):
+        with pytest.raises(error, match=match):
+            register("gate", *given)
+    register("gate", parameter, buffers[0])
+    with pytest.raises(RuntimeError, match="already"):
+        register("again", parameter, buffers[0])
+    other = torch.nn.Parameter(lora[1])
+    register("b", other, buffers[1])
+    other.grad = buffers[1]
+    wrapper.forward(*call())
+    with pytest.raises(RuntimeError, match="1 of 2"):
+        wrapper.backward(call(1)[0])
+    other.grad = torch.zeros_like(other)
+    with pytest.raises(RuntimeError, match="another tensor"):
+        wrapper.backward(call(1)[0])
+    assert wrapper.cache_depth == 1
+
+
+class BlockFp8:
+    """As KT-Kernel's trainer holds a layer: blocks of 32 x 16."""
+
+    block_size = (32, 16)
+
+    def __init__(self) -> None:
+        made = torch.Generator().manual_seed(3)
+        for name, (rows, columns) in {"gate": (N, H), "up": (N, H), "down": (H, N)}.items():
+            codes = [
+                torch.randn(rows, columns, generator=made).to(torch.float8_e4m3fn) for _ in range(E)
+            ]
+            scales = [
+                torch.rand(-(-rows // 32), -(-columns // 16), generator=made) for _ in range(E)
+            ]
+            setattr(self, f"{name}_proj", codes)
+            setattr(self, f"{name}_scale", scales)
+
+    def decoded(self) -> list[torch.Tensor]:
+        found = []
+        for name in ("gate", "up", "down"):
+            pairs = zip(getattr(self, f"{name}_proj"), getattr(self, f"{name}_scale"), strict=True)
+            spread = [
+                (codes.float(), scales.repeat_interleave(32, 0).repeat_interleave(16, 1))
+                for codes, scales in pairs
+            ]
+            found.append(torch.stack([c * s[: c.shape[0], : c.shape[1]] for c, s in spread]))
+        return found
+
+
+@pytest.mark.parametrize("method", ["INT8_SFT", "BF16"])
+def test_block_fp8_weights_are_their_decoded_values(method):
+    given = BlockFp8()
+    wrapper, other = (ktk.KTMoEWrapper(0, E, K, H, N, mode="sft", method=method) for _ in range(2))
+    wrapper.load_block_fp8_weights(given, torch.arange(E))
+    other.load_weights_from_tensors(*given.decoded())
+    got, want = (x.moe.runner.packed().data for x in (wrapper, other))
+    assert np.array_equal(got, want)
+
+
+def test_bad_block_fp8_weights_are_named():
+    wrapper = ktk.KTMoEWrapper(0, E, K, H, N, mode="sft", method="INT8_SFT")
+    for name, value, match in (
+        ("block_size", (0, 16), "block_size"),
+        ("up_proj", [], "up_proj has tensors of 0 experts"),
+        ("down_proj", [torch.zeros(H, N)] * E, "float8_e4m3fn"),
+        ("gate_scale", [torch.zeros(1, 1)] * E, r"gate_scale\[0\] has shape"),
+    ):
+        given = BlockFp8()
+        setattr(given, name, value)
+        with pytest.raises(ValueError, match=match):
+            wrapper.load_block_fp8_weights(given)
+
+
+def test_what_packed_experts_do_not_have_says_what_to_do():
+    wrapper = make_sft()
+    with pytest.raises(BackendError, match="nothing to save"):
+        wrapper.save_backward_weights_from_tensors(*random_weights(), torch.arange(E), "out")
+    with pytest.raises(BackendError, match="train_experts"):
+        wrapper.init_full_weight_grad_buffers(*random_weights())
