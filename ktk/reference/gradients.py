@@ -21,7 +21,7 @@ from ktk.experts.formats.floats import to_f32
 from ktk.experts.lora import ExpertLora
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
-from ktk.reference.moe import oracle_activation
+from ktk.reference.moe import oracle_activation, oracle_sigmoid
 
 _MOD = 1 << 32
 
@@ -57,8 +57,8 @@ def oracle_slopes(
     f = oracle_activation(None, np.clip(x, *_gate_bounds(gate, act)), act)
     if act.kind == "sigmoid_glu":
         clipped = np.clip(x, *_gate_bounds(gate, act))
-        e = np.exp(-act.alpha * clipped)
-        slope = (1 + e + act.alpha * clipped * e) / (1 + e) ** 2
+        z = act.alpha * clipped
+        slope = oracle_sigmoid(z) * (1 + z * oracle_sigmoid(-z))
         low, high = _gate_bounds(gate, act)
         slope = slope * ((x >= low) & (x <= high))
     elif act.kind == "gelu_tanh":

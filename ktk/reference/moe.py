@@ -107,11 +107,17 @@ def _add(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     return y if bias is None else y + bias
 
 
+def oracle_sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) in float64, of any x: nothing overflows."""
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1.0, e) / (1.0 + e))
+
+
 def oracle_activation(gate: np.ndarray | None, up: np.ndarray, act: Activation) -> np.ndarray:
     """The activation in float64, written from its definition."""
     x = up if gate is None else np.clip(gate, act.gate_min, act.gate_max)
     if act.kind == "sigmoid_glu":
-        h = x / (1.0 + np.exp(-act.alpha * x))
+        h = x * oracle_sigmoid(act.alpha * x)
     elif act.kind == "gelu_tanh":
         x = up if gate is None else gate
         h = 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))

@@ -18,6 +18,7 @@ from ktk.experts.formats.floats import bf16_to_f32, e4m3_table, f32_to_bf16
 from ktk.experts.rows import quantise_activations
 from ktk.experts.spec import MoESpec
 from ktk.reference import activation
+from ktk.reference.gradients import oracle_slopes
 from ktk.reference.moe import ExactExperts, oracle_activation, oracle_forward
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
 
@@ -98,6 +99,20 @@ def test_activation_follows_its_definition(act: Activation, has_gate: bool) -> N
     # The definition of gelu cancels in 1 + tanh: below 1e-12 it is the oracle that is wrong.
     np.testing.assert_allclose(
         got, want, rtol=2e-6, atol=1e-11 if act.kind == "gelu_tanh" else 1e-30
+    )
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=repr)
+def test_slopes_far_from_zero_are_the_limits(act: Activation) -> None:
+    far = np.array([-1e4, -710.0, -400.0, 400.0, 710.0, 1e4])  # exp(710) overflows
+    slopes = oracle_slopes(None, far, act)[1]
+    limits = 2 * np.maximum(far, 0) if act.kind == "relu2" else np.sign(far) / 2 + 0.5
+    np.testing.assert_allclose(slopes, limits, rtol=0, atol=1e-100)
+    assert np.isfinite(oracle_slopes(far, np.ones(6), act)).all()
+    near = np.array([-3.0, 0.5])
+    step = [oracle_activation(None, near + by, act) for by in (1e-6, -1e-6)]
+    np.testing.assert_allclose(
+        oracle_slopes(None, near, act)[1], (step[0] - step[1]) / 2e-6, rtol=1e-6, atol=1e-9
     )
 
 
