@@ -313,6 +313,7 @@ cdef extern from "ktk_decoder.h" nogil:
         ktk_dense logits
         ktk_router router
         const ktk_layer *experts
+        const ktk_lora *lora
         void *owner
         ktk_arrivals *arrivals
         int32_t number

@@ -129,8 +129,8 @@ KvDiskLimit = Annotated[
 Adapter = Annotated[
     Path | None,
     typer.Option(
-        help="A directory that ktk train wrote: its adapters run beside the weights, without ktk's "
-        "native decoder layers.",
+        help="A directory that ktk train wrote: adapters of experts run beside their weights, "
+        "those of attention are added to its own.",
     ),
 ]
 KvDtype = Annotated[
@@ -251,10 +251,6 @@ def load(
             adapter=adapter,
             kv_dtype=kv_dtype,
         )
-    if adapter is not None:
-        from ktk.train.attach import NOT_NATIVE
-
-        typer.echo(f"adapter {adapter}: {NOT_NATIVE}", err=True)
     if (report := opened.residency()) is not None:
         typer.echo(f"experts: {report.line()}", err=True)
     return opened

@@ -31,9 +31,10 @@ def cache_info(opened: OpenModel, native: NativeModel, linear: str) -> CacheInfo
     A page is one key of all layers' numbers: its order is that of ``PagePool.copy_out``.
     """
     found = opened.description
+    tuned = "" if opened.adapter is None else f" with {fingerprint(opened.adapter)}"
     numbers = native.token_bytes // native.kv_dtype.itemsize  # of int8, scales too
     return CacheInfo(
-        f"{opened.name} {fingerprint(found.path)}",
+        f"{opened.name} {fingerprint(found.path)}{tuned}",
         f"{found.weight_format}, {found.kernel}, linear {linear}, layout {LAYOUT} of {PAGE} tokens",
         _KV_DTYPES[native.kv_dtype.type],
         TokenShape(1, 1, numbers, 0),
@@ -50,7 +51,9 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     path, digest = Path(path), xxhash.xxh3_128()
     files = [path]
     if path.is_dir():
-        digest.update((path / "config.json").read_bytes())
+        for name in ("config.json", "adapter_config.json"):
+            if (path / name).is_file():
+                digest.update((path / name).read_bytes())
         files = sorted(each for each in path.iterdir() if each.is_file())
         files = [each for each in files if each.suffix not in _TOLD]
     for each in files:

@@ -33,12 +33,14 @@ from ktk.train.attach import attach_adapter
 class OpenModel:
     """A model ready to generate.
 
-    model : a transformers causal language model in evaluation mode.
+    model : a transformers causal language model in evaluation mode. adapter : the directory of what
+    was added to its weights.
     """
 
     model: Any
     tokenizer: Any
     description: ModelDescription
+    adapter: Path | None = None
 
     def residency(self) -> ResidencyReport | None:
         """Which experts are in memory now, and what reading the others took; None: all are."""
@@ -75,8 +77,8 @@ def open_model(
     force : load it even if it does not fit. expert_memory : of a packed directory or a
     GGUF file: experts are read when tokens need them, and no more than fit into this are in memory;
     None: all are loaded, or mapped. hybrid : experts of a directory that a device runs, and those
-    that are deferred. adapter : a directory that ``ktk train`` wrote, whose adapters run beside the
-    weights; ``ktk.train.attach`` says which models cannot have it.
+    that are deferred. adapter : a directory that ``ktk train`` wrote, whose adapters go beside the
+    experts' weights and into attention's; ``ktk.train.attach`` says which models cannot have it.
     Raises CheckpointError, BackendError, ValueError; MemoryError, with the figures, if it does not
     fit.
     """
@@ -98,12 +100,14 @@ def open_model(
         model, tokenizer = _open_gguf(path, method, description.dtype, linear, expert_memory)
     else:
         model, tokenizer = _open_directory(description, path, method, dtype, expert_memory, hybrid)
-        run_linears(model, linear)
     if adapter is not None:
         attach_adapter(model, adapter)
+    if description.kind != "gguf":
+        run_linears(model, linear)
     use_attention(model)
     fuse_decoder_layers(model)
-    return OpenModel(model.eval(), tokenizer, description)
+    tuned = None if adapter is None else user_path(adapter)
+    return OpenModel(model.eval(), tokenizer, description, tuned)
 
 
 def _open_gguf(

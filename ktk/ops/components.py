@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from ktk.experts.activation import Activation
+from ktk.experts.lora import ExpertLora
 from ktk.ops.linear import Linear
 from ktk.ops.router import Router
 from ktk.ops.streamed import AnyMoE
@@ -235,13 +236,15 @@ class Mlp:
 class RoutedExperts:
     """Experts that a router chooses by logits, hidden_size -> num_experts.
 
-    Raises ValueError if shapes do not fit.
+    lora : adapters of the experts, which drop nothing; the arrays are used, not copied. Raises
+    ValueError if shapes do not fit, or for adapters of experts that come and go.
     """
 
     kind: ClassVar[str] = "routed"
     experts: AnyMoE
     logits: Linear
     router: Router
+    lora: ExpertLora | None = None
 
     def __post_init__(self) -> None:
         spec = self.experts.spec
@@ -251,6 +254,10 @@ class RoutedExperts:
                 f"not {self.router.num_experts}"
             )
         _check_linear("logits", self.logits, spec.hidden_size, spec.num_experts)
+        if self.lora is not None:
+            self.lora.check(spec)
+            if self.lora.dropout or self.experts.is_streamed:
+                raise ValueError("adapters: must drop nothing, of experts that stay in memory")
 
     @property
     def hidden_size(self) -> int:

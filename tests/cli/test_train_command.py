@@ -104,7 +104,7 @@ def test_a_model_runs_with_its_adapter(
     def text(*more: str) -> str:
         done = ktk("run", str(model), "add 5", "--raw", "-n", "8", *more)
         assert done.returncode == 0, done.stderr
-        assert ("slower than ktk's own" in done.stderr) == bool(more)
+        assert "slower" not in done.stderr
         return done.stdout
 
     assert text("--adapter", str(tmp_path)) != text()

@@ -5,6 +5,7 @@ whatever the disk does, an answer is that of an engine without one.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 import signal
@@ -211,6 +212,11 @@ def test_a_text_of_other_weights_is_never_found(
     assert fingerprint(path) == before
     with store_at(tmp_path) as store:
         answered(served, store, PROMPT)
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        tuned = dataclasses.replace(served, adapter=folder)
+        assert answered(tuned, store, PROMPT)[0][1] == Reuse()
         (weights,) = path.glob("*.safetensors")
         own = weights.read_bytes()
         try:

@@ -283,12 +283,39 @@ def test_fused_layers_see_adapters_that_come_and_go() -> None:
     assert tokens != plain
     assert "adapter" in str(fusion_report(model)[names[0]])
     assert fuse_decoder_layers(model) == []
-    assert fusion_report(model)[names[0]] == "its experts have adapters"
+    assert fusion_report(model)[names[0]] == "its experts have adapters that are trained"
     assert torch.equal(decode(model, 8)[1], want)
     ktk.train.remove_expert_lora(model)
     assert fuse_decoder_layers(model) == names
     assert decode(model, 8)[0] == plain
     assert native_calls(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_adapters_are_decoded_natively(dtype: torch.dtype) -> None:
+    if linear.why_not() is not None:
+        pytest.skip(str(linear.why_not()))
+    model = make("qwen3_moe")
+    names = fuse_decoder_layers(model)
+    plain, _ = decode(model, 8)
+    ktk.train.add_expert_lora(model, 20, 64, dtype=dtype)
+    stir(model)
+    tokens, want = decode(model, 8)  # by transformers
+    assert tokens != plain
+    model.requires_grad_(False)
+    assert fuse_decoder_layers(model) == names
+    calls = native_calls(model)
+    found, logits_found = decode(model, 8)
+    assert native_calls(model) == calls + 7 * len(names)
+    assert set(fusion_report(model).values()) == {None}
+    assert found == tokens
+    torch.testing.assert_close(logits_found, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    ktk.train.enable_expert_lora(model, False)
+    assert "switched" in str(fusion_report(model)[names[0]])
+    assert decode(model, 8)[0] == plain
+    assert fuse_decoder_layers(model) == names
+    assert decode(model, 8)[0] == plain
+    assert set(fusion_report(model).values()) == {None}
 
 
 def test_saved_adapters_come_back_as_they_were(tmp_path: Path) -> None:

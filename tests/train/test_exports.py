@@ -47,13 +47,14 @@ def test_peft_computes_the_same_on_the_float_model(family: str, tmp_path: Path) 
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * float(want.abs().max()))
 
 
-def test_an_adapter_attached_again_has_the_same_bits(tmp_path: Path) -> None:
+def test_an_adapter_attached_again_has_the_same_bits_attention_is_merged(tmp_path: Path) -> None:
     for parts in (("experts",), ("experts", "attention"), ("attention",)):
         directory, want = make_adapter(tmp_path / "-".join(parts), "qwen3_moe", parts)
         model = make_model("qwen3_moe")
         use_ktk(model, "fp32")
         attach_adapter(model, directory)
-        assert torch.equal(logits(model), want), parts
+        close = 2e-5 * float(want.abs().max()) if "attention" in parts else 0.0
+        torch.testing.assert_close(logits(model), want, rtol=0, atol=close)
         assert not any(p.requires_grad for p in model.parameters())
 
 

@@ -207,7 +207,9 @@ cdef class DecoderLayer(_OnPool):
         cdef ktk_routed *c = <ktk_routed *>self._room(sizeof(ktk_routed))
         c.logits, c.experts = _dense(r.logits), &(<Experts>r.experts.runner.experts).layer
         _fill_router(&c.router, r.router)
-        # The spec keeps the owner alive.
+        # The spec keeps adapters and the owner alive.
+        if r.lora is not None:
+            c.lora = _fill_lora(<ktk_lora *>self._room(sizeof(ktk_lora)), r.lora)
         c.owner = <void *>r.experts if r.experts.is_streamed else NULL
         if r.experts.is_streamed:
             c.foresight = &(<Foresight>r.experts.foresight.native).router

@@ -91,15 +91,6 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
                     const int64_t *ids, const float *weights, const uint8_t *skip, const float *add,
                     void *out);
 
-/* The same for who holds the pool's lock already. scratch: bytes for so many tokens, 64-byte
- * aligned. out may be add. */
-int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
-                              int64_t num_tokens, int top_k);
-int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
-                int64_t num_tokens, int top_k, int dtype, const void *hidden, const int64_t *ids,
-                const float *weights, const uint8_t *skip, const float *add, void *out,
-                void *scratch);
-
 /* One projection of given experts, no bias: x float (rows, in) -> y float (rows, out); gate_up
  * gives gate, then up. Returns a ktk_status. */
 int ktk_moe_linear(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool, int is_down,
@@ -118,6 +109,15 @@ typedef struct {
     ktk_dropout dropout; /* threshold 0: none */
     ktk_adapter of[KTK_PROJECTIONS];
 } ktk_lora;
+
+/* The operator for who holds the pool's lock already. lora may be NULL. scratch: bytes for so many
+ * tokens, 64-byte aligned. out may be add. */
+int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
+                              int64_t num_tokens, int top_k, const ktk_lora *lora);
+int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
+                int64_t num_tokens, int top_k, int dtype, const void *hidden, const int64_t *ids,
+                const float *weights, const uint8_t *skip, const ktk_lora *lora, const float *add,
+                void *out, void *scratch);
 
 /* What training takes from the operator (train.c). lora may be NULL. z float (num_tokens * top_k,
  * projections, down.padded_in): gate and up before the activation, biases included; rows in the

@@ -117,6 +117,7 @@ typedef struct {
     ktk_dense logits;
     ktk_router router;
     const ktk_layer *experts;
+    const ktk_lora *lora;   /* NULL: no adapters */
     void *owner;            /* of experts that come and go, NULL: they stay */
     ktk_arrivals *arrivals; /* with an owner, or NULL; number: of the layer there */
     int32_t number;

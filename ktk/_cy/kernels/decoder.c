@@ -144,9 +144,9 @@ static void run_routed(component *c, float *out) {
     if (rows->chosen) memcpy(rows->chosen, c->ids, 8 * (size_t)(crew->num_rows * l->router.top_k));
     if (l->owner) c->s->status = bring(c);
     if (c->s->status) return;
-    c->s->status =
-        ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows, l->router.top_k,
-                    KTK_DTYPE_F32, c->s->x, c->ids, c->weights, NULL, out, out, c->scratch);
+    c->s->status = ktk_moe_run(l->experts, crew->kernels, crew->pool, crew->num_rows,
+                               l->router.top_k, KTK_DTYPE_F32, c->s->x, c->ids, c->weights, NULL,
+                               l->lora, out, out, c->scratch);
 }
 
 static void lay_out_routed(component *c, arena *a) {
@@ -165,7 +165,7 @@ static void lay_out_routed(component *c, arena *a) {
     c->ids = take(a, 8 * pairs);
     c->weights = take(a, 4 * pairs);
     c->scratch = take(a, ktk_moe_scratch_bytes(l->experts, crew->kernels, crew->num_threads,
-                                               crew->num_rows, l->router.top_k));
+                                               crew->num_rows, l->router.top_k, l->lora));
 }
 
 /* --- the layer

@@ -294,6 +294,7 @@ static void lay_out_chunk(operation *op, arena *a) {
     if (op->lora) most_tasks += 2 * most_row_blocks(op, pairs);
     take_tasks(a, op, most_tasks, FIRST_EXPERT + 2 * layer->num_experts + 2 * most_blocks);
     ktk_take_adapted(a, op, pairs);
+    if (op->lora && !op->z) op->z = take(a, 4 * pairs * op->z_row);
     if (op->adapted[KTK_DOWN])
         op->first_adapted = (int32_t)(FIRST_EXPERT + layer->num_experts + 2 * most_blocks);
     take_x(a, op, op->num_tokens);
@@ -322,14 +323,16 @@ int64_t ktk_tokens_of_chunk(int top_k) { return MAX_PAIRS / top_k < 1 ? 1 : MAX_
 
 /* What operations of one call have in common; their first chunk's tokens. */
 static operation first_of(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
-                          int64_t num_tokens, int top_k) {
+                          int64_t num_tokens, int top_k, const ktk_lora *lora) {
     const int64_t chunk = ktk_tokens_of_chunk(top_k);
     return (operation){.layer = layer,
                        .kernels = kernels,
                        .num_threads = num_threads,
                        .max_rows = max_rows_of(layer),
                        .num_tokens = num_tokens < chunk ? num_tokens : chunk,
-                       .top_k = top_k};
+                       .top_k = top_k,
+                       .lora = lora,
+                       .z_row = (int64_t)num_projections(layer) * layer->down.padded_in};
 }
 
 static int64_t scratch_bytes(operation op) {
@@ -339,8 +342,8 @@ static int64_t scratch_bytes(operation op) {
 }
 
 int64_t ktk_moe_scratch_bytes(const ktk_layer *layer, const ktk_kernels *kernels, int num_threads,
-                              int64_t num_tokens, int top_k) {
-    return scratch_bytes(first_of(layer, kernels, num_threads, num_tokens, top_k));
+                              int64_t num_tokens, int top_k, const ktk_lora *lora) {
+    return scratch_bytes(first_of(layer, kernels, num_threads, num_tokens, top_k, lora));
 }
 
 /* All chunks of num_tokens tokens, from the first on. */
@@ -369,9 +372,9 @@ static int run_chunks(operation first, ktk_pool *pool, int64_t num_tokens, const
 
 int ktk_moe_run(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
                 int64_t num_tokens, int top_k, int dtype, const void *hidden, const int64_t *ids,
-                const float *weights, const uint8_t *skip, const float *add, void *out,
-                void *scratch) {
-    operation op = first_of(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k);
+                const float *weights, const uint8_t *skip, const ktk_lora *lora, const float *add,
+                void *out, void *scratch) {
+    operation op = first_of(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k, lora);
     op.dtype = dtype;
     op.hidden = hidden;
     op.ids = ids;
@@ -387,11 +390,12 @@ int ktk_moe_forward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool
                     void *out) {
     int status = KTK_NO_MEMORY;
     ktk_pool_lock(pool);
-    void *scratch = ktk_pool_scratch(
-        pool, ktk_moe_scratch_bytes(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k));
+    void *scratch =
+        ktk_pool_scratch(pool, ktk_moe_scratch_bytes(layer, kernels, ktk_pool_num_threads(pool),
+                                                     num_tokens, top_k, NULL));
     if (scratch)
         status = ktk_moe_run(layer, kernels, pool, num_tokens, top_k, dtype, hidden, ids, weights,
-                             skip, add, out, scratch);
+                             skip, NULL, add, out, scratch);
     ktk_pool_unlock(pool);
     return status;
 }
@@ -400,15 +404,13 @@ int ktk_moe_forward_saved(const ktk_layer *layer, const ktk_kernels *kernels, kt
                           int64_t num_tokens, int top_k, int dtype, const void *hidden,
                           const int64_t *ids, const float *weights, const uint8_t *skip,
                           const ktk_lora *lora, float *z, void *out) {
-    operation op = first_of(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k);
+    operation op = first_of(layer, kernels, ktk_pool_num_threads(pool), num_tokens, top_k, lora);
     op.dtype = dtype;
     op.hidden = hidden;
     op.ids = ids;
     op.weights = weights;
     op.out = out;
-    op.lora = lora;
     op.z = z;
-    op.z_row = (int64_t)num_projections(layer) * layer->down.padded_in;
     ktk_pool_lock(pool);
     void *scratch = ktk_pool_scratch(pool, scratch_bytes(op));
     const int status = scratch ? run_chunks(op, pool, num_tokens, skip, scratch) : KTK_NO_MEMORY;

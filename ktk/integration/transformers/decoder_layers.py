@@ -20,6 +20,7 @@ import torch
 from ktk import fork
 from ktk.errors import BackendError
 from ktk.integration.transformers import names as hf
+from ktk.integration.transformers.adapters import ExpertAdapter, adapter_of
 from ktk.integration.transformers.cache import growing_layer
 from ktk.integration.transformers.decoder_specs import DescribedLayer, UnlikeError, describe_layer
 from ktk.integration.transformers.decoder_trial import Trial
@@ -194,6 +195,8 @@ class FusedForward:
         self.shared = [(f, f.linear) for f in forwards if isinstance(f, SharedForward)]
         self.parts = [(m._modules, dict(m._modules)) for m in module.modules() if m._modules]
         self.experts = [(m, handle_of(m)) for m in module.modules() if is_experts(m)]
+        adapters = [adapter_of(m) for m, _ in self.experts]
+        self.adapters = [(a, _state(a)) for a in adapters if a is not None]
         self.verdicts = verdicts  # kind of layer -> what was found
         self.is_tried, self.is_unlike = False, False
         self._untried = fork.Lock()
@@ -278,6 +281,8 @@ class FusedForward:
             return "a part of it was replaced or added, such as an adapter"
         if any(handle_of(module) is not handle for module, handle in self.experts):
             return "its experts were packed anew: call fuse_decoder_layers again"
+        if any(_state(adapter) != state for adapter, state in self.adapters):
+            return "its experts' adapter was switched or moved: call fuse_decoder_layers again"
         return None
 
     def _rows(
@@ -291,7 +296,7 @@ class FusedForward:
         given = hf.cache_in(named)
         if given is None or hf.query_bounds(named) is not None:
             return None
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.is_grad_enabled() and (x.requires_grad or self._is_trained()):
             return None
         if (changed := self.why_not_now()) is not None:
             return changed
@@ -330,6 +335,10 @@ class FusedForward:
         turns = _turns_of(positions, self.rotary_dim)
         return "its position embeddings have an unknown shape" if turns is None else (cache, turns)
 
+    def _is_trained(self) -> bool:
+        """Whether adapters that were frozen take gradients again."""
+        return any(p.requires_grad for adapter, _ in self.adapters for p in adapter.parameters())
+
     def _lost(self, reason: str) -> None:
         """A new token that the native call could not take."""
         self.reason = reason
@@ -355,6 +364,11 @@ class FusedForward:
         self.is_unlike = reason is not None
         self.is_tried = True
         return reason
+
+
+def _state(adapter: ExpertAdapter) -> tuple[bool, int]:
+    """What a described layer takes of an adapter: whether it is on, where its first matrix lies."""
+    return adapter.is_enabled, next(adapter.parameters()).data_ptr()
 
 
 def _kind(module: torch.nn.Module) -> Hashable:

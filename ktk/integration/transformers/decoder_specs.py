@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ktk.experts.lora import ExpertLora
 from ktk.integration.transformers.activations import recognise_gate
 from ktk.integration.transformers.adapters import adapter_of
 from ktk.integration.transformers.experts import handle_of, is_experts
-from ktk.integration.transformers.forward import run_experts
+from ktk.integration.transformers.forward import ktk_experts_forward, run_experts
 from ktk.integration.transformers.linear import KtkLinear, linear_of
 from ktk.integration.transformers.trained_experts import trained_of
 from ktk.ops.components import (
@@ -34,6 +35,7 @@ from ktk.ops.components import (
     RoutedExperts,
 )
 from ktk.ops.decoder import Branch, DecoderSpec
+from ktk.ops.inputs import to_numpy
 from ktk.ops.linear import Linear
 from ktk.ops.router import MAX_GROUPS, SCORES, Router, route
 
@@ -130,7 +132,10 @@ def in_float32(module: Any) -> Iterator[None]:
             if (linear := linear_of(part)) is not None:
                 undo.append(replace_forward(part, functools.partial(_run_linear, linear)))
             elif is_experts(part) and (handle := handle_of(part)) is not None:
-                undo.append(replace_forward(part, functools.partial(run_experts, part, handle)))
+                run = functools.partial(run_experts, part, handle)
+                if adapter_of(part) is not None:
+                    run = functools.partial(ktk_experts_forward, part)
+                undo.append(replace_forward(part, run))
             else:
                 for tensors in (part._parameters, part._buffers):
                     undo.append(functools.partial(tensors.update, dict(tensors)))
@@ -303,8 +308,6 @@ def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
     handle = handle_of(experts)
     if handle is None or handle.activation is None:
         raise UnlikeError("its experts are not packed, or their activation is its own")
-    if adapter_of(experts) is not None:
-        raise UnlikeError("its experts have adapters")
     if trained_of(experts) is not None:
         raise UnlikeError("some of its experts are trained")
     if handle.hybrid is not None:
@@ -322,7 +325,8 @@ def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
     assert matrix is not None
     router, bias = _router(module, experts, gate, matrix)
     weight_format = "bf16" if matrix.dtype is torch.bfloat16 else "fp32"
-    routed = RoutedExperts(handle.moe, Linear(matrix, bias, weight_format=weight_format), router)
+    logits = Linear(matrix, bias, weight_format=weight_format)
+    routed = RoutedExperts(handle.moe, logits, router, _lora(experts))
     parts = {"experts": experts, "router": gate}
     scale, hidden_size = None, handle.moe.spec.hidden_size
     for name, child in list(children.items()):
@@ -335,6 +339,22 @@ def _feed_forward(module: Any) -> tuple[tuple[Component, ...], dict[str, Any]]:
         return (routed,), parts
     (parts["shared"],) = children.values()
     return (replace(_mlp(parts["shared"]), scale=scale), routed), parts
+
+
+def _lora(experts: Any) -> ExpertLora | None:
+    """Their frozen adapters, in the memory that these have."""
+    adapter = adapter_of(experts)
+    if adapter is None or not adapter.is_enabled:
+        return None
+    if any(matrix.requires_grad for matrix in adapter.parameters()):
+        raise UnlikeError("its experts have adapters that are trained")
+    matrices = {name: matrix.detach() for name, matrix in adapter.named_parameters()}
+    for matrix in matrices.values():
+        is_taken = matrix.dtype in (torch.float32, torch.bfloat16) and matrix.is_contiguous()
+        if not is_taken or matrix.device.type != "cpu":
+            raise UnlikeError(f"its experts' adapters are {matrix.dtype} on {matrix.device}")
+    arrays: Any = {name: to_numpy(matrix, name) for name, matrix in matrices.items()}
+    return ExpertLora(**arrays, scaling=adapter.scaling)
 
 
 def _mlp(module: Any) -> Mlp:
