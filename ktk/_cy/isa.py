@@ -64,6 +64,7 @@ BASE_SOURCES = (
             "moe_tasks",
             "adapters",
             "train",
+            "train_adapters",
             "transposed",
             "combine",
             "row_major",

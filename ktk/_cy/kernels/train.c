@@ -16,11 +16,9 @@
  *
  * Every sum is made by one task in a fixed order, so the bits are the same for any number of
  * threads. fp32, except that products with integer panels take d in 16 bits. */
-#include "adapters.h"
-#include "transposed.h"
+#include "train.h"
 
-/* Rows that are held at a time; columns of a task of `adapters`, most of the other tasks. */
-enum { ROWS = KTK_TRANSPOSED_ROWS, COLUMNS = 256, MAX_BLOCK = 256, MAX_Y_BYTES = 64 << 20 };
+enum { MAX_Y_BYTES = 64 << 20 };
 
 /* Floats from row to row of at least n: rows of a tile then lie side by side in first-level cache
  * (10 % of a product's time). */
@@ -30,86 +28,8 @@ static int64_t spread(int64_t n) {
     return 16 * lines;
 }
 
-/* Rows of one expert. */
-typedef struct {
-    int32_t expert, first, count;
-} rows_of;
-
-typedef struct {
-    operation op; /* groups of the chunk's pairs, buffers */
-    const void *grad;
-    int grad_dtype;
-    float *d_hidden, *d_weights;
-    const ktk_adapter_gradient *d_lora;
-    int projections, rank; /* rank in whole vectors */
-    int64_t z_stride, d_row, hidden_stride;
-    int h_block, x_block; /* k of a task of hidden, of input */
-    int h_blocks;
-    float *g;                      /* (tokens, hidden_stride) */
-    float *d_z;                    /* (rows, d_row): projections x z_stride */
-    float *dots;                   /* (rows, h_blocks) */
-    float *small[KTK_PROJECTIONS]; /* (rows, rank): p of gate and up, q */
-    float *y;                      /* (rows, y_row): y_columns from y_first on */
-    float *ones;                   /* (top_k) */
-    int64_t y_columns, y_row, y_first;
-    rows_of *pieces; /* of up to ROWS each */
-    int64_t num_pieces;
-} pass;
-
-static float *buffer_of(const pass *b, int thread) { return floats_of(&b->op, thread); }
-
-static rows_of all_rows(const pass *b, int64_t i) {
-    const int e = b->op.order[i];
-    return (rows_of){e, b->op.first_row[e], b->op.first_row[e + 1] - b->op.first_row[e]};
-}
-
-static int has_adapter(const pass *b, int projection) {
-    return b->op.lora && b->op.lora->of[projection].a;
-}
-
 static void turn_back(const pass *b, const ktk_matrix *w, int first, int n, float *x) {
     if (w->rotation) b->op.kernels->rotate_back(x, first, n, w->rotation, w->rotation_seed);
-}
-
-/* y of rows (+)= small A for columns [column, column + n), dropped as A's inputs were. work: n wide
- * blocks of ROWS rows and of A. */
-static void add_adapter(const pass *b, const int *projections, int num_projections, rows_of r,
-                        int is_down, int column, int n, int64_t in_features, float *y,
-                        int64_t y_stride, float *work) {
-    const ktk_lora *lora = b->op.lora;
-    const ktk_kernels *kernels = b->op.kernels;
-    const int whole = (int)round_up(n, 16);
-    float *sum = work, *a = work + ROWS * MAX_BLOCK;
-    for (int first = 0; first < r.count; first += ROWS, y += ROWS * y_stride) {
-        const int count = min_int(ROWS, r.count - first), row = r.first + first;
-        int is_added = 0;
-        for (int i = 0; i < num_projections; i++) {
-            const int p = projections[i];
-            if (!has_adapter(b, p)) continue;
-            ktk_load_block(kernels, lora->dtype, lora->of[p].a,
-                           (int64_t)r.expert * lora->rank * in_features + column, in_features,
-                           lora->rank, n, a, MAX_BLOCK);
-            kernels->product_nn(&(ktk_product_nn){.a = b->small[p] + (int64_t)row * b->rank,
-                                                  .a_row = b->rank,
-                                                  .a_k = 1,
-                                                  .b = a,
-                                                  .b_stride = MAX_BLOCK,
-                                                  .c = sum,
-                                                  .c_stride = MAX_BLOCK,
-                                                  .num_rows = count,
-                                                  .num_columns = whole,
-                                                  .num_k = lora->rank,
-                                                  .is_added = is_added});
-            is_added = 1;
-        }
-        for (int m = 0; is_added && m < count; m++) {
-            const int64_t pair = b->op.first_pair + b->op.pair_of[row + m];
-            if (lora->dropout.threshold)
-                kernels->drop(&lora->dropout, (uint32_t)(2 * pair + is_down), column, whole,
-                              sum + m * MAX_BLOCK);
-            kernels->add(y + m * y_stride, sum + m * MAX_BLOCK, n);
-        }
-    }
 }
 
 /* -- the runs */
@@ -124,57 +44,6 @@ static void token_task(void *context, int64_t index, int thread) {
         ktk_load_block(op->kernels, b->grad_dtype, b->grad, t * hidden, 0, 1, (int)hidden, g, 0);
         memset(g + hidden, 0, 4 * (size_t)(b->hidden_stride - hidden));
     }
-}
-
-/* small[projection] of rows += scaling * d B, d: column `column` and on of what rows have. */
-static void multiply_by_b(const pass *b, int projection, rows_of r, int64_t out_features,
-                          int column, int n, const float *d, int64_t d_stride, float *work) {
-    const ktk_lora *lora = b->op.lora;
-    ktk_load_block(b->op.kernels, lora->dtype, lora->of[projection].b,
-                   ((int64_t)r.expert * out_features + column) * lora->rank, lora->rank, n,
-                   lora->rank, work, b->rank);
-    b->op.kernels->product_nn(
-        &(ktk_product_nn){.a = d,
-                          .a_row = d_stride,
-                          .a_k = 1,
-                          .b = work,
-                          .b_stride = b->rank,
-                          .c = b->small[projection] + (int64_t)r.first * b->rank,
-                          .c_stride = b->rank,
-                          .num_rows = r.count,
-                          .num_columns = b->rank,
-                          .num_k = n,
-                          .is_added = column > 0});
-}
-
-static void scale_small(const pass *b, int projection, rows_of r) {
-    float *x = b->small[projection] + (int64_t)r.first * b->rank;
-    for (int64_t i = 0; i < (int64_t)r.count * b->rank; i++) x[i] *= b->op.lora->scaling;
-}
-
-/* Rows of g, times their weights where is_weighted. */
-static void load_g(const pass *b, rows_of r, int is_weighted, int column, int n, float *to,
-                   int64_t stride) {
-    for (int m = 0; m < r.count; m++, to += stride) {
-        const float *g = b->g + b->op.token_of[r.first + m] * b->hidden_stride + column;
-        const float by = is_weighted ? b->op.weights[b->op.pair_of[r.first + m]] : 1.0f;
-        for (int i = 0; i < n; i++) to[i] = g[i] * by;
-    }
-}
-
-static void q_task(void *context, int64_t index, int thread) {
-    const pass *b = context;
-    const rows_of r = b->pieces[index];
-    const int hidden = b->op.layer->hidden_size;
-    float *work = buffer_of(b, thread);
-    ktk_adapt_h(&b->op, r.expert, r.first, r.count, work);
-    for (int column = 0; column < hidden; column += ADAPTER_STEP) {
-        const int n = min_int(ADAPTER_STEP, hidden - column);
-        load_g(b, r, 0, column, n, work, ADAPTER_STEP);
-        multiply_by_b(b, KTK_DOWN, r, hidden, column, n, work, ADAPTER_STEP,
-                      work + ROWS * ADAPTER_STEP);
-    }
-    scale_small(b, KTK_DOWN, r);
 }
 
 /* d_z of rows from d_h, which lies where that of up will; columns [k, k + n). */
@@ -224,8 +93,8 @@ static void hidden_task(void *context, int64_t index, int thread) {
     for (int m = 0; m < r.count; m++) turn_back(b, &layer->down, k, n, d_h + m * b->d_row);
     const int real = min_int(n, layer->intermediate_size - k);
     if (has_adapter(b, KTK_DOWN) && real > 0)
-        add_adapter(b, &(int){KTK_DOWN}, 1, r, 1, k, real, layer->intermediate_size, d_h, b->d_row,
-                    work);
+        ktk_add_adapter(b, &(int){KTK_DOWN}, 1, r, 1, k, real, layer->intermediate_size, d_h,
+                        b->d_row, work);
     /* Padding has neither z nor gradients. */
     const int whole = real > 0 ? (int)round_up(real, 16) : 0;
     for (int m = 0; m < r.count; m++) {
@@ -256,30 +125,6 @@ static void weight_task(void *context, int64_t index, int thread) {
             for (int j = 0; j < layer->hidden_size; j++) sum += g[j] * of[j];
         }
         b->d_weights[i] = sum;
-    }
-}
-
-static void p_task(void *context, int64_t index, int thread) {
-    const pass *b = context;
-    const operation *op = &b->op;
-    const rows_of r = b->pieces[index];
-    const int width = op->layer->intermediate_size;
-    float *work = buffer_of(b, thread);
-    if (op->adapted[KTK_GATE] || op->adapted[KTK_UP])
-        ktk_adapt_x(op, r.expert, r.first, r.count, work);
-    for (int p = KTK_GATE; p <= KTK_UP; p++) {
-        if (!has_adapter(b, p)) continue;
-        const float *d_z =
-            b->d_z + r.first * b->d_row + (p == KTK_UP ? b->projections - 1 : 0) * b->z_stride;
-        for (int column = 0; column < width; column += ADAPTER_STEP)
-            multiply_by_b(b, p, r, width, column, min_int(ADAPTER_STEP, width - column),
-                          d_z + column, b->d_row, work);
-        scale_small(b, p, r);
-    }
-    for (int m = 0; has_adapter(b, KTK_DOWN) && m < r.count; m++) {
-        float *q = b->small[KTK_DOWN] + (int64_t)(r.first + m) * b->rank;
-        const float weight = op->weights[op->pair_of[r.first + m]];
-        for (int i = 0; i < b->rank; i++) q[i] *= weight;
     }
 }
 
@@ -322,8 +167,8 @@ static void input_task(void *context, int64_t index, int thread) {
     for (int m = 0; m < r.count; m++) turn_back(b, &layer->gate_up, k, n, y + m * b->y_row);
     const int real = min_int(n, layer->hidden_size - k);
     if (real > 0)
-        add_adapter(b, (int[]){KTK_GATE, KTK_UP}, 2, r, 0, k, real, layer->hidden_size, y, b->y_row,
-                    work);
+        ktk_add_adapter(b, (int[]){KTK_GATE, KTK_UP}, 2, r, 0, k, real, layer->hidden_size, y,
+                        b->y_row, work);
 }
 
 static void sum_task(void *context, int64_t index, int thread) {
@@ -339,119 +184,6 @@ static void sum_task(void *context, int64_t index, int thread) {
                                  op->top_k, (int)round_up(width, 16), acc);
             memcpy(b->d_hidden + t * hidden + b->y_first + column, acc, 4 * (size_t)width);
         }
-}
-
-/* to (rows x n, `stride` apart) += from. */
-static void add_rows(const ktk_kernels *kernels, const float *from, int64_t from_stride, int rows,
-                     int n, float *to, int64_t stride) {
-    for (int i = 0; i < rows; i++) kernels->add(to + i * stride, from + i * from_stride, n);
-}
-
-/* sum (rows, COLUMNS) (+)= small^T x: a block of d_A, of one piece's rows. */
-static void sum_a(const pass *b, int projection, int row, int count, const float *x, int n,
-                  int is_added, float *sum) {
-    b->op.kernels->product_nn(&(ktk_product_nn){.a = b->small[projection] + (int64_t)row * b->rank,
-                                                .a_row = 1,
-                                                .a_k = b->rank,
-                                                .b = x,
-                                                .b_stride = COLUMNS,
-                                                .c = sum,
-                                                .c_stride = COLUMNS,
-                                                .num_rows = b->op.lora->rank,
-                                                .num_columns = (int)round_up(n, 16),
-                                                .num_k = count,
-                                                .is_added = is_added});
-}
-
-/* sum (n, rank) (+)= d^T adapted: a block of d_B. */
-static void sum_b(const pass *b, int projection, int row, int count, const float *d,
-                  int64_t d_stride, int n, int is_added, float *sum) {
-    b->op.kernels->product_nn(
-        &(ktk_product_nn){.a = d,
-                          .a_row = 1,
-                          .a_k = d_stride,
-                          .b = b->op.adapted[projection] + (int64_t)row * b->rank,
-                          .b_stride = b->rank,
-                          .c = sum,
-                          .c_stride = b->rank,
-                          .num_rows = n,
-                          .num_columns = b->rank,
-                          .num_k = count,
-                          .is_added = is_added});
-}
-
-static void keep_a(const pass *b, int projection, int expert, const float *sum, int column, int n,
-                   int64_t in_features) {
-    const int rank = b->op.lora->rank;
-    add_rows(b->op.kernels, sum, COLUMNS, rank, n,
-             b->d_lora[projection].a + (int64_t)expert * rank * in_features + column, in_features);
-}
-
-static void keep_b(const pass *b, int projection, int expert, const float *sum, int column, int n,
-                   int64_t out_features) {
-    const int rank = b->op.lora->rank;
-    add_rows(b->op.kernels, sum, b->rank, n, rank,
-             b->d_lora[projection].b + (expert * out_features + column) * rank, rank);
-}
-
-/* Columns of tokens: d_A of gate and up, d_B of down. */
-static void adapters_of_x(const pass *b, rows_of r, int column, int n, float *work) {
-    const int hidden = b->op.layer->hidden_size, block = b->rank * COLUMNS;
-    float *x = work, *of_down = work + ROWS * COLUMNS, *of_up = of_down + block;
-    for (int first = 0; first < r.count; first += ROWS) {
-        const rows_of piece = {r.expert, r.first + first, min_int(ROWS, r.count - first)};
-        if (has_adapter(b, KTK_DOWN)) {
-            load_g(b, piece, 1, column, n, x, COLUMNS);
-            sum_b(b, KTK_DOWN, piece.first, piece.count, x, COLUMNS, n, first > 0, of_down);
-        }
-        if (!has_adapter(b, KTK_GATE) && !has_adapter(b, KTK_UP)) continue;
-        ktk_load_x(&b->op, piece.first, piece.count, column, n, x, COLUMNS);
-        for (int p = KTK_GATE; p <= KTK_UP; p++)
-            if (has_adapter(b, p))
-                sum_a(b, p, piece.first, piece.count, x, n, first > 0, of_up + p * block);
-    }
-    if (has_adapter(b, KTK_DOWN)) keep_b(b, KTK_DOWN, r.expert, of_down, column, n, hidden);
-    for (int p = KTK_GATE; p <= KTK_UP; p++)
-        if (has_adapter(b, p)) keep_a(b, p, r.expert, of_up + p * block, column, n, hidden);
-}
-
-/* Columns of the hidden layer: d_B of gate and up, d_A of down. */
-static void adapters_of_h(const pass *b, rows_of r, int column, int n, float *work) {
-    const operation *op = &b->op;
-    const int width = op->layer->intermediate_size, block = b->rank * COLUMNS;
-    float *h = work, *of_down = work + ROWS * COLUMNS, *of_up = of_down + block;
-    for (int first = 0; first < r.count; first += ROWS) {
-        const int row = r.first + first, count = min_int(ROWS, r.count - first);
-        if (has_adapter(b, KTK_DOWN)) {
-            ktk_load_h(op, row, count, column, n, h, COLUMNS);
-            sum_a(b, KTK_DOWN, row, count, h, n, first > 0, of_down);
-        }
-        for (int p = KTK_GATE; p <= KTK_UP; p++) {
-            if (!has_adapter(b, p)) continue;
-            const int64_t slot = p == KTK_UP ? b->projections - 1 : 0;
-            sum_b(b, p, row, count, b->d_z + row * b->d_row + slot * b->z_stride + column, b->d_row,
-                  n, first > 0, of_up + p * block);
-        }
-    }
-    if (has_adapter(b, KTK_DOWN)) keep_a(b, KTK_DOWN, r.expert, of_down, column, n, width);
-    for (int p = KTK_GATE; p <= KTK_UP; p++)
-        if (has_adapter(b, p)) keep_b(b, p, r.expert, of_up + p * block, column, n, width);
-}
-
-static int blocks_of(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-
-static void adapter_task(void *context, int64_t index, int thread) {
-    const pass *b = context;
-    const ktk_layer *layer = b->op.layer;
-    const int of_x = blocks_of(layer->hidden_size), of_h = blocks_of(layer->intermediate_size);
-    const rows_of r = all_rows(b, index / (of_x + of_h));
-    const int block = (int)(index % (of_x + of_h));
-    const int column = (block < of_x ? block : block - of_x) * COLUMNS;
-    float *work = buffer_of(b, thread);
-    if (block < of_x)
-        adapters_of_x(b, r, column, min_int(COLUMNS, layer->hidden_size - column), work);
-    else
-        adapters_of_h(b, r, column, min_int(COLUMNS, layer->intermediate_size - column), work);
 }
 
 /* -- a chunk of tokens */
@@ -531,17 +263,15 @@ static void backward_chunk(pass *b, ktk_pool *pool, const uint8_t *skip, void *s
     for (int i = 0; i < op->top_k; i++) b->ones[i] = 1.0f;
     const int64_t tokens = op->num_tokens, experts = op->num_used;
     run(b, pool, token_task, (tokens + ROWS - 1) / ROWS);
-    if (has_adapter(b, KTK_DOWN)) run(b, pool, q_task, b->num_pieces);
+    if (has_adapter(b, KTK_DOWN)) run(b, pool, ktk_q_task, b->num_pieces);
     run(b, pool, hidden_task, experts * b->h_blocks);
     run(b, pool, weight_task, (tokens * op->top_k + ROWS - 1) / ROWS);
-    if (op->lora) run(b, pool, p_task, b->num_pieces);
+    if (op->lora) run(b, pool, ktk_p_task, b->num_pieces);
     for (b->y_first = 0; b->y_first < layer->gate_up.padded_in; b->y_first += b->y_columns) {
         run(b, pool, input_task, experts * y_blocks(b));
         run(b, pool, sum_task, (tokens + 15) / 16);
     }
-    if (op->lora)
-        run(b, pool, adapter_task,
-            experts * (blocks_of(layer->hidden_size) + blocks_of(layer->intermediate_size)));
+    if (op->lora) run(b, pool, ktk_adapter_task, experts * ktk_adapter_blocks(b));
 }
 
 int ktk_moe_backward(const ktk_layer *layer, const ktk_kernels *kernels, ktk_pool *pool,
