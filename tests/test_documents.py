@@ -16,6 +16,7 @@ import ktk
 from ktk import env
 from ktk.cli import COMMANDS
 from ktk.experts.formats import BLOCKS, PANELS
+from ktk.experts.formats.decode import IK_TYPES
 from make import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "RESULTS.md"])
@@ -160,15 +161,24 @@ def test_the_figure_is_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_gguf_type_has_its_row() -> None:
-    (table,) = re.findall(
-        r"^## Types\n\n((?:\|.*\n)+)", (ROOT / "docs" / "gguf.md").read_text(), re.M
+    text = (ROOT / "docs" / "gguf.md").read_text()
+    headings = "## Types", "## ik_llama.cpp's types"
+    tables = [re.findall(rf"^{heading}\n\n((?:\|.*\n)+)", text, re.M) for heading in headings]
+    said, theirs = (
+        {cells[0]: cells[1:] for line in table.splitlines()[2:] if (cells := row_cells(line))}
+        for (table,) in tables
     )
-    said = {cells[0]: cells[1:] for line in table.splitlines()[2:] if (cells := row_cells(line))}
-    assert set(said) == set(BLOCKS)
-    for name, (bits, block, written, *_) in said.items():
+    assert set(theirs) == IK_TYPES.keys()
+    assert set(said) == BLOCKS.keys() - set(theirs)
+    for name, (bits, *_) in {**said, **theirs}.items():
+        assert float(bits) == pytest.approx(BLOCKS[name].bits_per_weight, abs=0.0051), name
+    for name, (_, block, written, *_) in said.items():
         row = BLOCKS[name]
-        assert float(bits) == pytest.approx(row.bits_per_weight, abs=0.0051), name
         assert (int(block), written) == (row.block, "yes" if row.file_type else ""), name
+    for name, (_, scale, fine, *_) in theirs.items():
+        row = BLOCKS[name]
+        assert scale == {"": "block", "f16": "row, fp16", "f32": "row, fp32"}[row.row_scale], name
+        assert int(fine) == next(p.weights for p in row.planes if p.name == "multipliers"), name
 
 
 def test_every_packed_format_has_its_row() -> None:

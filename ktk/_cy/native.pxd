@@ -24,6 +24,7 @@ cdef extern from "ktk.h" nogil:
         int32_t block_weights
         int32_t block_bytes
         int32_t fine
+        int32_t row_head
 
     const ktk_format_row *ktk_formats
 

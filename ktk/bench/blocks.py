@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 from ktk.experts.formats import BLOCKS, Format
+from ktk.experts.formats.base import NUMPY_FLOATS
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts, StoredMatrix
@@ -17,6 +18,7 @@ from ktk.placement.blocks import kernel_types
 from ktk.quantise.blocks import quantise_rows
 
 SCALE = 0.01
+ROW_FACTOR = 64  # multipliers of a row\'s scale are some 64 in size
 # Mean error of a layer's output against float64 on the same weights, relative to the mean output
 # (bench/block_error.py):
 # sums in fp32; BF16 kernels may round activations to 8 bits of mantissa; others round them to eight
@@ -50,7 +52,7 @@ def row_bytes(kind: str, in_features: int) -> int:
             f"rows of {in_features} weights: {kind} needs a multiple of {fmt.block}; "
             f"{', '.join(fitting)} would do"
         )
-    return in_features // fmt.block * fmt.block_bytes
+    return fmt.row_bytes(in_features)
 
 
 def halves(fmt: Format) -> list[int]:
@@ -108,7 +110,11 @@ def random_matrix(
         for i in range(4):
             words[..., i] = (words[..., i] & 0xFFF) | ((bits >> (4 * i) & 15) << 12)
         blocks[..., 48:56] = words.view(np.uint8)
-    return StoredMatrix.of_rows(kind, in_features, blocks.reshape(*shape, -1))
+    rows = blocks.reshape(*shape, -1)
+    if fmt.row_scale:
+        heads = (scales[..., 0, :1] / ROW_FACTOR).astype(NUMPY_FLOATS[fmt.row_scale])
+        rows = np.concatenate([heads.view(np.uint8), rows], axis=-1)
+    return StoredMatrix.of_rows(kind, in_features, rows)
 
 
 def random_blocks(

@@ -56,7 +56,9 @@ def command(
     ] = 8192,
     ggml: Annotated[
         Path | None,
-        typer.Option(help="Folder of llama.cpp's libggml-base.so, for formats with :ggml."),
+        typer.Option(
+            help="Folder of libggml-base.so (llama.cpp) or libggml.so (ik_llama.cpp), for :ggml."
+        ),
     ] = None,
     adapter: Annotated[
         Path | None,

@@ -10,6 +10,7 @@ from ktk import backends
 from ktk.checkpoint import is_gguf
 from ktk.convert.recipe import Recipe
 from ktk.experts.formats import BLOCKS, PANELS
+from ktk.experts.formats.decode import IK_TYPES
 from ktk.paths import user_path
 
 OWN_TYPES = tuple(row.name for row in BLOCKS.values() if row.grid is not None)
@@ -49,7 +50,8 @@ class Variant:
             if self.group_size
             else " channel"
         )
-        who = {"ktk": "", "ggml": ", llama.cpp"}[self.by]
+        theirs = ", ik_llama.cpp" if self.format in IK_TYPES else ", llama.cpp"
+        who = {"ktk": "", "ggml": theirs}[self.by]
         how = {"ktk": ", calibrated", "ggml": ", imatrix"}[self.by] if self.is_calibrated else ""
         return f"{self.format}{group}{who}{how}"
 
@@ -98,6 +100,6 @@ def all_variants(has_ggml: bool) -> list[Variant]:
     """
     packed = [Variant(f.name, g) for f in PANELS.values() if f.is_integer for g in f.group_sizes]
     own = [Variant(name) for name in OWN_TYPES]
-    floats = ("F32", "F16", "BF16")
-    theirs = [Variant(name, by="ggml") for name in BLOCKS if name not in floats]
+    others = {"F32", "F16", "BF16", *IK_TYPES}
+    theirs = [Variant(name, by="ggml") for name in BLOCKS if name not in others]
     return packed + own + (theirs if has_ggml else [])

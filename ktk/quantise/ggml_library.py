@@ -1,29 +1,49 @@
-"""llama.cpp's own quantisers, from its shared library: what ``ktk eval --ggml`` compares with."""
+"""The quantisers of llama.cpp or ik_llama.cpp, from its shared library: what ``ktk eval --ggml``
+compares with.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
 
-import gguf
 import numpy as np
 
+from ktk.experts.formats import block_format
 from ktk.paths import user_path
 
 F = np.float32
+# llama.cpp's, ik_llama.cpp's.
+FILES = ("libggml-base.so", "libggml.so")
+
+
+class InitParams(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
 
 
 class GgmlLibrary:
-    """ggml_quantize_chunk of libggml-base.so in ``folder``.
+    """ggml_quantize_chunk of llama.cpp's libggml-base.so, or ik_llama.cpp's libggml.so, in
+    ``folder``.
 
-    Raises ValueError if it is not there.
+    Raises ValueError if neither is there.
     """
 
     def __init__(self, folder: Path) -> None:
-        path = user_path(folder) / "libggml-base.so"
-        if not path.is_file():
-            raise ValueError(f"{folder}: must be the folder of llama.cpp's libggml-base.so")
-        library = ctypes.CDLL(str(path.resolve()))
+        paths = [path for name in FILES if (path := user_path(folder) / name).is_file()]
+        if not paths:
+            raise ValueError(
+                f"{folder}: must be the folder of llama.cpp's libggml-base.so or ik_llama.cpp's "
+                "libggml.so"
+            )
+        library = ctypes.CDLL(str(paths[0].resolve()))
+        # The first context fills the library's table of halves.
+        library.ggml_init.argtypes, library.ggml_init.restype = [InitParams], ctypes.c_void_p
+        library.ggml_free.argtypes = [ctypes.c_void_p]
+        library.ggml_free(library.ggml_init(InitParams(1 << 16, None, False)))
         self._chunk, self._requires = (
             library.ggml_quantize_chunk,
             library.ggml_quantize_requires_imatrix,
@@ -45,18 +65,15 @@ class GgmlLibrary:
         importance : float32 (in_features,), an importance matrix's row; None: all weights alike,
         which types that insist on an importance matrix get as ones.
         """
-        number = gguf.GGMLQuantizationType[type]
-        block, size = gguf.GGML_QUANT_SIZES[number]
+        fmt = block_format(type)
         rows, columns = w.shape
-        if columns % block:
-            raise ValueError(f"in_features={columns}: {type} needs a multiple of {block}")
         w = np.ascontiguousarray(w, F)
-        out = np.empty((rows, columns // block * size), np.uint8)
-        if importance is None and self._requires(int(number)):
+        out = np.zeros((rows, fmt.row_bytes(columns)), np.uint8)
+        if importance is None and self._requires(fmt.number):
             importance = np.ones(columns, F)
         weights = None if importance is None else np.ascontiguousarray(importance, F)
         written = self._chunk(
-            int(number),
+            fmt.number,
             w.ctypes.data,
             out.ctypes.data,
             0,

@@ -68,7 +68,8 @@ def test_methods_that_are_none_say_what_is_allowed(text: str, message: str) -> N
 @pytest.mark.parametrize("kind", tuple(BLOCKS))
 def test_a_layer_of_any_type_agrees_with_its_reference(kind: str, repack: str) -> None:
     made = layer(f"LLAMAFILE:{kind}{repack}")
-    bits = BLOCKS[kind].bits_per_weight
+    assert TINY.hidden_size == TINY.intermediate_size
+    bits = BLOCKS[kind].row_bytes(TINY.hidden_size) * 8 / TINY.hidden_size
     assert made.bits_per_weight == bits
     assert made.expert_bytes == TINY.num_weights * bits / 8
     assert made.layer_bytes == 5 * made.expert_bytes

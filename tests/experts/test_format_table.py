@@ -38,9 +38,10 @@ def test_the_kernels_read_every_block_row_and_no_other() -> None:
         pytest.skip("the extension is not built")
     kernels = native.block_formats()
     assert set(kernels) == set(BLOCKS)
-    for name, (block, block_bytes, fine) in kernels.items():
+    for name, (block, block_bytes, fine, head) in kernels.items():
         row = BLOCKS[name]
         assert (row.block, row.block_bytes, row.is_integer) == (block, block_bytes, fine > 0), name
+        assert row.row_head == head, name
 
 
 def test_panels_and_blocks_are_one_table_ordered_by_bits() -> None:

@@ -275,6 +275,22 @@ INLINE VF odd_scale(VI x, int bit) {
 #include "blocks/iq2_s.h"
 #include "blocks/iq3_xxs.h"
 #include "blocks/iq3_s.h"
+#include "ik.h"
+#include "blocks/iq2_k.h"
+#include "blocks/iq3_k.h"
+#include "blocks/iq4_k.h"
+#include "blocks/iq5_k.h"
+#include "blocks/iq6_k.h"
+#include "blocks/iq2_ks.h"
+#include "blocks/iq3_ks.h"
+#include "blocks/iq4_ks.h"
+#include "blocks/iq5_ks.h"
+#include "blocks/iq4_kss.h"
+#include "blocks/iq2_kl.h"
+#include "blocks/iq1_kt.h"
+#include "blocks/iq2_kt.h"
+#include "blocks/iq3_kt.h"
+#include "blocks/iq4_kt.h"
 
 typedef void decode_fn(const int MR, block b, sink *s);
 

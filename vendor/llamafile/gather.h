@@ -32,6 +32,7 @@ typedef struct {
     const uint8_t *dwords;
     const VI *few;
     head_words heads;
+    VF row_scale;
 } block;
 
 INLINE __m128i load_128(const uint8_t *p) { return _mm_loadu_si128((const __m128i *)p); }
@@ -147,6 +148,19 @@ INLINE void step_rows(strip_rows *s, int bytes) {
         __asm__("" : "+r"(s->row[i]));
     }
     __asm__("" : "+r"(s->stride), "+r"(s->stride_3));
+}
+
+/* The scales of a strip's rows, BYTES each: 4, fp32, 2, fp16, or none. */
+INLINE VF row_scales(const int BYTES, const uint8_t *first, int64_t stride) {
+    if (!BYTES) return VF_ZERO();
+    float scale[LANES];
+    for (int n = 0; n < LANES; n++, first += stride) {
+        if (BYTES == 4)
+            memcpy(scale + n, first, 4);
+        else
+            scale[n] = _cvtsh_ss((uint16_t)load16(first));
+    }
+    return VF_LOAD(scale);
 }
 
 /* The next four dwords at least: the last ones of a run overlap. */

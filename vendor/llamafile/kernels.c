@@ -47,11 +47,13 @@ INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, 
                        const uint8_t *panel, int strip, int first, int num_blocks,
                        const uint8_t *ahead, sink *s) {
     const traits *t = &TRAITS[FORMAT];
-    const int64_t row_bytes = (int64_t)w->padded_in / t->weights * t->bytes;
+    const int64_t row_bytes = t->row_head + (int64_t)w->padded_in / t->weights * t->bytes;
     const int lane = w->is_repacked ? strip * LANES : 0;
     const int step = w->is_repacked ? raw_bytes(FORMAT) : t->bytes;
-    const uint8_t *at =
-        panel + (w->is_repacked ? 0 : strip * LANES * row_bytes) + (int64_t)first * step;
+    const uint8_t *head = panel + (w->is_repacked ? lane * t->row_head : strip * LANES * row_bytes);
+    const uint8_t *at = (w->is_repacked ? panel + KTK_PANEL * t->row_head : head + t->row_head) +
+                        (int64_t)first * step;
+    const VF row_scale = row_scales(t->row_head, head, w->is_repacked ? t->row_head : row_bytes);
     uint8_t buffer[RAW_BYTES] __attribute__((aligned(64)));
     strip_rows rows = rows_at(at, row_bytes);
     /* Without a next strip: this one again, which costs little. */
@@ -76,17 +78,18 @@ INLINE void run_blocks(const int FORMAT, decode_fn *const decode, const int MR, 
             const uint8_t *words = at + 64 * t->dwords + t->head_bytes * lane;
             const head_words heads = is_there ? load_heads(t->head_bytes, words)
                                               : gather(FORMAT, 64, &rows, buffer, NULL);
-            decode(MR, (block){is_there ? at + 4 * lane : buffer, NULL, heads}, s);
+            decode(MR, (block){is_there ? at + 4 * lane : buffer, NULL, heads, row_scale}, s);
         } else if (w->is_repacked) {
             const uint8_t *heads = at + 64 * t->dwords + t->head_bytes * lane;
-            decode(MR, (block){at + 4 * lane, NULL, load_heads(t->head_bytes, heads)}, s);
+            decode(MR, (block){at + 4 * lane, NULL, load_heads(t->head_bytes, heads), row_scale},
+                   s);
         } else if (t->dwords <= FEW_DWORDS) {
             VI few[FEW_DWORDS];
             const head_words heads = gather(FORMAT, 64, &rows, NULL, few);
-            decode(MR, (block){NULL, few, heads}, s);
+            decode(MR, (block){NULL, few, heads, row_scale}, s);
         } else {
             const head_words heads = gather(FORMAT, 64, &rows, buffer, NULL);
-            decode(MR, (block){buffer, NULL, heads}, s);
+            decode(MR, (block){buffer, NULL, heads, row_scale}, s);
         }
     }
 }
@@ -108,7 +111,10 @@ typedef void fused_fn(const ktk_matrix *w, const uint8_t *panel, int strip, cons
 INLINE void repack(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, uint8_t *out) {
     const traits *t = &TRAITS[FORMAT];
     const int num_blocks = w->padded_in / t->weights;
-    const int64_t row_bytes = (int64_t)num_blocks * t->bytes;
+    const int64_t row_bytes = t->row_head + (int64_t)num_blocks * t->bytes;
+    for (int n = 0; n < KTK_PANEL && t->row_head; n++, out += t->row_head)
+        memcpy(out, panel + n * row_bytes, (size_t)t->row_head);
+    panel += t->row_head;
     for (int b = 0; b < num_blocks; b++, out += raw_bytes(FORMAT))
         for (int strip = 0; strip < STRIPS; strip++) {
             const strip_rows rows =

@@ -237,7 +237,9 @@ typedef void multiply_fn(const ktk_matrix *w, laid p, int num_k, tile *t);
     SHAPE(32, 0, 31)                                                                               \
     SHAPE(32, 0, 15)                                                                               \
     SHAPE(32, 1, 31)                                                                               \
-    SHAPE(32, 1, 15) SHAPE(16, 0, 127) SHAPE(16, 0, 63) SHAPE(16, 0, 31) SHAPE(16, 1, 15)
+    SHAPE(32, 1, 15)                                                                               \
+    SHAPE(16, 0, 255)                                                                              \
+    SHAPE(16, 0, 127) SHAPE(16, 0, 63) SHAPE(16, 0, 31) SHAPE(16, 1, 15)
 #endif
 #define HEIGHT(MR, FINE, HAS_MIN, MOST)                                                            \
     case MR:                                                                                       \
@@ -286,7 +288,7 @@ INLINE multiply_fn *multiply_of(const int FORMAT) {
 #define SHAPE(FINE, HAS_MIN, MOST)                                                                 \
     || (fine == FINE && has_min == HAS_MIN && most <= MOST && IS_WIDE(most) == IS_WIDE(MOST))
 #define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN,  \
-            MOST)                                                                                  \
+            MOST, ROW_HEAD)                                                                        \
     INLINE void check_##NAME(void) {                                                               \
         enum { fine = FINE, has_min = HAS_MIN, most = MOST };                                      \
         _Static_assert(0 SHAPES(SHAPE), "add a shape for " TEXT);                                  \

@@ -10,6 +10,8 @@
 
 #include "ktk_kernels.h"
 #include "test_vectors.h"
+/* after the type that it uses */
+#include "ik_vectors.h"
 
 enum {
     NUM_PANELS = 4,
@@ -18,7 +20,6 @@ enum {
     NUM_ROWS = 40,
     OUT_STRIDE = 80
 };
-enum { NUM_VECTORS = sizeof VECTORS / sizeof *VECTORS };
 static const int ROW_COUNTS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, NUM_ROWS};
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
@@ -85,8 +86,10 @@ static const ktk_kernels *kernels_row(int index) {
 }
 
 static const vector *vector_of(const ktk_format_row *f) {
-    for (int i = 0; i < NUM_VECTORS; i++)
+    for (int i = 0; i < COUNT(VECTORS); i++)
         if (!strcmp(VECTORS[i].name, f->name)) return &VECTORS[i];
+    for (int i = 0; i < COUNT(IK_VECTORS); i++)
+        if (!strcmp(IK_VECTORS[i].name, f->name)) return &IK_VECTORS[i];
     return NULL;
 }
 
@@ -104,7 +107,8 @@ static ktk_matrix matrix_of(int format, int in_features, int activation_group) {
                         .padded_in = in_features,
                         .activation_group = activation_group,
                         .panel_bytes =
-                            (int64_t)KTK_PANEL * (in_features / f->block_weights) * f->block_bytes};
+                            (int64_t)KTK_PANEL *
+                            (f->row_head + in_features / f->block_weights * f->block_bytes)};
 }
 
 /* Blocks of random bits, in a panel's first two rows of ones and of zeros; scales from the known
@@ -114,12 +118,17 @@ static void random_panels(const ktk_matrix *w, const vector *v, uint8_t *panels,
     const int num_blocks = w->padded_in / f->block_weights,
               known = v->num_weights / f->block_weights;
     for (int i = 0; i < num_panels * KTK_PANEL * num_blocks; i++, panels += f->block_bytes) {
+        if (f->row_head && i % num_blocks == 0) {
+            memcpy(panels, v->blocks, (size_t)f->row_head);
+            panels[0] = (uint8_t)random_bits(); /* no two rows have one scale */
+            panels += f->row_head;
+        }
         const uint8_t *from =
             v->blocks + random_bits() % (uint32_t)known * (uint32_t)f->block_bytes;
         const int row = i / num_blocks % KTK_PANEL;
         for (int j = 0; j < f->block_bytes; j++)
             panels[j] = (uint8_t)(row == 0 ? 0xff : row == 1 ? 0 : random_bits());
-        for (int j = 0; v->scale_bits[j].mask; j++) {
+        for (int j = 0; v->scale_bits[j].mask && !f->row_head; j++) {
             const int at = v->scale_bits[j].at, mask = v->scale_bits[j].mask;
             panels[at] = (uint8_t)((panels[at] & ~mask) | (from[at] & mask));
         }

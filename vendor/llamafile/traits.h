@@ -11,15 +11,16 @@ enum { CALL_ROWS = 128 }; /* most of a call */
 
 /* What a format's row says, folded at compile time. Float formats: 32 weights are a block. */
 typedef struct {
-    int weights, bytes, run, dwords, head, head_bytes, fine, zero, has_min, most, float_bytes;
+    int weights, bytes, run, dwords, head, head_bytes, fine, zero, has_min, most, row_head,
+        float_bytes;
 } traits;
 static const traits TRAITS[KTK_NUM_FORMATS] = {
 #define ROW(NAME, TEXT, TYPE, WEIGHTS, BYTES, RUN, DWORDS, HEAD, HEAD_BYTES, FINE, ZERO, HAS_MIN,  \
-            MOST)                                                                                  \
-    [KTK_BLOCK_##NAME] = {WEIGHTS, BYTES, RUN,     DWORDS, HEAD, HEAD_BYTES,                       \
-                          FINE,    ZERO,  HAS_MIN, MOST,   0},
+            MOST, ROW_HEAD)                                                                        \
+    [KTK_BLOCK_##NAME] = {WEIGHTS, BYTES, RUN,     DWORDS, HEAD,     HEAD_BYTES,                   \
+                          FINE,    ZERO,  HAS_MIN, MOST,   ROW_HEAD, 0},
 #define FLOAT_ROW(NAME, TEXT, TYPE, BYTES, PER_DWORD)                                              \
-    [KTK_BLOCK_##NAME] = {32, 32 * BYTES, 0, 8 * BYTES, 0, 0, 0, 0, 0, 0, BYTES},
+    [KTK_BLOCK_##NAME] = {32, 32 * BYTES, 0, 8 * BYTES, 0, 0, 0, 0, 0, 0, 0, BYTES},
     LF_FLOAT_FORMATS(FLOAT_ROW) LF_INTEGER_FORMATS(ROW)
 #undef ROW
 #undef FLOAT_ROW

@@ -8,13 +8,13 @@ def formats():
 
 def block_formats():
     """{ggml type's name: (weights of a block, bytes of a block,
-    weights that share a scale or 0: floats)}.
+    weights that share a scale or 0: floats, bytes of a row before its blocks)}.
     """
     found = {}
     for name, i in _FORMATS.items():
         f = &ktk_formats[<int>i]
         if f.block_weights:
-            found[name] = (f.block_weights, f.block_bytes, f.fine)
+            found[name] = (f.block_weights, f.block_bytes, f.fine, f.row_head)
     return found
 
 

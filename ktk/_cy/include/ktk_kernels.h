@@ -53,8 +53,8 @@ typedef struct {
     int32_t is_float;
     /* correction = -zero_point * sum of codes; of blocks -1: the sum itself, of 16 codes each */
     int32_t zero_point, sums_of; /* sums_of 0: as many as the smaller group has */
-    /* of blocks; fine: weights that share a scale, 0: floats */
-    int32_t block_weights, block_bytes, fine;
+    /* of blocks; fine: weights that share a scale, 0: floats; row_head: bytes before a row's */
+    int32_t block_weights, block_bytes, fine, row_head;
 } ktk_format_row;
 extern const ktk_format_row ktk_formats[KTK_NUM_FORMATS];
 

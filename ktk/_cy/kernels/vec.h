@@ -34,6 +34,7 @@ typedef __m512 VF;
 #define VI_SLL16 _mm512_slli_epi16
 #define VI_SRA32 _mm512_srai_epi32
 #define VI_U8(x) _mm512_cvtepu8_epi32(x)
+#define VI_U16(x) _mm512_cvtepu16_epi32(x)
 /* fp16 to fp32: LANES halves; the low halves of dwords. */
 #define VF_HALF(x) _mm512_cvtph_ps(x)
 #define VF_LOAD_HALF(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
@@ -109,6 +110,7 @@ typedef __m256 VF;
 #define VI_SLL16 _mm256_slli_epi16
 #define VI_SRA32 _mm256_srai_epi32
 #define VI_U8(x) _mm256_cvtepu8_epi32(x)
+#define VI_U16(x) _mm256_cvtepu16_epi32(x)
 #define VF_HALF(x) _mm256_cvtph_ps(x)
 #define VF_LOAD_HALF(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define VI_LOAD_U8(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))

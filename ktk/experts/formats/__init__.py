@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from ktk.experts.formats.base import Format, Grid, Plane, Search
 from ktk.experts.formats.blocks import ROWS, decoded_only
+from ktk.experts.formats.ik import ROWS as IK_ROWS
 from ktk.experts.formats.panels import PANELS as _PANELS
 
 # Formats that lie in panels, fewest bits first, and those of GGUF files, as the kernels' table has
 # them.
 PANELS: dict[str, Format] = {f.name: f for f in _PANELS}
-BLOCKS: dict[str, Format] = {f.name: f for f in ROWS}
+BLOCKS: dict[str, Format] = {
+    f.name: f for f in sorted((*ROWS, *IK_ROWS), key=lambda f: f.bits_per_weight)
+}
 FORMATS: dict[str, Format] = {**PANELS, **BLOCKS}
 # The weight_format of experts in a GGUF file's blocks: each matrix says its own.
 GGUF = Format("gguf", (), "s8", block=1, default_activation_group=64)

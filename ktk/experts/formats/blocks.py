@@ -19,7 +19,6 @@ from ktk.experts.formats.base import (
     Search,
     steps,
 )
-from ktk.experts.formats.ik import ROWS as IK_ROWS
 
 NEIGHBOURS = (0, -1, 1)  # integer multipliers tried around the ideal one
 E2M1_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)  # doubled, as ggml has them
@@ -133,11 +132,10 @@ ROWS = (
 
 @cache
 def decoded_only() -> dict[str, Format]:
-    """Types of GGUF files that no kernel reads and NumPy decodes: they run as floats."""
+    """Types of GGUF files that no kernel reads and the gguf package decodes: they run as floats."""
     import gguf
 
-    found = {row.name: row for row in IK_ROWS}
-    have = {row.name for row in ROWS}
+    found, have = {}, {row.name for row in ROWS}
     for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
         if kind.name in have:
             continue
