@@ -11,30 +11,10 @@ more KL. Of several rows with one label, activation group and rotation the last 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from pathlib import Path
 
-from ktk.cli.eval import draw
-from ktk.evaluate.distance import Distance
+from ktk.evaluate.frontier import draw, is_theirs, read_rows
 from ktk.evaluate.run import Row
-
-DISTANCE = [f.name for f in dataclasses.fields(Distance)]
-
-
-def read_rows(files: list[Path]) -> list[Row]:
-    """By bits, the float model's row first."""
-    rows: dict[tuple[str, int, int], Row] = {}
-    for line in "".join(file.read_text() for file in files).splitlines():
-        fields = json.loads(line)
-        found = Distance(**{name: fields.pop(name) for name in DISTANCE})
-        row = Row(distance=found, **fields)
-        rows[row.label, row.activation_group, row.rotation] = row
-    return sorted(rows.values(), key=lambda r: (r.label != "float", r.bits_per_weight, r.label))
-
-
-def is_theirs(row: Row) -> bool:
-    return "llama.cpp" in row.label
 
 
 def below_the_curve(rows: list[Row], low: float, high: float) -> list[Row]:

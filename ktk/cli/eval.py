@@ -68,6 +68,13 @@ def command(
         Path | None,
         typer.Option(help="A .png or .svg to draw: bits per weight against KL. Needs matplotlib."),
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What an earlier ktk eval --json of the same model and text gave, or "
+            "bench/accuracy.py: more points for --plot; again for more."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the table.")
     ] = False,
@@ -81,6 +88,8 @@ def command(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; read when transformers is imported
     if plot is not None:
         _check_plot(plot)
+    elif beside:
+        raise ValueError("--beside: goes with --plot alone")
     _check_texts(text, calibrate)
     from rich.console import Console
 
@@ -93,6 +102,7 @@ def command(
         import torch
         from transformers import AutoTokenizer, logging
 
+        from ktk.evaluate.frontier import draw, read_rows
         from ktk.evaluate.run import evaluate
         from ktk.evaluate.variants import Variant, all_variants
         from ktk.integration.transformers.model_config import model_config
@@ -100,6 +110,7 @@ def command(
         from ktk.quantise.texts import read_text, windows
 
         logging.disable_progress_bar()
+        others = read_rows(beside or [])  # a bad file is told before the measuring
         library = None if ggml is None else GgmlLibrary(ggml)
         variants = (
             [Variant.parse(f) for f in formats] if formats else all_variants(ggml is not None)
@@ -135,7 +146,7 @@ def command(
         ):
             rows.append(row)
     if plot is not None:
-        draw(rows, plot)
+        draw([*rows, *others], plot)
     if as_json:
         typer.echo(json.dumps(_report(model, text, calibrate, adapter, rows), indent=2))
     else:
@@ -205,45 +216,3 @@ def _print_table(rows: list[Row]) -> None:
         f"{rows[0].distance.num_tokens} tokens. KL in nats per token against the unquantised "
         "model, all but the experts in fp32."
     )
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Bits per weight against KL, logarithmic, one series for each who quantised; .png or .svg."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    names = {
-        (False, False): "ktk",
-        (False, True): "ktk, calibrated",
-        (True, False): "llama.cpp",
-        (True, True): "llama.cpp, imatrix",
-    }
-    for (is_theirs, is_calibrated), name in names.items():
-        found = [
-            r
-            for r in rows[1:]
-            if ("llama.cpp" in r.label) == is_theirs
-            and r.label.endswith((", calibrated", ", imatrix")) == is_calibrated
-        ]
-        if not found:
-            continue
-        x, y = [r.bits_per_weight for r in found], [r.distance.kl for r in found]
-        axes.scatter(x, y, label=name, marker="x" if is_theirs else "o")
-        for row in found:
-            axes.annotate(
-                row.label.split(",")[0],
-                (row.bits_per_weight, row.distance.kl),
-                fontsize=7,
-                xytext=(3, 3),
-                textcoords="offset points",
-            )
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per weight")
-    axes.set_ylabel("KL divergence per token (nats)")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ktk.convert.choose import Choice, choose
+from ktk.convert.recipe import Recipe
 from ktk.paths import user_path
-
-if TYPE_CHECKING:
-    from ktk.convert.choose import Choice
-    from ktk.convert.recipe import Recipe
 
 AUTO = "auto"
 
@@ -55,9 +53,6 @@ class Asked:
         progress: Callable[[int, int], None],
     ) -> tuple[Recipe | None, Choice | None]:
         """What to convert by, and how it was chosen, if it was. ValueError for a bad file."""
-        from ktk.convert.choose import choose
-        from ktk.convert.recipe import Recipe
-
         if self.source is None:
             return None, None
         if self.source != AUTO:

@@ -1,7 +1,9 @@
 """A recipe for a budget of bits: every coding of every matrix measured, then the best set of them.
 
-What a loss is, ``ktk.convert.measure`` says, and how a set is found, ``ktk.convert.allocate``. In a
-packed directory the matrices of a layer have one coding and are chosen together.
+A coding's loss is the change of its layer's output (``ktk.convert.measure``) by what the model
+makes of such a change: the KL divergence of its next tokens, in nats, where noise was added to that
+layer's output alone. How a set is found, ``ktk.convert.allocate`` says. In a packed directory the
+matrices of a layer have one coding and are chosen together.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ktk.convert.allocate import allocate
+from ktk.convert.exact import run_layer
 from ktk.convert.measure import measure_layer
 from ktk.convert.recipe import Coding, Recipe, projections_of
 from ktk.convert.sources import Calibration, Source, open_source
@@ -31,7 +35,7 @@ BLOCKS = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 class Chosen:
     """The coding of some matrices of one layer that are coded alike. projections : their names.
 
-    loss : of the layer's output, a share of what it is added to. num_bytes : of all experts.
+    loss : KL divergence a token that is expected of it, in nats. num_bytes : of all experts.
     """
 
     layer: int
@@ -81,7 +85,7 @@ def choose(
     """The codings of least loss whose experts take at most ``bits`` a weight on average.
 
     to_gguf : of a GGUF file, each matrix its own; else of a packed directory, each layer one.
-    among : codings to choose from, by default PACKED or BLOCKS. progress : (layers done, all).
+    among : codings to choose from, by default PACKED or BLOCKS. progress : (done, all).
     Raises CheckpointError for a bad input, ValueError for codings that do not fit and for fewer
     bits than the smallest take.
     """
@@ -166,7 +170,10 @@ def _measure(
     threads: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Fill in the losses, layer by layer, each on what the exact layers before it make."""
+    """Fill in the losses, layer by layer, each on what the exact layers before it make.
+
+    Twice through the model: for the changes of outputs, and for what noise in each makes of it.
+    """
     by_layer = {groups[0].layer: groups for groups in options}
     done = 0
 
@@ -180,7 +187,17 @@ def _measure(
         for group in groups:
             group.losses[:] = np.sum([losses[n] for n in group.projections], axis=0).tolist()
         done += 1
-        progress(done, len(by_layer))
+        progress(done, 2 * len(by_layer))
         return output
 
+    def exact(layer: int, inputs: LayerInputs) -> np.ndarray:
+        nonlocal done
+        done += 1
+        progress(done, 2 * len(by_layer))
+        read = partial(source.read, layer)
+        return run_layer(specs[layer], inputs, read, threads, lambda *seen: None)[1]
+
     source.layer_inputs(calibration, on_layer)
+    for layer, sensitivity in source.layer_sensitivities(calibration, exact).items():
+        for group in by_layer[layer]:
+            group.losses[:] = [loss * sensitivity for loss in group.losses]

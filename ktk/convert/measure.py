@@ -2,7 +2,7 @@
 
 One matrix of an expert is rounded at a time, with the error feedback that a calibrated conversion
 has, and the expert run on the tokens it got: the squared change of its output by its routing
-weights, over the mean square of what the layer's output is added to. Changes of different matrices
+weights, over the mean square of the residual behind the layer. Changes of different matrices
 and experts hardly have anything in common, so they add up.
 
 A few experts stand for all of a layer, taken evenly by how much of the routing they have. A rare
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from ktk.convert.exact import Read, run_expert, run_layer
 from ktk.convert.recipe import Coding, projections_of
 from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
-from ktk.experts.stored import ExpertWeights
+from ktk.experts.stored import CodedExpert, ExpertWeights
 from ktk.quantise.feedback import Factor, LayerCalibration, LayerInputs, calibrated
 
 F = np.float32
@@ -43,7 +44,7 @@ def measure_layer(
     hidden_size).
 
     spec : its shapes; read : an expert. A loss is the mean over tokens of the squared change of the
-    output, over the mean square of the residual that ``inputs`` names, if it does.
+    output, over that of the residual behind the layer, if ``inputs`` says the one before.
     """
     shares = np.zeros(spec.num_experts)
     np.add.at(
@@ -54,15 +55,26 @@ def measure_layer(
     strata = _strata(shares, chosen)
     layer = _Layer(spec, inputs, codings)
     total = {name: np.zeros(len(codings[name])) for name in projections_of(spec.has_gate)}
+    _, output = run_layer(spec, inputs, read, num_threads, lambda *seen: None)
+    scale = None if inputs.residual is None else inputs.residual + mean_squares(output)
 
-    def visit(expert: int, weights: ExpertWeights, token: np.ndarray, h: np.ndarray) -> Losses:
-        return layer.losses(expert, weights) if expert in strata else {}
+    def losses(expert: int) -> Losses:
+        weights = read(expert)
+        if isinstance(weights, CodedExpert):
+            weights = weights.dequantised()
+        return layer.losses(expert, weights, scale)
 
-    made, output = run_layer(spec, inputs, read, num_threads, visit)
-    for expert, found in enumerate(made):
-        for name, values in found.items():
-            total[name] += values * sum(counts[e] for e in strata[expert])
+    with ThreadPoolExecutor(num_threads) as pool:
+        for expert, found in zip(chosen, pool.map(losses, chosen), strict=True):
+            for name, values in found.items():
+                total[name] += values * sum(counts[e] for e in strata[expert])
     return {name: values / len(inputs.hidden) for name, values in total.items()}, output
+
+
+def mean_squares(x: np.ndarray) -> np.ndarray:
+    """Of each row, float32 (rows,)."""
+    squares: np.ndarray = np.square(x).mean(axis=1)
+    return squares
 
 
 def _spread(shares: np.ndarray) -> list[int]:
@@ -91,8 +103,11 @@ class _Layer:
             turns: LayerCalibration(_turned(spec, turns), inputs) for turns in every
         }
 
-    def losses(self, expert: int, weights: ExpertWeights) -> Losses:
-        """Of each projection's codings, by unit of squared routing weight."""
+    def losses(self, expert: int, weights: ExpertWeights, scale: np.ndarray | None) -> Losses:
+        """Of each projection's codings, by unit of squared routing weight.
+
+        scale : float32 (tokens,), what a token's change is a share of.
+        """
         token, slot = np.nonzero(self.inputs.topk_ids == expert)
         routing = self.inputs.topk_weights[token, slot]
         if not routing.any():  # everybody's tokens
@@ -104,8 +119,8 @@ class _Layer:
             token, routing = token[kept], routing[kept]
         x = self.inputs.hidden[token]
         share = np.square(routing, dtype=np.float64)
-        if self.inputs.residual is not None:
-            share = share / np.maximum(self.inputs.residual[token], 1e-30)
+        if scale is not None:
+            share = share / np.maximum(scale[token], 1e-30)
         _, exact = run_expert(weights, x, self.spec.activation)
         factors = _Factors(self._calibrations, weights, every, all_routing)
         found: Losses = {}

@@ -75,8 +75,8 @@ class Request:
             exact = f"{self.quant_method} rounds nothing away"
             raise ValueError(
                 f"calibration: {exact if is_exact else f'{self.input_path} is GGUF'}; it needs a "
-                "Hugging Face directory of float weights, and int4, int8 or a GGUF type of "
-                "blocks; otherwise leave it out"
+                "Hugging Face directory, and nl4, int4, int8 or a GGUF type of blocks; otherwise "
+                "leave it out, or take an imatrix"
             )
         if self.writes_gguf:
             self._check_gguf()

@@ -67,6 +67,11 @@ class Calibration(Protocol):
         It returns their output, float32 (tokens, hidden_size).
         """
 
+    def sensitivities(self, source: Path, experts: Experts, on_layer: OnLayer) -> dict[int, float]:
+        """By layer, the KL divergence a token, in nats, of the model with noise in the output of
+        its experts, by the noise's mean square as a share of the residual's behind the layer.
+        """
+
 
 class Source(ABC):
     """The experts of one checkpoint, and whatever else of it an output may want.
@@ -109,6 +114,10 @@ class Source(ABC):
 
     def layer_inputs(self, calibration: Calibration, on_layer: OnLayer) -> None:
         """Run the model on a calibration's text; ``on_layer`` as in ``Calibration.run``."""
+        raise ValueError(f"calibration: {self.path} is no model that runs")
+
+    def layer_sensitivities(self, calibration: Calibration, on_layer: OnLayer) -> dict[int, float]:
+        """As ``Calibration.sensitivities``."""
         raise ValueError(f"calibration: {self.path} is no model that runs")
 
     def plain_tensors(self) -> list[PlainTensor] | None:
@@ -182,6 +191,9 @@ class HuggingFaceSource(Source):
 
     def layer_inputs(self, calibration: Calibration, on_layer: OnLayer) -> None:
         calibration.run(self.place, self.experts, on_layer)
+
+    def layer_sensitivities(self, calibration: Calibration, on_layer: OnLayer) -> dict[int, float]:
+        return calibration.sensitivities(self.place, self.experts, on_layer)
 
     def plain_tensors(self) -> list[PlainTensor]:
         return plain_tensors(self.checkpoint, self.expert_tensors, self.model_config)

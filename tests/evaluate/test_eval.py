@@ -17,19 +17,25 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ktk import backends, load_gguf
-from ktk.checkpoint import packed
+from ktk.checkpoint import Checkpoint, packed
+from ktk.checkpoint.imatrix import read_imatrix
 from ktk.cli import main
 from ktk.convert.recipe import Recipe
 from ktk.convert.run import convert
-from ktk.errors import CheckpointError
-from ktk.evaluate.distance import StoredLogits, distance
+from ktk.evaluate.distance import Distance, StoredLogits, distance
+from ktk.evaluate.frontier import draw, frontier, read_rows
+from ktk.evaluate.run import Row
 from ktk.evaluate.variants import Variant, all_variants
 from ktk.experts.formats import PANELS
+from ktk.experts.formats.floats import as_values, f32_to_bf16
 from ktk.integration.transformers.calibration import Calibration, run_layers
 from ktk.integration.transformers.experts import find_experts
+from ktk.quantise.texts import windows
+from make.checkpoints import write_safetensors
+from make.fp8_directory import to_fp8
 from make.transformers_cases import make_model
 
 RUNS_GGUF = backends.backends()["LLAMAFILE"].why_not() is None
@@ -159,24 +165,53 @@ def test_eval_takes_recipes(
 def test_convert_chooses_a_recipe_for_bits(
     source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["convert", "-i", source, "--calibrate", text, "--calibrate-tokens", 512, "--json"]
-    found = []
-    for bits in (3.6, 6.5):
-        output, saved = tmp_path / f"{bits}", tmp_path / f"{bits}.txt"
-        auto = ["-o", output, "--recipe", "auto", "--bits", bits, "--save-recipe", saved]
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, options), *map(str, auto)])
-        out = capsys.readouterr()
-        assert ended.value.code == 0, out.err
-        found.append(json.loads(out.out))
-        assert found[-1]["recipe"]["bits_per_weight"] <= bits
-        assert found[-1]["bits_per_weight"] == pytest.approx(
-            found[-1]["recipe"]["bits_per_weight"], rel=1e-6
+    options = ["convert", "-i", source, "--calibrate", text, "--calibrate-tokens", 256, "--json"]
+    output, saved = tmp_path / "out", tmp_path / "recipe.txt"
+    auto = ["-o", output, "--recipe", "auto", "--bits", 8.1, "--save-recipe", saved]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, options), *map(str, auto)])
+    out = capsys.readouterr()
+    assert ended.value.code == 0, out.err
+    found = json.loads(out.out)
+    chosen, recipe = found["recipe"], Recipe.read(saved)
+    assert chosen["bits_per_weight"] <= 8.1
+    assert found["bits_per_weight"] == pytest.approx(chosen["bits_per_weight"], rel=1e-6)
+    assert chosen["loss"] > 0
+    for layer, spec in packed.read_config(output).specs.items():
+        assert str(recipe.coding(f"blk.{layer}.ffn_up_exps")) == spec.weight_format
+
+
+def test_an_importance_matrix_is_that_of_the_models_own_inputs(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "imatrix.gguf"
+    command = ["imatrix", source, "--text", text, "-o", file, "--tokens", 512]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, command)])
+    assert ended.value.code == 0
+    found = read_imatrix(file)
+    assert found.dataset == text.name
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(source)(text.read_text())["input_ids"]
+    modules = dict(find_experts(model))
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: (args[0], args[1])})
         )
-        recipe = Recipe.read(saved)
-        for layer, spec in packed.read_config(output).specs.items():
-            assert str(recipe.coding(f"blk.{layer}.ffn_up_exps")) == spec.weight_format
-    assert found[0]["recipe"]["loss"] > 2 * found[1]["recipe"]["loss"] > 0
+    with torch.no_grad():
+        model(torch.tensor(windows(ids, 2, 256)), use_cache=False)
+    for layer, (hidden, chosen) in enumerate(seen.values()):
+        entry = found.entries[f"blk.{layer}.ffn_up_exps.weight"]
+        for expert, (squares, count) in enumerate(
+            zip(entry.mean_squares, entry.counts, strict=True)
+        ):
+            rows = hidden[(chosen == expert).any(-1)].double()
+            assert count == len(rows)
+            if len(rows):
+                wanted = rows.square().mean(0).numpy()
+                np.testing.assert_allclose(squares, wanted, rtol=1e-3, atol=1e-6)
+    assert convert(source, tmp_path / "out", imatrix=file).weight_format == "int4"
 
 
 def test_eval_of_a_converted_directory_is_that_of_its_format(
@@ -319,17 +354,78 @@ def test_convert_calibrated_writes_gguf_files(source: Path, text: Path, tmp_path
 def test_convert_says_what_cannot_be_calibrated(source: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bf16 rounds nothing"):
         convert(source, tmp_path / "a", quant_method="bf16", calibration=Calibration(text))
-    with pytest.raises(ValueError, match="is GGUF; it needs a Hugging Face directory of float"):
+    with pytest.raises(ValueError, match="is GGUF; it needs a Hugging Face directory"):
         convert(tmp_path / "model.gguf", tmp_path / "a", calibration=Calibration(text))
     short = write_text(tmp_path / "short.txt", 3, 100)
     with pytest.raises(ValueError, match="has 100 tokens"):
         convert(source, tmp_path / "b", calibration=Calibration(short))
-    shutil.copytree(source, tmp_path / "fp8")
-    config = json.loads((source / "config.json").read_text())
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
-    with pytest.raises(CheckpointError, match="quantised already.*take the float original"):
-        convert(tmp_path / "fp8", tmp_path / "c", calibration=Calibration(text))
+
+
+def test_a_quantised_source_is_calibrated_as_its_float_twin(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    fp8, twin = tmp_path / "fp8", tmp_path / "twin"
+    if source.name != "qwen3_moe":
+        pytest.skip("fused experts have no matrix each to make fp8 of")
+    make_model("qwen3_moe", **CHANGES["qwen3_moe"]).to(torch.bfloat16).save_pretrained(fp8)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, fp8)
+    to_fp8(fp8)
+    shutil.copytree(fp8, twin)
+    with Checkpoint.open(fp8) as checkpoint:
+        tensors = {}
+        for name in checkpoint.tensors:
+            if name.endswith("_scale_inv"):
+                continue
+            values = checkpoint.read(name)
+            scale = f"{name}_scale_inv"
+            if scale in checkpoint.tensors:
+                values = (
+                    as_values(values, "e4m3")
+                    * np.repeat(np.repeat(checkpoint.read(scale), 128, 0), 128, 1)[
+                        : len(values), : values.shape[1]
+                    ]
+                )
+                if ".experts." not in name:  # as converters write them
+                    values = f32_to_bf16(values)
+            tensors[name] = values
+    write_safetensors(twin / "model.safetensors", tensors)
+    plain = json.loads((fp8 / "config.json").read_text())
+    del plain["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(plain))
+    for path in (fp8, twin):
+        convert(path, tmp_path / f"{path.name}-out", calibration=Calibration(text, 512))
+    layers = sorted(path.name for path in (tmp_path / "fp8-out").glob("ktk-experts-*"))
+    assert layers
+    for name in layers:
+        outputs = (tmp_path / f"{path.name}-out" for path in (fp8, twin))
+        got, wanted = (packed.read_layer(output, int(name[12:17])) for output in outputs)
+        np.testing.assert_array_equal(got.data, wanted.data)
+
+
+def row(label: str, bits: float, kl: float) -> Row:
+    return Row(label, "avx2", bits, 128, Distance(kl, kl, 0.9, 20.0, 256), 1.0)
+
+
+def test_the_frontier_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw([row("float", 16, 0), row("a", 4.5, 0.1), row("b", 3.5, 0.3)], tmp_path / "f.svg")
+    assert "ktk's frontier" in (tmp_path / "f.svg").read_text()
+
+
+def test_the_frontier_is_that_of_rows_read_again(tmp_path: Path) -> None:
+    own = [row("a", 4.5, 0.1), row("b", 3.5, 0.3), row("c", 4.0, 0.4), row("d", 4.5, 0.2)]
+    theirs = [row("Q4_K, llama.cpp, imatrix", 3.4, 0.01), row("float", 16, 0)]
+    assert [r.label for r in frontier([*own, *theirs])] == ["b", "a"]
+    lines, whole = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text("\n".join(json.dumps(r.to_json()) for r in own))
+    whole.write_text(json.dumps({"model": "m", "rows": [r.to_json() for r in theirs]}))
+    rows = read_rows([lines, whole])
+    assert sorted(rows, key=lambda r: r.label) == sorted([*own, *theirs], key=lambda r: r.label)
+    for text in ("no rows", '{"rows": [{"label": "x"}]}', "3"):
+        whole.write_text(text)
+        with pytest.raises(ValueError, match="holds no rows"):
+            read_rows([whole])
 
 
 def test_wrong_texts_and_plots_are_refused_before_any_work(

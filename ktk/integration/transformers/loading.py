@@ -25,7 +25,7 @@ from ktk.integration.transformers.experts import (
     select_ktk,
 )
 from ktk.integration.transformers.model_config import model_config
-from ktk.integration.transformers.multimodal import auto_class, model_class
+from ktk.integration.transformers.multimodal import auto_class, quantised_class
 from ktk.integration.transformers.packing import module_spec, pack_module
 from ktk.integration.transformers.quantizer import (
     KtkConfig,
@@ -235,19 +235,8 @@ def _load_quantised(
     """A checkpoint quantised by others: experts by ktk's reader,
     the rest dequantised tensor by tensor.
     """
-    own_class = model_class(type(config))
-    if own_class is None:
-        raise CheckpointError(
-            f"{path}: model_type {config.model_type!r}: transformers has no language model of its "
-            "own for it, and a quantised one loads as that only: run `ktk convert` on it and load "
-            "what that writes"
-        )
     method = request.method or wanted.method
-    for part in (config, config.get_text_config(decoder=True)):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    if own_class.config_class is not type(config):  # the language model alone, of a larger one
-        config = config.get_text_config(decoder=True)
+    own_class, config = quantised_class(path, config)
     if dtype in (None, "auto"):
         dtype = config.dtype or torch.bfloat16
     with quantised_checkpoint(

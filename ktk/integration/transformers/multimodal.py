@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     __version__,
 )
 
+from ktk.errors import CheckpointError
 from ktk.integration.transformers import names as hf
 
 
@@ -43,6 +45,25 @@ def model_class(config_class: type) -> Any:
     the language model alone where there is one; None if there is none.
     """
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) or _whole_class(config_class)
+
+
+def quantised_class(path: Path, config: Any) -> tuple[Any, Any]:
+    """The class and the config of a checkpoint that others quantised, once its tensors are decoded:
+    the language model alone, without quantization_config. Raises CheckpointError if there is none.
+    """
+    own_class = model_class(type(config))
+    if own_class is None:
+        raise CheckpointError(
+            f"{path}: model_type {config.model_type!r}: transformers has no language model of its "
+            "own for it, and a quantised one loads as that only: run `ktk convert` on it and load "
+            "what that writes"
+        )
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    if own_class.config_class is not type(config):  # the language model alone, of a larger one
+        config = config.get_text_config(decoder=True)
+    return own_class, config
 
 
 def _whole_class(config_class: type) -> Any:

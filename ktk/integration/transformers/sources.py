@@ -21,7 +21,7 @@ from ktk.experts.formats import GGUF
 from ktk.experts.rotation import Rotation
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
-from ktk.models import Config, find_experts
+from ktk.models import Config, Experts, find_experts
 from ktk.models.experts import own_group
 from ktk.models.gguf.experts import GgufExperts
 from ktk.models.plain import PlainTensor, plain_tensors
@@ -148,13 +148,16 @@ def quantised_checkpoint(
                     return blocks
             return pack_experts(specs[layer], partial(experts.read_stored, layer))
 
-        taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
-        config = Config.of(checkpoint)
-        tensors = {
-            tensor.name: LazyTensor(checkpoint, tensor)
-            for tensor in plain_tensors(checkpoint, taken, config)
-        }
-        yield ExpertsSource(str(path), specs, read), tensors
+        yield ExpertsSource(str(path), specs, read), other_tensors(checkpoint, experts)
+
+
+def other_tensors(checkpoint: Checkpoint, experts: Experts) -> dict[str, LazyTensor]:
+    """The tensors that are not experts', by name, valid while the checkpoint is open."""
+    taken = set().union(*(experts.tensor_names(layer) for layer in experts.layers))
+    return {
+        tensor.name: LazyTensor(checkpoint, tensor)
+        for tensor in plain_tensors(checkpoint, taken, Config.of(checkpoint))
+    }
 
 
 def _runs(method: str, spec: MoESpec) -> bool:
