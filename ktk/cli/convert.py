@@ -33,7 +33,8 @@ def command(
         typer.Option(
             help="nl4, nl3, nl2, int4, int8, fp8, fp8_channel, fp8_e5m2, mxfp8, mxfp4, nvfp4, "
             "int4_asym or bf16; for a .gguf output q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, iq4_xs, "
-            "mxfp4, q3_k, q2_k, bf16, f16 or f32. Default: int4, or the recipe alone."
+            "mxfp4, q3_k, q2_k, bf16, f16 or f32. Default: what keeps the "
+            "input's codes, else nl4; or the recipe alone."
         ),
     ] = None,
     recipe: Annotated[

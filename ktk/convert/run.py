@@ -22,7 +22,7 @@ from ktk.convert.plan import Plan, Request, make_plan
 from ktk.convert.recipe import Recipe
 from ktk.convert.resume import check_unchanged
 from ktk.convert.sinks.base import Pieces
-from ktk.convert.sources import Calibration, open_source
+from ktk.convert.sources import Calibration, Source, open_source
 from ktk.convert.window import in_order
 from ktk.errors import CheckpointError
 from ktk.experts.formats.parse import parse
@@ -80,6 +80,9 @@ class Summary:
         return dataclasses.asdict(self)
 
 
+DEFAULT = "nl4"  # of sources that no format keeps as they are
+
+
 def convert(
     input_path: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -103,7 +106,8 @@ def convert(
     split one, a directory), whose packed directory holds the experts only.
     output : a directory, new or empty, that loads alone; or a new .gguf file.
     quant_method : nl4, nl3, nl2, int4 (or int4:64, a group size), int8, fp8 or bf16 for a
-    directory, where None is int4; one of GGUF_METHODS for an ``output`` that ends in .gguf.
+    directory; one of GGUF_METHODS for an ``output`` that ends in .gguf. None: what keeps
+    the source's codes as they are, else nl4, or int4 with a group_size.
     recipe : of each matrix; quant_method is that of matrices without a rule. Those of one layer may
     differ in a GGUF file alone. whole : a GGUF file holds the experts only, unless this names the
     type of all other weights: then it is a model that GGUF programs load, of the architectures of
@@ -124,8 +128,6 @@ def convert(
     started = time.monotonic()
     if quant_method is not None:
         quant_method, group_size = _method(quant_method, group_size)
-    elif recipe is None:
-        quant_method = "int4"
     request = Request(
         user_path(input_path),
         user_path(output),
@@ -142,6 +144,8 @@ def convert(
         None if imatrix is None else ImportanceFile(user_path(imatrix)),
     )
     with open_source(request.input_path, input_type) as source:
+        if quant_method is None and recipe is None:
+            request = dataclasses.replace(request, quant_method=_default(source, group_size))
         plan = make_plan(request, source)
         sink = plan.sink
         with plan.naming_full_disk(), sink.open(resume):
@@ -154,6 +158,14 @@ def convert(
             sink.finish()
             meter.report("done", 0)
         return _summary(plan, meter, time.monotonic() - started)
+
+
+def _default(source: Source, group_size: int | None) -> str:
+    """The method where nobody names one."""
+    kept = source.panel_format
+    if kept is not None:
+        return kept[0]
+    return DEFAULT if group_size is None else "int4"  # whose groups people choose
 
 
 def _method(quant_method: str, group_size: int | None) -> tuple[str, int | None]:

@@ -95,6 +95,6 @@ def test_quant_is_convert(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["quant", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")])
     assert ended.value.code == 0
-    assert read_layer(tmp_path / "out", 0).types == "int4"
+    assert read_layer(tmp_path / "out", 0).types == "nl4"
     with pytest.raises(CheckpointError):
         read_imatrix(tmp_path / "out" / "config.json")

@@ -86,7 +86,7 @@ def test_resume_refuses_another_job(tmp_path: Path) -> None:
         convert(source, output, group_size=64, resume=True)
     os.utime(source / "model.safetensors", ns=(1, 1))
     with pytest.raises(ValueError, match=r"source file model\.safetensors changed since"):
-        convert(source, output, resume=True)
+        convert(source, output, quant_method="int4", resume=True)
     (output / STATE_FILE).write_text('{"source": 3}')
     with pytest.raises(ValueError, match="begun with"):
         convert(source, output, resume=True)
