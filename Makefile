@@ -8,7 +8,7 @@ MODEL ?=
 NUMA_TESTS ?= tests/machine/test_numa.py
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard ktk/_cy/*.py ktk/_cy/*.pyx ktk/_cy/*.pxd ktk/_cy/*/*.pxi ktk/_cy/*/*.c ktk/_cy/*/*.h vendor/*/*.c vendor/*/*.h vendor/*/*/*.h)
 
-.PHONY: setup demo test test-fast test-numa test-versions test-vllm pytest lock lint wheel bench doctor clean
+.PHONY: setup demo test test-fast test-numa test-versions test-vllm test-agent pytest lock lint wheel bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -65,6 +65,10 @@ test-versions:
 # vLLM with ktk's experts, in an environment of its own: 2 GB and some minutes the first time.
 test-vllm: setup
 	$(BIN)/python tests/make/vllm_environment.py
+
+# An agent library's tool loop against `ktk serve`, in an environment of its own: 100 MB the first time.
+test-agent: setup
+	$(BIN)/python tests/make/agent_environment.py
 
 # constraints.txt anew: the newest packages. Then `make test`.
 lock:

@@ -60,6 +60,7 @@ def command(
     kv_dtype: opening.KvDtype = None,
     kv_disk: opening.KvDisk = None,
     kv_disk_limit: opening.KvDiskLimit = None,
+    prompt_lookup: opening.PromptLookup = 8,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     memory = opening.expert_memory(expert_memory, residency_policy)
@@ -84,7 +85,7 @@ def command(
         )
     from ktk.generate.session import Session
 
-    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype)
+    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype, prompt_lookup)
     opening.keep(session, store, opened, linear)
     chat = Chat(opened, session, system)
     chat.options = {

@@ -154,6 +154,16 @@ Temperature = Annotated[
 ]
 TopP = Annotated[float | None, typer.Option("--top-p", min=0.001, max=1, help="Nucleus sampling.")]
 TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Of the K likeliest; 0: of all.")]
+PromptLookup = Annotated[
+    int,
+    typer.Option(
+        "--prompt-lookup",
+        min=0,
+        max=32,
+        help="Tokens guessed for each answer and pass, at most, from what followed the same words "
+        "before; fewer or none where that does not pay. 0: none.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")]
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="End before this text; may be given again.")

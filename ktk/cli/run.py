@@ -52,6 +52,7 @@ def command(
     kv_dtype: opening.KvDtype = None,
     kv_disk: opening.KvDisk = None,
     kv_disk_limit: opening.KvDiskLimit = None,
+    prompt_lookup: opening.PromptLookup = 8,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
     ] = False,
@@ -80,7 +81,7 @@ def command(
     )
     from ktk.generate.session import Session
 
-    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype)
+    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype, prompt_lookup)
     opening.keep(session, store, opened, linear)
     if raw or not opened.tokenizer.chat_template:
         if system is not None:
@@ -118,6 +119,8 @@ def command(
             "generated_tokens": made.generated_tokens,
             "prefill_tokens_per_second": round(made.prefill_speed, 2),
             "decode_tokens_per_second": round(made.decode_speed, 2),
+            "guessed_tokens": made.guessed_tokens,
+            "guessed_true_tokens": made.came_true,
             "kernel": found.kernel,
         }
         if (report := opened.residency()) is not None:
@@ -155,6 +158,8 @@ def speeds(made: Any, max_tokens: int) -> str:
     if ended is None:
         is_limit = 0 < max_tokens <= made.generated_tokens
         ended = ", ended by --max-tokens (0: no limit)" if is_limit else ", the context is full"
+    if made.guessed_tokens:
+        ended = f", {made.came_true} of {made.guessed_tokens} guessed came true{ended}"
     return (
         f"[prompt {made.prefilled_tokens} tokens{kept}, {made.prefill_speed:.1f} tokens/s; "
         f"answer {made.generated_tokens} tokens, {made.decode_speed:.1f} tokens/s{ended}]"

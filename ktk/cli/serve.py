@@ -77,15 +77,7 @@ def command(
     batch_tokens: Annotated[
         int, typer.Option(min=16, help="Tokens of one forward pass: how prompts are cut up.")
     ] = 512,
-    prompt_lookup: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=32,
-            help="Tokens guessed for each answer and pass, at most, from what followed the same "
-            "words before; fewer or none where that does not pay. 0: none.",
-        ),
-    ] = 8,
+    prompt_lookup: opening.PromptLookup = 8,
     recorder_mode: Annotated[
         str,
         typer.Option(

@@ -51,6 +51,31 @@ class PassCosts:
         return row / whole if whole > 0 else 1.0
 
 
+class LoneLookup:
+    """Guesses for one sequence after another, each alone in its passes. most : in a pass."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most, self._costs = most, PassCosts()
+        self._lookup = Lookup([], most)
+        self.guessed = self.came_true = 0  # tokens, of the last text
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """A text, which grows."""
+        self._lookup = Lookup(tokens, self._most)
+        self.guessed = self.came_true = 0
+
+    def guess(self) -> list[int]:
+        """What may follow it, as many tokens as pay."""
+        return self._lookup.guess(self._costs.share_of_row(1), 1)
+
+    def learn(self, guessed: int, came_true: int, seconds: float) -> None:
+        """What became of the guesses of one pass, and what it took."""
+        self._costs.add(1 + guessed, seconds)
+        self._lookup.learn(guessed, came_true)
+        self.guessed += guessed
+        self.came_true += came_true
+
+
 class Lookup:
     """One sequence's guesses. most : in a pass; 0: none. tokens : prompt and answer; it may grow,
     nothing else.

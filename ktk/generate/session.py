@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktk.generate.identity import cache_info
+from ktk.generate.lookup import LoneLookup
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Sampling, Token
 from ktk.generate.text import Detokenizer, StopStrings, stop_tokens
@@ -25,7 +26,7 @@ class Generated:
     "interrupted".
 
     prompt_tokens : of the whole prompt; prefilled_tokens : those that were not in the KV cache.
-        Speeds in tokens/s.
+        guessed_tokens : computed as guesses, of which came_true stand. Speeds in tokens/s.
     """
 
     text: str
@@ -35,6 +36,8 @@ class Generated:
     prefill_seconds: float
     decode_seconds: float
     finish_reason: str
+    guessed_tokens: int = 0
+    came_true: int = 0
 
     @property
     def prefill_speed(self) -> float:
@@ -50,7 +53,8 @@ class Session:
     """A model, its tokenizer, and the KV cache of the last sequence,
     of which a following prompt reuses what it shares.
 
-    sequence : what holds that cache; None is generate()'s.
+    sequence : what holds that cache; None is generate()'s. guesses : tokens guessed in a pass, at
+    most (``lookup.py``); 0: none, and none where a sequence is not native.
     """
 
     def __init__(
@@ -58,17 +62,22 @@ class Session:
         model: Any,
         tokenizer: Any,
         sequence: NativeSequence | CachedSequence | None = None,
+        guesses: int = 0,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stopped = False
         self._sequence = CachedSequence(model) if sequence is None else sequence
+        is_native = isinstance(self._sequence, NativeSequence)
+        self._lookup = LoneLookup(guesses) if guesses and is_native else None
 
     @classmethod
-    def fastest(cls, model: Any, tokenizer: Any, kv_dtype: str | None = None) -> Session:
+    def fastest(
+        cls, model: Any, tokenizer: Any, kv_dtype: str | None = None, guesses: int = 0
+    ) -> Session:
         """Over the fastest sequence that the model can have, which is tried. kv_dtype : as of
         ``open_sequence``.
         """
-        return cls(model, tokenizer, open_sequence(model, kv_dtype))
+        return cls(model, tokenizer, open_sequence(model, kv_dtype), guesses)
 
     @property
     def max_context(self) -> int | None:
@@ -170,6 +179,8 @@ class Session:
             first - start,
             end - first,
             reason,
+            0 if self._lookup is None else self._lookup.guessed,
+            0 if self._lookup is None else self._lookup.came_true,
         )
 
     def generate_tokens(
@@ -188,7 +199,10 @@ class Session:
         def take(_: int) -> bool:
             return receive(sampler.tokens[-1])
 
-        return self._sequence.generate(ids, max_tokens, sampler.choose, take, lambda: self.stopped)
+        given = (ids, max_tokens, sampler.choose, take, lambda: self.stopped)
+        if isinstance(self._sequence, NativeSequence):
+            return self._sequence.generate(*given, self._lookup)
+        return self._sequence.generate(*given)
 
     def _room(self, ids: list[int], max_tokens: int | None) -> int:
         longest = self.max_context

@@ -193,3 +193,19 @@ def test_the_command_compares_servers_in_turns(
         main(["bench-serve", slow.url, *options])
     assert end.value.code == 1
     assert "times HTTP 503: too many" in capsys.readouterr().err
+
+
+def test_a_plot_has_a_line_for_each_server(slow: Any, tmp_path: Path) -> None:
+    options = ["-c", "1,2", "--prompt", "30", "--tokens", "4", "--requests", "1", "--rounds", "1"]
+    plot = tmp_path / "serving.svg"
+    servers = [f"one={slow.url}", f"two={slow.url}"]
+    for wrong in ("serving.gif", "no/serving.svg"):
+        with pytest.raises(SystemExit) as end:
+            main(["bench-serve", *servers, *options, "--plot", str(tmp_path / wrong)])
+        assert end.value.code == 1 and not slow.bodies
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as end:
+        main(["bench-serve", *servers, *options, "--plot", str(plot)])
+    assert end.value.code == 0
+    text = plot.read_text()
+    assert all(f"<!-- {name} -->" in text for name in ("one", "two", "clients"))

@@ -108,3 +108,11 @@ def test_a_model_runs_with_its_adapter(
         return done.stdout
 
     assert text("--adapter", str(tmp_path)) != text()
+
+
+def test_a_plot_shows_the_loss(model: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "loss.svg"
+    done = ktk(*arguments(model, data, tmp_path / "out", "--steps", 2, "--plot", plot))
+    assert done.returncode == 0, done.stderr
+    assert "<!-- loss" in plot.read_text()

@@ -110,3 +110,17 @@ def test_answers_are_those_without_guesses(served: OpenModel, temperature: float
     assert got == want
     assert without.guessed == 0
     assert 0 < engine.came_true < engine.guessed
+
+
+def test_one_persons_answers_are_those_without_guesses(served: OpenModel) -> None:
+    prompt = served.tokenizer("def add(a, b):\n    return a + b\ndef add(a, b):\n")["input_ids"]
+    texts, guessed = [], []
+    for guesses in (0, 8):
+        session = Session.fastest(served.model, served.tokenizer, guesses=guesses)
+        for _ in range(2):
+            made = session.generate(prompt, Sampling(0.5, seed=5), 90)
+            texts.append(made.text)
+            guessed.append(made.guessed_tokens)
+            assert made.came_true <= made.guessed_tokens and made.generated_tokens == 90
+    assert len(set(texts)) == 1
+    assert guessed[:2] == [0, 0] and all(guessed[2:])

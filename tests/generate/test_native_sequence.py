@@ -103,3 +103,58 @@ def test_what_comes_out_otherwise_is_left_to_generate(monkeypatch: pytest.Monkey
     assert isinstance(open_sequence(model), CachedSequence)
     monkeypatch.undo()
     assert isinstance(open_sequence(make("qwen3_moe", packs_linears=False)), CachedSequence)
+
+
+class Told:
+    """Guesses what is to come, as it knows it; of every third guess what does not come."""
+
+    def __init__(self, whole: list[int]) -> None:
+        self.whole, self.passes, self.came_true = whole, 0, 0
+
+    def begin(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def guess(self) -> list[int]:
+        self.passes += 1
+        next_ones = self.whole[len(self.tokens) :][: self.passes % 5]
+        return [t + 1 if place == self.passes % 3 else t for place, t in enumerate(next_ones)]
+
+    def learn(self, guessed: int, came_true: int, seconds: float) -> None:
+        assert seconds > 0 and came_true <= guessed
+        self.came_true += came_true
+
+
+def test_guesses_change_no_token_and_no_logit() -> None:
+    """With sliding windows: keys of wrong guesses must not be seen."""
+    sequence = open_sequence(tiny("gpt_oss"))
+    ids, count = prompt_of(230), 60
+    seen: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor) -> int:
+        seen.append(logits)
+        return int(logits.argmax())
+
+    made: list[int] = []
+    sequence.generate(ids, count, choose, lambda t: bool(made.append(t)), lambda: False)
+    expected, cached = seen[:], sequence.cached
+    seen.clear()
+    sequence.reset()
+    told, again = Told([*ids, *made]), list[int]()
+    sequence.generate(ids, count, choose, lambda t: bool(again.append(t)), lambda: False, told)
+    assert again == made and all(map(torch.equal, expected, seen)) and len(seen) == count
+    assert sequence.cached == cached
+    assert told.passes + told.came_true == count - 1 and told.came_true > 10
+    other = [*ids, *made, 9, 8]
+    assert continued(sequence, other)[0] == continued(open_sequence(sequence.model), other)[0]
+
+
+def test_a_text_ends_amid_its_guesses() -> None:
+    sequence = open_sequence(tiny("gpt_oss"))
+    ids = prompt_of(20)
+    made, _ = continued(sequence, ids, 9)
+    told, again = Told([*ids, *made]), list[int]()
+    told.guess = lambda: made[len(told.tokens) - len(ids) :]  # type: ignore[method-assign]
+    sequence.generate(
+        ids, 40, lambda x: int(x.argmax()), lambda t: len(again.append(t) or again) == 5, bool, told
+    )
+    assert again == made[:5] and sequence.cached == [*ids, *made[:4]]

@@ -89,6 +89,11 @@ class NativeModel:
         of_heads = [each for both in self.shapes for each in both]
         return sum(heads * row_bytes(width, self.kv_dtype) for heads, width in of_heads)
 
+    @property
+    def plain(self) -> PlainPass | None:
+        """Passes in parts, of a model that takes them at this time."""
+        return self._plain if self._plain is not None and self._plain.takes else None
+
     @torch.inference_mode()
     def forward(
         self,
@@ -108,8 +113,8 @@ class NativeModel:
         wanted : at least one. meanwhile : called when the layers are about to run, which leave
         Python to other threads.
         """
-        if self._plain is not None and self._plain.takes:
-            return self._plain.forward(tokens, sequence, position, tables, wanted, meanwhile)
+        if self.plain is not None:
+            return self.plain.forward(tokens, sequence, position, tables, wanted, meanwhile)
         meanwhile()
         by_layer = list(zip(*tables, strict=True))
         rows = Rows(self.layers, by_layer, sequence, position)

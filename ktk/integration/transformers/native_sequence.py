@@ -5,8 +5,9 @@ Prompts go through ktk's layers, too: of SmolLM2 as a mixture twice as fast as t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,19 @@ LONGEST = 1 << 20  # tokens, of a model that does not say
 # log probabilities are chaotic, 6 nats apart by rounding alone.
 PROBE = list(range(300, 356, 7))
 LIKELY, TOLERANCE = 20, 0.25  # log probabilities that are compared, and nats between them
+
+
+class Guesser(Protocol):
+    """Guesses what a text's next tokens are."""
+
+    def begin(self, tokens: list[int]) -> None:
+        """A text, which grows."""
+
+    def guess(self) -> list[int]:
+        """What may follow it."""
+
+    def learn(self, guessed: int, came_true: int, seconds: float) -> None:
+        """What became of the guesses of one pass, and what it took."""
 
 
 class NativeSequence:
@@ -109,14 +123,25 @@ class NativeSequence:
         choose: Callable[[torch.Tensor], int],
         receive: Callable[[int], bool],
         is_stopped: Callable[[], bool],
+        guesser: Guesser | None = None,
     ) -> int:
-        """As ``CachedSequence.generate``."""
+        """As ``CachedSequence.generate``.
+
+        guesser : its guesses are computed in the pass of the token before, and stand where
+            ``choose`` chooses them. Logits have the same bits without it.
+        """
         self.native.check_unchanged()
         del self.cached[common_length(self.cached, ids[:-1]) :]
         self._load(ids)
         prefilled = len(ids) - len(self.cached)
-        tokens, many = list(ids), prefill_chunk(self.model)
-        while len(tokens) < len(ids) + max_tokens and not is_stopped():
+        tokens, end, many = list(ids), len(ids) + max_tokens, prefill_chunk(self.model)
+        if guesser is not None:
+            guesser.begin(tokens)
+        while len(tokens) < end and not is_stopped():
+            if guesser is not None and self.native.plain and len(tokens) > len(ids):
+                if self._guessed(tokens, end, choose, receive, guesser):
+                    break
+                continue
             chunk = tokens[len(self.cached) :][:many]
             logits = self.logits(chunk)
             if len(self.cached) == len(tokens):
@@ -124,6 +149,40 @@ class NativeSequence:
                 if receive(tokens[-1]):
                     break
         return prefilled
+
+    @torch.inference_mode()
+    def _guessed(
+        self,
+        tokens: list[int],
+        end: int,
+        choose: Callable[[torch.Tensor], int],
+        receive: Callable[[int], bool],
+        guesser: Guesser,
+    ) -> bool:
+        """A pass of the last token and of guesses behind it: whether the text has ended.
+
+        The norm and the head run row by row, as without guesses: of several rows torch's products
+        may round otherwise.
+        """
+        plain = self.native.plain
+        assert plain is not None
+        start, first = time.perf_counter(), len(self.cached)
+        guesses = guesser.guess()[: end - len(tokens) - 1]
+        given = [tokens[-1], *guesses]
+        self._make_room(first + len(given))
+        places = list(range(first, first + len(given)))
+        rows = plain.rows(given, [0] * len(given), places, [self._tables])
+        is_last, came_true = False, 0
+        for place, row in enumerate(rows):
+            token = choose(plain.logits(row).float())
+            tokens.append(token)
+            self.cached.append(given[place])
+            is_last = receive(token)
+            if is_last or place == len(guesses) or token != guesses[place]:
+                break
+            came_true += 1
+        guesser.learn(len(guesses), came_true, time.perf_counter() - start)
+        return is_last
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """Float32 (vocab_size,) behind tokens that follow those cached, and are cached now."""

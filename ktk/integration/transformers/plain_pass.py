@@ -119,6 +119,19 @@ class PlainPass:
         meanwhile: Callable[[], None],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``NativeModel.forward``, hidden states always."""
+        rows = self.rows(tokens, sequence, position, tables, meanwhile)
+        is_all = len(wanted) == len(tokens)
+        return self._outputs(rows[None] if is_all else rows[None, list(wanted)])
+
+    def rows(
+        self,
+        tokens: Sequence[int],
+        sequence: Sequence[int],
+        position: Sequence[int],
+        tables: Sequence[PageTables],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """What the last layer makes of each row: (rows, hidden_size)."""
         for layer in self._fused:
             layer.calls += len(tokens)
         rows = self._embedding(torch.tensor(tokens))  # (rows, hidden_size)
@@ -137,8 +150,11 @@ class PlainPass:
             np.array(sequence, np.int32),
             places,
         )
-        is_all = len(wanted) == len(tokens)
-        return self._outputs(rows[None] if is_all else rows[None, list(wanted)])
+        return rows
+
+    def logits(self, row: torch.Tensor) -> torch.Tensor:
+        """Of one row (hidden_size,) by itself: (vocab_size,), with the bits of a pass of one."""
+        return self._outputs(row[None, None])[0][0]
 
     def _outputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """rows (1, count, hidden_size) of the last layer -> logits, hidden states."""
