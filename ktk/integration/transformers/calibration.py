@@ -199,7 +199,7 @@ class Calibration:
             return output
 
         hidden = run_layers(model, window.expand(1 + len(rows), -1), disturbed)
-        head = model.get_output_embeddings()
+        head = hf.head_of(model)
         exact = torch.log_softmax(head(hidden[0]).double(), -1)
 
         def divergence(row: int) -> float:
