@@ -101,8 +101,11 @@ def _arguments(function: FunctionRow) -> dict[str, Any]:
     """The schema, or that of any object where it cannot be enforced."""
     schema = function.parameters or ANY_ARGUMENTS
     options: Any = {"lenient": not function.strict}
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
-    why = LLMatcher.validate_grammar(grammar)
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        why = LLMatcher.validate_grammar(grammar)
+    except ValueError as error:  # nested too deeply to be read at all
+        why = str(error)
     if not why or why.startswith("WARNING"):
         return schema
     if function.strict:

@@ -216,6 +216,23 @@ def test_what_makes_no_sense_is_400(client: TestClient, more: dict[str, Any], sa
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"a": schema}
+    return schema
+
+
+def test_a_schema_nested_too_deeply_is_400_where_it_is_strict(client: TestClient) -> None:
+    function = {"name": "f", "parameters": nested(130), "strict": True}
+    tools = [{"type": "function", "function": function}]
+    body = {"messages": QUESTION, "max_tokens": 2, "tools": tools}
+    answer = client.post(CHAT, json=body)
+    assert answer.status_code == 400 and "f cannot be strict" in answer.text
+    function["strict"] = False
+    assert client.post(CHAT, json=body).status_code == 200
+
+
 def style_of(template: str) -> ReplyStyle:
     return ReplyStyle(SimpleNamespace(chat_template=template, added_tokens_decoder={}))
 
