@@ -371,7 +371,7 @@ static int is_new(ktk_arrivals *a, int32_t key) {
 /* Fills held with the call's keys; whether all of them can be had at once. */
 static int can_bring(ktk_arrivals *a, int layer, int64_t num_ids, const int64_t *ids,
                      ktk_held *held) {
-    if (!a->is_on || held->arrivals || a->num_events > EVENTS - MANY_EVENTS) return 0;
+    if (!a->is_on || held->arrivals || a->num_events > EVENTS / 2) return 0;
     int num = 0, missing = 0, offered = 0;
     a->pass++;
     for (int64_t i = 0; i < num_ids; i++) {
