@@ -32,6 +32,7 @@ from ktk.kv.prefix.config import StoreConfig
 from ktk.kv.prefix.disk import PAGES
 from ktk.kv.prefix.elements import ElementFile
 from ktk.kv.prefix.store import PrefixStore
+from make.command_line import ktk
 from make.serving import make_model, serving
 
 GREEDY = Sampling(0.0, num_logprobs=0)
@@ -291,7 +292,8 @@ def test_a_served_text_survives_a_kill(
 ) -> None:
     """In the midst of saves: what is there is right."""
     body = {"prompt": PROMPT, "max_tokens": NEW, "temperature": 0}
-    with serving(path, "--kv-disk", str(tmp_path), "--context", "640") as server:
+    options = ("--kv-disk", str(tmp_path), "--kv-disk-limit", "64MiB", "--context", "640")
+    with serving(path, *options) as server:
         status, first = server.request("/v1/completions", body)
         assert status == 200 and first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
         _, again = server.request("/v1/completions", body)
@@ -302,6 +304,7 @@ def test_a_served_text_survives_a_kill(
         assert "ktk_kv_lookup_prefixmatch_length_count 1.0" in text, "memory had all, the 2nd time"
         told = server.info()["kv_disk"]
         assert told["page_tokens"] == PAGE and told["path"] == str(tmp_path)
+        assert told["limit_bytes"] == 64 * 2**20
         for n in range(6):
             server.request("/v1/completions", {**body, "prompt": [n, *PROMPT]})
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
@@ -311,3 +314,26 @@ def test_a_served_text_survives_a_kill(
             made, reuse = answered(served, store, [n, *PROMPT])[0]
             assert made == answered(served, None, [n, *PROMPT])[0][0]
             assert reuse.disk in (0, 4 * PAGE)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--kv-disk-limit", "1GiB"), "--kv-disk-limit needs --kv-disk"),
+        (("--kv-disk", "kv", "--kv-disk-limit", "much"), "much"),
+    ],
+)
+@pytest.mark.parametrize("command", [("serve",), ("run", "Why?")])
+def test_a_limit_that_makes_no_sense_is_told_before_a_model_loads(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    options: tuple[str, ...],
+    why: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *prompt = command
+    port = ("--port", "0") if name == "serve" else ()
+    done = ktk(name, str(path), *prompt, *port, *options)
+    assert done.returncode and why in " ".join(done.stderr.split()) and not done.stdout
