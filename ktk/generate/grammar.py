@@ -17,6 +17,8 @@ import torch
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 from llguidance.hf import from_tokenizer
 
+from ktk.integration.transformers.tokens import added_tokens
+
 KEPT = 64  # grammars that were compiled; an agent asks for the same ones again and again
 # Between the parts of JSON, as llama.cpp has it: endless space would be valid, too.
 SPACE = r"( |\n[ \t]{0,20})?"
@@ -90,9 +92,10 @@ class Grammars:
         """
         with self._lock:
             tokenizer = self._opened()
-            added = self._own.added_tokens_decoder
             return {
-                str(one): index for index, one in added.items() if tokenizer.is_special_token(index)
+                text: index
+                for index, text in added_tokens(self._own).items()
+                if tokenizer.is_special_token(index)
             }
 
     def compile(self, form: Form) -> Grammar:

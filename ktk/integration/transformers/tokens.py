@@ -110,6 +110,11 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {int(t) for t in (*listed, tokenizer.eos_token_id) if t is not None and t >= 0}
 
 
+def added_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of the tokens that were added to the vocabulary, special ones among them."""
+    return {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+
+
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Text -> id of the tokens that texts leave out."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
