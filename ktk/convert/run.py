@@ -107,7 +107,7 @@ def convert(
     output : a directory, new or empty, that loads alone; or a new .gguf file.
     quant_method : nl4, nl3, nl2, int4 (or int4:64, a group size), int8, fp8 or bf16 for a
     directory; one of GGUF_METHODS for an ``output`` that ends in .gguf. None: what keeps
-    the source's codes as they are, else nl4, or int4 with a group_size.
+    the source's codes as they are, if nothing calibrates, else nl4, or int4 with a group_size.
     recipe : of each matrix; quant_method is that of matrices without a rule. Those of one layer may
     differ in a GGUF file alone. whole : a GGUF file holds the experts only, unless this names the
     type of all other weights: then it is a model that GGUF programs load, of the architectures of
@@ -145,7 +145,7 @@ def convert(
     )
     with open_source(request.input_path, input_type) as source:
         if quant_method is None and recipe is None:
-            request = dataclasses.replace(request, quant_method=_default(source, group_size))
+            request = dataclasses.replace(request, quant_method=_default(request, source))
         plan = make_plan(request, source)
         sink = plan.sink
         with plan.naming_full_disk(), sink.open(resume):
@@ -160,12 +160,12 @@ def convert(
         return _summary(plan, meter, time.monotonic() - started)
 
 
-def _default(source: Source, group_size: int | None) -> str:
+def _default(request: Request, source: Source) -> str:
     """The method where nobody names one."""
-    kept = source.panel_format
-    if kept is not None:
-        return kept[0]
-    return DEFAULT if group_size is None else "int4"  # whose groups people choose
+    rounds = request.calibration is not None or request.importance is not None
+    if source.panel_format is not None and not rounds:
+        return source.panel_format[0]
+    return DEFAULT if request.group_size is None else "int4"  # whose groups people choose
 
 
 def _method(quant_method: str, group_size: int | None) -> tuple[str, int | None]:

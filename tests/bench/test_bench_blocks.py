@@ -15,7 +15,7 @@ from ktk.bench.layer import BlocksLayer, build, check_memory, hidden_states, par
 from ktk.bench.roofline import peak_of_blocks, peaks
 from ktk.bench.shapes import SHAPES, Shape, routings
 from ktk.experts.dequantise import dequantise
-from ktk.experts.formats import BLOCKS
+from ktk.experts.formats import BLOCKS, PANELS
 from ktk.placement.blocks import kernel_types
 from make.forked import ktk
 
@@ -54,7 +54,7 @@ def test_methods_over_blocks_are_read(text: str, kind: str, is_repacked: bool) -
         ("LLAMAFILE:INT4", "'INT4': must be one of IQ1_S, TQ1_0"),
         ("LLAMAFILE:Q4_K:64", "behind a GGUF type only :repack or :ggml"),
         ("LLAMAFILE:Q4_K:repack:2", "nothing may stand behind 'repack'"),
-        ("AVX2:Q4_K", "format 'Q4_K': must be one of nl2, nl3, nl4, int4, int8, fp8, bf16, fp32"),
+        ("AVX2:Q4_K", f"format 'Q4_K': must be one of {', '.join(PANELS)}"),
         ("AVX2:GGUF", "format 'GGUF': must be one of"),
     ],
 )

@@ -211,7 +211,7 @@ def test_an_importance_matrix_is_that_of_the_models_own_inputs(
             if len(rows):
                 wanted = rows.square().mean(0).numpy()
                 np.testing.assert_allclose(squares, wanted, rtol=1e-3, atol=1e-6)
-    assert convert(source, tmp_path / "out", imatrix=file).weight_format == "int4"
+    assert convert(source, tmp_path / "out", imatrix=file).weight_format == "nl4"
 
 
 def test_eval_of_a_converted_directory_is_that_of_its_format(

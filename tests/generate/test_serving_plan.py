@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(describe.cpu, "memory", lambda: (1 << 40, num_bytes))
+    monkeypatch.setattr(describe.cpu, "memory", lambda *_: (1 << 40, num_bytes))
 
 
 def test_where_all_fits_the_whole_context_is_proposed(

@@ -218,12 +218,12 @@ SPOILED: dict[str, tuple[dict[str, Any], str]] = {
         {"up_proj__weight": ("F8_E4M3", np.zeros((32, 64), np.uint8))},
         "its scale tensor is missing",
     ),
-    "fp8 e5m2": (
+    "fp16 with a scale": (
         {
-            "up_proj__weight": ("F8_E5M2", np.zeros((32, 64), np.uint8)),
+            "up_proj__weight": ("F16", np.zeros((32, 64), np.float16)),
             "up_proj__weight_scale": np.ones(32, np.float32),
         },
-        "only F8_E4M3",
+        "only F8_E4M3, F8_E5M2 and mxfp4 take a scale",
     ),
     "scale of a wrong shape": (
         {
