@@ -112,7 +112,8 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 def added_tokens(tokenizer: Any) -> dict[int, str]:
     """Id -> text of the tokens that were added to the vocabulary, special ones among them."""
-    return {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {index: str(token) for index, token in added.items()}
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -143,8 +144,7 @@ class Spelling:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self._added = {index: str(token) for index, token in added.items()}
+        self._added = added_tokens(tokenizer)
         self._decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         kinds = _kinds(json.loads(self._decoder.__getstate__())) if self._decoder else set()
         self._has_bytes = "ByteFallback" in kinds

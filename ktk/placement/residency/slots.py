@@ -229,18 +229,17 @@ class Slots(Residents):
         of the file. A call's reads go before.
 
         elsewhere : of each layer bool (num_experts,), experts that nobody will ask for, or None.
-
         Where all fit, none is read twice; and memory is slow when it is first written to.
         """
         claims: list[Claim] = []
         with self._changed:
             for number in range(self.num_experts):
                 for layer, count in enumerate(self._counts):
-                    key = layer * self.num_experts + number
-                    is_cold = number < count and self._experts[key] is ExpertState.COLD
                     away = None if elsewhere is None else elsewhere[layer]
-                    if away is not None and number < count and away[number]:
+                    if number >= count or (away is not None and away[number]):
                         continue
+                    key = layer * self.num_experts + number
+                    is_cold = self._experts[key] is ExpertState.COLD
                     if is_cold and self._free and self._pools.has_empty(layer):
                         claims += self._claim([key], {key})
         self._begin(sorted(claims), is_wanted=False)
