@@ -228,7 +228,7 @@ def test_layers_that_do_not_fit_are_refused_with_their_sizes(
 ) -> None:
     methods = [parse_method("INT8"), parse_method("torch")]
     check_memory(TINY, methods, 0)
-    monkeypatch.setattr(bench_layer.cpu, "memory", lambda: (1 << 30, 1000))
+    monkeypatch.setattr(bench_layer.cpu, "memory", lambda *_: (1 << 30, 1000))
     with pytest.raises(
         MemoryError, match=r"tiny.*needs .* GiB at once \(INT8 .*torch .*fewer methods"
     ):

@@ -112,7 +112,7 @@ def test_a_limit_beyond_free_memory_is_refused(
 ) -> None:
     """As cgroups' limits are: ``cpu.memory`` reads them."""
     need = describe_model(packed, expert_memory=ExpertMemory("25%")).needed_bytes
-    monkeypatch.setattr(cpu, "memory", lambda: (1 << 40, need))
+    monkeypatch.setattr(cpu, "memory", lambda *_: (1 << 40, need))
     assert ktk("run", str(packed), "Why?", "-n", "3", "--expert-memory", "25%").returncode == 0
     done = ktk("run", str(packed), "Why?", "-n", "3", *HALF)
     assert done.returncode == 1 and "needs" in done.stderr and "are free" in done.stderr

@@ -464,11 +464,11 @@ def test_a_model_that_does_not_fit_is_refused_with_the_figures(
     needs = describe_model(model, weight_format="nl4").needed_bytes
     int8 = describe_model(model, weight_format="int8").needed_bytes
     assert needs < int8
-    monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, int8))
+    monkeypatch.setattr(cpu, "memory", lambda *_: (64 << 30, int8))
     assert describe_model(model).weight_format == "int8"
-    monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, needs))
+    monkeypatch.setattr(cpu, "memory", lambda *_: (64 << 30, needs))
     assert describe_model(model).weight_format == "nl4"
-    monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, 50 << 20))
+    monkeypatch.setattr(cpu, "memory", lambda *_: (64 << 30, 50 << 20))
     with pytest.raises(
         MemoryError, match=rf"needs {needs / 1e6:.0f} MB.*52 MB of 68.7 GB are free"
     ):

@@ -590,7 +590,7 @@ def test_the_cache_holds_one_context_by_default(monkeypatch: pytest.MonkeyPatch)
     from ktk.kv.sizes import SERVER_CACHE
     from ktk.machine import cpu
 
-    monkeypatch.setattr(cpu, "memory", lambda: (64 << 30, 40 << 30))
+    monkeypatch.setattr(cpu, "memory", lambda *_: (64 << 30, 40 << 30))
     assert cache_bytes(None, None, 10 << 20, False) == (SERVER_CACHE, SERVER_CACHE // 4)
     assert cache_bytes(None, 0, 16 << 30, False) == (20 << 30, 0)
     assert cache_bytes(None, 3, 60 << 30, True) == (40 << 30, 3 << 30)
