@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ktk import fork
 from ktk.errors import EngineError
 
 
@@ -30,6 +32,11 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._own: dict[int, torch.cuda.Stream] = {}
+
+    def current(self) -> int:
+        """The handle of the stream that torch's work goes on now."""
+        handle: int = torch.cuda.current_stream(self.device).cuda_stream
+        return handle
 
     def new(self) -> int:
         """A stream's handle; it lives as long as this object."""
@@ -62,6 +69,11 @@ class CudaStreams:
         if status:
             raise EngineError(f"CUDA: cuLaunchHostFunc failed with error {status}")
 
+    def work(self, stream: int, function: Callable[[], Any]) -> None:
+        """What the function asks of torch, in the stream's order."""
+        with self.use(stream):
+            function()
+
     def mark(self, stream: int) -> Any:
         """A point in the stream, to ``wait`` for or to ``finish``."""
         event = torch.cuda.Event()
@@ -81,6 +93,18 @@ class CudaStreams:
     def is_capturing(self, stream: int) -> bool:
         with self.use(stream):
             return torch.cuda.is_current_stream_capturing()
+
+
+_of: dict[torch.device, CudaStreams] = {}
+# CUDA does not work in forked children.
+fork.in_child(_of.clear)
+
+
+def streams_of(device: torch.device) -> CudaStreams | None:
+    """A device's streams; None for a device that has none of CUDA's."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return _of.setdefault(device, CudaStreams(device))
 
 
 def _driver() -> Any:

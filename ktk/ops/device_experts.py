@@ -6,7 +6,7 @@ numbers are what the packed codes say, rounded to the device's dtype; activation
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,32 +19,6 @@ from ktk.experts.stored import ExpertWeights
 DTYPES = (torch.bfloat16, torch.float32)
 SUM_BYTES = 64 << 20  # of the rows that wait for their sum: more tokens are cut
 _GROUPED = getattr(torch.nn.functional, "grouped_mm", None)
-
-
-class Pairs(NamedTuple):
-    """The (token, expert) pairs of a call that the device runs, one row each, slot by slot.
-
-    token : int64 (rows,). slots : int64 (rows,), ascending. weights : float32 (rows,). places :
-    int64 (num_tokens, top_k), the row of each pair; ``rows`` where another runs it.
-    """
-
-    token: np.ndarray
-    slots: np.ndarray
-    weights: np.ndarray
-    places: np.ndarray
-
-    @classmethod
-    def of(cls, slots: np.ndarray, topk_weights: np.ndarray) -> Pairs:
-        """slots : int64 (num_tokens, top_k), -1 where another runs the pair. topk_weights :
-        float32, likewise.
-        """
-        flat = slots.reshape(-1)
-        pairs = np.flatnonzero(flat >= 0)
-        pairs = pairs[np.argsort(flat[pairs], kind="stable")]
-        places = np.full(flat.shape, len(pairs), np.int64)
-        places[pairs] = np.arange(len(pairs))
-        token = pairs // slots.shape[1]
-        return cls(token, flat[pairs], topk_weights.reshape(-1)[pairs], places.reshape(slots.shape))
 
 
 class DeviceExperts:
@@ -74,6 +48,7 @@ class DeviceExperts:
         self.expert_bytes = device_expert_bytes(spec, dtype)
         with torch.inference_mode(False):  # else nothing could be written outside of that mode
             self._planes = self._new(num_slots)
+            self._numbers = torch.arange(num_slots, device=device)
 
     @torch.no_grad()
     def write(self, slot: int, weights: ExpertWeights | dict[str, torch.Tensor]) -> None:
@@ -97,49 +72,59 @@ class DeviceExperts:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether one product of torch's runs all slots; else the host learns first how many rows
+        each has, and waits for the device to say so.
+        """
+        widths = self.spec.hidden_size, self.spec.intermediate_size
+        return _GROUPED is not None and all(w * self.dtype.itemsize % 16 == 0 for w in widths)
+
     @torch.no_grad()
-    def forward(self, hidden: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """Sum over each token's pairs of weight * expert(hidden).
 
-        hidden : (num_tokens, hidden_size), any float dtype, on any device. Returns float32
-        (num_tokens, hidden_size) on the experts' device; a device that works on its own may not
-        have made it yet. Pairs are summed in top-k order.
+        hidden : (num_tokens, hidden_size), any float dtype. slots : int64 (num_tokens, top_k), -1
+        where another runs the pair. weights : float32, likewise. All on any device. Returns float32
+        (num_tokens, hidden_size) on the experts' device, which may not have made it yet if it works
+        on its own. Pairs are summed in top-k order.
         """
-        top_k = pairs.places.shape[1]
-        step = max(1, SUM_BYTES // (4 * top_k * self.spec.hidden_size))
-        if len(hidden) <= step:
-            return self._sums(hidden, pairs)
-        parts = []
-        for start in range(0, len(hidden), step):
-            rows = slice(start, start + step)
-            slots = np.append(pairs.slots, -1)[pairs.places[rows]]
-            weights = np.append(pairs.weights, np.float32(0))[pairs.places[rows]]
-            parts.append(self._sums(hidden[rows], Pairs.of(slots, weights)))
-        return torch.cat(parts)
+        step = max(1, SUM_BYTES // (4 * slots.shape[1] * self.spec.hidden_size))
+        parts = [
+            self._sums(hidden[i : i + step], slots[i : i + step], weights[i : i + step])
+            for i in range(0, max(1, len(hidden)), step)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _sums(self, hidden: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        if not len(pairs.token):
+    def _sums(
+        self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        (num_tokens, top_k), last = slots.shape, self.num_slots
+        if not slots.numel() or not last:
             return torch.zeros(hidden.shape, dtype=torch.float32, device=self.device)
-        x = hidden.to(self.device, self.dtype)[self._on_device(pairs.token)]  # (rows, H)
-        slots = self._on_device(pairs.slots)
-        counts = np.bincount(pairs.slots, minlength=self.num_slots)
-        y = self._linear("first", x, counts, slots)  # float32 (rows, 2 I), or I without a gate
+        # Pairs slot by slot, those of others last: no size depends on what the device found.
+        slots = slots.to(self.device).flatten()  # (num_tokens * top_k,)
+        slots, pairs = torch.sort(torch.where(slots < 0, last, slots), stable=True)
+        ends = torch.searchsorted(slots, self._numbers, right=True, out_int32=True)  # (num_slots,)
+        is_here, slots = (slots < last)[:, None], slots.clamp(max=last - 1)
+        x = hidden.to(self.device, self.dtype)[pairs // top_k]  # (num_tokens * top_k, H)
+        y = self._linear("first", x, ends, slots)  # float32 (.., 2 I), or I without a gate
         gate, up = y.chunk(2, dim=1) if self.spec.has_gate else (None, y)
-        act = activate(gate, up, self.spec.activation).to(self.dtype)  # (rows, I)
-        y = self._linear("down", act, counts, slots)  # float32 (rows, H)
-        y = y * self._on_device(pairs.weights)[:, None]
-        y = torch.cat([y, y.new_zeros(1, y.shape[1])])  # the last row: pairs that are not here
-        return y[self._on_device(pairs.places)].sum(dim=1)
+        act = activate(gate, up, self.spec.activation).to(self.dtype)  # (.., I)
+        y = self._linear("down", act, ends, slots)  # float32 (.., H)
+        y = y * weights.to(self.device).flatten()[pairs, None]
+        y = torch.where(is_here, y, 0.0)  # what a product leaves behind the last end may be NaN
+        by_token = torch.empty_like(y).index_copy_(0, pairs, y)
+        return by_token.view(num_tokens, top_k, -1).sum(dim=1)
 
     def _linear(
-        self, name: str, x: torch.Tensor, counts: np.ndarray, slots: torch.Tensor
+        self, name: str, x: torch.Tensor, ends: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        y = grouped_linear(x, self._planes[name], counts).float()
+        y = grouped_linear(x, self._planes[name], ends).float()
         bias = self._planes.get(f"{name}_bias")
         return y if bias is None else y + bias[slots]
-
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
 
     def _new(self, count: int) -> dict[str, torch.Tensor]:
         """Stacked matrices (count, out_features, in_features), float32 biases (count,
@@ -216,22 +201,23 @@ def device_expert_bytes(spec: MoESpec, dtype: torch.dtype) -> int:
     return spec.num_weights * dtype.itemsize + (4 * outs if spec.has_bias else 0)
 
 
-def grouped_linear(x: torch.Tensor, weights: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
-    """The first counts[0] rows times weights[0] transposed, the next by weights[1], and so on.
+def grouped_linear(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows of x up to ends[0] times weights[0] transposed, those up to ends[1] by weights[1], and
+    so on.
 
-    x : (rows, in_features). weights : (groups, out_features, in_features). counts : int (groups,),
-    sums to rows. Returns (rows, out_features) of x's dtype.
+    x : (rows, in_features). weights : (groups, out_features, in_features). ends : int32 (groups,),
+    ascending, at most rows, on x's device. Returns (rows, out_features) of x's dtype; rows behind
+    the last end hold anything.
     """
     aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
     if _GROUPED is not None and aligned:  # as its strides must be
-        ends = torch.from_numpy(np.cumsum(counts, dtype=np.int32)).to(x.device)
         y: torch.Tensor = _GROUPED(x, weights.transpose(1, 2), offs=ends)
         return y
     out, start = x.new_empty(len(x), weights.shape[1]), 0
-    for group in np.flatnonzero(counts).tolist():
-        rows = slice(start, start + int(counts[group]))
-        torch.mm(x[rows], weights[group].T, out=out[rows])
-        start = rows.stop
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.mm(x[start:end], weights[group].T, out=out[start:end])
+        start = end
     return out
 
 

@@ -26,10 +26,14 @@ from ktk.errors import BackendError
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.stored import ExpertWeights, StoredExperts
+from ktk.log import warn_once
 from ktk.machine import queue as fifo
-from ktk.ops.device_experts import DeviceExperts, Pairs
+from ktk.machine.streams import streams_of
+from ktk.ops.device_experts import DeviceExperts
+from ktk.ops.hybrid_stream import HybridStream
 from ktk.ops.inputs import Call, as_add, as_call, as_mask, is_tensor
 from ktk.ops.moe import MoE
+from ktk.ops.stream_moe import BufferPool, Streams
 from ktk.ops.streamed import AnyMoE, StreamedMoE
 from ktk.placement.masks.updates import Update
 
@@ -70,6 +74,12 @@ class HybridMoE:
         that leaves must be in the CPU's memory.
     method, num_threads
         Of the CPU's part, as ``MoE`` takes them.
+    streams : Streams or None
+        The device's; None: those it has. With them calls of few tokens, on the device, wait for
+        nothing and may be captured in a graph, unless ``update`` must know the experts or the CPU's
+        part needs Python.
+    pool : BufferPool or None
+        Pinned memory for that, shared by a model's layers; None: its own.
 
     Raises
     ------
@@ -90,6 +100,8 @@ class HybridMoE:
         update: Update | None = None,
         method: str = "auto",
         num_threads: int | None = None,
+        streams: Streams | None = None,
+        pool: BufferPool | None = None,
     ) -> None:
         self.spec = experts.spec
         on_device = self._checked(mask)
@@ -117,6 +129,7 @@ class HybridMoE:
             else MoE(experts, method=method, num_threads=num_threads)
         )
         self._residents = Residents(slots)
+        self._stream = self._stream_side(streams or streams_of(self.device), pool)
         self._renew()
         self._publish(self._residents)
         _all.add(self)
@@ -151,7 +164,10 @@ class HybridMoE:
         CPU.
         Raises TypeError / ValueError naming the argument that does not fit.
         """
-        call = as_call(hidden_states, topk_ids, topk_weights, self.spec.hidden_size, None)
+        given = hidden_states, topk_ids, topk_weights
+        if self._stream is not None and add is None and self._stream.takes(*given):
+            return self._stream.forward(*given)
+        call = as_call(*given, self.spec.hidden_size, None)
         result = self._result(hidden_states, call, as_add(add, call.hidden.shape))
         if self.update is not None:
             self._follow(self.update, call.topk_ids)
@@ -179,9 +195,9 @@ class HybridMoE:
         self, rows: torch.Tensor, call: Call, slots: np.ndarray, skip: np.ndarray | None
     ) -> torch.Tensor:
         """float32 (num_tokens, hidden_size) on the device. skip : None: the CPU has nothing."""
-        pairs = Pairs.of(slots, call.topk_weights)
+        places = torch.from_numpy(slots), torch.from_numpy(call.topk_weights)
         if skip is None:
-            return self.device_experts.forward(rows, pairs)
+            return self.device_experts.forward(rows, *places)
         hidden = to_f32(call.hidden)
         host = np.empty_like(hidden)
 
@@ -191,14 +207,24 @@ class HybridMoE:
         if self.device.type == "cpu":
             ticket = fifo.submit(on_cpu)
             try:
-                sums = self.device_experts.forward(rows, pairs)
+                sums = self.device_experts.forward(rows, *places)
             finally:
                 ticket.wait()
         else:
-            sums = self.device_experts.forward(rows, pairs)  # has not waited for the device
+            sums = self.device_experts.forward(rows, *places)  # has not waited for the device
             ticket = fifo.run(on_cpu)
         ticket.take()
         return sums.add_(torch.from_numpy(host).to(self.device))
+
+    def _stream_side(self, streams: Streams | None, pool: BufferPool | None) -> HybridStream | None:
+        """None where a call must be waited for."""
+        if streams is None or self.update is not None or not isinstance(self.moe, MoE):
+            return None
+        try:
+            return HybridStream(self.moe, self.device_experts, streams, pool or BufferPool())
+        except BackendError as error:
+            warn_once("hybrid-stream", "calls wait for the device: %s", error)
+            return None
 
     # -- who is on the device ------------------------------------------------------------------
 
@@ -276,6 +302,8 @@ class HybridMoE:
         with self._changed:
             before, self._residents = self._residents, residents
             self._changed.wait_for(lambda: not before.calls)
+        if self._stream is not None:
+            self._stream.publish(residents.slots)
 
     def _renew(self) -> None:
         """Locks that nobody holds, as at first; in a forked child the calls of others are gone."""

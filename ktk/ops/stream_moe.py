@@ -26,11 +26,13 @@ _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float
 class Streams(Protocol):
     """See ``ktk.machine.streams.CudaStreams``."""
 
+    def current(self) -> int: ...
     def new(self) -> int: ...
     def use(self, stream: int) -> Any: ...
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
     def copy(self, stream: int, to: torch.Tensor, source: torch.Tensor) -> None: ...
     def call(self, stream: int, function: int, data: int) -> None: ...
+    def work(self, stream: int, function: Callable[[], Any]) -> None: ...
     def mark(self, stream: int) -> Any: ...
     def wait(self, stream: int, mark: Any) -> None: ...
     def finish(self, mark: Any) -> None: ...
@@ -77,7 +79,15 @@ class BufferPool:
         self.kept: tuple[int, ...] = ()
         self._all: dict[Key, _Buffers] = {}
         self._passing: dict[tuple[int, int], Key] = {}
+        self._beside: int | None = None
         self._lock = Lock()
+
+    def beside(self, streams: Streams) -> int:
+        """A stream for host functions that the device's own work is not to wait for."""
+        with self._lock:
+            if self._beside is None:
+                self._beside = streams.new()
+            return self._beside
 
     def take(self, key: Key, streams: Streams) -> _Buffers:
         """Waits for the device where buffers of another size are in the way."""
@@ -254,6 +264,26 @@ def split(
     now = is_now[inside]
     none = torch.full_like(ids, -1)
     return torch.where(now, ids, none), torch.where(now, none, ids)
+
+
+def check_tensors(rows: Any, ids: Any, weights: Any, hidden_size: int, top_k: int) -> None:
+    """What ``ktk.ops.inputs`` checks, of tensors that stay where they are."""
+    if rows.dtype not in _BITS or rows.shape[1] != hidden_size:
+        raise ValueError(
+            f"hidden_states: {rows.dtype} {tuple(rows.shape)}: must be bfloat16, float16 or "
+            f"float32 (num_tokens, {hidden_size})"
+        )
+    shape = (len(rows), top_k)
+    for name, given, is_right in (
+        ("topk_ids", ids, not ids.dtype.is_floating_point and ids.dtype != torch.bool),
+        ("topk_weights", weights, weights.dtype.is_floating_point),
+    ):
+        if tuple(given.shape) != shape or given.device != rows.device or not is_right:
+            raise ValueError(
+                f"{name}: {given.dtype} {tuple(given.shape)} on {given.device}: must be "
+                f"{'integers' if name == 'topk_ids' else 'floats'} {shape} on {rows.device}; fill "
+                "unused slots with id -1"
+            )
 
 
 def _bits(x: torch.Tensor) -> np.ndarray:

@@ -44,6 +44,10 @@ class ThreadStreams:
         self.errors: list[BaseException] = []
         self.calls = 0
         self.graph: Graph | None = None
+        self.main = self.new()
+
+    def current(self) -> int:
+        return self.main
 
     def new(self) -> int:
         handle = next(self._numbers)
@@ -94,6 +98,9 @@ class ThreadStreams:
             FUNCTION(function)(data)
 
         self._put(stream, step)
+
+    def work(self, stream: int, function: Callable[[], Any]) -> None:
+        self._put(stream, function)
 
     def mark(self, stream: int) -> Mark:
         mark = Mark()

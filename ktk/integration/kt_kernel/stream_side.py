@@ -9,14 +9,13 @@ import torch
 
 from ktk import fork
 from ktk.errors import BackendError
-from ktk.machine.streams import CudaStreams
+from ktk.machine.streams import streams_of
 from ktk.ops.inputs import is_tensor
 from ktk.ops.moe import MoE
-from ktk.ops.stream_moe import BufferPool, Pass, Pending, StreamMoE, Streams
+from ktk.ops.stream_moe import BufferPool, Pass, Pending, StreamMoE, check_tensors
 from ktk.ops.streamed import AnyMoE
 
 pool = BufferPool()
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _Deferred(NamedTuple):
@@ -31,24 +30,11 @@ class _Sequence(threading.local):
 
 
 _sequence = _Sequence()
-_streams: dict[torch.device, Streams] = {}
-
-
-def streams_of(device: torch.device) -> Streams | None:
-    """A device's streams; None for a device that has none of CUDA's."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return _streams.setdefault(device, CudaStreams(device))
 
 
 @fork.in_child
-def _forget() -> None:
-    """CUDA does not work in forked children; what their parent had put on streams is not theirs."""
-    _sequence.deferred = None
-    _streams.clear()
-
-
 def forget_deferred() -> None:
+    """In a child: what its parent had put on streams is not the child's."""
     _sequence.deferred = None
 
 
@@ -98,7 +84,7 @@ class StreamSide:
         w, before = self._sizes, _sequence.deferred
         _sequence.deferred = None
         rows = hidden.detach().reshape(-1, hidden.shape[-1])
-        _check(rows, topk_ids, topk_weights, w.hidden_size, w.num_experts_per_tok)
+        check_tensors(rows, topk_ids, topk_weights, w.hidden_size, w.num_experts_per_tok)
         here = (w.layer_idx, *rows.shape)
         pending = before.pending if before is not None and before.meant_for == here else None
         made = self._stream_moe(moe, rows.device)
@@ -133,23 +119,3 @@ def _handle(stream: Any) -> int:
     if not isinstance(handle, int):
         raise TypeError(f"cuda_stream={stream!r}: must be a CUDA stream handle, or None")
     return handle
-
-
-def _check(rows: Any, ids: Any, weights: Any, hidden_size: int, top_k: int) -> None:
-    """What ``ktk.ops.inputs`` checks, of tensors that stay where they are."""
-    if rows.dtype not in _DTYPES or rows.shape[1] != hidden_size:
-        raise ValueError(
-            f"hidden_states: {rows.dtype} {tuple(rows.shape)}: must be bfloat16, float16 or "
-            f"float32 (num_tokens, {hidden_size})"
-        )
-    shape = (len(rows), top_k)
-    for name, given, is_right in (
-        ("topk_ids", ids, not ids.dtype.is_floating_point and ids.dtype != torch.bool),
-        ("topk_weights", weights, weights.dtype.is_floating_point),
-    ):
-        if tuple(given.shape) != shape or given.device != rows.device or not is_right:
-            raise ValueError(
-                f"{name}: {given.dtype} {tuple(given.shape)} on {given.device}: must be "
-                f"{'integers' if name == 'topk_ids' else 'floats'} {shape} on {rows.device}; fill "
-                "unused slots with id -1"
-            )

@@ -17,6 +17,7 @@ from ktk.experts.stored import StoredExperts
 from ktk.integration.transformers.model_grid import model_grid
 from ktk.ops.device_experts import accelerator, device_expert_bytes, why_not
 from ktk.ops.hybrid import HybridMoE
+from ktk.ops.stream_moe import BufferPool
 from ktk.ops.streamed import StreamedMoE
 from ktk.paths import user_path
 from ktk.placement.masks.files import read_masks_or_statistics
@@ -169,6 +170,7 @@ class Placement:
         most = max(device_expert_bytes(spec, self.dtype) for spec in specs.values())
         masks = asked.masks(grid, most)
         self._masks = {n: masks[n, : spec.num_experts].copy() for n, spec in specs.items()}
+        self._pool = BufferPool()
 
     def left_to_cpu(self, layer: int) -> list[int] | None:
         """The experts to read for the CPU; None: all of them."""
@@ -208,6 +210,7 @@ class Placement:
             gpu_experts=gpu_experts,
             update=None if self.asked.update is None else update_of(self.asked.update),
             method=method,
+            pool=self._pool,
         )
 
 
