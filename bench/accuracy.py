@@ -1,15 +1,18 @@
-"""The accuracy table: each format's rows as they are done, one JSON object a line; ``--dither``
+"""The accuracy table on several texts, a line of JSON for each row as it is done; ``--dither``
 makes a model without a grid.
 
-    python bench/accuracy.py demo/smollm2-moe --text TEXT --calibrate OTHER [--ggml FOLDER] [-f
-    FORMAT ...] > rows.jsonl python bench/accuracy.py demo/smollm2-moe --dither
-    demo/smollm2-moe-dithered
+    python bench/accuracy.py demo/smollm2-moe --dither demo/dithered
+    python bench/accuracy.py demo/dithered --text docstrings.txt --text bible.txt --calibrate
+    mixed.txt [--ggml FOLDER] [--imatrix FILE] [-f FORMAT ...] --output FOLDER
+
+Each text's rows are added to FOLDER/its name.jsonl. Every variant is quantised once.
 
 SmolLM2's weights come from a Q4_1 file, so formats with a minimum per 32 weights (Q4_1, Q5_1, Q4_K,
 Q5_K) find that grid again and look better than they are. --dither adds to each weight a uniform
 random number of up to half its step, what the rounding to Q4_1 took on average: a model whose
 weights are as spread out as the original's, to be compared with itself. A format that ends in ! is
-taken calibrated only, in = plain only.
+taken calibrated only, in = plain only. --imatrix FILE, of ktk imatrix, is what llama.cpp's
+calibrated types are rounded by; without one, the inputs of --calibrate.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ktk.evaluate.run import evaluate
+from ktk.convert.importance import ImportanceFile
+from ktk.evaluate.run import evaluate_texts
 from ktk.evaluate.variants import Variant, all_variants
 from ktk.quantise.ggml_library import GgmlLibrary
 from ktk.quantise.texts import windows
@@ -53,10 +57,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path)
+    parser.add_argument("--text", type=Path, action="append", default=[])
+    parser.add_argument("--output", type=Path, default=Path())
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--calibrate-tokens", type=int, default=8192)
+    parser.add_argument("--imatrix", type=Path)
     parser.add_argument("--activation-group", type=int)
     parser.add_argument("--rotation", type=int)
     parser.add_argument("--ggml", type=Path)
@@ -86,19 +92,22 @@ def main() -> None:
     calibration = None
     if arguments.calibrate:
         calibration = torch.tensor(windows_of(arguments.calibrate, arguments.calibrate_tokens))
-    parts = windows_of(arguments.text, arguments.tokens)
     ggml = GgmlLibrary(arguments.ggml) if arguments.ggml else None
-    chosen = [v for v in variants if v and (calibration is not None or not v.is_calibrated)]
-    for row in evaluate(
+    can_calibrate = calibration is not None or arguments.imatrix is not None
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for rows in evaluate_texts(
         arguments.model,
-        parts,
-        chosen,
+        [windows_of(path, arguments.tokens) for path in arguments.text],
+        [v for v in variants if v and (can_calibrate or not v.is_calibrated)],
         ggml=ggml,
         calibration_ids=calibration,
+        importance=ImportanceFile(arguments.imatrix) if arguments.imatrix else None,
         activation_group=arguments.activation_group,
         rotation=arguments.rotation,
     ):
-        print(json.dumps(row.to_json()), flush=True)
+        for path, row in zip(arguments.text, rows, strict=True):
+            with open(arguments.output / f"{path.stem}.jsonl", "a") as file:
+                print(json.dumps(row.to_json()), file=file)
 
 
 main()

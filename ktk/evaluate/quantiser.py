@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ktk.convert.importance import ImportanceFile, layer_importance
 from ktk.convert.recipe import Coding, one_coding, projections_of
 from ktk.evaluate.variants import Variant
 from ktk.experts.dequantise import dequantise
@@ -41,6 +42,7 @@ from ktk.quantise.feedback import (
     rows_alike,
 )
 from ktk.quantise.ggml_library import GgmlLibrary
+from ktk.quantise.importance import LayerImportance
 from ktk.quantise.pack import pack_expert
 
 F = np.float32
@@ -71,8 +73,11 @@ class Quantiser:
         method: str,
         activation_group: int | None,
         rotation: int | None = None,
+        importance: ImportanceFile | None = None,
     ) -> None:
         self.variant, self._ggml, self._method = variant, ggml, method
+        self._importance = importance
+        self._imatrix = None if importance is None else importance.read()
         self._activation_group, self._rotation = activation_group, rotation
         if variant.by == "ggml" and ggml is None:
             raise ValueError(f"{variant.label}: llama.cpp's quantisers need --ggml FOLDER")
@@ -129,11 +134,14 @@ class Quantiser:
     def moe(self, module: Any, layer: int, inputs: LayerInputs | None) -> Any:
         """The layer's experts, ready to run.
 
-        inputs : those of the calibration text, if the variant is calibrated.
+        inputs : those of the calibration text, if the variant is calibrated on one.
         """
         own, spec = self.spec(module, layer)
         codings = self.codings(layer, spec.has_gate)
-        calibration = None
+        calibration: LayerCalibration | LayerImportance | None = None
+        if self._importance is not None and self._imatrix is not None:
+            found = layer_importance(self._imatrix, self._importance.path, layer, own)
+            calibration = found.filled_up(spec)
         if inputs is not None:
             more = spec.hidden_size - own.hidden_size
             hidden = np.pad(inputs.hidden, ((0, 0), (0, more)))
@@ -157,7 +165,7 @@ class Quantiser:
         expert: int,
         spec: MoESpec,
         codings: dict[str, Coding],
-        calibration: LayerCalibration | None,
+        calibration: LayerCalibration | LayerImportance | None,
     ) -> tuple[ExpertWeights, dict[str, np.ndarray]]:
         weights = _padded(float_expert(module, expert), spec)
         v = self.variant

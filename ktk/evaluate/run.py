@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ktk.convert.importance import ImportanceFile
 from ktk.evaluate.distance import Distance, StoredLogits, distance
 from ktk.evaluate.quantiser import PaddedMoE, Quantiser, quantise_model
 from ktk.evaluate.variants import Variant
@@ -78,24 +79,36 @@ def load_float(source: Path) -> Any:
 
 
 def evaluate(
+    source: Path, windows: list[list[int]], variants: Sequence[Variant], **more: Any
+) -> Iterator[Row]:
+    """The reference's row, then one for each variant as it is done, on one text:
+    see ``evaluate_texts``.
+    """
+    for (row,) in evaluate_texts(source, [windows], variants, **more):
+        yield row
+
+
+def evaluate_texts(
     source: Path,
-    windows: list[list[int]],
+    texts: Sequence[list[list[int]]],
     variants: Sequence[Variant],
     *,
     ggml: GgmlLibrary | None = None,
     calibration_ids: torch.Tensor | None = None,
+    importance: ImportanceFile | None = None,
     method: str = "auto",
     activation_group: int | None = None,
     rotation: int | None = None,
     adapter: Path | None = None,
     step: Callable[[str], None] = lambda text: None,
-) -> Iterator[Row]:
-    """The reference's row, then one for each variant as it is done;
+) -> Iterator[list[Row]]:
+    """The reference's rows, one for each text's windows, then those of each variant as it is done;
     everything but the experts in float32.
 
-    activation_group, rotation : as in MoESpec, of the packed formats among them. adapter : a
-    directory that ``ktk train`` wrote, beside the weights of all of them, the reference's too.
-    Raises ValueError before any work for what one of these has not.
+    importance : what llama.cpp's variants that are calibrated are rounded by, instead of
+    calibration_ids. activation_group, rotation : as in MoESpec, of the packed formats among them.
+    adapter : a directory that ``ktk train`` wrote, beside the weights of all of them, the
+    reference's too. Raises ValueError before any work for what one of these has not.
     """
     from transformers import AutoConfig
 
@@ -108,27 +121,28 @@ def evaluate(
     if adapter is not None:
         use_ktk(model, "fp32")  # exact: adapters run beside packed experts
         _attach(model, adapter)
-    started = perf_counter()
-    with contextlib.closing(StoredLogits(model, windows)) as reference:
+    with contextlib.ExitStack() as stack:
+        references = [StoredLogits(model, windows) for windows in texts]
+        for logits in references:
+            stack.callback(logits.close)
         bits = 8 * AutoConfig.from_pretrained(source).dtype.itemsize
-        with_itself = distance(model, windows, reference)
-        yield Row(
-            "float",
-            f"torch {hf.experts_implementation(model.config)}",
-            bits,
-            0,
-            with_itself,
-            perf_counter() - started,
-        )
+        kernel = f"torch {hf.experts_implementation(model.config)}"
+        rows = []
+        for windows, logits in zip(texts, references, strict=True):
+            started = perf_counter()
+            with_itself = distance(model, windows, logits)
+            rows.append(Row("float", kernel, bits, 0, with_itself, perf_counter() - started))
+        yield rows
         del model
         for variant in variants:
             step(variant.label)
             started = perf_counter()
             if variant.by in ("ktk", "ggml"):
                 model = load_float(source)
-                quantiser = Quantiser(variant, ggml, method, activation_group, rotation)
-                ids = calibration_ids if variant.is_calibrated else None
-                if variant.is_calibrated and ids is None:
+                by_file = importance if variant.by == "ggml" and variant.is_calibrated else None
+                quantiser = Quantiser(variant, ggml, method, activation_group, rotation, by_file)
+                ids = calibration_ids if variant.is_calibrated and by_file is None else None
+                if variant.is_calibrated and ids is None and by_file is None:
                     raise ValueError(f"{variant.label}: needs a calibration text")
                 quantise_model(model, quantiser, ids)
             elif Path(variant.by).is_dir() and (Path(variant.by) / "config.json").is_file():
@@ -138,7 +152,10 @@ def evaluate(
             if adapter is not None:
                 _attach(model, adapter)
             seconds = perf_counter() - started
-            yield _row(model, variant.label, distance(model, windows, reference), seconds)
+            yield [
+                _row(model, variant.label, distance(model, windows, logits), seconds)
+                for windows, logits in zip(texts, references, strict=True)
+            ]
             del model
 
 

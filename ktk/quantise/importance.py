@@ -36,6 +36,15 @@ class LayerImportance:
             mean = (squares * count).sum(axis=0) / total if total else np.ones(squares.shape[1])
             self._squares[name] = np.where(count > 0, squares, mean).astype(F)
 
+    def filled_up(self, spec: MoESpec) -> LayerImportance:
+        """The same for rows that zeros fill up to this spec's sizes, whose inputs count as 1."""
+        other = LayerImportance(spec, {}, {})
+        for name, squares in self._squares.items():
+            columns = spec.intermediate_size if name == "down" else spec.hidden_size
+            more = columns - squares.shape[1]
+            other._squares[name] = np.pad(squares, ((0, 0), (0, more)), constant_values=1)
+        return other
+
     def expert(self, expert: int, weights: ExpertWeights, encode: Encode) -> dict[str, np.ndarray]:
         """The bytes of each projection.
 

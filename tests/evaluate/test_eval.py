@@ -21,18 +21,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ktk import backends, load_gguf
 from ktk.checkpoint import Checkpoint, packed
-from ktk.checkpoint.imatrix import read_imatrix
+from ktk.checkpoint.imatrix import read_imatrix, write_imatrix
 from ktk.cli import main
+from ktk.convert.importance import ImportanceFile, record
 from ktk.convert.recipe import Recipe
 from ktk.convert.run import convert
 from ktk.evaluate.distance import Distance, StoredLogits, distance
 from ktk.evaluate.frontier import draw, frontier, read_rows
-from ktk.evaluate.run import Row
+from ktk.evaluate.run import Row, evaluate_texts
 from ktk.evaluate.variants import Variant, all_variants
 from ktk.experts.formats import PANELS
 from ktk.experts.formats.floats import as_values, f32_to_bf16
 from ktk.integration.transformers.calibration import Calibration, run_layers
 from ktk.integration.transformers.experts import find_experts
+from ktk.quantise.feedback import rows_alike
 from ktk.quantise.texts import windows
 from make.checkpoints import write_safetensors
 from make.fp8_directory import to_fp8
@@ -212,6 +214,42 @@ def test_an_importance_matrix_is_that_of_the_models_own_inputs(
                 wanted = rows.square().mean(0).numpy()
                 np.testing.assert_allclose(squares, wanted, rtol=1e-3, atol=1e-6)
     assert convert(source, tmp_path / "out", imatrix=file).weight_format == "nl4"
+
+
+class Library:
+    """A llama.cpp that notes the importance that it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[np.ndarray] = []
+
+    def quantise(self, type: str, w: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        assert importance.shape == (w.shape[1],)
+        self.given.append(importance)
+        return rows_alike(w, type)
+
+
+@pytest.mark.skipif(not RUNS_GGUF, reason="LLAMAFILE does not run here")
+def test_llama_cpps_types_are_rounded_by_a_file_and_measured_on_each_text(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    file, imatrix = tmp_path / "imatrix.gguf", record(source, Calibration(text, 256))
+    write_imatrix(file, imatrix)
+    library, variant = Library(), Variant("Q6_K", by="ggml", is_calibrated=True)
+    floats, rows = evaluate_texts(
+        source,
+        [[[3, 4, 5, 6]], [[7, 8, 9]]],
+        [variant],
+        ggml=library,
+        importance=ImportanceFile(file),
+    )
+    assert [row.distance.num_tokens for row in rows] == [4, 3]
+    for row, before in zip(rows, floats, strict=True):
+        assert row.label == "Q6_K, llama.cpp, imatrix"
+        assert row.distance.kl > before.distance.kl
+    seen = np.array([given[0] / given[1] for given in library.given])
+    for entry in imatrix.entries.values():
+        for squares, count in zip(entry.mean_squares, entry.counts, strict=True):
+            assert not count or np.isclose(seen, squares[0] / squares[1], rtol=1e-4).any()
 
 
 def test_eval_of_a_converted_directory_is_that_of_its_format(
