@@ -18,7 +18,6 @@ from make.forked import forked, run_script
 
 pytestmark = pytest.mark.slow
 
-NUM_CASES = 100  # of test_tiles.py, at least
 # oneDNN would ask for tiles at torch's first matrix product, and they would trap no more.
 WITHOUT_TILES = {"KTK_TILE": "emulated", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 
@@ -72,13 +71,17 @@ def run_cases(environment: dict[str, str], *arguments: str) -> int:
     return int(passed[1])
 
 
-@pytest.mark.parametrize(
-    "environment", [{"TILES_UNDER_TEST": "silicon"}, WITHOUT_TILES], ids=["silicon", "emulated"]
-)
-def test_tile_instructions_do_what_the_model_does(environment: dict[str, str]) -> None:
+def test_tile_instructions_of_silicon_do_what_the_model_does() -> None:
     if not has_tiles():
         pytest.skip("the CPU has no tiles: test_tiles.py emulates them in its own process")
-    assert run_cases(environment, f"{TESTS}/native/test_tiles.py") >= NUM_CASES
+    assert run_cases({"TILES_UNDER_TEST": "silicon"}, f"{TESTS}/native/test_tiles.py") >= 25
+
+
+def test_emulated_tile_instructions_do_what_the_model_does_and_name_faults() -> None:
+    if not has_tiles():
+        pytest.skip("the CPU has no tiles: test_tiles.py emulates them in its own process")
+    files = ("test_tiles.py", "test_tile_faults.py", "test_tile_emulation.py")
+    assert run_cases(WITHOUT_TILES, *(f"{TESTS}/native/{file}" for file in files)) >= 100
 
 
 def test_emulated_kernels_on_a_cpu_with_tiles_are_the_exact_model() -> None:
