@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ktk.models.arch import BY_PRE_NAME
 
+Made = Callable[..., tuple[Any, Path]]  # the fixture of tests/models/conftest.py
 VOCAB = 384
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEXT = (
@@ -211,9 +214,7 @@ def model(name: str, seed: int = 0) -> Any:
             elif tensor.ndim == 1:
                 tensor.normal_(0, 0.3)
             elif ".gate.weight" in key or ".router.weight" in key:
-                tensor.normal_(
-                    0, 0.3
-                )  # experts far apart: rounding does not change which are taken
+                tensor.normal_(0, 0.3)  # experts far apart: rounding changes none that is taken
             elif "embed_tokens" in key:
                 tensor.normal_(0, 1)
             else:
@@ -231,6 +232,24 @@ def write(directory: Path, name: str, seed: int = 0) -> Any:
     config = json.loads((directory / "config.json").read_text())
     assert config["model_type"] == MODELS[name][0]
     return made
+
+
+IDS = torch.tensor([[1, *np.random.default_rng(0).integers(3, VOCAB - 20, 63).tolist()]])
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits[0].float()
+
+
+def usual_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The median cosine: where rounding takes a random router to another expert, nothing agrees."""
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).median())
+
+
+def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The smallest cosine over positions."""
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).min())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +20,18 @@ from ktk.cli import main
 from ktk.convert.run import convert
 from ktk.errors import CheckpointError
 from ktk.experts.dequantise import expert_weights
-from ktk.generate.describe import describe_model
-from ktk.generate.open import open_model
-from ktk.integration.transformers import linear
 from ktk.integration.transformers.experts import find_experts
-from ktk.integration.transformers.gguf import load_gguf_model, load_gguf_tokenizer
-from ktk.integration.transformers.linear import KtkLinear
+from ktk.integration.transformers.gguf import load_gguf_model
 from ktk.integration.transformers.loading import packed_modules
 from ktk.integration.transformers.sources import layer_of
 from ktk.models.arch import WHOLE_MODELS
 from ktk.models.find import find_gguf_experts
 from make import whole_models
-from make.rewriting import rewritten
-from make.whole_models import MODELS, VOCAB, WIDTH, E, H
-
-IDS = torch.tensor([[1, *np.random.default_rng(0).integers(3, VOCAB - 20, 63).tolist()]])
+from make.whole_models import IDS, MODELS, WIDTH, E, H, Made, agreement, logits, usual_agreement
 
 pytestmark = pytest.mark.skipif(
     backends.backends()["LLAMAFILE"].why_not() is not None, reason="LLAMAFILE does not run"
 )
-Made = Callable[..., tuple[Any, Path]]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """(float model, GGUF file) of a name of MODELS, experts and the rest in the given types;
-    each made once.
-    """
-    models: dict[str, tuple[Any, Path]] = {}
-
-    def make(name: str, experts: str = "f32", rest: str = "f32") -> tuple[Any, Path]:
-        if name not in models:
-            folder = tmp_path_factory.mktemp(name)
-            models[name] = whole_models.write(folder, name), folder
-        model, folder = models[name]
-        file = folder / f"{experts}-{rest}.gguf"
-        if not file.exists():
-            convert(folder, file, quant_method=experts, whole=rest)
-        return model, file
-
-    return make
-
-
-def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids).logits[0].float()
 
 
 def greedy(model: Any) -> list[int]:
@@ -80,16 +46,6 @@ def greedy(model: Any) -> list[int]:
         eos_token_id=2,
     )
     return out[0].tolist()
-
-
-def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The smallest cosine over positions."""
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).min())
-
-
-def usual_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The median cosine: where rounding takes a random router to another expert, nothing agrees."""
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).median())
 
 
 def with_experts_of(model: Any, file: Path) -> Any:
@@ -196,254 +152,6 @@ def test_llama_cpp_gives_the_same_logits(name: str, made: Made, tmp_path: Path) 
     assert agreement(torch.tensor(theirs.scores[: IDS.shape[1]]), logits(model)) > 0.999
 
 
-# Linear layers in the file's blocks
-# --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny matrices count as worth running."""
-    monkeypatch.setattr(linear, "SMALLEST", 1)
-
-
-def linears(model: Any) -> dict[str, Any]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, KtkLinear)}
-
-
-@pytest.mark.parametrize(
-    ("name", "rest"),
-    [
-        ("qwen3moe", "q4_k"),
-        ("qwen2moe", "q8_0"),  # biases, shared experts
-        ("mixtral", "q8_0"),  # rows of q and k in pairs, lm_head tied
-        ("granitemoe", "bf16"),  # likewise, tied
-        ("deepseek2-v3", "q6_k"),  # kv_b in pieces
-        ("gpt-oss", "q4_0"),
-        ("glm4moe", "f16"),
-    ],
-)
-def test_linear_layers_run_as_their_blocks_dequantised(
-    name: str, rest: str, made: Made, small: None
-) -> None:
-    _, file = made(name, "f32", rest)
-    blocks, floats = (load_gguf_model(file, "auto", "float32", linear=x) for x in ("file", "none"))
-    found, plain = linears(blocks), dict(floats.named_modules())
-    left = {n.rpartition(".")[2] for n, m in blocks.named_modules() if type(m) is torch.nn.Linear}
-    assert left == {"deepseek2-v3": {"kv_b_proj"}, "qwen2moe": {"shared_expert_gate"}}.get(
-        name, set()
-    )
-    assert "lm_head" in found and not linears(floats)
-    assert rest.upper() in {module.kernel.split()[-1] for module in found.values()}
-    for key, module in found.items():
-        assert f"{key}.weight" not in blocks.state_dict()
-        x = torch.from_numpy(
-            np.random.default_rng(1).standard_normal((4, module.in_features), np.float32)
-        )
-        with torch.no_grad():
-            want, got = plain[key](x), module(x)
-        assert (got - want).abs().mean() < 0.02 * want.abs().mean(), key
-    assert usual_agreement(logits(blocks), logits(floats)) > 0.999
-    assert torch.equal(logits(blocks), logits(copy.deepcopy(blocks)))
-
-
-def test_blocks_are_mapped_and_only_moved_rows_are_copied(made: Made, small: None) -> None:
-    _, file = made("mixtral", "q8_0", "q8_0")
-    for key, module in linears(load_gguf_model(file)).items():
-        assert module._ktk.panels.flags.writeable == key.endswith(("q_proj", "k_proj")), key
-
-
-def test_the_linear_layers_of_a_file_can_be_packed_or_left_alone(made: Made, small: None) -> None:
-    _, file = made("qwen3moe", "q8_0", "q8_0")
-    packed = linears(load_gguf_model(file, linear="int4"))
-    assert packed and all("int4" in module.kernel for module in packed.values())
-    assert not linears(load_gguf_model(file, linear="none"))
-    assert not linears(load_gguf_model(made("qwen3moe")[1]))  # of F32
-    with pytest.raises(ValueError, match="linear='int3': must be one of file, int8, int4, none"):
-        load_gguf_model(file, linear="int3")
-
-
-def test_what_needs_float_linear_layers_says_so(made: Made, small: None, tmp_path: Path) -> None:
-    _, file = made("qwen3moe", "q8_0", "q8_0")
-    model = load_gguf_model(file, "INT8")
-    with pytest.raises(ValueError, match=r'q_proj is run by .* gguf Q8_0.*linear="none"'):
-        model.save_pretrained(tmp_path / "saved")
-    assert not model(IDS).logits.requires_grad
-    model.model.embed_tokens.weight.requires_grad_()
-    with pytest.raises(RuntimeError, match='linear="none"'):
-        model(IDS)
-    floats = load_gguf_model(file, "INT8", linear="none")
-    floats.save_pretrained(tmp_path / "saved")
-    assert floats(IDS).logits.requires_grad
-
-
-@pytest.mark.parametrize("name", ["qwen3moe", "mixtral"])
-def test_blocks_of_another_shape_are_named(
-    name: str, made: Made, small: None, tmp_path: Path
-) -> None:
-    _, file = made(name, "q8_0", "q8_0")
-
-    def shorter(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-        raw, kind = tensors["blk.0.attn_q.weight"]
-        tensors["blk.0.attn_q.weight"] = (raw[:64], kind)
-
-    path = rewritten(file, tmp_path / "m.gguf", shorter)
-    with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_q\.weight' \(byte \d+\) gives \(64,"):
-        load_gguf_model(path)
-
-
-def test_without_the_extension_linear_layers_stay_with_torch(
-    made: Made, small: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    _, file = made("qwen3moe", "q8_0", "q8_0")
-    monkeypatch.setattr("ktk.ops.linear.why_not", lambda: "no compiler")
-    assert not linears(load_gguf_model(file))
-    assert "stay with torch: no compiler" in caplog.text
-    assert describe_model(file).linear_bytes == 0
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
-def test_the_memory_of_linear_layers_is_told(name: str, made: Made, small: None) -> None:
-    _, file = made(name, "q8_0", "q8_0")
-    opened = open_model(file)
-    model, told = opened.model, opened.description
-    in_blocks = sum(module._ktk.panels.nbytes for module in linears(model).values())
-    floats = sum(2 * p.numel() for p in model.parameters())
-    assert (told.linear_bytes, told.rest_bytes) == (in_blocks, in_blocks + floats)
-    for choice in ("int8", "none"):
-        opened = open_model(file, linear=choice)
-        assert bool(linears(opened.model)) == (choice == "int8")
-        assert opened.description.linear_bytes == 0
-        assert opened.description.rest_bytes > told.rest_bytes
-
-
-# Files that others write
-# ----------------------------------------------------------------------------------------
-
-
-def test_kv_b_in_one_piece_and_older_key_lengths(made: Made, tmp_path: Path) -> None:
-    model, file = made("deepseek2-v2")
-    state = model.state_dict()
-
-    def older(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-        for n in range(3):
-            del tensors[f"blk.{n}.attn_k_b.weight"], tensors[f"blk.{n}.attn_v_b.weight"]
-            whole = state[f"model.layers.{n}.self_attn.kv_b_proj.weight"].numpy()
-            tensors[f"blk.{n}.attn_kv_b.weight"] = (whole, None)
-        for part in ("key", "value"):
-            length = metadata.pop(f"deepseek2.attention.{part}_length_mla")
-            metadata[f"deepseek2.attention.{part}_length"] = length
-        metadata["deepseek2.attention.head_count_kv"] = 4
-
-    loaded = load_gguf_model(rewritten(file, tmp_path / "m.gguf", older), dtype="float32")
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
-
-
-def test_a_split_model_by_any_part_and_by_its_directory(made: Made, tmp_path: Path) -> None:
-    model, file = made("qwen3moe")
-    rewritten(file, tmp_path / "m.gguf", lambda *_: None, split_max_tensors=20)
-    parts = sorted(tmp_path.glob("*.gguf"))
-    assert len(parts) > 1
-    for path in (tmp_path, parts[-1]):
-        loaded = load_gguf_model(path, dtype="float32")
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
-        assert load_gguf_tokenizer(path).chat_template == whole_models.TEMPLATE
-
-
-def test_layers_of_multi_token_prediction_are_left_out(made: Made, tmp_path: Path) -> None:
-    model, file = made("glm4moe")
-
-    def with_prediction(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-        metadata["glm4moe.block_count"] = 4
-        metadata["glm4moe.nextn_predict_layers"] = 1
-        for name in [name for name in tensors if name.startswith("blk.2.")]:
-            tensors[name.replace("blk.2.", "blk.3.")] = tensors[name]
-        tensors["blk.3.nextn.eh_proj.weight"] = (np.zeros((H, 2 * H), np.float32), None)
-
-    loaded = load_gguf_model(rewritten(file, tmp_path / "m.gguf", with_prediction), dtype="float32")
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
-
-
-def test_rope_factors_divide_the_frequencies(made: Made, tmp_path: Path) -> None:
-    _, file = made("mixtral")
-    factors = np.linspace(1, 8, 32, dtype=np.float32)
-
-    def scaled(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-        tensors["rope_freqs.weight"] = (factors, None)
-
-    path = rewritten(file, tmp_path / "m.gguf", scaled)
-    loaded = load_gguf_model(path, dtype="float32")
-    plain = load_gguf_model(file, dtype="float32")
-    rotary = [m.model.rotary_emb.inv_freq.numpy() for m in (loaded, plain)]
-    np.testing.assert_allclose(rotary[0], rotary[1] / factors, rtol=1e-6)
-    llama_cpp = pytest.importorskip("llama_cpp")
-    theirs = llama_cpp.Llama(str(path), logits_all=True, n_ctx=128, n_threads=2, verbose=False)
-    theirs.eval(IDS[0].tolist())
-    assert agreement(torch.tensor(theirs.scores[: IDS.shape[1]]), logits(loaded)) > 0.999
-
-
-def _drop(name: str) -> Callable[..., None]:
-    return lambda metadata, tensors: tensors.pop(name)
-
-
-def _add(name: str, *shape: int) -> Callable[..., None]:
-    return lambda metadata, tensors: tensors.update({name: (np.zeros(shape, np.float32), None)})
-
-
-def _say(key: str, value: Any) -> Callable[..., None]:
-    return lambda metadata, tensors: metadata.update({key: value})
-
-
-def _unsay(key: str) -> Callable[..., None]:
-    return lambda metadata, tensors: metadata.pop(key)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (_drop("blk.1.attn_k.weight"), r"1 tensors are missing: blk\.1\.attn_k\.weight"),
-        (_drop("output_norm.weight"), "1 tensors are missing: output_norm.weight"),
-        (_drop("token_embd.weight"), "no tensor 'token_embd.weight'"),
-        (
-            _add("blk.1.attn_post_norm.weight", H),
-            r"no place in Qwen3MoeForCausalLM: blk\.1\.attn_post",
-        ),
-        (
-            _add("blk.0.attn_q.weight", 64, H),
-            r"'blk\.0\.attn_q\.weight' \(byte \d+\) gives \(64, 256\)",
-        ),
-        (_say("architecture", "dbrx"), "whole models of qwen3moe, deepseek2, llama"),
-        (_say("qwen3moe.rope.scaling.type", "longrope"), "ktk knows none, linear and yarn"),
-        (_say("qwen3moe.rope.dimension_count", 8), "must be the head's size, 32"),
-        (_say("qwen3moe.attention.head_count", "four"), "must be an int of 0"),
-        (
-            _unsay("qwen3moe.attention.head_count"),
-            "attention.head_count is None: the model's config needs it",
-        ),
-        (_say("qwen3moe.attention.head_count_kv", [2, 4, 2]), "differs between layers"),
-        (_say("qwen3moe.attention.head_count", 3), "head_count=3: must be a multiple of 2"),
-        (_say("qwen3moe.attention.head_count_kv", 0), "transformers makes no qwen3_moe of what"),
-        (_say("qwen3moe.block_count", 1 << 20), "says 1048576 layers"),
-        (_say("qwen3moe.block_count", 4), r"11 tensors are missing: blk\.3\."),
-        (_say("qwen3moe.attention.layer_norm_rms_epsilon", "small"), "must be a number of 0 to 1"),
-    ],
-)
-def test_what_does_not_fit_is_named(
-    change: Callable[..., None], text: str, made: Made, tmp_path: Path
-) -> None:
-    _, file = made("qwen3moe")
-
-    def both(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-        change(metadata, tensors)
-        architecture = metadata.get("architecture")
-        for key in list(metadata) if architecture else ():
-            if key.startswith("qwen3moe."):
-                metadata[key.replace("qwen3moe", architecture)] = metadata.pop(key)
-
-    path = rewritten(file, tmp_path / "m.gguf", both)
-    with pytest.raises(CheckpointError, match=text):
-        load_gguf_model(path)
-
-
 def test_arguments_reach_the_experts_and_the_rest(made: Made) -> None:
     _, file = made("qwen3moe", "q8_0")
     seen: list[tuple[int, int]] = []
@@ -467,10 +175,6 @@ def test_a_loaded_model_cannot_be_saved_without_its_experts(made: Made, tmp_path
         model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="keep it in a variable"):
         load_gguf_model(file).save_pretrained(tmp_path)
-
-
-# Writing
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_config_goes_into_a_file_and_back(made: Made) -> None:

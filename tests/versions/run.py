@@ -38,6 +38,8 @@ TESTS = (
     "generate/test_*.py",
     "server/test_*.py",
     "models/test_gguf_whole_models.py",
+    "models/test_gguf_linears.py",
+    "models/test_gguf_foreign_models.py",
     "models/test_gguf_tokenizers.py",
     "models/test_quantised_checkpoints.py",
     "demo/test_demo_parts.py",
