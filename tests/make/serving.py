@@ -17,6 +17,7 @@ from ktk.cli import main
 from make.forked import Child, forked
 
 SEED = 7
+CONTEXT = 8192  # of the server that tests share
 TEXT = [
     "The experts of a mixture are most of its weights, of which a token uses a few.",
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
@@ -173,3 +174,18 @@ def serving(model: Path, *options: str, key: str | None = None) -> Iterator[Serv
 
         process.until(answers)
         yield server
+
+
+def asking(opened: Any, engine: Any) -> Iterator[Any]:
+    """The body of a fixture: a client of an app over the engine, which stops after it."""
+    from fastapi.testclient import TestClient
+
+    from ktk.server.app import Access, build_app
+
+    with TestClient(build_app(opened, engine, Access()), raise_server_exceptions=False) as client:
+        yield client
+    engine.stop()
+
+
+def question(text: str = "Why?") -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]

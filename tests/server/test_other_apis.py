@@ -39,11 +39,6 @@ RAIN = [{"role": "user", "content": "Rain?"}]
 
 
 @pytest.fixture(scope="module")
-def opened(tiny: OpenModel) -> OpenModel:
-    return tiny
-
-
-@pytest.fixture(scope="module")
 def app(opened: OpenModel) -> Iterator[Any]:
     engine = start_engine(opened, Limits(context=512, running=4))
     yield build_app(opened, engine, Access(api_key=KEY))

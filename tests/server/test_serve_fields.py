@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from make.serving import asking
+
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 
@@ -18,7 +20,6 @@ from fastapi.testclient import TestClient
 from ktk.generate.engine import Limits
 from ktk.generate.open import OpenModel, open_model
 from ktk.generate.trial import start_engine
-from ktk.server.app import Access, build_app
 from ktk.server.fields import FIELDS, MESSAGE_FIELDS, refusal
 from ktk.server.protocol import ChatRequest, CompletionRequest
 from make.serving import make_model
@@ -34,10 +35,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
 
 @pytest.fixture(scope="module")
 def client(opened: OpenModel) -> Iterator[TestClient]:
-    engine = start_engine(opened, Limits(context=512, running=4))
-    with TestClient(build_app(opened, engine, Access()), raise_server_exceptions=False) as client:
-        yield client
-    engine.stop()
+    yield from asking(opened, start_engine(opened, Limits(context=512, running=4)))
 
 
 def chat(client: TestClient, **more: Any) -> tuple[int, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,26 +12,10 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
-from ktk.generate.engine import Limits
 from ktk.generate.open import OpenModel
-from ktk.generate.trial import start_engine
-from ktk.server.app import Access, build_app
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "Why? " * 40}]
-
-
-@pytest.fixture(scope="module")
-def opened(tiny: OpenModel) -> OpenModel:
-    return tiny
-
-
-@pytest.fixture(scope="module")
-def client(opened: OpenModel) -> Iterator[TestClient]:
-    engine = start_engine(opened, Limits(context=512, running=8))
-    with TestClient(build_app(opened, engine, Access()), raise_server_exceptions=False) as client:
-        yield client
-    engine.stop()
 
 
 def post(client: TestClient, path: str = PLAIN, **body: Any) -> dict[str, Any]:

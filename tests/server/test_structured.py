@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from make.serving import asking
+
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
@@ -22,7 +24,6 @@ from ktk.generate.engine import Engine, Limits
 from ktk.generate.open import OpenModel
 from ktk.generate.sequential import SequentialEngine
 from ktk.generate.trial import start_engine
-from ktk.server.app import Access, build_app
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 PERSON = {
@@ -38,11 +39,6 @@ PERSON = {
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
 
 
-@pytest.fixture(scope="module")
-def opened(tiny: OpenModel) -> OpenModel:
-    return tiny
-
-
 def sequential(opened: OpenModel, limits: Limits) -> Engine:
     engine = SequentialEngine(opened, limits)
     engine.start()
@@ -53,9 +49,7 @@ def sequential(opened: OpenModel, limits: Limits) -> Engine:
 def client(request: pytest.FixtureRequest, opened: OpenModel) -> Iterator[TestClient]:
     engine = request.param(opened, Limits(context=512, running=8))
     assert engine.why_not_native is None
-    with TestClient(build_app(opened, engine, Access()), raise_server_exceptions=False) as client:
-        yield client
-    engine.stop()
+    yield from asking(opened, engine)
 
 
 def ask(client: TestClient, **more: Any) -> dict[str, Any]:

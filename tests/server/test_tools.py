@@ -5,7 +5,6 @@ whole and as they come.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +16,10 @@ pytest.importorskip("llguidance")
 
 from fastapi.testclient import TestClient
 
-from ktk.generate.engine import Limits
 from ktk.generate.grammar import Grammars
 from ktk.generate.open import OpenModel
 from ktk.generate.sampling import Sampler, Token
-from ktk.generate.trial import start_engine
 from ktk.integration.transformers.replies import ReplyStyle
-from ktk.server.app import Access, build_app
 from ktk.server.message import Reader
 from ktk.server.tools import Tool, Tools
 from make.serving import make_tokenizer
@@ -48,19 +44,6 @@ BONN = ("weather", {"city": "Bonn"})
 QUESTION = [{"role": "user", "content": "Rain?"}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
 TWO = CALL + '\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def opened(tiny: OpenModel) -> OpenModel:
-    return tiny
-
-
-@pytest.fixture(scope="module")
-def client(opened: OpenModel) -> Iterator[TestClient]:
-    engine = start_engine(opened, Limits(context=1024, running=4))
-    with TestClient(build_app(opened, engine, Access()), raise_server_exceptions=False) as client:
-        yield client
-    engine.stop()
 
 
 @pytest.fixture
