@@ -4,11 +4,8 @@ the length of its cache and the threads.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ from ktk.ops.components import Attention, Norm, Rotary, RoutedExperts
 from ktk.ops.decoder import Branch, DecoderLayer, DecoderSpec, Pages
 from ktk.ops.linear import Linear
 from ktk.ops.router import Router
-from make import TESTS
+from make.children import run_python
 from make.decoder_layers import EXPERTS, HIDDEN, Weights, inputs, run_row
 
 if linear.why_not() is not None:
@@ -235,30 +232,31 @@ def test_many_rows_over_many_keys_run_in_pieces() -> None:
     assert np.array_equal(keys, one[0])
 
 
-def test_rows_of_a_longer_buffer_and_any_number_of_threads() -> None:
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\nimport numpy as np, hashlib\nfrom "
-        "make.decoder_layers import Weights, inputs, run_row\nfrom test_decoder import CASES, "
-        "ROWS, Batch\nfrom ktk.ops.decoder import DecoderLayer\nw = Weights(head_norms='each', "
-        "mlp='scaled', has_sinks=True)\nx, c, s, k, v = inputs(w.spec, 900)\nbuffer = "
-        "np.zeros((2, 2000, 32), np.float32); buffer[:, 5:908] = k\ny = "
-        "run_row(DecoderLayer(w.spec), x, c, s, buffer[:, 5:908], v, 900)\ndigest = "
-        "hashlib.sha256(y.tobytes() + buffer[:, 905].tobytes())\nfor name in ('shared experts', "
-        "'latents, neighbours put apart'):\n    w = Weights(**CASES[name]); b = Batch(w.spec)\n"
-        "    digest.update(b.run(DecoderLayer(w.spec), b.paged(16), "
-        "list(range(len(ROWS)))).tobytes())\nprint(digest.hexdigest())\n"
-    )
-    found = set()
-    for threads in ("1", "2", "3", "16"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, TESTS, str(Path(__file__).parent)],
-            env={**os.environ, "KTK_NUM_THREADS": threads},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found.add(done.stdout)
-    assert len(found) == 1, "bits depend on the number of threads"
+def digest() -> str:
+    """Of a row over a part of a longer buffer, and of batches over pages."""
+    weights = Weights(head_norms="each", mlp="scaled", has_sinks=True)
+    x, cosines, sines, keys, values = inputs(weights.spec, 900)
+    buffer = np.zeros((2, 2000, 32), np.float32)
+    buffer[:, 5:908] = keys
+    own = buffer[:, 5:908]
+    y = run_row(DecoderLayer(weights.spec), x, cosines, sines, own, values, 900)
+    found = hashlib.sha256(y.tobytes() + buffer[:, 905].tobytes())
+    for name in ("shared experts", "latents, neighbours put apart"):
+        spec = Weights(**CASES[name]).spec
+        batch = Batch(spec)
+        got = batch.run(DecoderLayer(spec), batch.paged(16), list(range(len(ROWS))))
+        found.update(got.tobytes())
+    return found.hexdigest()
+
+
+def test_rows_have_the_same_bits_for_any_number_of_threads() -> None:
+    code = """
+        import os, sys
+        os.environ["KTK_NUM_THREADS"] = sys.argv[1]
+        from test_decoder import digest
+        print(digest())
+    """
+    assert len({run_python(code, threads) for threads in ("1", "2", "3", "16")}) == 1
 
 
 def test_nan_stays_nan() -> None:
