@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 
 import ktk
+from ktk.backends import Operands
 from ktk.experts.spec import MoESpec
 from ktk.machine.memory import aligned_buffer
 
@@ -49,7 +50,7 @@ def main() -> None:
 
     tensors = [torch.from_numpy(a) for a in (x, nobody, weights)]
     rows["compiled call, on torch's threads"] = microseconds(
-        lambda: moe.runner.forward(x, nobody, weights, None, out, None)
+        lambda: moe.runner.forward(Operands(x, nobody, weights, None, out))
     )
     rows["MoE.forward, torch tensors"] = microseconds(lambda: moe(*tensors))
     wrapper = ktk.KTMoEWrapper(0, 128, 8, 2048, 768, method="INT4")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ktk import env
-from ktk.backends.base import Backend, Runner
+from ktk.backends.base import Backend, Operands, Runner
 from ktk.errors import BackendError
 from ktk.experts.formats import GGUF, PANELS
 from ktk.experts.formats.parse import Method, parse
@@ -178,6 +178,7 @@ def _first(spec: MoESpec) -> Backend:
 
 __all__ = [
     "Backend",
+    "Operands",
     "Report",
     "Runner",
     "backends",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,28 +16,36 @@ from ktk.experts.stored import StoredExperts
 from ktk.machine.threads import EngineLayout
 
 
+class Operands(NamedTuple):
+    """What a forward pass reads, and ``out``, which it writes: all C-contiguous and aligned.
+
+    hidden, out : (num_tokens, hidden_size): float32, float16, or uint16 holding bf16 bits.
+    topk_ids : int64 (num_tokens, top_k); ids outside 0..num_experts-1 or with skip[id] add exactly
+        zero.
+    topk_weights : float32 (num_tokens, top_k). skip : bool (num_experts,) or None.
+    add : float32 (num_tokens, hidden_size) or None; added last.
+    """
+
+    hidden: np.ndarray
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+    skip: np.ndarray | None
+    out: np.ndarray
+    add: np.ndarray | None = None
+
+    def part(self, tokens: slice) -> Operands:
+        """Those of some of the tokens: views."""
+        hidden, ids, weights, skip, out, add = self
+        own = None if add is None else add[tokens]
+        return Operands(hidden[tokens], ids[tokens], weights[tokens], skip, out[tokens], own)
+
+
 class Runner(ABC):
     """One layer's experts, loaded by a backend."""
 
     @abstractmethod
-    def forward(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None,
-    ) -> None:
-        """out = sum over slots of weight * expert(hidden), plus ``add``.
-
-        hidden, out : C-contiguous (tokens, hidden_size): float32, float16, or uint16 holding bf16
-            bits.
-        topk_ids : int64 (tokens, top_k); ids outside 0..num_experts-1 or with skip[id] add exactly
-            zero.
-        topk_weights : float32 (tokens, top_k). skip : bool (num_experts,) or None.
-        add : float32 (tokens, hidden_size) or None.
-        """
+    def forward(self, given: Operands) -> None:
+        """out = sum over slots of weight * expert(hidden), plus ``add``."""
 
     def why_not_trained(self) -> str | None:
         """Why ``forward_saved`` and ``backward`` do nothing; None if they run."""
@@ -87,17 +95,12 @@ class Runner(ABC):
         """Why ``prepared`` makes nothing; None if it does."""
         return "kernels that are not compiled need Python"
 
-    def prepared(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None,
-    ) -> Any:
-        """``forward`` as a function of C over these buffers: ``ktk._cy.native.Prepared``."""
-        raise NotImplementedError(self.why_not_prepared())
+    def prepared(self, given: Operands) -> Any:
+        """``forward`` as a function of C over these buffers: ``ktk._cy.native.Prepared``.
+
+        Raises BackendError where ``why_not_prepared`` says why.
+        """
+        raise BackendError(self.why_not_prepared() or "")
 
     def combine(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ktk._cy import native_module
-from ktk.backends.base import Backend, Runner, describe, refuse_blocks
+from ktk.backends.base import Backend, Operands, Runner, describe, refuse_blocks
 from ktk.experts.layout import round_up
 from ktk.experts.lora import ExpertLora
 from ktk.experts.spec import MoESpec
@@ -63,36 +63,19 @@ class NativeRunner(Runner):
             address = addresses[table] if addresses else 0
             self.experts.set_address(0, table, expert, address, is_unused)
 
-    def forward(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None,
-    ) -> None:
+    def forward(self, given: Operands) -> None:
         if openmp.is_pending:
             openmp.borrow(self.native)
         if self.store is None:
-            self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
+            self.experts.forward(*given)
             return
-        with self.store.pinned(topk_ids, skip):
-            self.experts.forward(hidden, topk_ids, topk_weights, skip, out, add)
+        with self.store.pinned(given.topk_ids, given.skip):
+            self.experts.forward(*given)
 
     def why_not_prepared(self) -> str | None:
         return None if self.store is None else "experts of an ExpertStore are pinned by Python"
 
-    def prepared(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None,
-    ) -> Any:
-        given = (hidden, topk_ids, topk_weights, skip, out, add)
+    def prepared(self, given: Operands) -> Any:
         return self.native.Prepared(self.experts, *given)
 
     def why_not_trained(self) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ktk.backends.base import Backend, Runner, describe, refuse_blocks
+from ktk.backends.base import Backend, Operands, Runner, describe, refuse_blocks
 from ktk.experts.activation import ACTIVATION_KINDS
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL
@@ -109,15 +109,8 @@ class NumbaRunner(Runner):
             )
         return self._biased(expert, "down", h)
 
-    def forward(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None,
-    ) -> None:
+    def forward(self, given: Operands) -> None:
+        hidden, topk_ids, topk_weights, skip, out, add = given
         x = poison_rows(to_f32(hidden))
         tokens, top_k = topk_ids.shape
         live = (topk_ids >= 0) & (topk_ids < self.spec.num_experts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktk.backends.base import Backend, Runner, describe, refuse_blocks
+from ktk.backends.base import Backend, Operands, Runner, describe, refuse_blocks
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.rows import poison_rows, store_rows
 from ktk.experts.spec import MoESpec
@@ -23,16 +23,9 @@ class NumpyRunner(Runner):
     def weights(self) -> list[np.ndarray]:
         return [self.experts.stored.data]
 
-    def forward(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None,
-    ) -> None:
-        store_rows(self.experts.forward(to_f32(hidden), topk_ids, topk_weights, skip, add), out)
+    def forward(self, given: Operands) -> None:
+        hidden, ids, weights, skip, out, add = given
+        store_rows(self.experts.forward(to_f32(hidden), ids, weights, skip, add), out)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         spec = self.experts.spec

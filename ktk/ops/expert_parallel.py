@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ktk.backends import Operands
 from ktk.checkpoint.packed import read_layer
 from ktk.errors import BackendError, EngineError
 from ktk.experts.formats.floats import to_f32
@@ -266,6 +267,6 @@ class ParallelMoE:
         x, chosen = np.concatenate(hidden), np.concatenate(experts).astype(np.int64)[:, None]
         y = np.zeros((len(x), self._width), np.float32)
         out = y if self._width == width else np.empty((len(x), width), np.float32)
-        self.moe.run(x, chosen, np.ones(chosen.shape, np.float32), None, out)
+        self.moe.run(Operands(x, chosen, np.ones(chosen.shape, np.float32), None, out))
         y[:, :width] = out
         return np.split(y, np.cumsum(came[:, 1])[:-1])

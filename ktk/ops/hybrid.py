@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ktk import fork
+from ktk.backends import Operands
 from ktk.errors import BackendError
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.formats.floats import to_f32
@@ -181,7 +182,8 @@ class HybridMoE:
             slots = np.where(valid, residents.slots[np.where(valid, call.topk_ids, 0)], -1)
             if (slots < 0).all():
                 skip = residents.mask if residents.count else None
-                self.moe.run(call.hidden, call.topk_ids, call.topk_weights, skip, call.out, add)
+                own = call.hidden, call.topk_ids, call.topk_weights, skip, call.out, add
+                self.moe.run(Operands(*own))
                 return call.result if call.device == "numpy" else call.result.to(call.device)
             given = hidden_states if is_tensor(hidden_states) else _tensor(call)
             rows = given.detach().reshape(call.hidden.shape)
@@ -202,7 +204,7 @@ class HybridMoE:
         host = np.empty_like(hidden)
 
         def on_cpu() -> None:
-            self.moe.run(hidden, call.topk_ids, call.topk_weights, skip, host)
+            self.moe.run(Operands(hidden, call.topk_ids, call.topk_weights, skip, host))
 
         if self.device.type == "cpu":
             ticket = fifo.submit(on_cpu)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ktk import backends
+from ktk.backends import Operands
 from ktk.checkpoint.packed import read_layer
 from ktk.errors import BackendError
 from ktk.experts.activation import Activation
@@ -218,28 +219,15 @@ class MoE:
         ids, weights = as_routing(topk_ids, topk_weights, len(hidden))
         mask = as_mask(skip, self.spec.num_experts)
         result, out = new_like(hidden_states, hidden.shape)
-        self.run(hidden, ids, weights, mask, out, as_add(add, hidden.shape))
+        self.run(Operands(hidden, ids, weights, mask, out, as_add(add, hidden.shape)))
         return result
 
     __call__ = forward
 
-    def run(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None = None,
-    ) -> None:
-        """``forward`` of what ``ktk.ops.inputs`` has checked, into ``out``, like ``hidden``.
-
-        hidden : float32, float16 or uint16 bf16 bits (num_tokens, hidden_size); topk_ids : int64
-        (num_tokens, top_k); topk_weights : float32, likewise; skip : bool (num_experts,) or None;
-        add : float32 (num_tokens, hidden_size) or None. All C-contiguous and aligned.
-        """
-        if len(hidden):
-            self.runner.forward(hidden, topk_ids, topk_weights, skip, out, add)
+    def run(self, given: Operands) -> None:
+        """``forward`` of what ``ktk.ops.inputs`` has checked, into ``out``, like ``hidden``."""
+        if len(given.hidden):
+            self.runner.forward(given)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         """One projection without its bias: the way out for activations ktk does not know.

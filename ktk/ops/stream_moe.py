@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ktk.backends import Operands
 from ktk.errors import BackendError
 from ktk.fork import Lock
 from ktk.ops.moe import MoE
@@ -244,11 +245,12 @@ class StreamMoE:
             prepare = self.moe.runner.prepared
             add = None if sums is None else sums.numpy()
             weights = b.weights.numpy()
-            now = prepare(_bits(b.hidden), b.ids.numpy(), weights, self.skip, _bits(b.out), add)
+            hidden, ids, out = _bits(b.hidden), b.ids.numpy(), _bits(b.out)
+            now = prepare(Operands(hidden, ids, weights, self.skip, out, add))
             then = None
             if b.floats is not None and b.later is not None and b.sums is not None:
                 floats, later = b.floats.numpy(), b.later.numpy()
-                then = prepare(floats, later, weights, self.skip, b.sums.numpy(), None)
+                then = prepare(Operands(floats, later, weights, self.skip, b.sums.numpy()))
             b.passes[key] = (now, then, self, sums)
         return b.passes[key][:2]
 

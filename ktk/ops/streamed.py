@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ktk._cy import native_module
+from ktk.backends import Operands
 from ktk.errors import AwaitedInVain, BackendError
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.fma import fma
@@ -86,29 +87,21 @@ class StreamedMoE:
         ids, weights = as_routing(topk_ids, topk_weights, len(hidden))
         mask = as_mask(skip, self.spec.num_experts)
         result, out = new_like(hidden_states, hidden.shape)
-        self.run(hidden, ids, weights, mask, out, as_add(add, hidden.shape))
+        self.run(Operands(hidden, ids, weights, mask, out, as_add(add, hidden.shape)))
         return result
 
     __call__ = forward
 
-    def run(
-        self,
-        hidden: np.ndarray,
-        topk_ids: np.ndarray,
-        topk_weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None = None,
-    ) -> None:
+    def run(self, given: Operands) -> None:
         """As ``MoE.run``, and the same bits. Raises as ``forward``."""
-        ids, weights = topk_ids, topk_weights
+        hidden, ids, weights, skip, out, add = given
         is_used = (ids >= 0) & (ids < self.spec.num_experts)
         if skip is not None:
             is_used[is_used] = ~skip[ids[is_used]]
         experts = np.unique(ids[is_used]).tolist()
         if len(experts) <= self.slots.room(self.layer):
             scores = self._scores(ids, weights, is_used)
-            self._run_held(experts, scores, hidden, ids, weights, skip, out, add)
+            self._run_held(experts, scores, given)
             return
         own_ids = np.where(is_used, ids, -1)
         step = max(1, WAVE_BYTES // (4 * ids.shape[1] * self.spec.hidden_size))
@@ -130,14 +123,14 @@ class StreamedMoE:
         with self.slots.using(self.layer, [expert]):
             return expert_weights(self.slots.store(self.layer).alone(expert), expert)
 
-    def _run_held(self, experts: list[int], scores: np.ndarray | None, *call: Any) -> None:
-        """``MoE.run(*call)`` while they are read."""
+    def _run_held(self, experts: list[int], scores: np.ndarray | None, given: Operands) -> None:
+        """``MoE.run`` while they are read."""
         held = self.slots.hold(self.layer, experts, scores, reads_on=True)
         assert held is not None
         try:
             if self.following is not None and 2 * len(experts) > self.spec.num_experts:
                 self.following.come()  # a prompt: it will use nearly all of them, too
-            self.moe.run(*call)
+            self.moe.run(given)
         except AwaitedInVain:
             pass
         else:
@@ -145,7 +138,7 @@ class StreamedMoE:
         finally:
             self.slots.release(held)
         with self.slots.using(self.layer, experts, scores):  # once more, or why it cannot be read
-            self.moe.run(*call)
+            self.moe.run(given)
 
     def linear(self, projection: str, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
         """As ``MoE.linear``, and the same bits. Raises as ``forward``, too."""
@@ -190,7 +183,7 @@ class StreamedMoE:
             own = np.ascontiguousarray(ids[token, slot][:, None])
             y = np.empty((len(token), hidden.shape[1]), np.float32)
             scores, ones = self._scores(ids, weights, is_used), np.ones(own.shape, np.float32)
-            self._run_held(wave, scores, x[token], own, ones, None, y, None)
+            self._run_held(wave, scores, Operands(x[token], own, ones, None, y))
             rows[token, slot] = y
         total = np.zeros(hidden.shape, np.float32)
         for k in range(ids.shape[1]):

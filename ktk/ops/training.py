@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ktk.backends import Operands
 from ktk.errors import BackendError
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.fma import fma
@@ -91,7 +92,7 @@ def forward(
         z = moe.runner.forward_saved(hidden, ids, weights, lora, out)
         return result, dataclasses.replace(saved, z=z) if is_saved else saved
     if lora is None or not is_adapted:
-        moe.run(hidden, ids, weights, None, out)
+        moe.run(Operands(hidden, ids, weights, None, out))
         return result, saved
     y = np.zeros((ids.size, moe.spec.hidden_size), np.float32)  # of each pair
     kept = []

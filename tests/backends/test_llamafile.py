@@ -14,6 +14,7 @@ import ktk
 from ktk import backends
 from ktk._cy import native_module
 from ktk._cy.isa import ISA_ROWS
+from ktk.backends import Operands
 from ktk.backends.native import NativeRunner
 from ktk.bench.blocks import error_bound, random_blocks, random_matrix
 from ktk.experts.activation import Activation
@@ -45,7 +46,7 @@ def load(experts: StoredExperts, isa: str, num_threads: int = 2) -> NativeRunner
 
 def run(runner: NativeRunner, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
     out = np.full_like(x, 7)
-    runner.forward(x, ids, weights, None, out, None)
+    runner.forward(Operands(x, ids, weights, None, out))
     return out
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ktk import backends
 from ktk._cy import native_module
+from ktk.backends import Operands
 from ktk.experts.spec import MoESpec
 from ktk.machine import cpu
 from ktk.machine import openmp as _openmp
@@ -153,7 +154,7 @@ def test_experts_split_over_nodes_give_the_same_bits(name: str, group: int, coun
     want = ExactExperts(packed).forward(x, ids, weights)
     for tokens in (1, 3, 40):
         out = np.empty_like(x[:tokens])
-        runner.forward(x[:tokens], ids[:tokens], weights[:tokens], None, out, None)
+        runner.forward(Operands(x[:tokens], ids[:tokens], weights[:tokens], None, out))
         assert_exact(want[:tokens], out)
     for projection, rows in (("gate_up", x), ("down", random_hidden(40, 272, 5))):
         experts = np.arange(40) % 6

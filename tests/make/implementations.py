@@ -10,6 +10,7 @@ import pytest
 from ktk import backends
 from ktk._cy import emulate_tiles, native_module
 from ktk._cy.isa import ISA_ROWS
+from ktk.backends import Operands
 from ktk.backends.base import Runner
 from ktk.backends.native import NativeBackend, NativeRunner
 from ktk.experts.stored import StoredExperts
@@ -20,6 +21,15 @@ IMPLEMENTATIONS = [
     *(("native", row.name) for row in ISA_ROWS),
     *((name, "") for name, b in backends.backends().items() if not isinstance(b, NativeBackend)),
 ]
+COMPARED = [row for row in IMPLEMENTATIONS if row[0] != "NUMPY"]  # with the reference, which it is
+
+
+def each_of(rows: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """A test's ``implementation``."""
+    return pytest.mark.parametrize("implementation", rows, ids=lambda one: one[1] or one[0])
+
+
+implementations = each_of(IMPLEMENTATIONS)
 
 
 def emulate_or_skip() -> Any:
@@ -79,5 +89,5 @@ def run(
 ) -> np.ndarray:
     """What a runner's forward pass gives, float32 (num_tokens, hidden_size)."""
     out = np.full_like(x, 7)
-    runner.forward(x, ids, weights, skip, out, add)
+    runner.forward(Operands(x, ids, weights, skip, out, add))
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ktk import backends
+from ktk.backends import Operands
 from ktk.backends.base import Runner
 from ktk.experts.spec import MoESpec
 from ktk.machine.threads import EngineLayout
@@ -26,5 +27,5 @@ def case(num_threads: int) -> tuple[Runner, tuple[np.ndarray, ...]]:
 def run(runner: Runner, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
     out = np.empty_like(inputs[0])
     hidden, ids, weights = inputs
-    runner.forward(hidden, ids, weights, None, out, None)
+    runner.forward(Operands(hidden, ids, weights, None, out))
     return out

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ktk
+from ktk.backends import Operands
 from ktk.machine import queue as fifo
 from ktk.reference.moe import ExactExperts
 
@@ -100,10 +101,10 @@ def spy(
     calls: list[int] = []
     real = wrapper.moe.runner.forward
 
-    def forward(hidden: np.ndarray, *rest: Any) -> None:
-        calls.append(len(hidden))
-        before(hidden)
-        real(hidden, *rest)
+    def forward(given: Operands) -> None:
+        calls.append(len(given.hidden))
+        before(given.hidden)
+        real(given)
 
     monkeypatch.setattr(wrapper.moe.runner, "forward", forward)
     return calls

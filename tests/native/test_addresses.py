@@ -13,6 +13,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from ktk._cy import native_module
+from ktk.backends import Operands
 from ktk.backends.native import NativeRunner
 from ktk.bench.blocks import random_matrix
 from ktk.errors import BackendError
@@ -94,7 +95,7 @@ def routed(experts: int = EXPERTS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def run(runner: NativeRunner, routing: tuple[np.ndarray, ...], skip: Any = None) -> np.ndarray:
     x, ids, weights = routing
     out = np.full_like(x, 7)
-    runner.forward(x, ids, weights, skip, out, None)
+    runner.forward(Operands(x, ids, weights, skip, out))
     return out
 
 
@@ -118,7 +119,7 @@ def test_a_call_to_an_absent_expert_names_it_and_computes_nothing(case: str) -> 
         mover.drop(expert)
     out = np.full_like(x, 7)
     with pytest.raises(BackendError, match="^experts 1, 4 are not in memory"):
-        runner.forward(x, ids, weights, None, out, None)
+        runner.forward(Operands(x, ids, weights, None, out))
     assert (out == 7).all()
     with pytest.raises(BackendError, match="^experts 4 are not in memory"):
         runner.linear("down", np.zeros((2, 288), np.float32), np.array([0, 4]))

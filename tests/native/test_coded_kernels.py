@@ -4,6 +4,8 @@ and against float64 where a sum is long.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -12,15 +14,14 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.reference.moe import ExactExperts
 from make.cases import assert_exact, pack_all, random_experts, random_hidden
-from make.implementations import IMPLEMENTATIONS, load
+from make.implementations import COMPARED, each_of, load, run
 
 CODED = [f for f in PANELS.values() if not f.is_integer and f.scales is not None]
 GROUPS = [(f.name, g) for f in CODED for g in f.group_sizes]
 FIRST = [(f.name, f.default_group) for f in CODED]
-# The NumPy backend is the model itself.
-COMPARED = [row for row in IMPLEMENTATIONS if row[0] != "NUMPY"]
 
 
+@functools.lru_cache(maxsize=1)  # the implementations that run a case follow each other
 def random_codes(spec: MoESpec, seed: int) -> StoredExperts:
     """Experts whose codes are any finite ones, with the scales of random weights."""
     packed, rng = pack_all(spec, random_experts(spec, seed)), np.random.default_rng(seed)
@@ -37,7 +38,7 @@ def random_codes(spec: MoESpec, seed: int) -> StoredExperts:
     return packed
 
 
-@pytest.mark.parametrize("implementation", COMPARED, ids=lambda i: i[1] or i[0])
+@each_of(COMPARED)
 @pytest.mark.parametrize(("name", "group"), GROUPS)
 def test_any_code_is_multiplied_exactly(
     implementation: tuple[str, str], name: str, group: int
@@ -56,7 +57,7 @@ def test_any_code_is_multiplied_exactly(
             assert_exact(want[:rows], runner.linear(projection, x[:rows], ids))
 
 
-@pytest.mark.parametrize("implementation", COMPARED[:1], ids=lambda i: i[1] or i[0])
+@each_of(COMPARED[:1])
 @pytest.mark.parametrize(("name", "group"), FIRST)
 def test_k_above_7168(implementation: tuple[str, str], name: str, group: int) -> None:
     spec = MoESpec(1, 7424, 16, name, group, has_gate=False)
@@ -72,7 +73,7 @@ def test_k_above_7168(implementation: tuple[str, str], name: str, group: int) ->
         assert np.abs(weights[:, 7168:]).max() > 0  # what a shorter sum would leave out
 
 
-@pytest.mark.parametrize("implementation", COMPARED[:1], ids=lambda i: i[1] or i[0])
+@each_of(COMPARED[:1])
 @pytest.mark.parametrize(("name", "group"), FIRST)
 def test_a_layer_of_them_gives_the_exact_models_bits(
     implementation: tuple[str, str], name: str, group: int
@@ -82,6 +83,5 @@ def test_a_layer_of_them_gives_the_exact_models_bits(
     x = random_hidden(5, 72, 8)
     ids = np.array([[0, 1], [0, -1], [1, 0], [0, 1], [1, -1]])
     weights = np.full(ids.shape, 0.5, np.float32)
-    out = np.empty_like(x)
-    load(implementation, packed).forward(x, ids, weights, None, out, None)
-    assert_exact(ExactExperts(packed).forward(x, ids, weights), out)
+    got = run(load(implementation, packed), x, ids, weights)
+    assert_exact(ExactExperts(packed).forward(x, ids, weights), got)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ktk import backends
+from ktk.backends import Operands
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.rotation import Rotation
 from ktk.experts.stored import StoredExperts
@@ -409,7 +410,8 @@ class KTMoEWrapper(WeightWriter):
         def immediate_task() -> Any:
             try:
                 add = None if pending is None else pending.take()
-                self._run(moe, staging.hidden, staging.ids, staging.weights, skip, out, add)
+                own = staging.hidden, staging.ids, staging.weights
+                self._run(moe, Operands(*own, skip, out, add))
                 return result
             finally:
                 if deferred_ids is None:
@@ -421,7 +423,7 @@ class KTMoEWrapper(WeightWriter):
                 assert deferred_ids is not None
                 floats = to_f32(staging.hidden)
                 sums = np.empty_like(floats)
-                self._run(moe, floats, deferred_ids, staging.weights, skip, sums)
+                self._run(moe, Operands(floats, deferred_ids, staging.weights, skip, sums))
                 return sums
             finally:
                 _buffers.give_back(staging)
@@ -432,21 +434,14 @@ class KTMoEWrapper(WeightWriter):
             sequence.deferred = Deferred((self.layer_idx + 1, *call.hidden.shape), deferred)
         return _Submitted(ticket, deferred, len(call.hidden), call.device)
 
-    def _run(
-        self,
-        moe: AnyMoE,
-        hidden: np.ndarray,
-        ids: np.ndarray,
-        weights: np.ndarray,
-        skip: np.ndarray | None,
-        out: np.ndarray,
-        add: np.ndarray | None = None,
-    ) -> None:
+    def _run(self, moe: AnyMoE, given: Operands) -> None:
         """moe.run, at most ``chunked_prefill_size`` tokens at a time."""
-        for start in range(0, len(hidden), self.chunked_prefill_size):
-            rows = slice(start, start + self.chunked_prefill_size)
-            more = None if add is None else add[rows]
-            moe.run(hidden[rows], ids[rows], weights[rows], skip, out[rows], more)
+        num_tokens, most = len(given.hidden), self.chunked_prefill_size
+        if num_tokens <= most:
+            moe.run(given)
+            return
+        for start in range(0, num_tokens, most):
+            moe.run(given.part(slice(start, start + most)))
 
     def _finish(self, submitted: _Submitted, stream: Any) -> Any:
         try:
