@@ -63,30 +63,12 @@ def command(
     prompt_lookup: opening.PromptLookup = 8,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    memory = opening.expert_memory(expert_memory, residency_policy)
-    hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
-    store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
-    opened = opening.load(
-        model,
-        method,
-        weight_format,
-        linear,
-        dtype,
-        force,
-        memory=memory,
-        hybrid=hybrid,
-        adapter=adapter,
-        kv_dtype=kv_dtype,
-    )
+    opened, session = opening.session_of(call)
     if not opened.tokenizer.chat_template:
         raise ValueError(
             f"{model} has no chat template, so it was made to continue text: use ktk run {model} "
             "PROMPT"
         )
-    from ktk.generate.session import Session
-
-    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype, prompt_lookup)
-    opening.keep(session, store, opened, linear)
     chat = Chat(opened, session, system)
     chat.options = {
         "sampling": opening.sampling_of(opened.model, temperature, top_p, top_k, seed),

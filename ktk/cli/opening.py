@@ -306,10 +306,31 @@ def kept_texts(
     return call.with_resource(open_store(path, limit or KV_DISK_LIMIT))
 
 
-def keep(session: Session, store: PrefixStore | None, opened: OpenModel, linear: str) -> None:
-    """Let a session use the store, or say that it does not."""
-    if store is not None and not session.keep(store, opened, linear):
+def model_of(call: typer.Context) -> tuple[OpenModel, PrefixStore | None]:
+    """What the options that run, chat and serve share ask for: the model, loaded, and the store of
+    --kv-disk. Typer reads them off the commands' signatures; their values are ``call.params``.
+    """
+    given = call.params
+    memory = expert_memory(given["expert_memory"], given["residency_policy"])
+    asked = hybrid(
+        given["gpu_experts"], given["placement"], given["device"], given["max_deferred_experts"]
+    )
+    store = kept_texts(call, given["kv_disk"], given["kv_disk_limit"], asked)
+    shared = ("method", "weight_format", "linear", "dtype", "force", "adapter", "kv_dtype")
+    own = {name: given[name] for name in shared} | {"context": given.get("context")}
+    return load(given["model"], **own, memory=memory, hybrid=asked), store
+
+
+def session_of(call: typer.Context) -> tuple[OpenModel, Session]:
+    """``model_of``, and the fastest session of it, over the store where it can be."""
+    opened, store = model_of(call)
+    from ktk.generate.session import Session
+
+    kv_dtype, lookup = call.params["kv_dtype"], call.params["prompt_lookup"]
+    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype, lookup)
+    if store is not None and not session.keep(store, opened, call.params["linear"]):
         typer.echo("ktk: warning: --kv-disk is not used: torch runs this model's layers", err=True)
+    return opened, session
 
 
 def quiet_transformers() -> None:

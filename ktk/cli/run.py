@@ -64,25 +64,7 @@ def command(
     if raw and system is not None:
         raise typer.BadParameter("--raw takes no --system: it adds nothing to the prompt")
     text = sys.stdin.read() if prompt == "-" else prompt
-    memory = opening.expert_memory(expert_memory, residency_policy)
-    hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
-    store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
-    opened = opening.load(
-        model,
-        method,
-        weight_format,
-        linear,
-        dtype,
-        force,
-        memory=memory,
-        hybrid=hybrid,
-        adapter=adapter,
-        kv_dtype=kv_dtype,
-    )
-    from ktk.generate.session import Session
-
-    session = Session.fastest(opened.model, opened.tokenizer, kv_dtype, prompt_lookup)
-    opening.keep(session, store, opened, linear)
+    opened, session = opening.session_of(call)
     if raw or not opened.tokenizer.chat_template:
         if system is not None:
             raise ValueError("--system needs a chat template, which this model's tokenizer has not")

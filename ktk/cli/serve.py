@@ -141,22 +141,7 @@ def command(
     from ktk.server.app import Access
     from ktk.server.serve import serve
 
-    memory = opening.expert_memory(expert_memory, residency_policy)
-    hybrid = opening.hybrid(gpu_experts, placement, device, max_deferred_experts)
-    store = opening.kept_texts(call, kv_disk, kv_disk_limit, hybrid)
-    opened = opening.load(
-        model,
-        method,
-        weight_format,
-        linear,
-        dtype,
-        force,
-        context,
-        memory,
-        hybrid,
-        adapter,
-        kv_dtype,
-    )
+    opened, store = opening.model_of(call)
     found = opened.description
     size, swap = cache_bytes(kv_cache, kv_swap, found.kv_bytes, force)
     limits = Limits(

@@ -151,7 +151,7 @@ def describe_model(
     path : a Hugging Face directory, one that ``ktk convert`` wrote, or a GGUF model's file, part or
         directory.
     weight_format : of float experts: a name of ``ktk.experts.formats.PANELS``; None or "auto" takes
-    int8 if it fits into memory, else int4. dtype : "bfloat16", "float16" or "float32" for
+    int8 if it fits into memory, else nl4. dtype : "bfloat16", "float16" or "float32" for
     everything but the experts; None keeps the checkpoint's.
     context : tokens of KV cache; None: the model's longest, at most 8192. linear, expert_memory :
     as in ``open_model``. kv_dtype : of the KV cache, a row of ``KV_DTYPES``; None: ``dtype``.
