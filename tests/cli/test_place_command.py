@@ -39,9 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def grid_of(model: Path) -> ExpertGrid:
     config = json.loads((model / "config.json").read_text())
-    return ExpertGrid.of_rule(
-        config["num_hidden_layers"], config["n_routed_experts"], config["first_k_dense_replace"]
-    )
+    layers = config["num_hidden_layers"]
+    moe_layers = tuple(range(config["first_k_dense_replace"], layers))
+    return ExpertGrid(layers, config["n_routed_experts"], moe_layers)
 
 
 def report(*arguments: object) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,30 +35,6 @@ class ExpertGrid:
             )
         if not self.moe_layers:
             raise ValueError("no layer has experts: there is nothing to place")
-
-    @classmethod
-    def of_rule(
-        cls,
-        num_layers: int,
-        num_experts: int,
-        first_k_dense_replace: int = 0,
-        moe_layer_freq: int | Sequence[int] = 1,
-    ) -> ExpertGrid:
-        """As configs of DeepSeek's kind tell: the first layers are dense, and then every
-        ``moe_layer_freq``-th has experts; a list has a flag for each layer.
-        """
-        later = range(first_k_dense_replace, num_layers)
-        if isinstance(moe_layer_freq, int):
-            if moe_layer_freq < 1:
-                raise ValueError(f"moe_layer_freq={moe_layer_freq}: must be at least 1")
-            layers = tuple(n for n in later if n % moe_layer_freq == 0)
-        else:
-            if len(moe_layer_freq) != num_layers:
-                raise ValueError(
-                    f"moe_layer_freq lists {len(moe_layer_freq)} layers: must be {num_layers}"
-                )
-            layers = tuple(n for n in later if moe_layer_freq[n])
-        return cls(num_layers, num_experts, layers)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ktk.placement.residency.pools import PoolOptions, Pools
 from ktk.placement.residency.trace import Call, Trace
 
@@ -74,10 +72,3 @@ def replay(trace: Trace, options: PoolOptions, calls: list[Call] | None = None) 
 def waves(keys: list[int], room: int) -> list[list[int]]:
     """The keys in their order, cut so that each part fits into the room."""
     return [keys[start : start + room] for start in range(0, len(keys), room)]
-
-
-def distinct_share(trace: Trace) -> float:
-    """Of the model's experts, those the trace uses at all: 0 to 1."""
-    valid = trace.expert_ids >= 0
-    keys = (trace.layers[:, None].astype(np.int64) * trace.num_experts + trace.expert_ids)[valid]
-    return len(np.unique(keys)) / (trace.num_layers * trace.num_experts)

@@ -16,7 +16,7 @@ from ktk.placement.masks.strategies import (
 )
 
 # The first layer is dense; 3 layers of 3 experts.
-GRID = ExpertGrid.of_rule(4, 3, first_k_dense_replace=1)
+GRID = ExpertGrid(4, 3, (1, 2, 3))
 COUNTS = np.array([[9, 9, 9], [5, 0, 3], [7, 7, 1], [0, 3, 3]])
 # torch.randperm(9) of a generator with the seed 42.
 SHUFFLED = [6, 4, 0, 7, 5, 8, 3, 2, 1]
@@ -85,13 +85,6 @@ def test_of_equals_the_first_is_taken() -> None:
 def test_the_function_of_kt_kernel_refuses(freq: np.ndarray) -> None:
     with pytest.raises(ValueError, match="activation"):
         generate_gpu_experts_masks(freq, 1)
-
-
-def test_layers_with_experts_by_the_rules_of_configs() -> None:
-    assert ExpertGrid.of_rule(6, 8).moe_layers == (0, 1, 2, 3, 4, 5)
-    assert ExpertGrid.of_rule(6, 8, first_k_dense_replace=1).moe_layers == (1, 2, 3, 4, 5)
-    assert ExpertGrid.of_rule(6, 8, 1, 2).moe_layers == (2, 4)
-    assert ExpertGrid.of_rule(4, 8, 0, [0, 1, 0, 1]).moe_layers == (1, 3)
 
 
 def test_room_is_said_in_three_ways() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from ktk.errors import CheckpointError
-from ktk.placement.residency.replay import distinct_share
 from ktk.placement.residency.synthetic import Synthetic, synthetic_trace
 from ktk.placement.residency.trace import Trace, read_trace, spread
 from make.cases import assert_exact
@@ -86,7 +85,6 @@ def test_the_spread_is_that_of_a_count_by_hand() -> None:
     assert found.reuse == pytest.approx((1 / 4 + 1) / 2)
     assert found.top_tenth == pytest.approx((2 / 6 + 2 / 3) / 2)
     assert found.top_half == pytest.approx((4 / 6 + 1) / 2)
-    assert distinct_share(small()) == 6 / 8
 
 
 WRONG = {
