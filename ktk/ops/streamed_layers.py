@@ -54,11 +54,12 @@ class StreamedLayers:
             number: StreamedMoE(moe, self.slots, at, named)
             for at, (number, moe) in enumerate(zip(numbers, moes, strict=True))
         }
-
         for number, following in pairwise(numbers):
             self._layers[number].following = self._layers[following]
-        self.slots.on_looks_ahead += [moe.foresight.turn for moe in self._layers.values()]
-        self.slots.bring_natively([getattr(moe.runner, "experts", None) for moe in moes])
+        self.slots.bring_natively(
+            [getattr(moe.runner, "experts", None) for moe in moes],
+            [moe.foresight.turn for moe in self._layers.values()],
+        )
         away = elsewhere or {}
         self.slots.fill([away.get(number) for number in numbers])
         self.slots.watch()

@@ -14,41 +14,29 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ktk._cy import native_module
-from ktk.placement.residency.pools import PoolOptions
-from ktk.placement.residency.reader import ExpertReader
 from ktk.placement.residency.shared_lock import SharedLock
 from ktk.placement.residency.slots import Slots
 from ktk.placement.residency.states import ExpertState, SlotState
-from ktk.placement.store import ExpertStore
 
 MOST_OFFERED = 48  # slots; a token of 12 layers misses up to 30 experts with a quarter in memory
 OFFERED_SHARE = 8  # one slot of so many is offered: who is has left the policy's order
 
 
 class NativeSlots(Slots):
-    """Slots as ``Slots`` takes them; native calls bring experts once ``bring_natively`` allows it.
+    """``Slots`` whose experts native calls bring, too, once ``bring_natively`` allows it."""
 
-    on_looks_ahead : told whether reading ahead pays, as native calls cannot ask.
-    """
+    _on_looks_ahead: list[Callable[[bool], None]]
+    _failed: list[int]  # whose native read failed; Python is to read them
+    _unwanted: list[int]  # lost, and their last reader has gone
 
-    def __init__(
-        self,
-        stores: Sequence[ExpertStore],
-        reader: ExpertReader,
-        options: PoolOptions,
-        top_k: int,
-        num_readers: int = 4,
+    def bring_natively(
+        self, experts: Sequence[Any], on_looks_ahead: Sequence[Callable[[bool], None]] = ()
     ) -> None:
-        super().__init__(stores, reader, options, top_k, num_readers)
-        self.on_looks_ahead: list[Callable[[bool], None]] = []
-        self._failed: list[int] = []  # whose native read failed; Python is to read them
-        self._unwanted: list[int] = []  # lost, and their last reader has gone
-
-    def bring_natively(self, experts: Sequence[Any]) -> None:
         """Let decoder layers bring experts without Python, where that can be: the reader's files
         are read past the page cache, and the policy needs no more than who was used.
 
         experts : of each layer the native experts that run them, alone. Before any call.
+        on_looks_ahead : told whether reading ahead pays, as native calls cannot ask.
         """
         files, module = self.reader.files(), native_module()
         listened = all(store.num_listeners == 1 for store in self._stores)
@@ -64,6 +52,7 @@ class NativeSlots(Slots):
             arrivals.follow(layer, own, store.offsets, fd, first, store.span_bytes)
         for key, standing in enumerate(self._standing):
             arrivals.standing[key] = standing
+        self._on_looks_ahead, self._failed, self._unwanted = list(on_looks_ahead), [], []
         self._standing, self.arrivals = arrivals.standing, arrivals
         lock: Any = SharedLock(arrivals, self._settle)
         self._changed = threading.Condition(lock)
@@ -135,7 +124,7 @@ class NativeSlots(Slots):
             self._dropped(key)
         self._unwanted.clear()
         looks_ahead = self.looks_ahead
-        for turn in self.on_looks_ahead:
+        for turn in self._on_looks_ahead:
             turn(looks_ahead)
         self._changed.notify_all()
 

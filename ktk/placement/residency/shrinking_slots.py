@@ -35,9 +35,8 @@ class ShrinkingSlots(NativeSlots):
         reader: ExpertReader,
         options: PoolOptions,
         top_k: int,
-        num_readers: int = 4,
     ) -> None:
-        super().__init__(stores, reader, options, top_k, num_readers)
+        super().__init__(stores, reader, options, top_k)
         # One token's, and those of any one layer, so that calls find the room they were told of.
         least = max(sum(min(top_k, count) for count in self._counts), *self._counts)
         is_fixed = options.is_per_layer or options.min_per_layer > 0
