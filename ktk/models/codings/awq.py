@@ -12,7 +12,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, unpack
+from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, groups_of, unpack
 from ktk.models.codings.module import ModuleMatrix, QuantSettings, check, read_floats
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -56,14 +56,7 @@ class _Awq(Int4Coding):
         for suffix in ("qzeros", "scales"):
             self.missing(checkpoint, tensors, suffix)
         inputs, outputs = info.shape[0], info.shape[1] * PER_WORD
-        scales = checkpoint.info(tensors["scales"])
-        groups = scales.shape[0] if scales.shape else 0
-        if not groups or inputs % groups:
-            raise CheckpointError(
-                f"{scales.file}: tensor {tensors['scales']!r} is {scales.shape}: must be (groups, "
-                f"{outputs}), {inputs} a multiple of groups"
-            )
-        check(scales, tensors["scales"], ("F16", "BF16", "F32"), (groups, outputs))
+        groups = groups_of(checkpoint, tensors["scales"], inputs, outputs)
         qzeros = tensors["qzeros"]
         check(checkpoint.info(qzeros), qzeros, ("I32",), (groups, outputs // PER_WORD))
         return _AwqMatrix(name, tensors, (outputs, inputs), groups)

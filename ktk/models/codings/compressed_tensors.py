@@ -14,7 +14,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, unpack
+from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, groups_of, unpack
 from ktk.models.codings.module import ModuleMatrix, QuantSettings, check, read_floats
 
 
@@ -63,14 +63,7 @@ class _CompressedTensors(Int4Coding):
                 f"{info.file}: tensor {name!r} is {info.shape}: {tensors['weight_shape']!r} says "
                 f"({rows}, {columns}), so it must be {(rows, -(-columns // PER_WORD))}"
             )
-        scale = checkpoint.info(tensors["weight_scale"])
-        groups = scale.shape[1] if len(scale.shape) == 2 else 0
-        if not groups or columns % groups:
-            raise CheckpointError(
-                f"{scale.file}: tensor {tensors['weight_scale']!r} is {scale.shape}: must be "
-                f"({rows}, groups), {columns} a multiple of groups"
-            )
-        check(scale, tensors["weight_scale"], ("BF16", "F16", "F32"), (rows, groups))
+        groups = groups_of(checkpoint, tensors["weight_scale"], columns, rows, axis=1)
         if "weight_zero_point" in tensors:
             zero = tensors["weight_zero_point"]
             check(checkpoint.info(zero), zero, ("I32",), (-(-rows // PER_WORD), groups))

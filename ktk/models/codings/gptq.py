@@ -14,7 +14,7 @@ import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
 from ktk.errors import CheckpointError
-from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, unpack
+from ktk.models.codings.int4 import PER_WORD, Int4Coding, Int4Matrix, groups_of, unpack
 from ktk.models.codings.module import ModuleMatrix, QuantSettings, check, read_floats
 
 
@@ -60,14 +60,12 @@ class _Gptq(Int4Coding):
         for suffix in ("qzeros", "scales"):
             self.missing(checkpoint, tensors, suffix)
         inputs, outputs = info.shape[0] * PER_WORD, info.shape[1]
-        scales = checkpoint.info(tensors["scales"])
-        groups = scales.shape[0] if scales.shape else 0
-        if not groups or inputs % groups or outputs % PER_WORD:
+        if outputs % PER_WORD:
             raise CheckpointError(
-                f"{scales.file}: tensor {tensors['scales']!r} is {scales.shape}: must be (groups, "
-                f"{outputs}), {inputs} a multiple of groups and {outputs} of {PER_WORD}"
+                f"{info.file}: tensor {tensors['qweight']!r} is {info.shape}: must have columns a "
+                f"multiple of {PER_WORD}"
             )
-        check(scales, tensors["scales"], ("F16", "BF16", "F32"), (groups, outputs))
+        groups = groups_of(checkpoint, tensors["scales"], inputs, outputs)
         qzeros = tensors["qzeros"]
         check(checkpoint.info(qzeros), qzeros, ("I32",), (groups, outputs // PER_WORD))
         if "g_idx" in tensors:

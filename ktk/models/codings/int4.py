@@ -12,9 +12,10 @@ from abc import abstractmethod
 import numpy as np
 
 from ktk.checkpoint.safetensors import Checkpoint
+from ktk.errors import CheckpointError
 from ktk.experts.formats import PANELS
 from ktk.experts.stored import CodedMatrix
-from ktk.models.codings.module import ModuleCoding, ModuleMatrix
+from ktk.models.codings.module import ModuleCoding, ModuleMatrix, check
 
 PER_WORD = 8
 SYMMETRIC_ZERO = 8
@@ -86,6 +87,23 @@ class Int4Coding(ModuleCoding):
     """Codes of 4 bits in words of 32."""
 
     dtype = "I32"
+
+
+def groups_of(checkpoint: Checkpoint, name: str, inputs: int, outputs: int, axis: int = 0) -> int:
+    """How many groups a row has, by its scales, which are checked: (groups, outputs), or with axis
+    1 (outputs, groups). CheckpointError if they are not, or ``inputs`` is no multiple of groups.
+    """
+    info = checkpoint.info(name)
+    groups = info.shape[axis] if len(info.shape) == 2 else 0
+    if not groups or inputs % groups:
+        wanted = f"({outputs}, groups)" if axis else f"(groups, {outputs})"
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} is {info.shape}: must be {wanted}, {inputs} a multiple "
+            "of groups"
+        )
+    shape = (outputs, groups) if axis else (groups, outputs)
+    check(info, name, ("F16", "BF16", "F32"), shape)
+    return groups
 
 
 def unpack(words: np.ndarray) -> np.ndarray:
