@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -150,14 +150,12 @@ def _options(
 
 
 def _packed_bytes(spec: MoESpec, coding: Coding) -> int:
-    fields = {name: getattr(spec, name) for name in ("num_experts", "hidden_size")}
-    packed = MoESpec(
-        **fields,
-        intermediate_size=spec.intermediate_size,
+    packed = replace(
+        spec,
         weight_format=coding.format.name,
         group_size=coding.group_size,
-        has_gate=spec.has_gate,
-        has_bias=spec.has_bias,
+        activation_group=None,
+        rotation=None,
     )
     return packed.num_experts * packed.layout.expert_bytes
 

@@ -13,6 +13,7 @@ BLOCK = 256
 _ROW_F16: dict[str, Any] = {"row_scale": "f16"}
 _ROW_F32: dict[str, Any] = {"row_scale": "f32"}
 _SCALES = Plane("scales", "f16", BLOCK)
+_SIGNS = Plane("signs", "u8", 8)
 
 
 def _codes(bits: int, weights: int = 1) -> Plane:
@@ -39,9 +40,7 @@ ROWS = (
     _row("IQ2_KS", 145, _shifts(32), _multipliers("u5", 32), _codes(2), **_ROW_F16),
     _row("IQ2_K", 137, _SCALES, _shifts(16), _multipliers("u4", 16), _codes(2)),
     _row("IQ2_KL", 157, _multipliers("u6", 32), _codes(5, 2), **_ROW_F16),
-    _row(
-        *("IQ3_KT", 154, _multipliers("u4", 32), _codes(16, 8), Plane("signs", "u8", 8)), **_ROW_F32
-    ),
+    _row("IQ3_KT", 154, _multipliers("u4", 32), _codes(16, 8), _SIGNS, **_ROW_F32),
     _row("IQ3_KS", 156, _shifts(32), _multipliers("u5", 32), _codes(3), **_ROW_F16),
     _row("IQ3_K", 138, _SCALES, _shifts(16), _multipliers("u5", 16), _codes(3)),
     # Its shift is that of a state.
