@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from ktk import log
-
 # Several processes test at once, each with a thread a core. OpenMP's threads spin where they wait:
-# beside another process two took 5 times the CPU time of one, two that sleep 0.9 times.
+# beside another process two took 5 times the CPU time of one, two that sleep 0.9 times. So do
+# NumPy's, which reads this when it is imported: of small products 35 s of CPU time with two, 22 s
+# with one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _warnings_come_again() -> None:
     """A warning that an earlier test has seen is not the last of its kind."""
+    from ktk import log
+
     log.forget_warnings()
 
 

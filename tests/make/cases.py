@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ktk.experts.spec import MoESpec
@@ -40,6 +42,12 @@ def pack_all(spec: MoESpec, experts: list[ExpertWeights]) -> StoredExperts:
     for e, weights in enumerate(experts):
         pack_expert(spec, weights, data[e])
     return StoredExperts.of_panels(spec, data)
+
+
+@functools.lru_cache(maxsize=1)  # the implementations that run a case follow each other
+def packed_experts(spec: MoESpec, seed: int) -> StoredExperts:
+    """``random_experts``, packed; the same ones again, which nobody may change."""
+    return pack_all(spec, random_experts(spec, seed))
 
 
 def random_routing(

@@ -27,10 +27,19 @@ from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
 from ktk.machine.threads import EngineLayout
 from ktk.reference.moe import ExactExperts
-from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
+from make.cases import (
+    assert_exact,
+    pack_all,
+    packed_experts,
+    random_experts,
+    random_hidden,
+    random_routing,
+)
 from make.implementations import (
-    IMPLEMENTATIONS,
+    COMPARED,
+    each_of,
     emulate_or_skip,
+    implementations,
     load,
     run,
     sums_on_tiles,
@@ -61,7 +70,7 @@ def exact_case(
     has_add: bool = False,
     bf16_on_tiles: bool = False,
 ) -> Case:
-    packed = pack_all(spec, random_experts(spec, seed))
+    packed = packed_experts(spec, seed)
     x = random_hidden(num_tokens, spec.hidden_size, seed + 1)
     routing = random_routing(num_tokens, top_k, spec.num_experts, seed + 2)
     add = random_hidden(num_tokens, spec.hidden_size, seed + 3) if has_add else None
@@ -69,7 +78,7 @@ def exact_case(
     return Case(packed, (x, *routing), add, want)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize(("name", "group"), FORMAT_GROUPS)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
 def test_forward_is_the_exact_model(
@@ -80,7 +89,7 @@ def test_forward_is_the_exact_model(
     assert_exact(case.want, run(load(implementation, case.packed), *case.inputs))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize(
     ("name", "activation_group"),
     [(f.name, g) for f in ROWS for g in ((32, 64, 128, 256) if f.is_integer else (0,))],
@@ -109,36 +118,29 @@ def test_activations_biases_and_activation_groups(
     assert_exact(case.want, got)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize("top_k", [1, 6])
 def test_one_and_all_experts_of_a_token(implementation: tuple[str, str], top_k: int) -> None:
     spec = MoESpec(6, 64, 96, "int4")
-    packed = pack_all(spec, random_experts(spec, 15))
-    x = random_hidden(3, 64, 16)
-    ids, weights = random_routing(3, top_k, 6, 17)
-    want = ExactExperts(packed).forward(x, ids, weights)
-    assert_exact(want, run(load(implementation, packed), x, ids, weights))
+    case = exact_case(spec, 3, top_k, 15)
+    assert_exact(case.want, run(load(implementation, case.packed), *case.inputs))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize(("hidden", "intermediate"), [(7200, 16), (16, 7200)])
 def test_long_reductions_with_few_rows_per_expert(
     implementation: tuple[str, str], hidden: int, intermediate: int
 ) -> None:
     spec = MoESpec(2, hidden, intermediate, "int4")
-    packed = pack_all(spec, random_experts(spec, 18))
+    packed = packed_experts(spec, 18)
+    runner = load(implementation, packed)
     x = random_hidden(7, hidden, 19)
     ids = np.array([[0], [0], [1], [1], [1], [0], [1]])  # 3 and 4 rows
     weights = np.ones((7, 1), np.float32)
-    want = ExactExperts(packed).forward(x, ids, weights)
-    assert_exact(want, run(load(implementation, packed), x, ids, weights))
+    assert_exact(ExactExperts(packed).forward(x, ids, weights), run(runner, x, ids, weights))
 
 
-@pytest.mark.parametrize(
-    "implementation",
-    [row for row in IMPLEMENTATIONS if row[0] != "NUMPY"],  # the reference itself, without tiles
-    ids=lambda i: i[1] or i[0],
-)
+@each_of(COMPARED)
 @pytest.mark.parametrize(
     ("name", "group", "activation_group"),
     [(f, g, a) for f, g in FORMAT_GROUPS if PANELS[f].is_integer for a in (32, 64, 128, 256)],
@@ -156,20 +158,17 @@ def test_rows_around_tile_edges(
         assert_exact(case.want[:rows], run(runner, *(a[:rows] for a in case.inputs)))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 def test_a_matrix_smaller_than_a_tile(implementation: tuple[str, str]) -> None:
     """K 32 and 96 are a single group whatever its size; 1 and 3 panels."""
     for name, group, activation_group in (("int8", 0, 128), ("int4", 128, 128), ("int4", 0, 64)):
         for hidden, intermediate in ((20, 33), (96, 7)):
             spec = MoESpec(1, hidden, intermediate, name, group, activation_group, has_gate=False)
-            packed = pack_all(spec, random_experts(spec, 83))
-            x = random_hidden(19, hidden, 84)
-            ids, weights = np.zeros((19, 1), np.int64), np.ones((19, 1), np.float32)
-            want = ExactExperts(packed).forward(x, ids, weights)
-            assert_exact(want, run(load(implementation, packed), x, ids, weights))
+            case = exact_case(spec, 19, 1, 83)
+            assert_exact(case.want, run(load(implementation, case.packed), *case.inputs))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize("group", PANELS["nl4"].group_sizes)
 @pytest.mark.parametrize("name", ["nl2", "nl3", "nl4"])
 @pytest.mark.parametrize("sign", [1, -1])
@@ -235,16 +234,16 @@ def test_any_shape_runs_exactly(
     ids, weights = random_routing(tokens, top_k, experts, seed)
     skip = np.random.default_rng(seed).random(experts) < 0.2
     for backend in backends.backends().values():
-        want = ExactExperts(packed, backend.name == "AMXBF16").forward(x, ids, weights, skip)
         if backend.why_not(spec) is None and backend.name not in ("NUMPY", "NUMBA"):
+            want = ExactExperts(packed, backend.name == "AMXBF16").forward(x, ids, weights, skip)
             assert_exact(want, run(backend.load(packed, EngineLayout(2)), x, ids, weights, skip))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize("name", NAMES)
 def test_a_token_is_bit_identical_in_any_batch(implementation: tuple[str, str], name: str) -> None:
     spec = MoESpec(8, 96, 64, name)
-    packed = pack_all(spec, random_experts(spec, 21))
+    packed = packed_experts(spec, 21)
     x = random_hidden(70, 96, 22)
     ids, weights = random_routing(70, 3, 8, 23)
     ids[10:] = ids[10]  # one expert with more rows than a row block
@@ -258,11 +257,11 @@ def test_a_token_is_bit_identical_in_any_batch(implementation: tuple[str, str], 
     assert_exact(together[order], run(runner, x[order], ids[order], weights[order]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_do_not_change_a_bit(implementation: tuple[str, str], name: str) -> None:
     spec = MoESpec(6, 128, 272, name)
-    packed = pack_all(spec, random_experts(spec, 31))
+    packed = packed_experts(spec, 31)
     x = random_hidden(37, 128, 32)
     ids, weights = random_routing(37, 2, 6, 33)
     want = run(load(implementation, packed, 1), x, ids, weights)
@@ -308,10 +307,10 @@ def test_chunks_of_tokens_do_not_change_a_bit() -> None:
         assert_exact(together[one], run(runner, x[one], ids[one], weights[one], None, add[one]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 def test_ids_outside_and_skipped_add_exactly_zero(implementation: tuple[str, str]) -> None:
     spec = MoESpec(4, 64, 64, "int8")
-    packed = pack_all(spec, random_experts(spec, 41))
+    packed = packed_experts(spec, 41)
     x = random_hidden(4, 64, 42)
     ids = np.array([[0, 1], [-1, 4], [2**62, -(2**63)], [3, 3]])
     weights = np.array([[0.5, 0.5], [9, 9], [np.nan, 1], [1, 1]], np.float32)
@@ -323,7 +322,7 @@ def test_ids_outside_and_skipped_add_exactly_zero(implementation: tuple[str, str
     assert got[3].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
@@ -333,7 +332,7 @@ def test_non_finite_hidden_stays_in_its_row(
     implementation: tuple[str, str], name: str, bad: float, activation: Activation
 ) -> None:
     spec = MoESpec(3, 160, 64, name, activation=activation)
-    packed = pack_all(spec, random_experts(spec, 51))
+    packed = packed_experts(spec, 51)
     x = random_hidden(9, 160, 52)
     ids, weights = random_routing(9, 3, 3, 53)
     clean = run(load(implementation, packed), x, ids, weights)
@@ -343,13 +342,13 @@ def test_non_finite_hidden_stays_in_its_row(
     assert_exact(np.delete(clean, 4, 0), np.delete(got, 4, 0))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize("dtype", ["float16", "bf16"])
 def test_half_precision_goes_in_exactly_and_comes_out_rounded_once(
     implementation: tuple[str, str], dtype: str
 ) -> None:
     spec = MoESpec(3, 100, 50, "int8")
-    packed = pack_all(spec, random_experts(spec, 61))
+    packed = packed_experts(spec, 61)
     x32 = random_hidden(11, 100, 62)
     ids, weights = random_routing(11, 2, 3, 63)
     if dtype == "bf16":
@@ -358,21 +357,21 @@ def test_half_precision_goes_in_exactly_and_comes_out_rounded_once(
     else:
         x = x32.astype(np.float16)
         wide = x.astype(np.float32)
+    got = run(load(implementation, packed), x, ids, weights)
     want = ExactExperts(packed).forward(wide, ids, weights)
-    want = f32_to_bf16(want) if dtype == "bf16" else want.astype(np.float16)
-    assert_exact(want, run(load(implementation, packed), x, ids, weights))
+    assert_exact(f32_to_bf16(want) if dtype == "bf16" else want.astype(np.float16), got)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0])
+@implementations
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no_gate"])
 def test_linear_is_one_projection(
     implementation: tuple[str, str], name: str, has_gate: bool
 ) -> None:
     spec = MoESpec(4, 70, 150, name, has_gate=has_gate)
-    packed = pack_all(spec, random_experts(spec, 71))
-    exact = ExactExperts(packed, sums_on_tiles(implementation, name))
+    packed = packed_experts(spec, 71)
     runner = load(implementation, packed)
+    exact = ExactExperts(packed, sums_on_tiles(implementation, name))
     ids = np.array([3, 0, 0, 2, 3, 3, 0])
     for projection, names, width in (
         ("gate_up", ("gate", "up") if has_gate else ("up",), 70),

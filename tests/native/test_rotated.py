@@ -16,7 +16,7 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.reference.moe import ExactExperts
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
-from make.implementations import IMPLEMENTATIONS, load, run
+from make.implementations import implementations, load, run
 
 # weight_format, group_size, activation_group, rotation: its width, or width and seed
 Coding = tuple[str, int, int, int | tuple[int, int]]
@@ -38,11 +38,6 @@ def codings(chosen: list[Coding]) -> pytest.MarkDecorator:
         return "{} g{} a{} r{}".format(*coding).replace(" ", "_")
 
     return pytest.mark.parametrize("coding", chosen, ids=name_of)
-
-
-implementations = pytest.mark.parametrize(
-    "implementation", IMPLEMENTATIONS, ids=lambda i: i[1] or i[0]
-)
 
 
 class Case(NamedTuple):
