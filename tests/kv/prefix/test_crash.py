@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from make import ROOT
 from make import kv_store as kv
 from make.kv_store import PAGE
 
-KILLS = int(os.environ.get("KILLS", 10))  # 200 take a minute
+KILLS = int(os.environ.get("KILLS", 10))
 INFO = kv.info(layers=8)  # a page of 3 KiB in an element of 4
 # A process that imports everything, once, and for each line it is given becomes a child that saves
 # one text after the other, tells of each, and never ends by itself.
@@ -81,22 +82,29 @@ def parent() -> Iterator[subprocess.Popen[str]]:
 
 
 def kill_during_saves(
-    parent: subprocess.Popen[str], path: Path, seed: int, limit: int, after: float
+    parent: subprocess.Popen[str], path: Path, seed: int, limit: int, until: int, share: float
 ) -> tuple[int, set[int]]:
     """Texts that a child said it saved, and those that it may have deleted.
 
-    after : seconds from its start, which takes some, to its end.
+    until : what it tells before it is killed: that it was born, has opened the store, has saved a
+    text, another, ... share : of the time that the last of these took, how long after it. So the
+    kill comes amid the next one however busy the machine is.
     """
     assert parent.stdin is not None and parent.stdout is not None
     print(path, seed, limit, file=parent.stdin, flush=True)
-    saved, deleted = 0, set[int]()
+    saved, deleted, told, last = 0, set[int](), 0, time.perf_counter()
     for line in parent.stdout:
         word, *rest = line.split()
         saved += word == "saved"
         deleted |= {int(rest[0])} if word == "deleting" else set()
         if word == "child":
-            killing = threading.Timer(after, os.kill, (int(rest[0]), signal.SIGKILL))
-            killing.start()
+            child = int(rest[0])
+        if word in ("child", "open", "saved"):
+            told, before, last = told + 1, last, time.perf_counter()
+            if told == until:
+                after = share * (last - before)
+                killing = threading.Timer(after, os.kill, (child, signal.SIGKILL))
+                killing.start()
         if word == "ended":
             killing.join()
             assert int(rest[0]) == signal.SIGKILL, "the child failed by itself"
@@ -112,8 +120,8 @@ def test_no_kill_leaves_a_wrong_page_or_loses_a_saved_one(
     chance = random.Random(KILLS)
     saved = unsaved = 0
     for seed in range(KILLS):
-        after = chance.uniform(0.0, 0.2)
-        count, deleted = kill_during_saves(parent, tmp_path, seed, limit, after)
+        until, share = chance.randint(1, 8), chance.uniform(0.0, 1.5)
+        count, deleted = kill_during_saves(parent, tmp_path, seed, limit, until, share)
         with PrefixStore(kv.config(tmp_path, disk_limit=limit or None)) as store:
             for number in range(count + 1):
                 ids = kv.text(seed, number)
@@ -125,7 +133,7 @@ def test_no_kill_leaves_a_wrong_page_or_loses_a_saved_one(
             assert kv.is_consistent(store)
         saved += count
         assert not limit or (tmp_path / disk.PAGES).stat().st_size <= limit
-    assert saved > KILLS and unsaved, "the kills hit no save: change the times"
+    assert saved > KILLS and unsaved, "the kills hit no save"
 
 
 def test_pages_are_synced_before_their_rows_and_rows_deleted_before_their_elements_are_reused(
