@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -83,8 +84,7 @@ def pages_within(limits: Limits, token_bytes: int) -> Pages:
     return pages
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """num_tokens : made so far. error : why the request failed, or None."""
 
     num_tokens: int

@@ -28,14 +28,12 @@ class PassCosts:
         self._count = self._rows = self._squares = self._seconds = self._products = 0.0
 
     def add(self, rows: int, seconds: float) -> None:
-        for name, value in (
-            ("_count", 1.0),
-            ("_rows", rows),
-            ("_squares", rows * rows),
-            ("_seconds", seconds),
-            ("_products", rows * seconds),
-        ):
-            setattr(self, name, getattr(self, name) * self.FADING + value)
+        fading = self.FADING
+        self._count = self._count * fading + 1.0
+        self._rows = self._rows * fading + rows
+        self._squares = self._squares * fading + rows * rows
+        self._seconds = self._seconds * fading + seconds
+        self._products = self._products * fading + rows * seconds
 
     def share_of_row(self, rows: int) -> float:
         """What one more row takes, of the time of a pass of so many."""

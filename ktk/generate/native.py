@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
@@ -27,6 +28,7 @@ from ktk.generate.engine import (
 from ktk.generate.identity import cache_info
 from ktk.generate.lookup import Lookup, PassCosts
 from ktk.generate.open import OpenModel
+from ktk.generate.sampling import places_of_largest
 from ktk.generate.schedule import Piece, Schedule, Sequence
 from ktk.integration.transformers.native_batch import NativeModel
 from ktk.kv.pool import PagePool
@@ -156,7 +158,8 @@ class NativeEngine(Engine):
         tokens, sequence, position, wanted = list[int](), list[int](), list[int](), list[int]()
         for index, piece in enumerate(pieces):
             end = piece.end + len(piece.guesses)
-            tokens += [*piece.sequence.tokens[piece.first : piece.end], *piece.guesses]
+            tokens += piece.sequence.tokens[piece.first : piece.end]
+            tokens += piece.guesses
             sequence += [index] * (end - piece.first)
             position += range(piece.first, end)
             if piece.is_last:
@@ -177,12 +180,16 @@ class NativeEngine(Engine):
         self._largest_batch = max(self._largest_batch, len(last))
         for piece in pieces:
             self._schedule.done(piece)
+        is_largest = [piece.sequence.owner.sampler.takes_largest for piece in last]
+        largest = places_of_largest(logits) if any(is_largest) else []
         row = 0
-        for piece in last:
+        for piece, takes_largest in zip(last, is_largest, strict=True):
             owner, rows = piece.sequence, 1 + len(piece.guesses)
             try:
                 if owner.owner.is_embedding:
                     progress = self._give(owner, hidden[row].float())
+                elif takes_largest:
+                    progress = self._take_all(piece, largest[row : row + rows])
                 else:
                     progress = self._take_all(piece, logits[row : row + rows])
                 self._progress.append((owner.owner, progress))
@@ -190,12 +197,18 @@ class NativeEngine(Engine):
                 self._fail(owner, error)
             row += rows
 
-    def _take_all(self, piece: Piece[Generation], logits: torch.Tensor) -> Progress:
-        """Tokens from a sequence's rows in turn, as long as each was the one guessed."""
+    def _take_all(self, piece: Piece[Generation], rows: Iterable[torch.Tensor | int]) -> Progress:
+        """Tokens from a sequence's rows in turn, as long as each was the one guessed.
+
+        rows : logits, or the places of their largest, where these are all that the sampler wants.
+        """
         sequence, came_true = piece.sequence, 0
         sampler, lookup = sequence.owner.sampler, self._lookups.get(sequence)
-        for row in logits:
-            token = sampler.choose(row.float())
+        for row in rows:
+            if isinstance(row, int):
+                token = sampler.take_largest(row)
+            else:
+                token = sampler.choose(row.float())
             progress = self._take(sequence, token)
             if progress.is_finished or came_true == len(piece.guesses):
                 break

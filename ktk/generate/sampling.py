@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -80,9 +81,22 @@ class Sampling:
         chosen: dict[str, Any] = {**own, **{k: v for k, v in given.items() if v is not None}}
         return cls(**chosen)
 
+    @cached_property
+    def is_largest(self) -> bool:
+        """Whether from ``min_tokens`` on the largest logit alone decides, and nothing is told of
+        it.
+        """
+        changes = self.logit_bias or self.presence_penalty or self.frequency_penalty
+        return (
+            self.temperature < SMALLEST_TEMPERATURE
+            and self.grammar is None
+            and self.num_logprobs is None
+            and self.repetition_penalty == 1
+            and not changes
+        )
 
-@dataclass(frozen=True)
-class Token:
+
+class Token(NamedTuple):
     """One chosen token. logprob, top : natural logarithms under the model's own distribution,
     before temperature.
     """
@@ -108,6 +122,16 @@ class Sampler:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(sampling.seed % 2**63)
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether ``choose`` would give the place of the largest logit, whatever the others are."""
+        return self.sampling.is_largest and len(self.tokens) >= self.sampling.min_tokens
+
+    def take_largest(self, token: int) -> int:
+        """``choose`` where ``takes_largest`` holds. token : the place of the largest logit."""
+        self.tokens.append(Token(token))
+        return token
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token's id. logits : float32 (vocab_size,)."""
@@ -173,6 +197,18 @@ class Sampler:
         values, ids = logprobs.topk(min(count, len(logprobs)))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return Token(chosen, float(logprobs[chosen]), top)
+
+
+def places_of_largest(logits: torch.Tensor) -> list[int]:
+    """Of each row of (rows, vocab_size) the first place of its largest number."""
+    if logits.element_size() == 2:  # as integers positive ones lie in the same order: no copy
+        bits: np.ndarray = logits.view(torch.int16).numpy()
+        places = bits.argmax(1)
+        if bits[np.arange(len(bits)), places].min() > 0:
+            found: list[int] = places.tolist()
+            return found
+    scores: np.ndarray = logits.float().numpy()
+    return [int(place) for place in scores.argmax(1)]
 
 
 def of_largest(weights: np.ndarray, top_k: int) -> np.ndarray:

@@ -57,7 +57,7 @@ class Sequence(Generic[Owner]):
         return len(self.tokens) - self.computed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece(Generic[Owner]):
     """Rows [first, end) of a sequence in a pass. guesses : tokens of rows behind them."""
 
@@ -110,29 +110,33 @@ class Schedule(Generic[Owner]):
     def next_pass(self) -> list[Piece[Owner]]:
         """What to compute next, each sequence's pages at hand; nothing if nobody waits."""
         self._admit()
-        for sequence in list(self.running):
+        for sequence in [sequence for sequence in self.running if sequence.fetch is not None]:
             self._receive(sequence)
         shares = self._shares()
-        pieces = []
+        pieces, are_fewer = list[Piece[Owner]](), False  # than ran when the pass began
         guesses = self._guesses(shares)
         for sequence in list(self.running):  # pages go from the last to those before: not in pieces
             rows = shares.get(sequence, 0)
-            if sequence not in self.running or not rows:
+            if not rows or (are_fewer and sequence not in self.running):
                 continue
-            if self._take_pages(sequence, sequence.computed + rows):
-                end = sequence.computed + rows
-                room = len(sequence.pages) * PAGE - end  # for a guess no page is taken
-                pieces.append(
-                    Piece(sequence, end - rows, end, tuple(guesses.get(sequence, [])[:room]))
-                )
+            first, end = sequence.computed, sequence.computed + rows
+            if end > len(sequence.pages) * PAGE or not sequence.tables:
+                had = len(self.running)
+                if not self._take_pages(sequence, end):
+                    are_fewer = True
+                    continue
+                are_fewer = are_fewer or len(self.running) < had
+            guessed = guesses.get(sequence, ())
+            room = len(sequence.pages) * PAGE - end  # for a guess no page is taken
+            pieces.append(Piece(sequence, first, end, tuple(guessed[:room])))
         return pieces
 
     def _guesses(self, shares: dict[Sequence[Owner], int]) -> dict[Sequence[Owner], list[int]]:
         """For sequences that make an answer, what may follow."""
-        left = self.batch_tokens - sum(shares.values())
-        found = {}
+        found: dict[Sequence[Owner], list[int]] = {}
         if self.guess is not None:
             rows = sum(shares.values())
+            left = self.batch_tokens - rows
             for sequence in shares:
                 if sequence.pending == 1:
                     found[sequence] = self.guess(sequence, rows)[:left]
@@ -142,8 +146,9 @@ class Schedule(Generic[Owner]):
     def done(self, piece: Piece[Owner]) -> None:
         """A piece was computed."""
         sequence = piece.sequence
-        for index in range(piece.first // PAGE, piece.end // PAGE):
-            self._keep(sequence, index)
+        if piece.end // PAGE > piece.first // PAGE:
+            for index in range(piece.first // PAGE, piece.end // PAGE):
+                self._keep(sequence, index)
         sequence.computed = piece.end
 
     def accept(self, sequence: Sequence[Owner]) -> None:

@@ -6,6 +6,8 @@ place for.
 
 from __future__ import annotations
 
+import itertools
+import math
 import queue
 import threading
 
@@ -23,7 +25,9 @@ class SequentialEngine(Engine):
         super().__init__(opened, limits)
         self.cache_bytes = limits.context * token_bytes(self.model)
         self._session = Session(self.model, self.tokenizer)
-        self._queue: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
+        # By priority, then as they came; None: the end.
+        self._queue: queue.PriorityQueue[tuple[float, int, Generation | None]]
+        self._queue, self._numbers = queue.PriorityQueue(), itertools.count()
         self._current: Generation | None = None
         self._is_stopping = False
         self._turn = threading.Lock()  # held while the current request changes or is cancelled
@@ -36,7 +40,7 @@ class SequentialEngine(Engine):
         with self._turn:
             self._is_stopping = True
             self._session.stop()
-        self._queue.put(None)
+        self._queue.put((-math.inf, next(self._numbers), None))
         self._thread.join(30)
 
     @property
@@ -52,7 +56,7 @@ class SequentialEngine(Engine):
         return 0, 0
 
     def _submit(self, generation: Generation) -> None:
-        self._queue.put(generation)
+        self._queue.put((generation.priority, next(self._numbers), generation))
 
     def _cancel(self, generation: Generation) -> None:
         with self._turn:
@@ -61,7 +65,7 @@ class SequentialEngine(Engine):
                 self._session.stop()
 
     def _run(self) -> None:
-        while (generation := self._queue.get()) is not None:
+        while (generation := self._queue.get()[2]) is not None:
             with self._turn:
                 if self._is_stopping:
                     return

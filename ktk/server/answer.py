@@ -56,8 +56,10 @@ class Answer:
         sampling: Sampling,
         max_tokens: int,
         stop: Stop,
+        priority: int = 0,
     ) -> None:
-        self._engine, self._metrics = engine, metrics
+        """priority : as of ``Engine.generate``."""
+        self._engine, self._metrics, self._priority = engine, metrics, priority
         self.ids, self._sampling, self._max_tokens, self._stop = ids, sampling, max_tokens, stop
         self.num_tokens = 0
         self.reuse = Reuse()
@@ -78,7 +80,7 @@ class Answer:
         reason = "length"
         try:
             generated = engine.generate(
-                self.ids, self._sampling, self._max_tokens, self._take_reuse
+                self.ids, self._sampling, self._max_tokens, self._take_reuse, self._priority
             )
             async with aclosing(generated) as source:  # type: ignore[type-var]
                 async for tokens in source:

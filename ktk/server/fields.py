@@ -59,7 +59,6 @@ FIELDS: dict[str, Known] = {
     ),  # of what is left out, and of what is not cut
     **_known((False,), "store"),
     **_known(("auto", "default"), "service_tier"),
-    **_known((0,), "priority"),
     # How many answers, and what of the prompt is in them.
     **_known((1,), "best_of", "use n"),
     **_known((False,), "echo", "put the prompt before the answer yourself"),

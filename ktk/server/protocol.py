@@ -77,6 +77,7 @@ class _Request(Structured):
     include_stop_str_in_output: StrictBool | None = None
     min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     ignore_eos: StrictBool | None = None
+    priority: StrictInt | None = None
     n: Answers | None = None
     min_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
     presence_penalty: Penalty | None = None

@@ -108,7 +108,8 @@ class Service:
         for place in range(request.num_tried):
             seed = None if sampling.seed is None else sampling.seed + place
             one = replace(sampling, seed=seed)
-            made.append(Answer(self.engine, self.metrics, ids, one, limit, stop))
+            answer = Answer(self.engine, self.metrics, ids, one, limit, stop, request.priority or 0)
+            made.append(answer)
         return made
 
     def _grammar(self, request: ChatRequest | CompletionRequest, ids: list[int]) -> Grammar | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ from ktk.generate.sampling import (
     drawn,
     of_largest,
     of_likeliest,
+    places_of_largest,
 )
 
 SCORES = {
@@ -126,3 +129,38 @@ def test_a_bias_is_added_and_log_probabilities_stay_the_models() -> None:
     assert sampler.tokens[0].logprob == pytest.approx(float(scores.log_softmax(-1)[7]))
     banned = int(scores.argmax())
     assert Sampler(Sampling(0.0, logit_bias=((banned, -100.0),))).choose(scores) != banned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, -50.0], ids=["around 0", "all negative"])
+def test_the_places_of_the_largest_are_numpys(dtype: torch.dtype, shift: float) -> None:
+    random = torch.randn(5, 300, generator=torch.Generator().manual_seed(7)) * 3 + shift
+    rows = torch.cat([random, torch.zeros(1, 300), -random[:1].abs()]).to(dtype)
+    rows[5, :4] = -0.0  # as large as 0: the first of them is meant
+    rows[0, [9, 200]] = rows[0].max()  # a tie
+    assert places_of_largest(rows) == rows.float().numpy().argmax(1).tolist()
+    assert places_of_largest(rows[:5]) == rows[:5].float().numpy().argmax(1).tolist()
+    assert places_of_largest(rows[:5].abs()) == rows[:5].abs().float().numpy().argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1.0},
+        {"num_logprobs": 0},
+        {"logit_bias": ((3, 1.0),)},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_largest_alone_decides_only_where_nothing_else_is_asked_for(
+    changes: dict[str, Any],
+) -> None:
+    assert Sampler(Sampling(0.0)).takes_largest
+    sampler = Sampler(Sampling(**{"temperature": 0.0, **changes}))
+    assert not sampler.takes_largest
+    sampler.choose(SCORES["random"])
+    assert sampler.takes_largest == ("min_tokens" in changes)

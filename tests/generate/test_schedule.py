@@ -154,6 +154,34 @@ def test_the_last_to_come_is_put_off_and_comes_back_first() -> None:
     assert {piece.sequence for piece in schedule.next_pass()} == {first, third}
 
 
+def test_a_lower_priority_comes_first() -> None:
+    schedule = schedule_of(100, batch_tokens=96)
+    schedule.most_running = 3
+    schedule.add("later", [1] * 200, priority=1)
+    schedule.add("soon", [2] * 100)
+    schedule.add("now", [3] * 40, priority=-1)
+    schedule.add("waits", [4] * 10, priority=1)
+    assert rows(schedule.next_pass()) == {"now": 40, "soon": 56}
+    assert [sequence.owner for sequence in schedule.running] == ["now", "soon", "later"]
+    assert schedule.add("first to wait", [5]) is schedule.waiting[0]
+
+
+def test_where_pages_run_out_the_higher_priority_gives_way() -> None:
+    schedule = schedule_of(4, batch_tokens=512)
+    early = schedule.add("early", [1] * (PAGE - 2), priority=1)
+    urgent = schedule.add("urgent", [2] * (2 * PAGE + 1))
+    for step in itertools.count():
+        assert step < 3 * PAGE
+        pieces = schedule.next_pass()
+        check(schedule, pieces)
+        for piece in pieces:
+            schedule.done(piece)
+            piece.sequence.tokens.append(9)
+        if schedule.waiting:
+            break
+    assert schedule.running == [urgent] and schedule.waiting == [early]
+
+
 def put_off_with(swap_pages: int) -> tuple[Schedule[str], Sequence[str], Sequence[str]]:
     """Two sequences, the second put off after a page and a part of another had been computed."""
     schedule = schedule_of(4, batch_tokens=512, swap_pages=swap_pages)

@@ -271,6 +271,26 @@ def test_leaving_ends_a_sequential_request_and_those_that_wait(sequential: Any) 
     assert sequential.unfinished == 0
 
 
+def test_of_requests_that_wait_the_lowest_priority_is_next(sequential: Any) -> None:
+    async def order() -> list[int]:
+        first = sequential.generate(PROMPTS[0], Sampling(0.0), 10**6)
+        await anext(first)
+        ended = []
+
+        async def run(priority: int) -> None:
+            async for _ in sequential.generate(PROMPTS[1], Sampling(0.0), 2, priority=priority):
+                pass
+            ended.append(priority)
+
+        tasks = [asyncio.ensure_future(run(priority)) for priority in (2, 0, -1)]
+        await asyncio.sleep(0.05)
+        await first.aclose()
+        await asyncio.gather(*tasks)
+        return ended
+
+    assert asyncio.run(order()) == [-1, 0, 2]
+
+
 def test_a_failing_request_fails_alone(sequential: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     want = alone(sequential.model, PROMPTS[0])
     with monkeypatch.context() as patch:

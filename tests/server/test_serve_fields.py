@@ -17,6 +17,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
+from ktk.generate import engine
 from ktk.generate.engine import Limits
 from ktk.generate.open import OpenModel, open_model
 from ktk.generate.trial import start_engine
@@ -124,7 +125,6 @@ ACTS: dict[str, Any] = {
     "kv_transfer_params": {},
     "vllm_xargs": {"a": 1},
     "logits_processors": ["x"],
-    "priority": 5,
     "reasoning_budget": 0,
     "reasoning_format": "none",
     "include_reasoning": False,
@@ -252,6 +252,22 @@ def test_openais_client_makes_its_ordinary_calls(client: TestClient) -> None:
 
 
 # --- what is served beside OpenAI's fields --------------------------------------------------------
+
+
+def test_a_priority_reaches_the_engine(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    class Seen(engine.Generation):
+        def __post_init__(self) -> None:
+            given.append(self.priority)
+
+    monkeypatch.setattr(engine, "Generation", Seen)
+    for changes in ({"priority": -3}, {"priority": 7}, {}):
+        assert chat(client, **changes)[0] == 200
+    assert given == [-3, 7, 0]
+    for wrong in (True, "1", 1.5):
+        status, answer = chat(client, priority=wrong)
+        assert status == 400 and answer["error"]["param"] == "priority"
 
 
 def test_min_tokens_keeps_ends_away(client: TestClient, opened: OpenModel) -> None:

@@ -113,8 +113,8 @@ class NativeModel:
         wanted : at least one. meanwhile : called when the layers are about to run, which leave
         Python to other threads.
         """
-        if self.plain is not None:
-            return self.plain.forward(tokens, sequence, position, tables, wanted, meanwhile)
+        if (plain := self.plain) is not None:
+            return plain.forward(tokens, sequence, position, tables, wanted, meanwhile)
         meanwhile()
         by_layer = list(zip(*tables, strict=True))
         rows = Rows(self.layers, by_layer, sequence, position)

@@ -134,12 +134,12 @@ class PlainPass:
         """What the last layer makes of each row: (rows, hidden_size)."""
         for layer in self._fused:
             layer.calls += len(tokens)
-        rows = self._embedding(torch.tensor(tokens))  # (rows, hidden_size)
-        places = np.array(position, np.int64)
+        ids, places = np.array(tokens, np.int64), np.array(position, np.int64)
+        rows = self._embedding(torch.from_numpy(ids))  # (rows, hidden_size)
         while max(position) >= self._turns[0].shape[1]:
             self._extend()
-        turns = [of[:, torch.from_numpy(places)] for of in self._turns]
-        both = [(own[0].data_ptr(), own[1].data_ptr()) for own in turns]
+        turns = [of.numpy().take(places, 1) for of in self._turns]  # (2, rows, rotary_dim / 2)
+        both = [(own.ctypes.data, own.ctypes.data + own.nbytes // 2) for own in turns]
         meanwhile()
         run_layers(
             self._layers,
