@@ -118,6 +118,7 @@ class Generation:
     sampler: Sampler
     max_tokens: int
     loop: asyncio.AbstractEventLoop
+    priority: int = 0
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     progress: asyncio.Queue[Progress | None] = field(default_factory=asyncio.Queue)
     reuse: Reuse = Reuse()
@@ -301,17 +302,19 @@ class Engine(ABC):
         sampling: Sampling,
         max_tokens: int,
         tell: Callable[[Reuse], None] = lambda reuse: None,
+        priority: int = 0,
     ) -> AsyncIterator[list[Token]]:
         """Tokens as they come, several where the caller is slower than the engine; the end token is
         the last if there is one.
 
         sampling : its ``ends`` are all that end it, the model's own too. Closing the iterator
         cancels the request and frees what it held. tell : called at the end, with what of the
-        prompt was not computed. Raises ServerBusy if too many wait or the engine has stopped,
-        RuntimeError if the engine fails.
+        prompt was not computed. priority : those of a lower one come first. Raises ServerBusy if
+        too many wait or the engine has stopped, RuntimeError if the engine fails.
         """
         self._check_room()
-        own = Generation(ids, Sampler(sampling, ids), max_tokens, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        own = Generation(ids, Sampler(sampling, ids), max_tokens, loop, priority)
         self._generations[own.id] = own
         given, finished = 0, False
         try:

@@ -151,7 +151,8 @@ class NativeEngine(Engine):
                 except BackendError as error:
                     generation.fail(error)
                     continue
-                added = self._schedule.add(generation, list(generation.ids))
+                tokens = list(generation.ids)
+                added = self._schedule.add(generation, tokens, generation.priority)
                 self._sequences[generation.id] = added
 
     def _compute(self, pieces: list[Piece[Generation]]) -> None:

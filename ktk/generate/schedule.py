@@ -5,6 +5,9 @@ prompts: half to the one that came first, so that each ends, the rest to the sho
 short question does not wait for a long text. While answers are made, prompts get a part of a pass
 only: an answer's next token waits for the whole pass.
 
+Sequences of a lower priority come before all of a higher one: when they wait, when their prompts
+share a pass, and where pages run out. "First" and "last" below are in this order.
+
 Where pages run out, the sequence that came last gives its own back. It takes copies of them along
 where there is room for these (``ktk/kv/swap.py``); else it is computed again later. Its bits stay:
 they do not depend on how rows are joined to passes.
@@ -15,10 +18,10 @@ putting into the pool what has come.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ktk.kv.pages import PAGE
 from ktk.kv.pool import NOTHING, PagePool
@@ -34,7 +37,8 @@ Owner = TypeVar("Owner")
 
 @dataclass(eq=False)
 class Sequence(Generic[Owner]):
-    """A prompt and its answer. tokens : of both. computed : of them, whose keys and values are in
+    """A prompt and its answer. tokens : of both. turn : its priority, and how many came before it;
+    the lower comes first. computed : of them, whose keys and values are in
     the pages. shared : of them, that were there when it began; loaded : that came from the disk.
     fetch : of those that are still to come; nothing is computed before. swapped : while it waits,
     what it took along.
@@ -42,6 +46,7 @@ class Sequence(Generic[Owner]):
 
     owner: Owner
     tokens: list[int]
+    turn: tuple[int, int] = (0, 0)
     computed: int = 0
     shared: int = 0
     loaded: int = 0
@@ -72,6 +77,10 @@ class Piece(Generic[Owner]):
         return self.end == len(self.sequence.tokens)
 
 
+def _turn(sequence: Sequence[Any]) -> tuple[int, int]:
+    return sequence.turn
+
+
 class Schedule(Generic[Owner]):
     """pool : of its pages; a sequence alone must fit into it. running : sequences at once.
     batch_tokens : of a pass. swap_bytes : for pages of sequences that were put off. kept : where
@@ -87,15 +96,17 @@ class Schedule(Generic[Owner]):
     ) -> None:
         self.pool, self.most_running, self.batch_tokens = pool, running, batch_tokens
         self.swap = SwapSpace(pool, swap_bytes)
-        self.running: list[Sequence[Owner]] = []  # in the order they came
-        self.waiting: deque[Sequence[Owner]] = deque()
+        self.running: list[Sequence[Owner]] = []  # both by their turns
+        self.waiting: list[Sequence[Owner]] = []
+        self._num_added = 0
         # Of sequences when their turn came, again after they were put off without their pages.
         self.tokens_begun = self.tokens_shared = 0
 
-    def add(self, owner: Owner, tokens: list[int]) -> Sequence[Owner]:
+    def add(self, owner: Owner, tokens: list[int], priority: int = 0) -> Sequence[Owner]:
         """A sequence that waits for its turn; ``tokens`` grow by the answer."""
-        sequence = Sequence(owner, tokens)
-        self.waiting.append(sequence)
+        sequence = Sequence(owner, tokens, (priority, self._num_added))
+        self._num_added += 1
+        insort(self.waiting, sequence, key=_turn)
         return sequence
 
     def remove(self, sequence: Sequence[Owner]) -> None:
@@ -170,7 +181,7 @@ class Schedule(Generic[Owner]):
                 self.pool.give_back(sequence.pages)
                 sequence.pages = []
                 return
-            self.waiting.popleft()
+            self.waiting.pop(0)
             sequence.tables = PageTables()
             if sequence.swapped is not None:
                 self._bring_back(sequence, sequence.swapped)
@@ -181,7 +192,7 @@ class Schedule(Generic[Owner]):
                 sequence.loaded = 0
             if self.kept is not None and sequence.computed == len(sequence.pages) * PAGE:
                 sequence.fetch = self.kept.find(sequence.tokens, len(sequence.pages))
-            self.running.append(sequence)
+            insort(self.running, sequence, key=_turn)
 
     def _bring_back(self, sequence: Sequence[Owner], swapped: Swapped) -> None:
         """Put what a sequence took along behind the pages that the pool still has of it."""
@@ -233,7 +244,7 @@ class Schedule(Generic[Owner]):
         """(prompt, rows at most), in the order in which they may take what is left."""
         if prompts:
             yield prompts[0], (rows + 1) // 2
-        for sequence in sorted(prompts, key=lambda s: s.pending):
+        for sequence in sorted(prompts, key=lambda s: (s.turn[0], s.pending)):
             yield sequence, rows
 
     def _take_pages(self, sequence: Sequence[Owner], tokens: int) -> bool:
@@ -257,7 +268,7 @@ class Schedule(Generic[Owner]):
         self.running.remove(sequence)
         sequence.swapped = self.swap.put(sequence.pages, sequence.computed)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_turn)
 
     def _forget_swapped(self, sequence: Sequence[Owner]) -> None:
         if sequence.swapped is not None:

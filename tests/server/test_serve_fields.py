@@ -258,7 +258,8 @@ def test_a_priority_reaches_the_engine(client: TestClient, monkeypatch: pytest.M
     given: list[int] = []
 
     class Seen(engine.Generation):
-        def __post_init__(self) -> None:
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
             given.append(self.priority)
 
     monkeypatch.setattr(engine, "Generation", Seen)
