@@ -41,13 +41,24 @@ def test_sixteen_concurrent_greedy_answers_equal_those_alone(server: Server) -> 
     server.settle()
 
 
-def open_stream(server: Server, max_tokens: int, waits: bool = True) -> socket.socket:
+STREAMS = {  # by route: what is asked, and the field that says how much
+    "/v1/completions": ({"prompt": "The"}, "max_tokens"),
+    "/v1/chat/completions": ({"messages": [{"role": "user", "content": "The"}]}, "max_tokens"),
+    "/v1/messages": ({"messages": [{"role": "user", "content": "The"}]}, "max_tokens"),
+    "/v1/responses": ({"input": "The"}, "max_output_tokens"),
+}
+
+
+def open_stream(
+    server: Server, max_tokens: int, waits: bool = True, route: str = "/v1/completions"
+) -> socket.socket:
     """A socket on which a stream of the given length was asked for, and has begun if ``waits``."""
-    body = json.dumps({"prompt": "The", "max_tokens": max_tokens, "stream": True, "temperature": 0})
+    asked, length = STREAMS[route]
+    body = json.dumps({**asked, length: max_tokens, "stream": True, "temperature": 0})
     raw = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
         f"application/json\r\nContent-Length: {len(body)}\r\n"
     )
     key = f"Authorization: Bearer {server.key}\r\n" if server.key else ""
@@ -74,6 +85,28 @@ def test_cancelled_streams_stop_the_generation_and_free_their_pages(server: Serv
     start = time.monotonic()
     server.settle()
     assert time.monotonic() - start < 10  # 8000 tokens would take much longer
+
+
+@pytest.mark.parametrize("route", STREAMS)
+def test_who_leaves_a_stream_of_any_route_frees_its_pages_and_counts(
+    server: Server, route: str
+) -> None:
+    def left() -> float:
+        _, metrics = server.request("/metrics")
+        name = f'ktk_requests_total{{route="{route}",status="499"}} '
+        return float((metrics.partition(name)[2] or "0").split()[0])
+
+    before = left()
+    stream = open_stream(server, 7000, route=route)
+    end = time.monotonic() + 10
+    while server.info()["requests_running"] == 0:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    stream.close()
+    server.settle()
+    while left() != before + 1:
+        assert time.monotonic() < end, "it is not counted as one that left"
+        time.sleep(0.01)
 
 
 def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(server: Server) -> None:
