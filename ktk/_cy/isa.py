@@ -42,10 +42,13 @@ _ALL = (
     _OF_BLOCKS,
 )
 
+# VNNI has no use for them: AVX-512's serve.
+_CODED = f"{KERNELS}/gemm_coded.c"
+
 # Slowest first.
 ISA_ROWS = (
-    IsaRow("avx2", _AVX2, _ALL),
-    IsaRow("avx512", _AVX512, _ALL),
+    IsaRow("avx2", _AVX2, (*_ALL, _CODED)),
+    IsaRow("avx512", _AVX512, (*_ALL, _CODED)),
     IsaRow("avx512vnni", _VNNI, _ALL),
     IsaRow("avx512bf16", (*_VNNI, "-mavx512bf16"), (_OF_BLOCKS,), ()),
     IsaRow("amx", (*_VNNI, "-mamx-tile", "-mamx-int8"), (f"{KERNELS}/gemm_amx.c",)),

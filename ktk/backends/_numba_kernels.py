@@ -92,6 +92,36 @@ def gemm_integer(panels, bits, scales, codes, act_scales, correction, group, act
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
+def gemm_fine(values, scales, by, fine, codes, act_scales, out):
+    """Integers of 15 bits, and values of 4, whose sums over ``fine`` k are exact.
+
+    values float32 (panels, padded_in, 16), scales (panels, groups of fine k, 16), by (16 * panels),
+    codes float32 (rows, padded_in), act_scales (rows, groups), out (rows, panels, 16).
+    """
+    group = codes.shape[1] // act_scales.shape[1]
+    acc = np.empty(16, np.float32)
+    inner = np.empty(16, np.float32)
+    y = np.empty(16, np.float32)
+    for p in range(values.shape[0]):
+        for row in range(codes.shape[0]):
+            y[:] = F(0)
+            for g in range(act_scales.shape[1]):
+                inner[:] = F(0)
+                for f in range(g * group, (g + 1) * group, fine):
+                    acc[:] = F(0)
+                    for k in range(f, f + fine):
+                        a = codes[row, k]
+                        for n in range(16):
+                            acc[n] = fma(a, values[p, k, n], acc[n])
+                    for n in range(16):
+                        inner[n] = fma(acc[n], scales[p, f // fine, n], inner[n])
+                scale = act_scales[row, g] * by[16 * p]
+                for n in range(16):
+                    y[n] = fma(inner[n], scale, y[n])
+            out[row, p, :] = y
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False)
 def gemm_float(weights, scales, group, x, out):
     """weights float32 (panels, padded_in, 16), scales (panels, groups of k, 16), x float32 (rows,
     padded_in), out float32 (rows, panels, 16). No groups: nothing is scaled.

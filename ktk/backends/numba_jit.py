@@ -10,9 +10,10 @@ import numpy as np
 
 from ktk.backends.base import Backend, Operands, Runner, describe, refuse_blocks
 from ktk.experts.activation import ACTIVATION_KINDS
+from ktk.experts.formats import FINE_MOST
 from ktk.experts.formats.floats import to_f32
 from ktk.experts.layout import PANEL
-from ktk.experts.panels import decoded_codes, read_panels
+from ktk.experts.panels import decoded_codes, read_fine_panels, read_panels
 from ktk.experts.rows import poison_rows, quantise_activations, store_rows
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
@@ -71,6 +72,19 @@ class NumbaRunner(Runner):
                 correction,
                 matrix.group_size,
                 matrix.activation_group,
+                out,
+            )
+        elif fmt.is_fine:
+            group = matrix.activation_group
+            act = quantise_activations(x, matrix.padded_in, group, most=FINE_MOST)
+            values, scales, by = read_fine_panels(panels, matrix)
+            self.kernels.gemm_fine(
+                _by_panel(values),
+                _by_panel(scales),
+                by,
+                matrix.fine_group,
+                act.codes.astype(F),
+                act.scales,
                 out,
             )
         else:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -39,6 +39,7 @@ STATE_FILE = "ktk-convert.json"
 CODING = ("weight_format", "group_size", "activation_group")
 TEMPORARY_PREFIX = ".ktk-tmp-"
 TENSOR = "experts"
+_OLDEST, _SINCE_FP8 = 2, 3  # layout versions read: of any format, of fp8
 _NOT_FINITE: dict[str, np.unsignedinteger[Any]] = {
     "f32": np.uint32(0x7F800000),
     "f16": np.uint16(0x7C00),
@@ -324,6 +325,8 @@ def _spec(file: SafetensorsFile, layer: int) -> MoESpec:
             )
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: ktk metadata: {error}") from None
+    if said["layout_version"] < _SINCE_FP8 and spec.format.codes.dtype in ("e4m3", "e5m2"):
+        _refuse_version(said["layout_version"], path)
     info, wanted = file.tensors[TENSOR], (spec.num_experts, spec.layout.expert_bytes)
     if info.dtype != "U8" or info.shape != wanted:
         raise CheckpointError(
@@ -334,11 +337,15 @@ def _spec(file: SafetensorsFile, layer: int) -> MoESpec:
 
 
 def _check_version(version: object, path: Path) -> None:
-    if type(version) is not int or version != LAYOUT_VERSION:
-        raise CheckpointError(
-            f"{path}: layout version {version!r}: this ktk reads {LAYOUT_VERSION}; convert the "
-            "checkpoint again"
-        )
+    if type(version) is not int or not _OLDEST <= version <= LAYOUT_VERSION:
+        _refuse_version(version, path)
+
+
+def _refuse_version(version: object, path: Path) -> NoReturn:
+    raise CheckpointError(
+        f"{path}: layout version {version!r}: this ktk reads {LAYOUT_VERSION}, and "
+        f"{_OLDEST} but for fp8; convert the checkpoint again"
+    )
 
 
 def check_finite(spec: MoESpec, span: np.ndarray, what: str, begin: int) -> None:

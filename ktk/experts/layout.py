@@ -15,7 +15,7 @@ so that a kernel which needs the scales at once reads memory in one stream:
                                                          = first four
     nl2    as of nl4                                     [K/16][16][4]; two bits, from the lowest
                                                          on = k..k+3, k+4..k+7, ...
-    fp8    fp32 [groups], of all channels, or [16];      [K][16] bytes
+    fp8    fp32 [groups], of all channels, or [16];      as of 8 bit
            mxfp8: e8m0 [groups][16]
     mxfp4  e8m0 [groups][16]                             as of 4 bit
     nvfp4  e4m3 [groups][16], then the matrix's, fp32    as of 4 bit
@@ -41,14 +41,14 @@ from typing import Any
 
 import numpy as np
 
-from ktk.experts.formats import Format
+from ktk.experts.formats import FINE_GROUP, Format
 from ktk.experts.formats.floats import as_values
 from ktk.experts.rotation import NO_ROTATION, Rotation
 
 PANEL = 16  # output channels in a panel
 K_ALIGN = 32  # in_features padding: the smallest group, and eight nibble rows' worth of k
 EXPERT_ALIGN = 4096  # one O_DIRECT read
-LAYOUT_VERSION = 2  # 1 had scales behind the codes
+LAYOUT_VERSION = 3  # 2 had fp8's codes one k behind the other, 1 scales behind the codes
 # How the bits of a scale are looked at.
 _STORED: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -109,11 +109,15 @@ class MatrixLayout:
         """What weights are multiplied by, float32 (panels, groups, scales_of_group): the stored
         scales, times the matrix's where it has one.
         """
-        stored = self.scales(panels)
-        values = as_values(stored.reshape(len(panels), -1), self.scale_dtype).reshape(stored.shape)
+        values = self.group_scales(panels)
         if self.format.has_tensor_scale:
             values = values * self.tensor_scales(panels)[:, None, None]
         return values
+
+    def group_scales(self, panels: np.ndarray) -> np.ndarray:
+        """The same without the matrix's."""
+        stored = self.scales(panels)
+        return as_values(stored.reshape(len(panels), -1), self.scale_dtype).reshape(stored.shape)
 
     def tensor_scales(self, panels: np.ndarray) -> np.ndarray:
         """The matrix's scale as each panel has it, float32 (panels,)."""
@@ -234,7 +238,7 @@ def matrix_layout(
         num_panels=-(-out_features // PANEL),
         group_size=group,
         num_groups=num_groups,
-        activation_group=activation_group or padded_in,
+        activation_group=FINE_GROUP if fmt.is_fine else activation_group or padded_in,
         code_bytes=padded_in * PANEL * fmt.bits // 8,
         scale_bytes=round_up(head, 64),
         scale_dtype=scale_dtype,

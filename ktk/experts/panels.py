@@ -15,9 +15,7 @@ F = np.float32
 
 def _unit(layout: MatrixLayout) -> int:
     """k of a channel that lie together."""
-    if layout.format.is_integer or layout.format.bits == 4:
-        return 4
-    return 2 if layout.format.bits == 16 else 1
+    return {16: 2, 32: 1}.get(layout.format.bits, 4)
 
 
 def lay_panels(
@@ -118,6 +116,37 @@ def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, n
 
     Codes of levels come back as what is multiplied: level times multiplier, plus the zero point.
     """
+    codes = _read_codes(panels, layout)
+    if not layout.scales_of_group:
+        return codes, np.empty(0, F)
+    return codes, _by_row(layout.scale_values(panels), layout)
+
+
+def read_fine_panels(
+    panels: np.ndarray, layout: MatrixLayout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Panels of a format whose activations are rounded finely: values float32 (padded_out,
+    padded_in) without scales, scales float32 (padded_out, groups) of ``layout.fine_group`` columns,
+    and what multiplies all of them, float32 (padded_out,).
+    """
+    scales = _by_row(layout.group_scales(panels), layout)
+    scales = np.repeat(scales, layout.group_size // layout.fine_group, axis=1)
+    tensor = np.ones(layout.num_panels, F)
+    if layout.format.has_tensor_scale:
+        tensor = layout.tensor_scales(panels)
+    steps = layout.padded_in // layout.fine_group
+    return _read_codes(panels, layout), scales[:, :steps], np.repeat(tensor, PANEL)
+
+
+def _by_row(scales: np.ndarray, layout: MatrixLayout) -> np.ndarray:
+    """(panels, groups, scales_of_group) to (padded_out, groups)."""
+    scales = np.repeat(scales, PANEL // layout.scales_of_group, axis=2)  # (panels, groups, 16)
+    scales = scales.transpose(0, 2, 1)
+    return np.ascontiguousarray(scales).reshape(layout.num_panels * PANEL, layout.num_groups)
+
+
+def _read_codes(panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:
+    """The codes of ``read_panels``."""
     p, k, unit = layout.num_panels, layout.padded_in, _unit(layout)
     raw, fmt = layout.codes(panels), layout.format
     if fmt.bits < 8:
@@ -132,12 +161,7 @@ def read_panels(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, n
         codes -= np.repeat(zeros.astype(F), layout.group_size, axis=1)[:, :k]
     if fmt.levels:
         codes = _products(codes, panels, layout)
-    if not layout.scales_of_group:
-        return codes, np.empty(0, F)
-    scales = layout.scale_values(panels)
-    scales = np.repeat(scales, PANEL // layout.scales_of_group, axis=2)  # (panels, groups, 16)
-    scales = scales.transpose(0, 2, 1)
-    return codes, np.ascontiguousarray(scales).reshape(p * PANEL, layout.num_groups)
+    return codes
 
 
 def _products(codes: np.ndarray, panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:

@@ -108,8 +108,7 @@ def _scales(panels: np.ndarray, layout: MatrixLayout) -> tuple[np.ndarray, tuple
 def _codes(panels: np.ndarray, layout: MatrixLayout) -> np.ndarray:
     """uint8 (out_features, bytes of a row). What lies where in panels: ``ktk.experts.layout``."""
     bits, count = layout.format.bits, layout.num_panels
-    width = {4: "<u4", 8: "u1", 16: "<u4"}[bits]
-    words = layout.codes(panels).view(width).reshape(count, -1, PANEL)
+    words = layout.codes(panels).view("<u4").reshape(count, -1, PANEL)
     if bits == 4:
         words = _in_pairs(words)
     by_row = np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.uint8)

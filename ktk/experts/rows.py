@@ -8,26 +8,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ktk.experts.formats import FINE_MOST
 from ktk.experts.formats.floats import f32_to_bf16
 from ktk.experts.rotation import NO_ROTATION, Rotation, rotate
 
-TINY_AMAX = np.float32(1.5e-36)  # below it 127 / amax overflows: the group counts as zero
+# Below it most / amax overflows, and the group counts as zero.
+TINY_AMAX = {127: np.float32(1.5e-36), FINE_MOST: np.float32(3.5e-34)}
 
 
 @dataclass(frozen=True)
 class QuantisedActivations:
-    """codes int8 (rows, padded_in); scales float32 (rows, groups of activation_group)."""
+    """codes int8 or int16 (rows, padded_in); scales float32 (rows, groups of activation_group)."""
 
     codes: np.ndarray
     scales: np.ndarray
 
 
 def quantise_activations(
-    x: np.ndarray, padded_in: int, group: int, rotation: Rotation = NO_ROTATION
+    x: np.ndarray, padded_in: int, group: int, rotation: Rotation = NO_ROTATION, most: int = 127
 ) -> QuantisedActivations:
-    """float32 (rows, in_features), rotated, to int8 codes in groups along in_features.
+    """float32 (rows, in_features), rotated, to integer codes in groups along in_features.
 
-    scale = amax / 127; code = round-half-even(x * (127 / amax)). A group holding NaN or inf gets
+    most : 127, codes are int8, or FINE_MOST, int16.
+    scale = amax / most; code = round-half-even(x * (most / amax)). A group holding NaN or inf gets
     scale NaN, so its row's outputs are NaN; an all-zero group gets scale 0.
     """
     rows, in_features = x.shape
@@ -38,13 +41,14 @@ def quantise_activations(
     magnitude = np.maximum.reduceat(padded.view(np.uint32) & np.uint32(0x7FFFFFFF), starts, axis=1)
     is_finite = magnitude < np.uint32(0x7F800000)
     amax = magnitude.view(np.float32)
-    usable = is_finite & (amax >= TINY_AMAX)
+    usable = is_finite & (amax >= TINY_AMAX[most])
     with np.errstate(all="ignore"):
-        inverse = np.where(usable, np.float32(127.0) / amax, np.float32(0.0))
-        scales = np.where(usable, amax / np.float32(127.0), np.float32(0.0))
+        inverse = np.where(usable, np.float32(most) / amax, np.float32(0.0))
+        scales = np.where(usable, amax / np.float32(most), np.float32(0.0))
         scales = np.where(is_finite, scales, np.float32(np.nan))
         spread = np.repeat(inverse, group, axis=1)[:, :padded_in]
-        codes = np.where(spread == 0, np.float32(0.0), np.rint(padded * spread)).astype(np.int8)
+        codes = np.where(spread == 0, np.float32(0.0), np.rint(padded * spread))
+        codes = codes.astype(np.int8 if most == 127 else np.int16)
     return QuantisedActivations(codes, scales)
 
 

@@ -49,6 +49,34 @@ def linear_integer(
     return y
 
 
+def linear_fine(
+    values: np.ndarray,
+    scales: np.ndarray,
+    by: np.ndarray,
+    act: QuantisedActivations,
+    layout: MatrixLayout,
+) -> np.ndarray:
+    """float32 (rows, out) of weights of 4 bits, values float32 (out, padded_in), and activations
+    rounded finely.
+
+        acc     = sum_k a[k] * value[k]                       exact, over a group of the scales
+        inner   = fma over the groups of an activation's 32:  acc * scale + inner
+        y       = fma over them:                              inner * (activation's scale * by) + y
+
+    scales float32 (out, groups of layout.fine_group); by float32 (out,): nvfp4's matrix's scale.
+    """
+    rows, out, fine = act.codes.shape[0], values.shape[0], layout.fine_group
+    a = act.codes.astype(np.float64)
+    y = np.zeros((rows, out), np.float32)
+    for block, start in enumerate(range(0, layout.padded_in, layout.activation_group)):
+        inner = np.zeros((rows, out), np.float32)
+        for k in range(start, start + layout.activation_group, fine):
+            acc = (a[:, k : k + fine] @ values[:, k : k + fine].T).astype(np.float32)  # exact
+            inner = fma(acc, scales[None, :, k // fine], inner)
+        y = fma(inner, act.scales[:, block, None] * by[None, :], y)
+    return y
+
+
 def linear_float(
     weights: np.ndarray, x: np.ndarray, scales: np.ndarray | None = None, group: int = 0
 ) -> np.ndarray:

@@ -13,13 +13,14 @@ import numpy as np
 from ktk.experts.activation import Activation
 from ktk.experts.dequantise import expert_weights
 from ktk.experts.fma import fma
+from ktk.experts.formats import FINE_MOST
 from ktk.experts.layout import MatrixLayout
-from ktk.experts.panels import read_panels
+from ktk.experts.panels import read_fine_panels, read_panels
 from ktk.experts.rows import poison_rows, quantise_activations
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights, StoredExperts
 from ktk.reference.activation import activate
-from ktk.reference.linear import linear_float, linear_integer
+from ktk.reference.linear import linear_fine, linear_float, linear_integer
 from ktk.reference.tiles import linear_bf16
 
 F = np.float32
@@ -51,7 +52,13 @@ class ExactExperts:
     def linear(self, expert: int, projection: str, x: np.ndarray) -> np.ndarray:
         """float32 (rows, in_features) to float32 (rows, out_features), bias not added."""
         matrix = self.matrix(projection)
-        codes, scales = read_panels(self.panels(expert, projection), matrix)
+        panels = self.panels(expert, projection)
+        if matrix.format.is_fine:
+            group = matrix.activation_group
+            act = quantise_activations(x, matrix.padded_in, group, most=FINE_MOST)
+            y = linear_fine(*read_fine_panels(panels, matrix), act, matrix)
+            return y[:, : matrix.out_features]
+        codes, scales = read_panels(panels, matrix)
         if matrix.format.is_integer:
             act = quantise_activations(
                 x, matrix.padded_in, matrix.activation_group, matrix.rotation

@@ -64,7 +64,7 @@ class Page:
         header = json.loads(self.raw[8 : 8 + length])
         said = json.loads(header["__metadata__"]["ktk"])
         self.begin, self.spec, self.layer = 8 + length, said["spec"], said["layer"]
-        assert said["layout_version"] == 2
+        assert said["layout_version"] == 3
         assert header["experts"]["dtype"] == "U8"
         self.num_experts, self.expert_bytes = header["experts"]["shape"]
         assert len(self.raw) == self.begin + self.num_experts * self.expert_bytes
@@ -98,7 +98,8 @@ class Page:
             at += 64 * math.ceil(4 * groups / 64)
             for c in range(16):
                 for i in range(k):
-                    weights[c, i] = scales[i // group] * e4m3(self.raw[at + 16 * i + c])
+                    code = self.raw[at + i // 4 * 64 + 4 * c + i % 4]
+                    weights[c, i] = scales[i // group] * e4m3(code)
             return weights, at + 16 * k
         if kind == "nl4":
             scales = np.frombuffer(self.raw[at : at + 64], "<f4")
@@ -183,7 +184,7 @@ def test_a_reader_written_from_the_page_finds_the_weights(
     held = checkpoints.make(source, style, sizes=(2, 2, HIDDEN, INTERMEDIATE))
     convert(source, output, quant_method=method, group_size=group, rotation=rotation)
     config = json.loads((output / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["layout_version"]) == ("ktk", 2)
+    assert (config["quant_method"], config["layout_version"]) == ("ktk", 3)
     assert config["layers"] == [0, 1]
     page = Page(output / "ktk-experts-00001.safetensors")
     assert page.layer == 1

@@ -20,6 +20,7 @@ from ktk.experts.layout import LAYOUT_VERSION
 from ktk.experts.spec import MoESpec
 from ktk.experts.stored import ExpertWeights
 from ktk.quantise.pack import pack_expert
+from make.cases import assert_exact
 from make.checkpoints import raw_file
 
 SPEC = MoESpec(3, 64, 32, activation=Activation.silu(7.0), has_bias=True)
@@ -179,6 +180,22 @@ def test_lying_metadata_of_a_layer_is_refused(tmp_path: Path, case: str) -> None
     changes, names = BAD_SPECS[case]
     layer_with(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=f"ktk-experts-00000.*({names})"):
+        read_layer(tmp_path, 0)
+
+
+@pytest.mark.parametrize(("name", "is_read"), [("int4", True), ("mxfp4", True), ("fp8", False)])
+def test_of_layout_2_only_fp8_is_refused(tmp_path: Path, name: str, is_read: bool) -> None:
+    """Its codes lay in other places."""
+    spec = MoESpec(1, 64, 32, name)
+    data = np.zeros((1, spec.layout.expert_bytes), np.uint8)
+    path = write_layer(tmp_path, spec, 0, data)
+    said, raw = rb"layout_version\":%d", path.read_bytes()
+    assert raw.count(said % LAYOUT_VERSION) == 1
+    path.write_bytes(raw.replace(said % LAYOUT_VERSION, said % 2))
+    if is_read:
+        assert_exact(data, read_layer(tmp_path, 0).data)
+        return
+    with pytest.raises(CheckpointError, match="layout version 2.*convert the checkpoint again"):
         read_layer(tmp_path, 0)
 
 

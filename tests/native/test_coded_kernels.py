@@ -43,7 +43,7 @@ def random_codes(spec: MoESpec, seed: int) -> StoredExperts:
 def test_any_code_is_multiplied_exactly(
     implementation: tuple[str, str], name: str, group: int
 ) -> None:
-    """One and two rows, which are multiplied as they are decoded, five panels; then tiles of four,
+    """Up to four rows, which are multiplied as they are decoded, five panels; then tiles of four,
     two and one, over two pieces of k, the last group cut off.
     """
     spec = MoESpec(1, 168, 72, name, group, has_gate=False)
@@ -52,7 +52,7 @@ def test_any_code_is_multiplied_exactly(
     for projection, of, width in (("gate_up", "up", 168), ("down", "down", 72)):
         x = random_hidden(7, width, 4)
         want = exact.linear(0, of, x)
-        for rows in (1, 2, 7):
+        for rows in (1, 2, 3, 4, 7):
             ids = np.zeros(rows, np.int64)
             assert_exact(want[:rows], runner.linear(projection, x[:rows], ids))
 
@@ -69,7 +69,8 @@ def test_k_above_7168(implementation: tuple[str, str], name: str, group: int) ->
         want = x.astype(np.float64) @ weights.T
         got = runner.linear("gate_up", x, np.zeros(rows, np.int64))
         size = np.abs(x).astype(np.float64) @ np.abs(weights).T
-        assert (np.abs(got - want) <= 2e-6 * size).all()
+        bound = 1e-5 if spec.format.is_fine else 2e-6
+        assert (np.abs(got - want) <= bound * size).all()
         assert np.abs(weights[:, 7168:]).max() > 0  # what a shorter sum would leave out
 
 

@@ -167,6 +167,10 @@ def test_exact_model_is_near_the_float64_oracle_of_its_own_weights(name: str, ki
     ids, weights = random_routing(9, 2, 4, 7)
     want = oracle_forward([exact.dequantised(e) for e in range(4)], spec, x, ids, weights)
     error = np.linalg.norm(exact.forward(x, ids, weights) - want) / np.linalg.norm(want)
-    # Float formats differ by fp32 sums only; integer ones by 8-bit activations, the more the longer
-    # their groups (2 % of these activations are ten times the rest).
+    # Float formats differ by fp32 sums only, codes of 4 bits by activations of 15; integer ones by
+    # 8-bit activations, the more the longer their groups (2 % of these activations are ten times
+    # the rest).
+    if spec.format.is_fine:
+        assert 1e-6 < error < 3e-4
+        return
     assert error < {0: 1e-6, 32: 0.02, 64: 0.025, 128: 0.03, 256: 0.03}[spec.activation_group]

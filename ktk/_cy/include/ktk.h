@@ -149,7 +149,7 @@ void ktk_combine(const ktk_kernels *kernels, ktk_pool *pool, int64_t num_tokens,
                  const float *weights, const float *add, void *out);
 
 /* Codes of panels, of 4, 8 or 16 bits, row by row (row_major.c): out (num_rows, row_bytes). codes:
- * the first panel's. Of 8 bits those of fp8, which lie one by one. */
+ * the first panel's. */
 void ktk_row_major(ktk_pool *pool, const uint8_t *codes, int64_t panel_stride, int64_t num_panels,
                    int bits, int64_t num_rows, int64_t row_bytes, uint8_t *out);
 

@@ -27,9 +27,9 @@ enum { KTK_PANEL = 16 }; /* output channels of a panel */
     ROW(NL4, "nl4", KTK_LEVEL_ZERO, 0, 16)                                                         \
     ROW(INT4, "int4", 8, 0, 0)                                                                     \
     ROW(INT8, "int8", 128, 0, 0)                                                                   \
-    ROW(MXFP4, "mxfp4", 0, 1, 0)                                                                   \
-    ROW(NVFP4, "nvfp4", 0, 1, 0)                                                                   \
-    ROW(INT4_ASYM, "int4_asym", 0, 1, 0)                                                           \
+    ROW(MXFP4, "mxfp4", KTK_E2M1_ZERO, 0, 0)                                                       \
+    ROW(NVFP4, "nvfp4", KTK_E2M1_ZERO, 0, 0)                                                       \
+    ROW(INT4_ASYM, "int4_asym", 1, 0, 0)                                                           \
     ROW(FP8, "fp8", 0, 1, 0)                                                                       \
     ROW(FP8_CHANNEL, "fp8_channel", 0, 1, 0)                                                       \
     ROW(FP8_E5M2, "fp8_e5m2", 0, 1, 0)                                                             \
@@ -64,8 +64,31 @@ enum { KTK_ROW_SCALE = 4 };
 enum ktk_activation_kind { KTK_SIGMOID_GLU, KTK_GELU_TANH, KTK_RELU2 };
 
 /* How activation codes lie: one byte a k; or, where bytes cannot be multiplied exactly, int16 with
- * each four k ordered 0 2 1 3; or fp32 as they are; or bf16. */
-enum ktk_codes { KTK_CODES_I8, KTK_CODES_I16, KTK_CODES_F32, KTK_CODES_BF16 };
+ * each four k ordered 0 2 1 3; or fp32 as they are; or bf16; or fp32 times KTK_ROWS_HIGH, for
+ * weights that are taken too small; or ktk_planes. */
+enum ktk_codes {
+    KTK_CODES_I8,
+    KTK_CODES_I16,
+    KTK_CODES_F32,
+    KTK_CODES_BF16,
+    KTK_CODES_F32_HIGH,
+    KTK_CODES_PLANES
+};
+#define KTK_ROWS_HIGH 0x1p64f
+
+/* 32 k of integers within +-KTK_PLANES_MOST, for weights of 4 bits: as fp32, and as KTK_PLANE_BASE
+ * * high + low, four k of high and the same of low in turn. Sums of 32 products with up to 15 are
+ * exact in fp32, of 16 bytes with up to 24 in int16. */
+enum {
+    KTK_PLANES_K = 32,
+    KTK_PLANE_BASE = 171,
+    KTK_PLANES_MOST = 85 * KTK_PLANE_BASE + 85,
+    KTK_E2M1_ZERO = 12 /* of e2m1 as its doubled value and so many */
+};
+typedef struct {
+    float codes[KTK_PLANES_K];
+    int8_t planes[KTK_PLANES_K / 4][2][4];
+} ktk_planes;
 
 typedef struct ktk_gemm_args ktk_gemm_args;
 typedef void ktk_gemm_fn(const ktk_gemm_args *args);

@@ -1,11 +1,13 @@
 /* Codes of checkpoints, their scales and zero points to fp32, exactly:
  * KTK_CODED_FORMATS.
  *
- * fp8: the low seven bits of e4m3 are the exponent and mantissa of a half whose
- * exponent is 8 smaller: shifted by seven they become fp16, denormals too, and
- * VCVTPH2PS then 256 is exact. e5m2 is the upper half of fp16. AVX2, 32
- * weights: a load, two unpackings, four shifts and masks, two extracts, four
- * conversions and products.
+ * fp8 on AVX2: moved to the right by four (e5m2: three) a code is a bf16 whose exponent is 120
+ * (112) smaller, denormals too, and the two of a dword become fp32 by a shift and a mask. Four k of
+ * 8 channels: three shifts and two masks, then two and two. Values stay that small, and rows come
+ * 2^64 larger (KTK_CODES_F32_HIGH), so that sums keep their bits; what is too small is made good
+ * with the scale, once a group. Zen has no penalty for denormals. Intel has, but weights below
+ * 2^-6 of a block whose largest is 448 are rare. AVX-512: the low seven bits of e4m3 are the
+ * exponent and mantissa of a half whose exponent is 8 smaller, which VCVTPH2PS takes.
  *
  * 4 bits: every value is a bf16, so two tables of 16 bytes give its halves, and
  * four k of a vector of channels come of 9 operations: a mask, two VPSHUFB, two
@@ -20,51 +22,38 @@
 #include "ktk_kernels.h"
 #include "vec.h"
 
-INLINE int has_4_bits(const int FORMAT) {
-    return FORMAT == KTK_MXFP4 || FORMAT == KTK_NVFP4 || FORMAT == KTK_INT4_ASYM;
-}
+#define HAS_4_BITS(FORMAT)                                                                         \
+    ((FORMAT) == KTK_MXFP4 || (FORMAT) == KTK_NVFP4 || (FORMAT) == KTK_INT4_ASYM)
 
-/* Halves, of codes that are their upper bytes: of e4m3 the sign stays and the
- * rest moves on by one, which makes a half that is 2^8 too small. */
-INLINE __m256i fp8_halves(const int FORMAT, __m256i codes) {
-    if (FORMAT == KTK_FP8_E5M2) return codes;
-    return _mm256_and_si256(_mm256_srai_epi16(codes, 1), _mm256_set1_epi16((short)0xbf80));
-}
-
-/* Codes of 8 bits: one k of 16 channels, times `by` where they are e4m3. */
-INLINE void fp8_weights(const int FORMAT, const uint8_t *codes, float by, VF w[PV]) {
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes));
-    const __m256i half = fp8_halves(FORMAT, _mm256_slli_epi16(wide, 8));
+/* Four k of LANES channels, times fp8_down. */
+INLINE void fp8_four(const int FORMAT, const uint8_t *codes, VF w[4]) {
+    const int IS_E5M2 = FORMAT == KTK_FP8_E5M2;
+    const VI all = VI_LOAD(codes);
 #ifdef __AVX512F__
-    w[0] = VF_HALF(half);
-#else
-    w[0] = VF_HALF(_mm256_castsi256_si128(half));
-    w[1] = VF_HALF(_mm256_extracti128_si256(half, 1));
-#endif
-    if (FORMAT == KTK_FP8_E5M2) return;
+    const VI kept = VI_SET32(IS_E5M2 ? 0xff00 : 0xbf80);
     UNROLL
-    for (int v = 0; v < PV; v++) w[v] = VF_MUL(w[v], VF_SET(256.0f * by));
-}
-
-/* Two k of 16 channels. */
-INLINE void fp8_two(const int FORMAT, const uint8_t *codes, VF w[2][PV]) {
-#ifdef __AVX512F__
-    fp8_weights(FORMAT, codes, 1.0f, w[0]);
-    fp8_weights(FORMAT, codes + KTK_PANEL, 1.0f, w[1]);
-#else
-    const VI both = VI_LOAD(codes), zero = VI_ZERO(); /* a k in each lane */
-    UNROLL
-    for (int v = 0; v < PV; v++) {
-        const VI upper = v ? VI_UNPACK_HIGH8(zero, both) : VI_UNPACK_LOW8(zero, both);
-        const VI half = fp8_halves(FORMAT, upper);
-        w[0][v] = VF_HALF(_mm256_castsi256_si128(half));
-        w[1][v] = VF_HALF(_mm256_extracti128_si256(half, 1));
-        if (FORMAT == KTK_FP8_E5M2) continue;
-        UNROLL
-        for (int i = 0; i < 2; i++) w[i][v] = VF_MUL(w[i][v], VF_SET(256.0f));
+    for (int i = 0; i < 4; i++) {
+        VI upper = i < 3 ? VI_SLL32(all, 24 - 8 * i) : all;
+        upper = VI_SRA32(upper, IS_E5M2 ? 16 : 17);
+        w[i] = VF_LOW_HALF(VI_AND(upper, kept));
     }
+#else
+    const int shift = IS_E5M2 ? 3 : 4;
+    const VI kept = VI_SET16((short)(IS_E5M2 ? 0x8fe0 : 0x87f0)), high = VI_SET32((int)0xffff0000u);
+    const VI even = VI_AND(VI_SRA16(VI_SLL16(all, 8), shift), kept);
+    const VI odd = VI_AND(VI_SRA16(all, shift), kept);
+    w[0] = VF_BITS(VI_SLL32(even, 16));
+    w[1] = VF_BITS(VI_SLL32(odd, 16));
+    w[2] = VF_BITS(VI_AND(even, high));
+    w[3] = VF_BITS(VI_AND(odd, high));
 #endif
 }
+
+#ifdef __AVX512F__
+INLINE float fp8_down(const int FORMAT) { return FORMAT == KTK_FP8_E5M2 ? 1.0f : 0x1p-8f; }
+#else
+INLINE float fp8_down(const int FORMAT) { return FORMAT == KTK_FP8_E5M2 ? 0x1p-112f : 0x1p-120f; }
+#endif
 
 /* Lower and upper bytes of the values as bf16: of e2m1, of 0 to 15. */
 static const uint8_t ktk_e2m1[2][16]
@@ -109,16 +98,18 @@ INLINE void four_weights(const tables_4 *t, VI both, const int HALF, VF w[4]) {
     w[3] = VF_BITS(VI_AND(last, t->odd));
 }
 
-/* Of a group of k. */
-INLINE void coded_scales(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, int group,
-                         VF scale[PV]) {
-    const int64_t at = (int64_t)group * KTK_PANEL;
-    if (FORMAT == KTK_NVFP4) { /* e4m3 [groups][16], then the matrix's */
-        float by;
+/* What multiplies all scales of a panel. */
+INLINE float tensor_scale(const int FORMAT, const ktk_matrix *w, const uint8_t *panel) {
+    float by = 1.0f;
+    if (FORMAT == KTK_NVFP4) /* behind e4m3 [groups][16] */
         memcpy(&by, panel + (int64_t)w->padded_in / w->group_size * KTK_PANEL, 4);
-        fp8_weights(KTK_FP8, panel + at, by, scale);
-        return;
-    }
+    return by;
+}
+
+/* Of a group of k; of nvfp4 times SCALE_DOWN. */
+#define SCALE_DOWN 0x1p-120f
+INLINE void coded_scales(const int FORMAT, const uint8_t *panel, int group, VF scale[PV]) {
+    const int64_t at = (int64_t)group * KTK_PANEL;
     UNROLL
     for (int v = 0; v < PV; v++) {
         if (FORMAT == KTK_FP8)
@@ -127,6 +118,9 @@ INLINE void coded_scales(const int FORMAT, const ktk_matrix *w, const uint8_t *p
             scale[v] = VF_LOAD(panel + v * LANES * 4);
         else if (FORMAT == KTK_INT4_ASYM)
             scale[v] = VF_LOAD_HALF(panel + 2 * (at + v * LANES));
+        else if (FORMAT == KTK_NVFP4)
+            scale[v] = VF_BITS(
+                VI_AND(VI_SLL32(VI_I8(panel + at + v * LANES), 20), VI_SET32((int)0x87f00000u)));
         else { /* e8m0: code 0 is 2^-127, which has no exponent bits of its own */
             const VI power = VI_SLL32(VI_LOAD_U8(panel + at + v * LANES), 23);
             scale[v] = VF_BITS(VI_MAX_U32(power, VI_SET32(0x00400000)));
@@ -147,18 +141,17 @@ INLINE void zero_points(const ktk_matrix *w, const uint8_t *panel, int group, VF
 }
 
 /* k [first, first + num_k), of whole groups or within one, multiples of 8, to
- * values [num_k][16], not scaled. */
+ * values [num_k][16], not scaled; of fp8 times fp8_down. */
 INLINE void coded_values(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, int first,
                          int num_k, float *out) {
     const uint8_t *codes = panel + w->code_offset;
-    if (!has_4_bits(FORMAT)) {
-        for (int k = 0; k < num_k; k += 2) {
-            VF value[2][PV];
-            fp8_two(FORMAT, codes + (int64_t)(first + k) * KTK_PANEL, value);
+    if (!HAS_4_BITS(FORMAT)) {
+        for (int k = 0; k < num_k; k += 4) UNROLL
+        for (int v = 0; v < PV; v++) {
+            VF value[4];
+            fp8_four(FORMAT, codes + (int64_t)(first + k) * KTK_PANEL + v * 4 * LANES, value);
             UNROLL
-            for (int i = 0; i < 2; i++) UNROLL
-            for (int v = 0; v < PV; v++)
-                VF_STORE(out + (k + i) * KTK_PANEL + v * LANES, value[i][v]);
+            for (int i = 0; i < 4; i++) VF_STORE(out + (k + i) * KTK_PANEL + v * LANES, value[i]);
         }
         return;
     }

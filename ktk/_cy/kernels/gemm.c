@@ -15,13 +15,7 @@
  * Symbols: ktk_gemm_int4_avx2 ktk_gemm_int4_avx512 ktk_gemm_int4_avx512vnni ktk_gemm_int8_avx2
  *   ktk_gemm_int8_avx512 ktk_gemm_int8_avx512vnni ktk_gemm_bf16_avx2 ktk_gemm_bf16_avx512
  *   ktk_gemm_bf16_avx512vnni ktk_gemm_fp32_avx2 ktk_gemm_fp32_avx512 ktk_gemm_fp32_avx512vnni.
- * Of gemm_coded.h: ktk_gemm_mxfp4_avx2 ktk_gemm_mxfp4_avx512 ktk_gemm_mxfp4_avx512vnni
- *   ktk_gemm_nvfp4_avx2 ktk_gemm_nvfp4_avx512 ktk_gemm_nvfp4_avx512vnni ktk_gemm_int4_asym_avx2
- *   ktk_gemm_int4_asym_avx512 ktk_gemm_int4_asym_avx512vnni ktk_gemm_fp8_avx2
- *   ktk_gemm_fp8_avx512 ktk_gemm_fp8_avx512vnni ktk_gemm_fp8_channel_avx2
- *   ktk_gemm_fp8_channel_avx512 ktk_gemm_fp8_channel_avx512vnni ktk_gemm_fp8_e5m2_avx2
- *   ktk_gemm_fp8_e5m2_avx512 ktk_gemm_fp8_e5m2_avx512vnni ktk_gemm_mxfp8_avx2
- *   ktk_gemm_mxfp8_avx512 ktk_gemm_mxfp8_avx512vnni. Of gemm_levels.h:
+ * Of gemm_levels.h:
  *   ktk_gemm_nl2_avx2 ktk_gemm_nl2_avx512 ktk_gemm_nl2_avx512vnni ktk_gemm_nl3_avx2
  *   ktk_gemm_nl3_avx512 ktk_gemm_nl3_avx512vnni ktk_gemm_nl4_avx2 ktk_gemm_nl4_avx512
  *   ktk_gemm_nl4_avx512vnni. */
@@ -469,7 +463,6 @@ INLINE void tile_float(const int MR, const int NP, const int FORMAT, const ktk_m
 GEMM_FLOAT(CAT(ktk_gemm_bf16_, KTK_ISA), KTK_BF16)
 GEMM_FLOAT(CAT(ktk_gemm_fp32_, KTK_ISA), KTK_FP32)
 
-#include "gemm_coded.h"
 #include "gemm_levels.h"
 
 #ifdef __AVX512VNNI__
@@ -482,14 +475,6 @@ enum { INT8_CODES = KTK_CODES_I16 };
 #define LEVELS(NAME)                                                                               \
     {CAT(ktk_gemm_##NAME##_, KTK_ISA), KTK_TEXT(KTK_ISA), KTK_CODES_I8, CALL_ROWS, CALL_ROWS, 0,   \
      {4096 + CHUNK_BYTES, 64, 128}}
-#define CODED(ENUM, NAME)                                                                          \
-    [KTK_##ENUM] = {CAT(ktk_gemm_##NAME##_, KTK_ISA),                                              \
-                    KTK_TEXT(KTK_ISA),                                                             \
-                    KTK_CODES_F32,                                                                 \
-                    CALL_ROWS,                                                                     \
-                    CALL_ROWS,                                                                     \
-                    0,                                                                             \
-                    {CODED_WORK, 0, 0}},
 const ktk_kernels CAT(ktk_panels_, KTK_ISA) = {
     .name = KTK_TEXT(KTK_ISA),
     .gemm = {[KTK_NL2] = LEVELS(nl2),
@@ -497,7 +482,7 @@ const ktk_kernels CAT(ktk_panels_, KTK_ISA) = {
              [KTK_NL4] = LEVELS(nl4),
              [KTK_INT4] = GEMM(int4, KTK_CODES_I8),
              [KTK_INT8] = GEMM(int8, INT8_CODES),
-             KTK_CODED_FORMATS(CODED)[KTK_BF16] = GEMM(bf16, KTK_CODES_F32),
+             [KTK_BF16] = GEMM(bf16, KTK_CODES_F32),
              [KTK_FP32] = GEMM(fp32, KTK_CODES_F32)},
     .tasks = {.up_panels = 16, .down_panels = 64, .least_down_panels = 4},
     .quantise = CAT(ktk_quantise_, KTK_ISA),

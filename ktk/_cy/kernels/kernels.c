@@ -6,10 +6,11 @@
 
 #include "ktk.h"
 
-/* From gemm.c, products_f32.c, products_i16.c, gemm_amx.c, gemm_amx_bf16.c and
+/* From gemm.c, gemm_coded.c, products_f32.c, products_i16.c, gemm_amx.c, gemm_amx_bf16.c and
  * vendor/llamafile/kernels.c, each compiled for the level it is named for. */
 extern const ktk_kernels ktk_panels_avx2, ktk_panels_avx512, ktk_panels_avx512vnni, ktk_tiles_amx,
     ktk_tiles_amxbf16;
+extern const ktk_kernels ktk_coded_avx2, ktk_coded_avx512;
 extern const ktk_kernels ktk_products_i16_avx2, ktk_products_i16_avx512,
     ktk_products_i16_avx512vnni;
 extern const ktk_kernels ktk_products_f32_avx2, ktk_products_f32_avx512,
@@ -20,10 +21,12 @@ extern const ktk_kernels lf_blocks_avx2, lf_blocks_avx512, lf_blocks_avx512vnni,
 /* Slowest level first, as ktk/_cy/isa.py and ktk.machine.cpu.ISA_LEVELS have them. */
 static const ktk_kernels *const SOURCES[] = {
     &ktk_panels_avx2,
+    &ktk_coded_avx2,
     &ktk_products_f32_avx2,
     &ktk_products_i16_avx2,
     &lf_blocks_avx2,
     &ktk_panels_avx512,
+    &ktk_coded_avx512,
     &ktk_products_f32_avx512,
     &ktk_products_i16_avx512,
     &lf_blocks_avx512,

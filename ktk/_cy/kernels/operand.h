@@ -13,7 +13,13 @@ static inline int64_t round_up(int64_t n, int64_t multiple) {
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int is_float(const ktk_matrix *w) {
-    return w->codes_kind == KTK_CODES_F32 || w->codes_kind == KTK_CODES_BF16;
+    return w->codes_kind == KTK_CODES_F32 || w->codes_kind == KTK_CODES_BF16 ||
+           w->codes_kind == KTK_CODES_F32_HIGH;
+}
+/* Of n codes, which for planes are whole groups. */
+static inline int64_t code_bytes(int codes_kind, int n) {
+    static const int bytes_of[] = {1, 2, 4, 2, 4, sizeof(ktk_planes) / KTK_PLANES_K};
+    return (int64_t)n * bytes_of[codes_kind];
 }
 static inline int64_t dtype_bytes(int dtype) {
     return dtype == KTK_DTYPE_F32 ? 4 : dtype == KTK_DTYPE_I8 ? 1 : 2;
@@ -34,9 +40,8 @@ static inline void *take(arena *a, int64_t bytes) {
 /* Rows lie an odd number of cache lines apart: equal distances of whole pages would share few cache
  * sets. */
 static inline ktk_rows take_rows(arena *a, const ktk_matrix *w, int64_t num_rows) {
-    static const int bytes_of[] = {1, 2, 4, 2};
     ktk_rows r = {0};
-    r.code_stride = round_up((int64_t)w->padded_in * bytes_of[w->codes_kind], 128) + 64;
+    r.code_stride = round_up(code_bytes(w->codes_kind, w->padded_in), 128) + 64;
     r.codes = take(a, r.code_stride * num_rows);
     if (is_float(w)) return r;
     /* Whole steps of gemm.c's interleave: it would read into the next row, which another thread may
@@ -51,18 +56,22 @@ static inline ktk_rows take_rows(arena *a, const ktk_matrix *w, int64_t num_rows
 /* Columns [column, column + n) of one row. column is a multiple of both groups. */
 static inline void put_row(const ktk_kernels *kernels, const ktk_matrix *w, const ktk_rows *rows,
                            int64_t row, int column, const float *values, int n) {
-    uint8_t *codes = rows->codes + row * rows->code_stride;
+    uint8_t *codes = rows->codes + row * rows->code_stride + code_bytes(w->codes_kind, column);
     if (w->codes_kind == KTK_CODES_F32) {
-        memcpy(codes + 4 * (int64_t)column, values, 4 * (size_t)n);
+        memcpy(codes, values, 4 * (size_t)n);
+        return;
+    }
+    if (w->codes_kind == KTK_CODES_F32_HIGH) {
+        float *to = (float *)codes;
+        for (int i = 0; i < n; i++) to[i] = values[i] * KTK_ROWS_HIGH;
         return;
     }
     if (w->codes_kind == KTK_CODES_BF16) {
-        kernels->store(KTK_DTYPE_BF16, values, n, codes + 2 * (int64_t)column);
+        kernels->store(KTK_DTYPE_BF16, values, n, codes);
         return;
     }
     kernels->quantise(values, n, w->activation_group, w->fine_group, w->zero_point, w->codes_kind,
-                      codes + (int64_t)column * (w->codes_kind == KTK_CODES_I16 ? 2 : 1),
-                      rows->scales + row * rows->scale_stride + column / w->activation_group,
+                      codes, rows->scales + row * rows->scale_stride + column / w->activation_group,
                       rows->correction + row * rows->correction_stride + column / w->fine_group);
 }
 

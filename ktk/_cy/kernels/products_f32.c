@@ -264,14 +264,19 @@ DECODE_LEVELS(4)
 
 INLINE void decode_coded(const int FORMAT, const ktk_matrix *w, const uint8_t *panel, int first,
                          int num_k, float *out) {
+    const VF value_up = VF_SET(HAS_4_BITS(FORMAT) ? 1.0f : 1 / fp8_down(FORMAT));
+    const VF tensor = VF_SET(tensor_scale(FORMAT, w, panel));
     coded_values(FORMAT, w, panel, first, num_k, out);
     for (int k = 0; k < num_k; k += 8) { /* no group is smaller */
         VF scale[PV];
-        coded_scales(FORMAT, w, panel, (first + k) / w->group_size, scale);
+        coded_scales(FORMAT, panel, (first + k) / w->group_size, scale);
+        if (FORMAT == KTK_NVFP4) UNROLL
+        for (int v = 0; v < PV; v++)
+            scale[v] = VF_MUL(VF_MUL(scale[v], VF_SET(1 / SCALE_DOWN)), tensor);
         for (int q = k; q < k + 8; q++) UNROLL
         for (int v = 0; v < PV; v++) {
             float *at = out + q * KTK_PANEL + v * LANES;
-            VF_STORE(at, VF_MUL(VF_LOAD(at), scale[v]));
+            VF_STORE(at, VF_MUL(VF_MUL(VF_LOAD(at), value_up), scale[v]));
         }
     }
 }

@@ -34,24 +34,16 @@ static void words_of(const unpanelling *u, const uint8_t *codes, uint8_t *row, i
     memcpy(row + 4 * first, found, (size_t)(4 * count < left ? 4 * count : left));
 }
 
-static void bytes_of(const uint8_t *codes, uint8_t *row, int64_t first, int64_t count) {
-    for (int64_t i = first; i < first + count; i++) row[i] = codes[KTK_PANEL * i];
-}
-
 static void unpanel_task(void *context, int64_t panel, int thread) {
     (void)thread;
     const unpanelling *u = context;
     const uint8_t *codes = u->codes + panel * u->panel_stride;
-    const int size = u->bits == 8 ? 1 : 4;
-    const int64_t units = (u->row_bytes + size - 1) / size;
+    const int64_t units = (u->row_bytes + 3) / 4;
     for (int64_t first = 0; first < units; first += BLOCK) {
         const int64_t count = units - first < BLOCK ? units - first : BLOCK;
         for (int64_t n = 0; n < KTK_PANEL && panel * KTK_PANEL + n < u->num_rows; n++) {
             uint8_t *row = u->out + (panel * KTK_PANEL + n) * u->row_bytes;
-            if (size == 1)
-                bytes_of(codes + n, row, first, count);
-            else
-                words_of(u, codes + 4 * n, row, first, count);
+            words_of(u, codes + 4 * n, row, first, count);
         }
     }
 }

@@ -33,18 +33,47 @@ INLINE float float_of(uint32_t b) {
 static const float TINY_AMAX = 1.5e-36f;
 static const uint32_t INF_BITS = 0x7f800000u;
 
+static const float TINY_PLANES = 3.5e-34f; /* likewise of KTK_PLANES_MOST / amax */
+
+INLINE __m128i narrowed(const VI q[STEPS]) {
+#ifdef __AVX512F__
+    return _mm512_cvtepi32_epi8(q[0]);
+#else
+    const __m256i wide = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
+    return _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#endif
+}
+
+/* Sixteen codes at index i, a multiple of 16. */
+INLINE void store_planes(ktk_planes *groups, int i, const VI q[STEPS]) {
+    ktk_planes *to = groups + i / KTK_PLANES_K;
+    const int first = i % KTK_PLANES_K;
+    VI high[STEPS], low[STEPS];
+    UNROLL
+    for (int v = 0; v < STEPS; v++) {
+        const VF code = VF_CVT(q[v]);
+        VF_STORE(to->codes + first + v * LANES, code);
+        high[v] = VI_ROUND(VF_MUL(code, VF_SET(1.0f / KTK_PLANE_BASE)));
+        low[v] = VI_SUB32(q[v], VI_MUL32(high[v], VI_SET32(KTK_PLANE_BASE)));
+    }
+    const __m128i h = narrowed(high), l = narrowed(low);
+    _mm_storeu_si128((__m128i *)to->planes[first / 4], _mm_unpacklo_epi32(h, l));
+    _mm_storeu_si128((__m128i *)to->planes[first / 4 + 2], _mm_unpackhi_epi32(h, l));
+}
+
 /* Sixteen codes at index i. */
 INLINE void store_codes(int codes_kind, uint8_t *codes, int i, const VI q[STEPS]) {
+    if (codes_kind == KTK_CODES_PLANES) {
+        store_planes((ktk_planes *)codes, i, q);
+        return;
+    }
 #ifdef __AVX512F__
     __m256i wide = _mm512_cvtepi32_epi16(q[0]);
-    __m128i narrow = _mm512_cvtepi32_epi8(q[0]);
 #else
     __m256i wide = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
-    __m128i narrow =
-        _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 #endif
     if (codes_kind == KTK_CODES_I8) {
-        _mm_storeu_si128((__m128i *)(codes + i), narrow);
+        _mm_storeu_si128((__m128i *)(codes + i), narrowed(q));
     } else { /* k order 0 2 1 3 */
         wide = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(wide, 0xd8), 0xd8);
         _mm256_storeu_si256((__m256i *)(codes + 2 * i), wide);
@@ -55,6 +84,9 @@ void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int
                                  int codes_kind, uint8_t *codes, float *scales,
                                  int32_t *correction) {
     const VI magnitude_bits = VI_SET32(0x7fffffff);
+    const int is_planes = codes_kind == KTK_CODES_PLANES;
+    const float levels = is_planes ? KTK_PLANES_MOST : 127,
+                tiny = is_planes ? TINY_PLANES : TINY_AMAX;
     const int32_t kept = zero_point == KTK_LEVEL_ZERO ? 0xffff : -1;
     for (int g = 0, f_index = 0; g * group < n; g++) {
         const int begin = g * group, end = begin + group < n ? begin + group : n;
@@ -65,9 +97,9 @@ void CAT(ktk_quantise_, KTK_ISA)(const float *x, int n, int group, int fine, int
         float amax = float_of(magnitude), inverse = 0.0f, scale = 0.0f;
         if (magnitude >= INF_BITS) {
             scale = float_of(0x7fc00000u);
-        } else if (amax >= TINY_AMAX) {
-            inverse = 127.0f / amax;
-            scale = amax / 127.0f;
+        } else if (amax >= tiny) {
+            inverse = levels / amax;
+            scale = amax / levels;
         }
         scales[g] = scale;
         for (int f = begin; f < end; f += fine, f_index++) {

@@ -33,6 +33,7 @@ typedef __m512 VF;
 #define VI_STORE(p, v) _mm512_storeu_si512((void *)(p), v)
 #define VI_SLL16 _mm512_slli_epi16
 #define VI_SRA32 _mm512_srai_epi32
+#define VI_SRA16 _mm512_srai_epi16
 #define VI_U8(x) _mm512_cvtepu8_epi32(x)
 #define VI_U16(x) _mm512_cvtepu16_epi32(x)
 /* fp16 to fp32: LANES halves; the low halves of dwords. */
@@ -109,6 +110,7 @@ typedef __m256 VF;
 #define VI_STORE(p, v) _mm256_storeu_si256((__m256i *)(p), v)
 #define VI_SLL16 _mm256_slli_epi16
 #define VI_SRA32 _mm256_srai_epi32
+#define VI_SRA16 _mm256_srai_epi16
 #define VI_U8(x) _mm256_cvtepu8_epi32(x)
 #define VI_U16(x) _mm256_cvtepu16_epi32(x)
 #define VF_HALF(x) _mm256_cvtph_ps(x)

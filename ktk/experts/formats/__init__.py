@@ -7,7 +7,7 @@ multiplied; tests compare them.
 
 from __future__ import annotations
 
-from ktk.experts.formats.base import Format, Grid, Plane, Search
+from ktk.experts.formats.base import FINE_GROUP, FINE_MOST, Format, Grid, Plane, Search
 from ktk.experts.formats.blocks import ROWS, decoded_only
 from ktk.experts.formats.ik import ROWS as IK_ROWS
 from ktk.experts.formats.panels import PANELS as _PANELS
@@ -58,6 +58,8 @@ def activation_group_of(bits: float) -> int:
 
 __all__ = [
     "BLOCKS",
+    "FINE_GROUP",
+    "FINE_MOST",
     "FORMATS",
     "GGUF",
     "PANELS",

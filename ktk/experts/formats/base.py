@@ -11,6 +11,9 @@ import numpy as np
 
 GROUP_SIZES = (32, 64, 128)
 ACTIVATION_GROUPS = (*GROUP_SIZES, 256)
+# Of activations "s15" (KTK_PLANES_MOST, ktk_kernels.h): sums of 32 products with 15 are exact in
+# fp32, and the error is a sixteenth of bf16's where values are alike.
+FINE_MOST, FINE_GROUP = 85 * 171 + 85, 32
 TINY_PEAK = 1e-30  # a group whose weights are all smaller is stored as zeros
 # Bits of the dtypes that do not end in them.
 _BITS = {"e8m0": 8, "e4m3": 8, "e5m2": 8, "e2m1": 4}
@@ -101,7 +104,9 @@ class Format:
     0: the format lies in panels (``ktk.experts.layout``). number : of the type in GGUF files, None
     of panels. file_type : the name GGUF files of mostly this type state. row_scale : dtype of a
     scale that stands before a row's blocks; "" : there is none.
-    activations : "s8", rounded to int8 in groups of ``activation_group``, or "f32", as they are.
+    activations : "s8", rounded to int8 in groups of ``activation_group``; "s15", to integers
+        within +-``FINE_MOST`` in groups of ``FINE_GROUP``, of which no spec has others; or "f32",
+        as they are.
     zero_point : the code that means 0. code_min, code_max : range of (code - zero_point) the
         quantiser of panels uses.
     group_sizes : allowed values of MoESpec.group_size; 0 = per output channel.
@@ -141,6 +146,11 @@ class Format:
     def is_integer(self) -> bool:
         """Whether activations are rounded to int8 for it."""
         return self.activations == "s8"
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether activations are rounded so finely that integers stand for them exactly enough."""
+        return self.activations == "s15"
 
     @cached_property
     def codes(self) -> Plane:

@@ -9,9 +9,13 @@ _GROUP_SCALES = Plane("scales", "bf16", 0)
 
 
 def _coded(name: str, codes: str, *planes: Plane, groups: tuple[int, ...] = (0,)) -> Format:
-    """A checkpoint's codes of few bits, as they are; activations and sums stay fp32."""
+    """A checkpoint's codes of few bits, as they are; of 4 bits activations are rounded finely."""
     return Format(
-        name, (*planes, Plane("codes", codes)), "f32", group_sizes=groups, default_group=groups[0]
+        name,
+        (*planes, Plane("codes", codes)),
+        "s15" if Plane("codes", codes).bits == 4 else "f32",
+        group_sizes=groups,
+        default_group=groups[0],
     )
 
 
