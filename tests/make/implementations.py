@@ -12,16 +12,19 @@ from ktk._cy import emulate_tiles, native_module
 from ktk._cy.isa import ISA_ROWS
 from ktk.backends import Operands
 from ktk.backends.base import Runner
+from ktk.backends.llamafile import LlamafileBackend
 from ktk.backends.native import NativeBackend, NativeRunner
 from ktk.experts.stored import StoredExperts
 from ktk.machine import cpu
 from ktk.machine.threads import EngineLayout
 
+COMPILED = (NativeBackend, LlamafileBackend)  # by rows; LLAMAFILE's are in tests/backends
 IMPLEMENTATIONS = [
     *(("native", row.name) for row in ISA_ROWS),
-    *((name, "") for name, b in backends.backends().items() if not isinstance(b, NativeBackend)),
+    *((n, "") for n, b in backends.backends().items() if not isinstance(b, COMPILED)),
 ]
-COMPARED = [row for row in IMPLEMENTATIONS if row[0] != "NUMPY"]  # with the reference, which it is
+# With the reference, which NUMPY runs: that it calls it rightly, a few tests see.
+COMPARED = [row for row in IMPLEMENTATIONS if row[0] != "NUMPY"]
 
 
 def each_of(rows: list[tuple[str, str]]) -> pytest.MarkDecorator:

@@ -78,7 +78,7 @@ def exact_case(
     return Case(packed, (x, *routing), add, want)
 
 
-@implementations
+@each_of(COMPARED)
 @pytest.mark.parametrize(("name", "group"), FORMAT_GROUPS)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
 def test_forward_is_the_exact_model(
@@ -89,7 +89,7 @@ def test_forward_is_the_exact_model(
     assert_exact(case.want, run(load(implementation, case.packed), *case.inputs))
 
 
-@implementations
+@each_of(COMPARED)
 @pytest.mark.parametrize(
     ("name", "activation_group"),
     [(f.name, g) for f in ROWS for g in ((32, 64, 128, 256) if f.is_integer else (0,))],
@@ -126,7 +126,7 @@ def test_one_and_all_experts_of_a_token(implementation: tuple[str, str], top_k: 
     assert_exact(case.want, run(load(implementation, case.packed), *case.inputs))
 
 
-@implementations
+@each_of(COMPARED)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(7200, 16), (16, 7200)])
 def test_long_reductions_with_few_rows_per_expert(
     implementation: tuple[str, str], hidden: int, intermediate: int
@@ -158,7 +158,7 @@ def test_rows_around_tile_edges(
         assert_exact(case.want[:rows], run(runner, *(a[:rows] for a in case.inputs)))
 
 
-@implementations
+@each_of(COMPARED)
 def test_a_matrix_smaller_than_a_tile(implementation: tuple[str, str]) -> None:
     """K 32 and 96 are a single group whatever its size; 1 and 3 panels."""
     for name, group, activation_group in (("int8", 0, 128), ("int4", 128, 128), ("int4", 0, 64)):
@@ -168,7 +168,7 @@ def test_a_matrix_smaller_than_a_tile(implementation: tuple[str, str]) -> None:
             assert_exact(case.want, run(load(implementation, case.packed), *case.inputs))
 
 
-@implementations
+@each_of(COMPARED)
 @pytest.mark.parametrize("group", PANELS["nl4"].group_sizes)
 @pytest.mark.parametrize("name", ["nl2", "nl3", "nl4"])
 @pytest.mark.parametrize("sign", [1, -1])
@@ -257,7 +257,7 @@ def test_a_token_is_bit_identical_in_any_batch(implementation: tuple[str, str], 
     assert_exact(together[order], run(runner, x[order], ids[order], weights[order]))
 
 
-@implementations
+@each_of(COMPARED)
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_do_not_change_a_bit(implementation: tuple[str, str], name: str) -> None:
     spec = MoESpec(6, 128, 272, name)

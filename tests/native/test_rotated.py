@@ -16,7 +16,7 @@ from ktk.experts.spec import MoESpec
 from ktk.experts.stored import StoredExperts
 from ktk.reference.moe import ExactExperts
 from make.cases import assert_exact, pack_all, random_experts, random_hidden, random_routing
-from make.implementations import implementations, load, run
+from make.implementations import COMPARED, each_of, load, run
 
 # weight_format, group_size, activation_group, rotation: its width, or width and seed
 Coding = tuple[str, int, int, int | tuple[int, int]]
@@ -70,7 +70,7 @@ def case_of(
     return Case(packed, inputs, ExactExperts(packed).forward(*inputs))
 
 
-@implementations
+@each_of(COMPARED)
 @codings(CODINGS)
 def test_rotated_experts_are_the_exact_model(
     implementation: tuple[str, str], coding: Coding
@@ -78,7 +78,7 @@ def test_rotated_experts_are_the_exact_model(
     check(implementation, coding, 1000, 328)
 
 
-@implementations
+@each_of(COMPARED)
 @codings(CODINGS[3:10:2])
 @pytest.mark.parametrize(
     ("hidden", "intermediate"), [(7168, 40), (200, 7200)], ids=["k7168", "k7200"]
