@@ -20,9 +20,7 @@ import ktk
 from ktk.checkpoint.packed import STATE_FILE, TEMPORARY_PREFIX
 from ktk.convert.run import Progress, convert
 from ktk.errors import CheckpointError
-from make.checkpoints import (
-    make,
-)
+from make.checkpoints import make
 from make.conversions import contents
 
 
@@ -31,7 +29,7 @@ def test_full_disk_is_a_clear_error_and_leaves_no_half_file(
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     make(source, "deepseek")
-    convert(source, tmp_path / "whole")
+    convert(source, tmp_path / "whole", quant_method="bf16")
     whole = contents(tmp_path / "whole")
     for failing in range(1, 12):
         calls = 0
@@ -46,13 +44,13 @@ def test_full_disk_is_a_clear_error_and_leaves_no_half_file(
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", fails)
             try:
-                convert(source, output)
+                convert(source, output, quant_method="bf16")
             except OSError as error:
                 assert "make room and run again with --resume" in str(error)  # noqa: PT017
         left = contents(output)
         assert all(whole[name] == data for name, data in left.items())
         assert "config.json" not in left or len(left) == len(whole)
-        convert(source, output, resume=True)
+        convert(source, output, quant_method="bf16", resume=True)
         assert contents(output) == whole
         shutil.rmtree(output)
 
@@ -101,10 +99,10 @@ def test_resume_refuses_another_job(tmp_path: Path) -> None:
 def test_resume_of_a_finished_job_does_nothing_and_of_none_starts(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     make(source, "deepseek")
-    assert convert(source, output, resume=True).reused_layers == 0
+    assert convert(source, output, quant_method="bf16", resume=True).reused_layers == 0
     before = contents(output)
     stamp = (output / "ktk-experts-00000.safetensors").stat().st_mtime_ns
-    summary = convert(source, output, resume=True)
+    summary = convert(source, output, quant_method="bf16", resume=True)
     assert summary.reused_layers == 2
     assert contents(output) == before
     assert (output / "ktk-experts-00000.safetensors").stat().st_mtime_ns == stamp
@@ -113,30 +111,30 @@ def test_resume_of_a_finished_job_does_nothing_and_of_none_starts(tmp_path: Path
 def test_resume_writes_damaged_or_missing_files_again(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     make(source, "deepseek")
-    convert(source, output)
+    convert(source, output, quant_method="bf16")
     before = contents(output)
     for name in before:
         if name == STATE_FILE:
             continue
         (output / name).unlink()
         (output / f"{TEMPORARY_PREFIX}{name}.77").write_bytes(b"left over")
-        convert(source, output, resume=True)
+        convert(source, output, quant_method="bf16", resume=True)
         assert contents(output) == before
         os.truncate(output / name, 5)
-        convert(source, output, resume=True)
+        convert(source, output, quant_method="bf16", resume=True)
         assert contents(output) == before
 
 
 def test_job_written_again_is_not_called_finished_meanwhile(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     make(source, "deepseek")
-    convert(source, output)
+    convert(source, output, quant_method="bf16")
     (output / "ktk-experts-00001.safetensors").unlink()
 
     def finished(progress: Progress) -> None:
         assert (output / "config.json").exists() == (progress.what == "done")
 
-    convert(source, output, resume=True, progress=finished)
+    convert(source, output, quant_method="bf16", resume=True, progress=finished)
 
 
 # The child imports once, then forks one victim per trial; a victim dies by SIGKILL, at the n-th
