@@ -17,7 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 from transformers import DynamicCache
 
-from ktk.integration.transformers import fuse_decoder_layers
+from ktk.integration.transformers import decoder_trial, fuse_decoder_layers
 from ktk.integration.transformers.decoder_layers import fusion_report
 from ktk.integration.transformers.decoder_specs import UnlikeError, describe_norm
 from ktk.integration.transformers.experts import find_experts
@@ -93,7 +93,10 @@ def changed_specs(spec: DecoderSpec) -> Iterator[tuple[str, DecoderSpec]]:
 
 
 @pytest.mark.parametrize("kind", FUSED)
-def test_a_number_one_percent_off_is_seen(kind: str) -> None:
+def test_a_number_one_percent_off_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By none of the inputs; by neither of the first two in families whose like has had all."""
+    if kind not in ("qwen3_moe", "gpt_oss", "deepseek_v2"):
+        monkeypatch.setattr(decoder_trial, "SEEDS", decoder_trial.SEEDS[:2])
     model = make(kind)
     fuse_decoder_layers(model)
     for f in fused(model)[1:]:
