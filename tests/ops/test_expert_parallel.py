@@ -59,9 +59,7 @@ def test_over_processes(said: list[dict[str, str]], name: str) -> None:
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize(
-    ("ranks", "end"), [(2, "killed"), (4, "killed"), (4, "stopped"), (2, "left")]
-)
+@pytest.mark.parametrize(("ranks", "end"), [(2, "left"), (4, "killed"), (4, "stopped")])
 def test_a_lost_rank_is_an_error_on_all_others_in_bounded_time(
     ranks: int, end: str, tmp_path: Path
 ) -> None:
