@@ -77,6 +77,8 @@ def _invariant(module: torch.nn.Module) -> Callable[..., Any] | None:
     """
     if linear_of(module) is not None or is_experts(module):
         return None
+    if type(module) is torch.nn.Embedding:  # a table, though its docstring has a sigmoid
+        return None
     if type(module) is torch.nn.Linear:
         return _Products(module)
     kind: Any = type(module)
