@@ -2,6 +2,7 @@
 read, and many tokens' call against bf16's.
 
     python bench/native_precisions.py [--experts 32] [--rounds 9] [--tokens 256] [--threads 1]
+        [--formats mxfp4,fp8]
 
 A layer of Qwen3-30B-A3B cut to some experts, random codes. Each round samples the read ceiling
 before and after and calls every format, one token with as many routings as there are experts to
@@ -58,12 +59,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--formats", default=",".join(f.name for f in FORMATS))
     asked = parser.parse_args()
+    names = {*asked.formats.split(","), "bf16"}
     shape = dataclasses.replace(SHAPES["qwen3-30b-a3b"], num_experts=asked.experts)
     sizes = shape.num_experts, shape.hidden_size, shape.intermediate_size
     moes = {
         f.name: MoE(random_layer(MoESpec(*sizes, f.name)), num_threads=asked.threads)
         for f in FORMATS
+        if f.name in names
     }
     one, many = hidden_states(shape, 1), hidden_states(shape, asked.tokens)
     deals = routings(shape, 1, shape.num_experts // shape.top_k * 3, 1)
