@@ -128,10 +128,10 @@ INLINE void tile_planes(const int MR, const int NP, const int FORMAT, const ktk_
     const int IS_E2M1 = FORMAT != KTK_INT4_ASYM, GROUP = FORMAT == KTK_NVFP4 ? 16 : BLOCK;
     const VI nibble = VI_SET8(15), table = VI_LOAD_TABLE(ktk_e2m1_bytes);
     const VI base = VI_SET16(KTK_PLANE_BASE), one = VI_SET16(1);
-    const float by = tensor_scale(FORMAT, w, panel) * (IS_E2M1 ? 0.5f : 1.0f);
     const ktk_planes *a[2];
     const float *a_scale[2];
     const int32_t *correction[2];
+    float by[2]; /* gate's and up's panels alternate, and a tensor scale is a projection's */
     VF y[2][2][PV], scale[2][PV], zero[2][PV]; /* fixed sizes: GCC keeps variable ones in memory */
     UNROLL
     for (int m = 0; m < MR; m++) {
@@ -139,6 +139,9 @@ INLINE void tile_planes(const int MR, const int NP, const int FORMAT, const ktk_
         a_scale[m] = rows->scales + index[m] * rows->scale_stride;
         correction[m] = rows->correction + index[m] * rows->correction_stride;
     }
+    UNROLL
+    for (int p = 0; p < NP; p++)
+        by[p] = tensor_scale(FORMAT, w, panel + p * w->panel_bytes) * (IS_E2M1 ? 0.5f : 1.0f);
     UNROLL
     for (int p = 0; p < NP; p++) UNROLL
     for (int v = 0; v < PV; v++) {
@@ -200,14 +203,17 @@ INLINE void tile_planes(const int MR, const int NP, const int FORMAT, const ktk_
         }
         UNROLL
         for (int m = 0; m < MR; m++) {
-            const VF own = VF_SET(*a_scale[m]++ * by);
+            const float a_own = *a_scale[m]++;
             a[m]++;
             UNROLL
-            for (int p = 0; p < NP; p++) UNROLL
-            for (int v = 0; v < PV; v++) {
-                VF sum = inner[p][m][v];
-                if (FORMAT == KTK_NVFP4) sum = VF_MUL(sum, VF_SET(up_of(FORMAT)));
-                y[p][m][v] = VF_FMA(sum, own, y[p][m][v]);
+            for (int p = 0; p < NP; p++) {
+                const VF own = VF_SET(a_own * by[p]);
+                UNROLL
+                for (int v = 0; v < PV; v++) {
+                    VF sum = inner[p][m][v];
+                    if (FORMAT == KTK_NVFP4) sum = VF_MUL(sum, VF_SET(up_of(FORMAT)));
+                    y[p][m][v] = VF_FMA(sum, own, y[p][m][v]);
+                }
             }
         }
     }
