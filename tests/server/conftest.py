@@ -49,3 +49,21 @@ def server(model: Path) -> Iterator[Server]:
 def openai_client(server: Server) -> Any:
     openai = pytest.importorskip("openai")
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def says(opened: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """says(text): from now on every answer is this text, whatever the model finds."""
+    from ktk.generate.sampling import Sampler, Token
+
+    def script(text: str) -> None:
+        ids = [*opened.tokenizer(text)["input_ids"], opened.tokenizer.eos_token_id]
+
+        def choose(self: Sampler, logits: Any) -> int:
+            self.tokens.append(Token(ids[len(self.tokens)], -0.5))
+            return self.tokens[-1].id
+
+        monkeypatch.setattr(Sampler, "choose", choose)
+        monkeypatch.setattr(Sampler, "takes_largest", False)
+
+    return script

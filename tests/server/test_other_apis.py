@@ -17,7 +17,6 @@ pytest.importorskip("llguidance")
 
 from ktk.generate.engine import Limits
 from ktk.generate.open import OpenModel
-from ktk.generate.sampling import Sampler, Token
 from ktk.generate.trial import start_engine
 from ktk.server.app import Access, build_app
 
@@ -43,20 +42,6 @@ def app(opened: OpenModel) -> Iterator[Any]:
     engine = start_engine(opened, Limits(context=512, running=4))
     yield build_app(opened, engine, Access(api_key=KEY))
     engine.stop()
-
-
-@pytest.fixture
-def says(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def script(text: str) -> None:
-        ids = [*opened.tokenizer(text)["input_ids"], opened.tokenizer.eos_token_id]
-
-        def choose(self: Sampler, logits: Any) -> int:
-            self.tokens.append(Token(ids[len(self.tokens)]))
-            return self.tokens[-1].id
-
-        monkeypatch.setattr(Sampler, "choose", choose)
-
-    return script
 
 
 def with_clients(app: Any, work: Callable[[Any, Any], Awaitable[Any]]) -> Any:

@@ -18,7 +18,6 @@ from fastapi.testclient import TestClient
 
 from ktk.generate.grammar import Grammars
 from ktk.generate.open import OpenModel
-from ktk.generate.sampling import Sampler, Token
 from ktk.integration.transformers.replies import ReplyStyle
 from ktk.server.message import Reader
 from ktk.server.tools import Tool, Tools
@@ -44,22 +43,6 @@ BONN = ("weather", {"city": "Bonn"})
 QUESTION = [{"role": "user", "content": "Rain?"}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
 TWO = CALL + '\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
-
-
-@pytest.fixture
-def says(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the model say a text, whatever it is asked."""
-
-    def script(text: str) -> None:
-        ids = [*opened.tokenizer(text)["input_ids"], opened.tokenizer.eos_token_id]
-
-        def choose(self: Sampler, logits: Any) -> int:
-            self.tokens.append(Token(ids[len(self.tokens)], -0.5))
-            return self.tokens[-1].id
-
-        monkeypatch.setattr(Sampler, "choose", choose)
-
-    return script
 
 
 def ask(client: TestClient, **more: Any) -> dict[str, Any]:
